@@ -1,0 +1,383 @@
+// Arithmetic of one tile of the fused contrastive loss (METHOD section 5), compiled once per instruction set.
+//
+// A tile is worked on panel by panel: first the products of its anchors with one panel of keys (matrix micro-kernel),
+// then masks and exponentials while the panel lies in the first-level cache, which leave sums (forward) or dL/ds
+// (backward). The backward pass ends with the two matrix products that carry dL/ds to anchors and keys.
+#include "contrast_tile.h"
+
+#include "kernel_table.h"
+#include "tile_gemm.h"
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace pglcl::PGLCL_ISA {
+namespace {
+
+enum class Pass { kMaximum, kSum, kGradient };
+
+// Bits of ContrastScratch::codes.
+enum : int { kRowPositive = 1, kRowNegative = 2, kColumnPositive = 4, kColumnNegative = 8 };
+
+// Partial sums of one row, one vector each, in ContrastScratch::row_sums.
+enum : int { kPositiveExp = 0, kNegativeExp = 1, kPositiveLogit = 2, kPositiveCount = 3, kRowSums = 4 };
+
+template <typename scalar_t>
+void panel_dots(const ContrastTile<scalar_t>& t, const TilePosition& at, int64_t key, scalar_t* dots) {
+  constexpr int kPanel = Simd<scalar_t>::kPanel;
+  tile_gemm<scalar_t, false>(at.rows, kPanel, t.depth, t.anchors.rows + at.row * t.anchors.row_stride,
+                             t.anchors.row_stride, 1, t.keys.panels + key * t.depth, kPanel, {dots, kPanel, nullptr});
+}
+
+#if defined(__AVX512BF16__)
+// Two depths per instruction, exact products, accumulated in float32.
+void panel_dots_bf16(const ContrastTile<float>& t, const TilePosition& at, int64_t key, float* dots) {
+  constexpr int kPanel = Simd<float>::kPanel;
+  const int64_t pairs = t.depth_bf16 / 2;
+  const uint16_t* panel = t.keys.panels_bf16 + key * t.depth_bf16;
+  for (int64_t row = 0; row < at.rows; row += kMicroRows) {
+    const uint16_t* a = t.anchors.rows_bf16 + (at.row + row) * t.depth_bf16;
+    __m512 acc[kMicroRows][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < kMicroRows; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < pairs; ++k) {
+      const __m512bh b0 = (__m512bh)_mm512_loadu_si512(panel + k * 2 * kPanel);
+      const __m512bh b1 = (__m512bh)_mm512_loadu_si512(panel + k * 2 * kPanel + kPanel);
+#pragma GCC unroll 8
+      for (int r = 0; r < kMicroRows; ++r) {
+        int pair;
+        __builtin_memcpy(&pair, a + r * t.depth_bf16 + 2 * k, sizeof(pair));
+        const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+        acc[r][0] = _mm512_dpbf16_ps(acc[r][0], x, b0);
+        acc[r][1] = _mm512_dpbf16_ps(acc[r][1], x, b1);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kMicroRows; ++r) {
+      _mm512_storeu_ps(dots + (row + r) * kPanel, acc[r][0]);
+      _mm512_storeu_ps(dots + (row + r) * kPanel + kPanel / 2, acc[r][1]);
+    }
+  }
+}
+#endif
+
+template <typename scalar_t>
+void panel_disparity(const ContrastTile<scalar_t>& t, const TilePosition& at, int64_t key, scalar_t* disparity) {
+  constexpr int kPanel = Simd<scalar_t>::kPanel;
+  const scalar_t channels = scalar_t(t.channels);
+  for (int64_t r = 0; r < at.rows; ++r) {
+    for (int64_t c = 0; c < kPanel; ++c) {
+      scalar_t sum = 0;
+      for (int64_t k = 0; k < t.channels; ++k) {
+        const scalar_t d = t.anchors.descriptor[k * t.anchors.padded + at.row + r] -
+                           t.keys.descriptor[k * t.keys.padded + key + c];
+        sum += d < 0 ? -d : d;
+      }
+      disparity[r * kPanel + c] = sum / channels;
+    }
+  }
+}
+
+template <typename scalar_t>
+void panel_codes(const ContrastTile<scalar_t>& t, const TilePosition& at, int64_t key, bool columns,
+                 integer_t<scalar_t>* codes) {
+  constexpr int kPanel = Simd<scalar_t>::kPanel;
+  const ContrastMasks& m = t.masks;
+  for (int64_t r = 0; r < at.rows; ++r) {
+    const int64_t i = t.anchors.index[at.row + r];
+    for (int64_t c = 0; c < kPanel; ++c) {
+      int code = 0;
+      if (key + c < t.keys.count && t.anchors.identity[at.row + r] != t.keys.identity[key + c]) {
+        const int64_t j = t.keys.index[key + c];
+        code |= m.positive[i * m.positive_stride[0] + j * m.positive_stride[1]] ? kRowPositive : 0;
+        code |= m.negative[i * m.negative_stride[0] + j * m.negative_stride[1]] ? kRowNegative : 0;
+        if (columns) {
+          code |= m.positive[j * m.positive_stride[0] + i * m.positive_stride[1]] ? kColumnPositive : 0;
+          code |= m.negative[j * m.negative_stride[0] + i * m.negative_stride[1]] ? kColumnNegative : 0;
+        }
+      }
+      codes[r * kPanel + c] = code;
+    }
+  }
+}
+
+// Which of the pairs (row, vector of keys) count, seen from the row and seen from the columns.
+template <typename scalar_t>
+struct PairMasks {
+  mask_t<scalar_t> row_positive, row_negative, column_positive, column_negative;
+};
+
+template <typename scalar_t>
+PGLCL_INLINE void accumulate(scalar_t* sums, vec_t<scalar_t> value) {
+  store(sums, load(sums) + value);
+}
+
+template <typename scalar_t, Pass kPass, TileKind kKind, bool kColumns, bool kFixed>
+void process_panel(const ContrastTile<scalar_t>& t, const TilePosition& at, int64_t key0,
+                   const ContrastScratch<scalar_t>& scratch) {
+  using vec = vec_t<scalar_t>;
+  using mask = mask_t<scalar_t>;
+  using integer = integer_t<scalar_t>;
+  constexpr int kLanes = Simd<scalar_t>::kLanes;
+  constexpr int kPanel = Simd<scalar_t>::kPanel;
+  constexpr bool kPositives = kKind != TileKind::kDifferent;
+  constexpr bool kNegatives = kKind != TileKind::kSame;
+  const ContrastState<scalar_t>& state = t.state;
+  const scalar_t log2_weight = t.log2_negative_weight;
+  const bool several_channels = t.channels > 1;
+
+  for (int half = 0; half < 2; ++half) {
+    const int64_t key = key0 + half * kLanes;
+    const mask key_label = load_integers<scalar_t>(t.keys.label + key);
+    const mask key_identity = load_integers<scalar_t>(t.keys.identity + key);
+    const vec key_descriptor = load(t.keys.descriptor + key);
+    vec column_positive_bound{}, column_negative_bound{}, column_shift{};
+    vec column_positive_coefficient{}, column_negative_coefficient{}, column_mean_coefficient{};
+    if constexpr (kColumns) {
+      column_positive_bound = load(state.positive_bound + key);
+      column_negative_bound = load(state.negative_bound + key);
+      if constexpr (!kFixed) column_shift = load(state.shift + key);
+      if constexpr (kPass == Pass::kGradient) {
+        column_positive_coefficient = load(state.positive_coefficient + key);
+        column_negative_coefficient = load(state.negative_coefficient + key);
+        column_mean_coefficient = load(state.mean_coefficient + key);
+      }
+    }
+    vec column_sums[kRowSums] = {};
+    vec column_maximum = column_shift;
+
+    for (int64_t r = 0; r < at.rows; ++r) {
+      const int64_t i = at.row + r;
+      const int64_t offset = r * kPanel + half * kLanes;
+      const vec dot = load(scratch.dots + offset);
+
+      // Step 1: masks.
+      PairMasks<scalar_t> pairs{};
+      if constexpr (kKind == TileKind::kMasked) {
+        const mask code = load_integers<scalar_t>(scratch.codes + offset);
+        pairs.row_positive = (code & integer(kRowPositive)) != 0;
+        pairs.row_negative = (code & integer(kRowNegative)) != 0;
+        pairs.column_positive = (code & integer(kColumnPositive)) != 0;
+        pairs.column_negative = (code & integer(kColumnNegative)) != 0;
+      } else {
+        const vec delta = several_channels ? load(scratch.disparity + offset)
+                                           : absolute<scalar_t>(t.anchors.descriptor[i] - key_descriptor);
+        pairs.row_positive = delta <= state.positive_bound[i];
+        pairs.row_negative = delta >= state.negative_bound[i];
+        pairs.column_positive = delta <= column_positive_bound;
+        pairs.column_negative = delta >= column_negative_bound;
+        if constexpr (kKind == TileKind::kMixed) {
+          // Ranks are never negative but in the padding, where -1 makes the exclusive or negative or zero.
+          const integer label = t.anchors.label[i];
+          const mask other = key_identity != t.anchors.identity[i];
+          const mask same = (key_label == label) & other;
+          const mask different = ((key_label ^ label) > 0) & other;
+          pairs.row_positive &= same;
+          pairs.row_negative &= different;
+          pairs.column_positive &= same;
+          pairs.column_negative &= different;
+        }
+      }
+
+      // Step 2: exponents, in units of log 2.
+      const vec exponent = dot * t.scale;
+      scalar_t* sums = scratch.row_sums + r * kRowSums * kLanes;
+      if constexpr (kPass == Pass::kMaximum) {
+        const vec lowest = broadcast<scalar_t>(scalar_t(-__builtin_inf()));
+        vec row_maximum = load(sums);
+        if constexpr (kPositives) {
+          row_maximum = maximum<scalar_t>(row_maximum, pairs.row_positive ? exponent : lowest);
+          column_maximum = maximum<scalar_t>(column_maximum, pairs.column_positive ? exponent : lowest);
+        }
+        if constexpr (kNegatives) {
+          const vec weighted = exponent + log2_weight;
+          row_maximum = maximum<scalar_t>(row_maximum, pairs.row_negative ? weighted : lowest);
+          column_maximum = maximum<scalar_t>(column_maximum, pairs.column_negative ? weighted : lowest);
+        }
+        store(sums, row_maximum);
+        continue;
+      }
+      vec row_positive_exp, row_negative_exp, column_positive_exp, column_negative_exp;
+      if constexpr (kFixed) {
+        row_positive_exp = exp2(exponent - t.shift);
+        row_negative_exp = column_positive_exp = column_negative_exp = row_positive_exp;
+      } else {
+        const scalar_t row_shift = state.shift[i];
+        if constexpr (kPositives) row_positive_exp = exp2(exponent - row_shift);
+        if constexpr (kNegatives) row_negative_exp = exp2(exponent + log2_weight - row_shift);
+        if constexpr (kColumns && kPositives) column_positive_exp = exp2(exponent - column_shift);
+        if constexpr (kColumns && kNegatives) column_negative_exp = exp2(exponent + log2_weight - column_shift);
+      }
+
+      // Step 3: sums, or the weight dL/d(dot) of each pair.
+      if constexpr (kPass == Pass::kSum) {
+        if constexpr (kPositives) {
+          accumulate(sums + kPositiveExp * kLanes, keep<scalar_t>(pairs.row_positive, row_positive_exp));
+          accumulate(sums + kPositiveLogit * kLanes, keep<scalar_t>(pairs.row_positive, dot));
+          accumulate(sums + kPositiveCount * kLanes, keep<scalar_t>(pairs.row_positive, broadcast<scalar_t>(1)));
+          if constexpr (kColumns) {
+            column_sums[kPositiveExp] += keep<scalar_t>(pairs.column_positive, column_positive_exp);
+            column_sums[kPositiveLogit] += keep<scalar_t>(pairs.column_positive, dot);
+            column_sums[kPositiveCount] += keep<scalar_t>(pairs.column_positive, broadcast<scalar_t>(1));
+          }
+        }
+        if constexpr (kNegatives) {
+          accumulate(sums + kNegativeExp * kLanes, keep<scalar_t>(pairs.row_negative, row_negative_exp));
+          if constexpr (kColumns)
+            column_sums[kNegativeExp] += keep<scalar_t>(pairs.column_negative, column_negative_exp);
+        }
+      } else {
+        vec weight{};
+        if constexpr (kPositives) {
+          weight += keep<scalar_t>(pairs.row_positive,
+                                   row_positive_exp * state.positive_coefficient[i] - state.mean_coefficient[i]);
+          if constexpr (kColumns)
+            weight += keep<scalar_t>(pairs.column_positive,
+                                     column_positive_exp * column_positive_coefficient - column_mean_coefficient);
+        }
+        if constexpr (kNegatives) {
+          weight += keep<scalar_t>(pairs.row_negative, row_negative_exp * state.negative_coefficient[i]);
+          if constexpr (kColumns)
+            weight += keep<scalar_t>(pairs.column_negative, column_negative_exp * column_negative_coefficient);
+        }
+        store(scratch.weights + r * kTile + (key - at.column), weight);
+      }
+    }
+
+    if constexpr (kPass == Pass::kMaximum && kColumns) store(state.shift + key, column_maximum);
+    if constexpr (kPass == Pass::kSum && kColumns) {
+      if constexpr (kPositives) {
+        accumulate(state.positive_exp + key, column_sums[kPositiveExp]);
+        accumulate(state.positive_logit + key, column_sums[kPositiveLogit]);
+        accumulate(state.positive_count + key, column_sums[kPositiveCount]);
+      }
+      if constexpr (kNegatives) accumulate(state.negative_exp + key, column_sums[kNegativeExp]);
+    }
+  }
+}
+
+template <typename scalar_t>
+void begin_rows(const TilePosition& at, const ContrastScratch<scalar_t>& scratch, scalar_t value) {
+  constexpr int kLanes = Simd<scalar_t>::kLanes;
+  for (int64_t i = 0; i < at.rows * kRowSums; ++i) store(scratch.row_sums + i * kLanes, broadcast<scalar_t>(value));
+}
+
+template <typename scalar_t, Pass kPass>
+void end_rows(const ContrastTile<scalar_t>& t, const TilePosition& at, const ContrastScratch<scalar_t>& scratch) {
+  constexpr int kLanes = Simd<scalar_t>::kLanes;
+  for (int64_t r = 0; r < at.rows; ++r) {
+    const scalar_t* sums = scratch.row_sums + r * kRowSums * kLanes;
+    const int64_t i = at.row + r;
+    if constexpr (kPass == Pass::kMaximum) {
+      const scalar_t value = horizontal_max<scalar_t>(load(sums));
+      if (value > t.state.shift[i]) t.state.shift[i] = value;
+    } else {
+      if (at.kind != TileKind::kDifferent) {
+        t.state.positive_exp[i] += horizontal_sum<scalar_t>(load(sums + kPositiveExp * kLanes));
+        t.state.positive_logit[i] += horizontal_sum<scalar_t>(load(sums + kPositiveLogit * kLanes));
+        t.state.positive_count[i] += horizontal_sum<scalar_t>(load(sums + kPositiveCount * kLanes));
+      }
+      if (at.kind != TileKind::kSame)
+        t.state.negative_exp[i] += horizontal_sum<scalar_t>(load(sums + kNegativeExp * kLanes));
+    }
+  }
+}
+
+template <typename scalar_t>
+using PanelFunction = void (*)(const ContrastTile<scalar_t>&, const TilePosition&, int64_t,
+                               const ContrastScratch<scalar_t>&);
+
+template <typename scalar_t, Pass kPass, bool kColumns, bool kFixed>
+PanelFunction<scalar_t> panel_of_kind(TileKind kind) {
+  switch (kind) {
+    case TileKind::kSame: return process_panel<scalar_t, kPass, TileKind::kSame, kColumns, kFixed>;
+    case TileKind::kDifferent: return process_panel<scalar_t, kPass, TileKind::kDifferent, kColumns, kFixed>;
+    case TileKind::kMixed: return process_panel<scalar_t, kPass, TileKind::kMixed, kColumns, kFixed>;
+    default: return process_panel<scalar_t, kPass, TileKind::kMasked, kColumns, kFixed>;
+  }
+}
+
+template <typename scalar_t, Pass kPass>
+PanelFunction<scalar_t> choose_panel(TileKind kind, bool columns, bool fixed) {
+  if constexpr (kPass != Pass::kMaximum) {
+    if (fixed)
+      return columns ? panel_of_kind<scalar_t, kPass, true, true>(kind)
+                     : panel_of_kind<scalar_t, kPass, false, true>(kind);
+  }
+  return columns ? panel_of_kind<scalar_t, kPass, true, false>(kind)
+                 : panel_of_kind<scalar_t, kPass, false, false>(kind);
+}
+
+template <typename scalar_t, Pass kPass>
+void run_panels(const ContrastTile<scalar_t>& t, const TilePosition& at, const ContrastScratch<scalar_t>& scratch,
+                bool columns) {
+  constexpr int kPanel = Simd<scalar_t>::kPanel;
+  const PanelFunction<scalar_t> process = choose_panel<scalar_t, kPass>(at.kind, columns, t.fixed_shift);
+  for (int64_t key = at.column; key < at.column + at.columns; key += kPanel) {
+#if defined(__AVX512BF16__)
+    if constexpr (sizeof(scalar_t) == 4) {
+      if (t.keys.panels_bf16)
+        panel_dots_bf16(t, at, key, scratch.dots);
+      else
+        panel_dots(t, at, key, scratch.dots);
+    } else
+#endif
+      panel_dots(t, at, key, scratch.dots);
+    if (at.kind == TileKind::kMasked)
+      panel_codes(t, at, key, columns, scratch.codes);
+    else if (t.channels > 1)
+      panel_disparity(t, at, key, scratch.disparity);
+    process(t, at, key, scratch);
+  }
+}
+
+// On the diagonal of a symmetric problem every pair is met from both of its anchors as a row: columns would count it
+// twice.
+template <typename scalar_t>
+void tile_maximum(const ContrastTile<scalar_t>& t, const TilePosition& at, const ContrastScratch<scalar_t>& scratch) {
+  begin_rows<scalar_t>(at, scratch, scalar_t(-__builtin_inf()));
+  run_panels<scalar_t, Pass::kMaximum>(t, at, scratch, t.symmetric && !at.diagonal);
+  end_rows<scalar_t, Pass::kMaximum>(t, at, scratch);
+}
+
+template <typename scalar_t>
+void tile_sum(const ContrastTile<scalar_t>& t, const TilePosition& at, const ContrastScratch<scalar_t>& scratch) {
+  begin_rows<scalar_t>(at, scratch, 0);
+  run_panels<scalar_t, Pass::kSum>(t, at, scratch, t.symmetric && !at.diagonal);
+  end_rows<scalar_t, Pass::kSum>(t, at, scratch);
+}
+
+template <typename scalar_t>
+RowsOfC<scalar_t> gradient_rows(const ContrastTile<scalar_t>& t, scalar_t* data, const int32_t* index, int64_t row) {
+  if (t.grad_indexed) return {data, t.grad_stride, index + row};
+  return {data + row * t.grad_stride, t.grad_stride, nullptr};
+}
+
+// In the symmetric case the weights hold dL/ds of the pair from both of its anchors, on the diagonal too, so that the
+// product with the keys alone completes the diagonal.
+template <typename scalar_t>
+void tile_gradient(const ContrastTile<scalar_t>& t, const TilePosition& at, const ContrastScratch<scalar_t>& scratch) {
+  run_panels<scalar_t, Pass::kGradient>(t, at, scratch, t.symmetric);
+  if (t.grad_anchors)
+    tile_gemm<scalar_t, true>(at.rows, t.depth, at.columns, scratch.weights, kTile, 1,
+                              t.keys.rows + at.column * t.keys.row_stride, t.keys.row_stride,
+                              gradient_rows(t, t.grad_anchors, t.anchors.index, at.row));
+  if (t.grad_keys && !(t.symmetric && at.diagonal))
+    tile_gemm<scalar_t, true>(at.columns, t.depth, at.rows, scratch.weights, 1, kTile,
+                              t.anchors.rows + at.row * t.anchors.row_stride, t.anchors.row_stride,
+                              gradient_rows(t, t.grad_keys, t.keys.index, at.column));
+}
+
+}  // namespace
+
+template <typename scalar_t>
+ContrastKernels<scalar_t> contrast_kernels() {
+  return {Simd<scalar_t>::kPanel, Simd<scalar_t>::kLanes, tile_maximum<scalar_t>, tile_sum<scalar_t>,
+          tile_gradient<scalar_t>};
+}
+
+template ContrastKernels<float> contrast_kernels<float>();
+template ContrastKernels<double> contrast_kernels<double>();
+
+}  // namespace pglcl::PGLCL_ISA

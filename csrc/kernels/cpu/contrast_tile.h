@@ -1,0 +1,100 @@
+// What one tile of the fused contrastive loss works on: plain data, shared by the scheduler (patch_contrast.cpp, built
+// once) and the arithmetic (contrast_tile.cpp, built per instruction set).
+#pragma once
+
+#include <stdint.h>
+
+#include "integer_of.h"
+
+namespace pglcl {
+
+// Rows and columns of a tile. 128 rows of D = 128 floats are 64 KiB, so that the anchors, the keys and the tile of
+// weights of one tile (3 x 64 KiB) lie in a second-level cache of 256 KiB and more.
+constexpr int64_t kTile = 128;
+
+// Which pairs a tile can hold, known before any of them is computed because the patches are sorted by label.
+enum class TileKind : int8_t {
+  kSame,       // one label on both sides: only positives
+  kDifferent,  // no label on both sides: only negatives
+  kMixed,      // anything: labels, identity and padding are compared pair by pair
+  kMasked,     // explicit masks decide
+};
+
+// Anchors or keys, copied into sorted order and padded with zero rows to a multiple of kTile.
+template <typename scalar_t>
+struct ContrastSide {
+  int64_t count;
+  int64_t padded;
+  const scalar_t* rows;  // (padded, row_stride)
+  int64_t row_stride;
+  const scalar_t* panels;         // (padded / panel, D, panel): keys only
+  const uint16_t* rows_bf16;      // (padded, depth_bf16), null unless bfloat16 products run in hardware
+  const uint16_t* panels_bf16;    // (padded / panel, depth_bf16 / 2, panel, 2)
+  const integer_t<scalar_t>* label;     // (padded,) rank of the class, -1 in the padding
+  const integer_t<scalar_t>* identity;  // (padded,) two patches with the same identity are no pair
+  const scalar_t* descriptor;     // (channels, padded)
+  const int32_t* index;           // (count,) place in the caller's tensors
+};
+
+// One entry per anchor. Exponents are in units of log 2.
+template <typename scalar_t>
+struct ContrastState {
+  const scalar_t* positive_bound;
+  const scalar_t* negative_bound;
+  scalar_t* shift;  // subtracted from every exponent
+  // Forward sums.
+  scalar_t* positive_exp;
+  scalar_t* negative_exp;
+  scalar_t* positive_logit;
+  scalar_t* positive_count;
+  // Backward coefficients: dL/ds = exp * exp_{positive,negative}, less mean_coefficient for positives.
+  const scalar_t* positive_coefficient;
+  const scalar_t* negative_coefficient;
+  const scalar_t* mean_coefficient;
+};
+
+struct ContrastMasks {
+  const bool* positive;
+  const bool* negative;
+  int64_t positive_stride[2];
+  int64_t negative_stride[2];
+};
+
+// Private memory of one worker, each array of kTile * (kTile or the widest panel) elements.
+template <typename scalar_t>
+struct ContrastScratch {
+  scalar_t* dots;              // one panel of products
+  scalar_t* disparity;         // one panel, used when descriptors have several channels
+  integer_t<scalar_t>* codes;  // one panel, used with explicit masks
+  scalar_t* row_sums;          // four vectors of partial sums per row
+  scalar_t* weights;           // the tile of dL/ds
+};
+
+template <typename scalar_t>
+struct ContrastTile {
+  ContrastSide<scalar_t> anchors, keys;
+  ContrastState<scalar_t> state;
+  ContrastMasks masks;
+  int64_t depth;       // D
+  int64_t depth_bf16;  // D rounded up to even
+  int64_t channels;  // descriptor channels
+  scalar_t scale;    // log2(e) / temperature
+  scalar_t shift;    // of all anchors, used when fixed_shift
+  bool fixed_shift;  // all exponents are known to lie in [-115, 0] once shifted: no maximum is needed
+  scalar_t log2_negative_weight;  // added to negative exponents unless fixed_shift
+  // Keys are the anchors: each tile above the diagonal serves its rows as anchors and its columns as anchors.
+  bool symmetric;
+  // Gradients in the caller's order (index applies) or in sorted order.
+  scalar_t* grad_anchors;
+  scalar_t* grad_keys;
+  int64_t grad_stride;
+  bool grad_indexed;
+};
+
+struct TilePosition {
+  int64_t row, rows, column, columns;  // columns and rows without padding
+  TileKind kind;
+  bool diagonal;
+};
+
+}  // namespace pglcl

@@ -1,0 +1,62 @@
+// The CPU kernels of one instruction set, and the choice between them.
+#pragma once
+
+#include "contrast_tile.h"
+#include "statistics_row.h"
+
+namespace pglcl {
+
+template <typename scalar_t>
+struct ContrastKernels {
+  using Function = void (*)(const ContrastTile<scalar_t>&, const TilePosition&, const ContrastScratch<scalar_t>&);
+  int panel;          // keys in a packed panel
+  int lanes;          // scalars in a vector
+  Function maximum;   // raises state.shift to the largest exponent of each anchor
+  Function sum;       // adds to the forward sums of each anchor
+  Function gradient;  // adds to the gradients
+};
+
+template <typename scalar_t>
+struct StatisticsKernels {
+  void (*forward_row)(const StatisticsRow<scalar_t>&);
+  void (*backward_row)(const StatisticsGradientRow<scalar_t>&);
+};
+
+struct KernelTable {
+  const char* name;
+  bool bf16_products;  // contrast tiles multiply bfloat16 in hardware
+  ContrastKernels<float> contrast_float;
+  ContrastKernels<double> contrast_double;
+  StatisticsKernels<float> statistics_float;
+  StatisticsKernels<double> statistics_double;
+
+  template <typename scalar_t>
+  const ContrastKernels<scalar_t>& contrast() const {
+    if constexpr (sizeof(scalar_t) == 4)
+      return contrast_float;
+    else
+      return contrast_double;
+  }
+  template <typename scalar_t>
+  const StatisticsKernels<scalar_t>& statistics() const {
+    if constexpr (sizeof(scalar_t) == 4)
+      return statistics_float;
+    else
+      return statistics_double;
+  }
+};
+
+// The table for this machine: the best instruction set that both the processor and PGLCL_CPU_ISA allow. The variable
+// takes baseline, avx2, avx512 or avx512_bf16 and is read at every call, which costs nothing beside a kernel.
+const KernelTable& kernel_table();
+
+#ifdef PGLCL_ISA
+namespace PGLCL_ISA {
+template <typename scalar_t>
+ContrastKernels<scalar_t> contrast_kernels();
+template <typename scalar_t>
+StatisticsKernels<scalar_t> statistics_kernels();
+}  // namespace PGLCL_ISA
+#endif
+
+}  // namespace pglcl

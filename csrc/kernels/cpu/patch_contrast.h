@@ -1,0 +1,54 @@
+// Fused contrastive loss on the CPU (METHOD sections 4 and 5), free of torch.
+#pragma once
+
+#include <cstdint>
+
+#include "../dtype.h"
+#include "contrast_tile.h"
+#include "parallel.h"
+
+namespace pglcl {
+
+// Row-major with contiguous columns.
+struct Matrix {
+  const void* data;
+  DType dtype;
+  int64_t rows;
+};
+
+// scalar_t is the type of all sums: double for float64 inputs, float otherwise.
+template <typename scalar_t>
+struct ContrastInputs {
+  Matrix anchors;
+  Matrix keys;  // data null: the anchors are the keys, and no patch is its own pair
+  int64_t depth;
+  const int64_t* labels;
+  const int64_t* key_labels;
+  const scalar_t* descriptors;  // (N, channels), null without
+  const scalar_t* key_descriptors;
+  int64_t channels;
+  scalar_t positive_bound, negative_bound;
+  const scalar_t* positive_bounds;  // (N,), null: the scalar applies
+  const scalar_t* negative_bounds;
+  ContrastMasks masks;  // masks.positive null: labels and bounds decide
+  double temperature;
+  double negative_weight;
+  int64_t ignore_index;
+  int64_t self_offset;  // with keys: anchor i and key i + self_offset are the same patch; negative: none is
+
+  bool symmetric() const { return keys.data == nullptr; }
+};
+
+// Per anchor: the log of the denominator (-inf without a pair), the mean logit of the positives, and their number.
+template <typename scalar_t>
+void patch_contrast_forward(const ContrastInputs<scalar_t>& inputs, scalar_t* lse, scalar_t* positive_logit,
+                            int32_t* num_positives, const Parallel& parallel);
+
+// grad_rows (N,) is dL/d(loss of each anchor). The gradients, zero-filled by the caller, are of the inputs' dtype; a null
+// one is not computed. With the anchors as keys grad_anchors holds both parts and grad_keys is null.
+template <typename scalar_t>
+void patch_contrast_backward(const ContrastInputs<scalar_t>& inputs, const scalar_t* grad_rows, const scalar_t* lse,
+                             const int32_t* num_positives, void* grad_anchors, void* grad_keys,
+                             const Parallel& parallel);
+
+}  // namespace pglcl

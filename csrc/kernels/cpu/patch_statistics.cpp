@@ -1,0 +1,213 @@
+#include "patch_statistics.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "buffer.h"
+#include "kernel_table.h"
+
+namespace pglcl {
+namespace {
+
+// Below this many pixels times classes a second thread costs more than it brings.
+constexpr int64_t kSerialWork = 1 << 14;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+void run_tasks(int64_t tasks, int64_t work, const Parallel& parallel, const std::function<void(int64_t, int64_t)>& body) {
+  const int workers = work < kSerialWork ? 1 : int(std::min<int64_t>(parallel.threads, tasks));
+  if (tasks == 0) return;
+  parallel.run(workers, [&](int worker) {
+    const Share share(tasks, workers, worker);
+    body(share.first, share.last);
+  });
+}
+
+// A row of all classes in the accumulating type: in place where the input has that type, else converted.
+template <typename scalar_t>
+class RowReader {
+ public:
+  explicit RowReader(const StatisticsInputs& inputs)
+      : inputs_(inputs),
+        direct_(inputs.dtype == (sizeof(scalar_t) == 8 ? DType::kFloat64 : DType::kFloat32)),
+        converted_(direct_ ? 0 : inputs.grid.classes * inputs.grid.image[2]) {}
+
+  const scalar_t* row(int64_t b, int64_t z, int64_t y) {
+    const PatchGrid& g = inputs_.grid;
+    const int64_t first = b * g.classes * g.pixels() + (z * g.image[1] + y) * g.image[2];
+    if (direct_) return static_cast<const scalar_t*>(inputs_.input) + first;
+    for (int64_t k = 0; k < g.classes; ++k)
+      read_elements(inputs_.input, inputs_.dtype, first + k * g.pixels(), g.image[2], converted_.data() + k * g.image[2]);
+    return converted_.data();
+  }
+  int64_t class_stride() const { return direct_ ? inputs_.grid.pixels() : inputs_.grid.image[2]; }
+
+ private:
+  const StatisticsInputs& inputs_;
+  bool direct_;
+  Buffer<scalar_t> converted_;
+};
+
+}  // namespace
+
+template <typename scalar_t>
+void patch_statistics_forward(const StatisticsInputs& inputs, void* entropy, void* confidence, void* class_entropy,
+                              const Parallel& parallel) {
+  const PatchGrid& g = inputs.grid;
+  const int64_t width = g.image[2], classes = g.classes;
+  const auto forward_row = kernel_table().statistics<scalar_t>().forward_row;
+  const double log_classes = std::log(double(classes));
+  const scalar_t scale = scalar_t(inputs.normalize ? 1.0 / log_classes : 1.0);
+  const scalar_t highest = inputs.probabilities ? scalar_t(INFINITY) : scalar_t(inputs.normalize ? 1.0 : log_classes);
+
+  // One task is a run of patch rows; overlapping patches share its image rows, and only its ends are computed twice.
+  const int64_t overlap = ceil_div(g.patch[1], g.stride[1]);
+  const int64_t run = std::min(g.grid[1], overlap == 1 ? int64_t(1) : 4 * overlap);
+  const int64_t runs = ceil_div(g.grid[1], run);
+  const int64_t tasks = g.batch * g.grid[0] * runs;
+
+  run_tasks(tasks, g.batch * g.pixels() * classes, parallel, [&](int64_t first_task, int64_t last_task) {
+    RowReader<scalar_t> reader(inputs);
+    const int64_t per_row = (1 + 2 * classes) * width;  // entropy, then mass and product of each class
+    Buffer<scalar_t> sums(run * per_row), scratch(2 * classes * kMaxLanes);
+    std::vector<scalar_t*> entropy_of(overlap), mass_of(overlap), product_of(overlap);
+    std::vector<scalar_t> values((1 + 2 * classes) * g.grid[2]);
+
+    for (int64_t task = first_task; task < last_task; ++task) {
+      const int64_t b = task / (g.grid[0] * runs), gz = task / runs % g.grid[0], gy0 = task % runs * run;
+      const int64_t gy1 = std::min(gy0 + run, g.grid[1]);
+      std::fill(sums.data(), sums.data() + (gy1 - gy0) * per_row, scalar_t(0));
+
+      // Step 1: add every image row to the patch rows that hold it.
+      for (int64_t z = gz * g.stride[0]; z < gz * g.stride[0] + g.patch[0]; ++z) {
+        for (int64_t y = gy0 * g.stride[1]; y < (gy1 - 1) * g.stride[1] + g.patch[1]; ++y) {
+          const PatchRange range = patches_with(y, g.patch[1], g.stride[1], g.grid[1]);
+          int targets = 0;
+          for (int64_t gy = std::max(range.first, gy0); gy < std::min(range.last, gy1); ++gy, ++targets) {
+            entropy_of[targets] = sums.data() + (gy - gy0) * per_row;
+            mass_of[targets] = entropy_of[targets] + width;
+            product_of[targets] = mass_of[targets] + classes * width;
+          }
+          if (targets == 0) continue;
+          forward_row({reader.row(b, z, y), reader.class_stride(), width, classes, inputs.probabilities,
+                       scratch.data(), entropy_of.data(), mass_of.data(), product_of.data(), targets});
+        }
+      }
+
+      // Step 2: add up the columns of each patch and divide.
+      for (int64_t gy = gy0; gy < gy1; ++gy) {
+        const scalar_t* row = sums.data() + (gy - gy0) * per_row;
+        for (int64_t line = 0; line < 1 + 2 * classes; ++line) {
+          for (int64_t gx = 0; gx < g.grid[2]; ++gx) {
+            const scalar_t* first = row + line * width + gx * g.stride[2];
+            scalar_t sum = 0;
+            for (int64_t x = 0; x < g.patch[2]; ++x) sum += first[x];
+            values[line * g.grid[2] + gx] = sum;
+          }
+        }
+        scalar_t* entropies = values.data();
+        for (int64_t k = 0; k < classes; ++k) {
+          scalar_t* mass = values.data() + (1 + k) * g.grid[2];
+          scalar_t* product = mass + classes * g.grid[2];
+          for (int64_t gx = 0; gx < g.grid[2]; ++gx) {
+            product[gx] = mass[gx] == 0 ? scalar_t(0) : product[gx] / mass[gx] * scale;
+            if (product[gx] > highest) product[gx] = highest;
+            mass[gx] /= scalar_t(g.patch_pixels());
+          }
+          const int64_t out = ((b * classes + k) * g.grid[0] + gz) * g.grid[1] * g.grid[2] + gy * g.grid[2];
+          write_elements(mass, g.grid[2], confidence, inputs.dtype, out);
+          write_elements(product, g.grid[2], class_entropy, inputs.dtype, out);
+        }
+        for (int64_t gx = 0; gx < g.grid[2]; ++gx) {
+          entropies[gx] *= scale / scalar_t(g.patch_pixels());
+          if (entropies[gx] > highest) entropies[gx] = highest;
+        }
+        write_elements(entropies, g.grid[2], entropy, inputs.dtype,
+                       (b * g.grid[0] + gz) * g.grid[1] * g.grid[2] + gy * g.grid[2]);
+      }
+    }
+  });
+}
+
+template <typename scalar_t>
+void patch_statistics_backward(const StatisticsInputs& inputs, const void* confidence, const void* class_entropy,
+                               const void* grad_entropy, const void* grad_confidence, const void* grad_class_entropy,
+                               void* grad_input, const Parallel& parallel) {
+  const PatchGrid& g = inputs.grid;
+  const int64_t width = g.image[2], classes = g.classes, patches = g.patches();
+  const auto backward_row = kernel_table().statistics<scalar_t>().backward_row;
+  const scalar_t scale = scalar_t(inputs.normalize ? 1.0 / std::log(double(classes)) : 1.0);
+  const scalar_t per_pixel = scalar_t(1) / scalar_t(g.patch_pixels());
+
+  // Step 1: what each patch passes on to each of its pixels (see StatisticsGradientRow).
+  const int64_t lines = 1 + 2 * classes;  // alpha, then beta and gamma of each class
+  Buffer<scalar_t> coefficients(g.batch * lines * patches);
+  for (int64_t b = 0; b < g.batch; ++b) {
+    scalar_t* alpha = coefficients.data() + b * lines * patches;
+    read_elements(grad_entropy, inputs.dtype, b * patches, patches, alpha);
+    for (int64_t j = 0; j < patches; ++j) alpha[j] *= per_pixel * scale;
+    for (int64_t k = 0; k < classes; ++k) {
+      scalar_t* beta = alpha + (1 + k) * patches;
+      scalar_t* gamma = beta + classes * patches;
+      for (int64_t j = 0; j < patches; ++j) {
+        const int64_t at = (b * classes + k) * patches + j;
+        const scalar_t mass = read_element<scalar_t>(confidence, inputs.dtype, at) * scalar_t(g.patch_pixels());
+        const scalar_t h = read_element<scalar_t>(class_entropy, inputs.dtype, at);  // times scale, as gamma
+        const scalar_t gh = read_element<scalar_t>(grad_class_entropy, inputs.dtype, at);
+        gamma[j] = mass == 0 ? scalar_t(0) : gh * scale / mass;
+        beta[j] = read_element<scalar_t>(grad_confidence, inputs.dtype, at) * per_pixel -
+                  (mass == 0 ? scalar_t(0) : gh / mass * h);
+      }
+    }
+  }
+
+  // Step 2: rows of pixels; the coefficients of a row are those of the row before while the same patches hold it.
+  const int64_t run = g.stride[1] >= g.patch[1] ? g.stride[1] : 16;
+  const int64_t runs = ceil_div(g.image[1], run);
+  const bool direct = inputs.dtype == (sizeof(scalar_t) == 8 ? DType::kFloat64 : DType::kFloat32);
+  run_tasks(g.batch * g.image[0] * runs, g.batch * g.pixels() * classes, parallel,
+            [&](int64_t first_task, int64_t last_task) {
+    RowReader<scalar_t> reader(inputs);
+    Buffer<scalar_t> spread(lines * width), scratch(2 * classes * kMaxLanes);
+    Buffer<scalar_t> converted(direct ? 0 : classes * width);
+    for (int64_t task = first_task; task < last_task; ++task) {
+      const int64_t b = task / (g.image[0] * runs), z = task / runs % g.image[0], y0 = task % runs * run;
+      const PatchRange depth = patches_with(z, g.patch[0], g.stride[0], g.grid[0]);
+      PatchRange last{-1, -1};
+      for (int64_t y = y0; y < std::min(y0 + run, g.image[1]); ++y) {
+        const PatchRange height = patches_with(y, g.patch[1], g.stride[1], g.grid[1]);
+        if (height.first != last.first || height.last != last.last) {
+          last = height;
+          std::fill(spread.data(), spread.data() + spread.size(), scalar_t(0));
+          for (int64_t line = 0; line < lines; ++line) {
+            scalar_t* out = spread.data() + line * width;
+            const scalar_t* in = coefficients.data() + (b * lines + line) * patches;
+            for (int64_t gz = depth.first; gz < depth.last; ++gz)
+              for (int64_t gy = height.first; gy < height.last; ++gy)
+                for (int64_t gx = 0; gx < g.grid[2]; ++gx) {
+                  const scalar_t value = in[(gz * g.grid[1] + gy) * g.grid[2] + gx];
+                  for (int64_t x = gx * g.stride[2]; x < gx * g.stride[2] + g.patch[2]; ++x) out[x] += value;
+                }
+          }
+        }
+        const int64_t out = b * classes * g.pixels() + (z * g.image[1] + y) * width;
+        scalar_t* target = direct ? static_cast<scalar_t*>(grad_input) + out : converted.data();
+        backward_row({reader.row(b, z, y), reader.class_stride(), width, classes, inputs.probabilities, scratch.data(),
+                      spread.data(), spread.data() + width, spread.data() + (1 + classes) * width, target,
+                      direct ? g.pixels() : width});
+        for (int64_t k = 0; !direct && k < classes; ++k)
+          write_elements(converted.data() + k * width, width, grad_input, inputs.dtype, out + k * g.pixels());
+      }
+    }
+  });
+}
+
+#define PGLCL_INSTANTIATE(scalar_t)                                                                                 \
+  template void patch_statistics_forward<scalar_t>(const StatisticsInputs&, void*, void*, void*, const Parallel&);   \
+  template void patch_statistics_backward<scalar_t>(const StatisticsInputs&, const void*, const void*, const void*, \
+                                                    const void*, const void*, void*, const Parallel&);
+PGLCL_INSTANTIATE(float)
+PGLCL_INSTANTIATE(double)
+
+}  // namespace pglcl

@@ -1,0 +1,29 @@
+// Patch statistics on the CPU (METHOD section 2), free of torch.
+#pragma once
+
+#include "../dtype.h"
+#include "../patch_grid.h"
+#include "parallel.h"
+
+namespace pglcl {
+
+// Contiguous arrays of one dtype: input (B, K, *S), entropy (B, *g), confidence and class_entropy (B, K, *g).
+struct StatisticsInputs {
+  PatchGrid grid;
+  const void* input;
+  DType dtype;
+  bool probabilities;
+  bool normalize;
+};
+
+template <typename scalar_t>
+void patch_statistics_forward(const StatisticsInputs& inputs, void* entropy, void* confidence, void* class_entropy,
+                              const Parallel& parallel);
+
+// The outputs of the forward pass and the gradients of the loss with respect to them; grad_input is written whole.
+template <typename scalar_t>
+void patch_statistics_backward(const StatisticsInputs& inputs, const void* confidence, const void* class_entropy,
+                               const void* grad_entropy, const void* grad_confidence, const void* grad_class_entropy,
+                               void* grad_input, const Parallel& parallel);
+
+}  // namespace pglcl

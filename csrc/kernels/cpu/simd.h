@@ -1,0 +1,162 @@
+// Vector arithmetic for the CPU kernels, on the compiler's own vector extensions.
+//
+// This header is compiled once per instruction set, each time inside its own namespace, so that no function built for
+// AVX-512 can be picked by the linker for a machine without it. For the same reason nothing here, nor in the files
+// that include it, uses a standard-library template.
+#pragma once
+
+#include <stdint.h>
+
+#include "integer_of.h"
+
+#ifndef PGLCL_ISA
+#error "PGLCL_ISA names the instruction set this file is compiled for; CMakeLists.txt sets it"
+#endif
+
+#define PGLCL_INLINE inline __attribute__((always_inline))
+
+namespace pglcl::PGLCL_ISA {
+
+// kMicroRows x (2 vectors) accumulators are held in registers by the matrix micro-kernel: 16 of 32 registers with
+// AVX-512, 8 of 16 otherwise. Both cover the latency of two fused multiply-adds per cycle (4 cycles each).
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kMicroRows = 8;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kMicroRows = 4;
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kMicroRows = 4;
+#endif
+
+template <typename scalar_t>
+struct Simd {
+  typedef scalar_t vec __attribute__((vector_size(kVectorBytes)));
+  typedef scalar_t vec_unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(scalar_t))));
+  typedef integer_t<scalar_t> mask __attribute__((vector_size(kVectorBytes)));
+  typedef integer_t<scalar_t> mask_unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(scalar_t))));
+  static constexpr int kLanes = kVectorBytes / sizeof(scalar_t);
+  static constexpr int kPanel = 2 * kLanes;  // columns of one micro-kernel tile
+};
+
+template <typename scalar_t>
+using vec_t = typename Simd<scalar_t>::vec;
+template <typename scalar_t>
+using mask_t = typename Simd<scalar_t>::mask;
+
+template <typename scalar_t>
+PGLCL_INLINE vec_t<scalar_t> load(const scalar_t* p) {
+  return *reinterpret_cast<const typename Simd<scalar_t>::vec_unaligned*>(p);
+}
+
+template <typename scalar_t>
+PGLCL_INLINE void store(scalar_t* p, vec_t<scalar_t> value) {
+  *reinterpret_cast<typename Simd<scalar_t>::vec_unaligned*>(p) = value;
+}
+
+template <typename scalar_t>
+PGLCL_INLINE mask_t<scalar_t> load_integers(const integer_t<scalar_t>* p) {
+  return *reinterpret_cast<const typename Simd<scalar_t>::mask_unaligned*>(p);
+}
+
+template <typename scalar_t>
+PGLCL_INLINE vec_t<scalar_t> broadcast(scalar_t value) {
+  return value - vec_t<scalar_t>{};
+}
+
+template <typename scalar_t>
+PGLCL_INLINE vec_t<scalar_t> absolute(vec_t<scalar_t> x) {
+  const integer_t<scalar_t> sign = integer_t<scalar_t>(1) << (8 * sizeof(scalar_t) - 1);
+  return (vec_t<scalar_t>)((mask_t<scalar_t>)x & ~sign);
+}
+
+// value where the mask holds, 0 elsewhere; a NaN outside the mask does not pass.
+template <typename scalar_t>
+PGLCL_INLINE vec_t<scalar_t> keep(mask_t<scalar_t> mask, vec_t<scalar_t> value) {
+  return mask ? value : vec_t<scalar_t>{};
+}
+
+template <typename scalar_t>
+PGLCL_INLINE vec_t<scalar_t> maximum(vec_t<scalar_t> a, vec_t<scalar_t> b) {
+  return a > b ? a : b;
+}
+
+template <typename scalar_t>
+PGLCL_INLINE scalar_t horizontal_sum(vec_t<scalar_t> x) {
+  // A fixed binary tree, the same on every run.
+  scalar_t lanes[Simd<scalar_t>::kLanes];
+  store(lanes, x);
+  for (int width = Simd<scalar_t>::kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+template <typename scalar_t>
+PGLCL_INLINE scalar_t horizontal_max(vec_t<scalar_t> x) {
+  scalar_t lanes[Simd<scalar_t>::kLanes];
+  store(lanes, x);
+  scalar_t result = lanes[0];
+  for (int i = 1; i < Simd<scalar_t>::kLanes; ++i) result = lanes[i] > result ? lanes[i] : result;
+  return result;
+}
+
+// 2^x. Below -126 (float) the result stays at the smallest normal number: the callers' sums hold at least one term
+// near 1 there. NaN gives NaN.
+PGLCL_INLINE vec_t<float> exp2(vec_t<float> x) {
+  x = x < -126.0f ? broadcast(-126.0f) : x;
+  x = x > 127.0f ? broadcast(127.0f) : x;
+  // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low mantissa bits.
+  const float magic = 12582912.0f;
+  const vec_t<float> shifted = x + magic;
+  const vec_t<float> f = x - (shifted - magic);
+  const vec_t<float> scale = (vec_t<float>)(((mask_t<float>)shifted << 23) + 0x3f800000);
+  // Minimax polynomial of 2^f on [-1/2, 1/2], relative error 2e-9.
+  vec_t<float> p = broadcast(1.535336189037e-4f);
+  p = p * f + 1.339887442230e-3f;
+  p = p * f + 9.618437357816e-3f;
+  p = p * f + 5.550332471100e-2f;
+  p = p * f + 2.402264791363e-1f;
+  p = p * f + 6.931472028551e-1f;
+  p = p * f + 1.0f;
+  return p * scale;
+}
+
+PGLCL_INLINE vec_t<double> exp2(vec_t<double> x) {
+  vec_t<double> result = x;
+  for (int i = 0; i < Simd<double>::kLanes; ++i) result[i] = __builtin_exp2(x[i]);
+  return result;
+}
+
+// Natural logarithm of x > 0; numbers below the smallest normal one count as that one. NaN gives NaN.
+PGLCL_INLINE vec_t<float> log(vec_t<float> x) {
+  x = x < 1.17549435e-38f ? broadcast(1.17549435e-38f) : x;
+  mask_t<float> bits = (mask_t<float>)x;
+  // x = 2^e * m with m in [sqrt(1/2), sqrt(2)).
+  mask_t<float> exponent = (bits - 0x3f3504f3) >> 23;
+  vec_t<float> m = (vec_t<float>)(bits - (exponent << 23));
+  vec_t<float> e = __builtin_convertvector(exponent, vec_t<float>);
+  const vec_t<float> f = m - 1.0f;
+  vec_t<float> p = broadcast(7.0376836292e-2f);
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const vec_t<float> f2 = f * f;
+  vec_t<float> result = f * f2 * p - 0.5f * f2 + f + e * 0.69314718056f;
+  // NaN and infinity pass through the bit tricks as numbers: put them back.
+  return (x - x == 0.0f) ? result : x;
+}
+
+PGLCL_INLINE vec_t<double> log(vec_t<double> x) {
+  vec_t<double> result = x;
+  for (int i = 0; i < Simd<double>::kLanes; ++i)
+    result[i] = __builtin_log(x[i] < 2.2250738585072014e-308 ? 2.2250738585072014e-308 : x[i]);
+  return result;
+}
+
+}  // namespace pglcl::PGLCL_ISA

@@ -1,0 +1,72 @@
+// C (+)= A B for tiles that lie in the first- and second-level caches: the one matrix product of the CPU kernels.
+#pragma once
+
+#include "simd.h"
+
+namespace pglcl::PGLCL_ISA {
+
+// Where the rows of C lie: consecutive, or at the places an index gives (the sorted rows of a gradient).
+template <typename scalar_t>
+struct RowsOfC {
+  scalar_t* data;
+  int64_t stride;
+  const int32_t* index;  // null: row r is the r-th
+  PGLCL_INLINE scalar_t* row(int64_t r) const { return data + (index ? int64_t(index[r]) : r) * stride; }
+};
+
+// One kMicroRows x kPanel tile. A(r, k) = a[r * row_step + k * k_step], B(k, c) = b[k * ldb + c].
+template <typename scalar_t>
+PGLCL_INLINE void micro_kernel(int64_t depth, const scalar_t* a, int64_t row_step, int64_t k_step, const scalar_t* b,
+                               int64_t ldb, vec_t<scalar_t> (&acc)[kMicroRows][2]) {
+  constexpr int kLanes = Simd<scalar_t>::kLanes;
+#pragma GCC unroll 8
+  for (int r = 0; r < kMicroRows; ++r) acc[r][0] = acc[r][1] = vec_t<scalar_t>{};
+  for (int64_t k = 0; k < depth; ++k) {
+    const vec_t<scalar_t> b0 = load(b + k * ldb);
+    const vec_t<scalar_t> b1 = load(b + k * ldb + kLanes);
+    const scalar_t* ak = a + k * k_step;
+#pragma GCC unroll 8
+    for (int r = 0; r < kMicroRows; ++r) {
+      const scalar_t x = ak[r * row_step];
+      acc[r][0] += x * b0;
+      acc[r][1] += x * b1;
+    }
+  }
+}
+
+// rows x columns of C; A must be readable up to the next multiple of kMicroRows rows and B up to the next multiple of
+// kPanel columns (what lies there does not reach C).
+template <typename scalar_t, bool kAccumulate>
+inline void tile_gemm(int64_t rows, int64_t columns, int64_t depth, const scalar_t* a, int64_t row_step, int64_t k_step,
+                      const scalar_t* b, int64_t ldb, RowsOfC<scalar_t> c) {
+  constexpr int kLanes = Simd<scalar_t>::kLanes;
+  constexpr int kPanel = Simd<scalar_t>::kPanel;
+  vec_t<scalar_t> acc[kMicroRows][2];
+  for (int64_t column = 0; column < columns; column += kPanel) {
+    const int64_t width = columns - column < kPanel ? columns - column : kPanel;
+    for (int64_t row = 0; row < rows; row += kMicroRows) {
+      const int64_t height = rows - row < kMicroRows ? rows - row : kMicroRows;
+      micro_kernel(depth, a + row * row_step, row_step, k_step, b + column, ldb, acc);
+      if (height == kMicroRows && width == kPanel) {
+#pragma GCC unroll 8
+        for (int r = 0; r < kMicroRows; ++r) {
+          scalar_t* out = c.row(row + r) + column;
+          store(out, kAccumulate ? load(out) + acc[r][0] : acc[r][0]);
+          store(out + kLanes, kAccumulate ? load(out + kLanes) + acc[r][1] : acc[r][1]);
+        }
+        continue;
+      }
+      scalar_t edge[kMicroRows][kPanel];
+      for (int r = 0; r < kMicroRows; ++r) {
+        store(edge[r], acc[r][0]);
+        store(edge[r] + kLanes, acc[r][1]);
+      }
+      for (int64_t r = 0; r < height; ++r) {
+        scalar_t* out = c.row(row + r) + column;
+        for (int64_t i = 0; i < width; ++i) out[i] = kAccumulate ? out[i] + edge[r][i] : edge[r][i];
+      }
+    }
+  }
+}
+
+}  // namespace pglcl::PGLCL_ISA

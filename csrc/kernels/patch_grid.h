@@ -1,0 +1,32 @@
+// The patch grid of METHOD section 2: average pooling without padding.
+#pragma once
+
+#include <cstdint>
+
+namespace pglcl {
+
+// Images of 2 dimensions are volumes of depth 1. Index 0, 1, 2 is depth, height, width.
+struct PatchGrid {
+  int64_t batch, classes;
+  int64_t image[3], patch[3], stride[3], grid[3];
+
+  int64_t pixels() const { return image[0] * image[1] * image[2]; }
+  int64_t patches() const { return grid[0] * grid[1] * grid[2]; }
+  int64_t patch_pixels() const { return patch[0] * patch[1] * patch[2]; }
+};
+
+// Positions [first, last) along one dimension of the patches that hold pixel x; empty between and past patches.
+struct PatchRange {
+  int64_t first, last;
+};
+
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+inline PatchRange patches_with(int64_t x, int64_t patch, int64_t stride, int64_t grid) {
+  const int64_t first = x < patch ? 0 : (x - patch) / stride + 1;
+  const int64_t last = x / stride + 1;
+  return {first, last < grid ? last : grid};
+}
+
+}  // namespace pglcl

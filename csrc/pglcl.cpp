@@ -1,0 +1,38 @@
+// Every op's schema, once, and the pybind11 module.
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+
+#include "kernels/cpu/kernel_table.h"
+
+// The inputs of the fused contrastive loss, shared by its forward and backward op.
+#define PGLCL_CONTRAST_SCHEMA                                                                                \
+  "Tensor anchors, Tensor labels, Tensor? descriptors, Tensor? keys, Tensor? key_labels, "                   \
+  "Tensor? key_descriptors, Tensor? positive_bounds, Tensor? negative_bounds, Tensor? positive_mask, "       \
+  "Tensor? negative_mask, float temperature, float positive_bound, float negative_bound, "                   \
+  "float negative_weight, int ignore_index, int self_offset, int reduction"
+
+TORCH_LIBRARY(pglcl_ext, m) {
+  m.def(
+      "patch_statistics(Tensor input, int[] patch_size, int[] stride, bool probabilities, bool normalize) -> "
+      "(Tensor entropy, Tensor confidence, Tensor class_entropy)");
+  m.def(
+      "patch_statistics_backward(Tensor grad_entropy, Tensor grad_confidence, Tensor grad_class_entropy, "
+      "Tensor input, Tensor confidence, Tensor class_entropy, int[] patch_size, int[] stride, bool probabilities, "
+      "bool normalize) -> Tensor");
+  m.def("semantic_disparity(Tensor a, Tensor b) -> Tensor");
+  m.def(
+      "semantic_disparity_backward(Tensor grad, Tensor a, Tensor b, bool needs_a, bool needs_b) -> "
+      "(Tensor grad_a, Tensor grad_b)");
+  m.def(
+      "disparity_bounds(Tensor descriptors, Tensor labels, Tensor key_descriptors, Tensor key_labels, int count, "
+      "bool positives, int ignore_index, int self_offset) -> Tensor");
+  m.def("patch_contrast(" PGLCL_CONTRAST_SCHEMA
+        ") -> (Tensor loss, Tensor lse, Tensor positive_logit, Tensor num_positives, Tensor num_valid)");
+  m.def("patch_contrast_backward(Tensor grad, Tensor lse, Tensor num_positives, Tensor num_valid, "
+        PGLCL_CONTRAST_SCHEMA ", bool needs_anchors, bool needs_keys) -> (Tensor grad_anchors, Tensor grad_keys)");
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled ops of pglcl_ext; importing it registers them as torch.ops.pglcl_ext.";
+  m.def("cpu_instruction_set", [] { return pglcl::kernel_table().name; });
+}

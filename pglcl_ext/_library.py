@@ -1,0 +1,70 @@
+"""Loads the compiled module, which registers the ops as ``torch.ops.pglcl_ext``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+REBUILD = "pip install --force-reinstall --no-deps --no-build-isolation ."
+
+
+def _load() -> None:
+    try:
+        from pglcl_ext import _build_config
+    except ImportError as error:
+        raise ImportError(
+            "pglcl_ext is not built here (no _build_config beside it). From the source folder run: pip install ."
+        ) from error
+    if _build_config.torch_version != torch.__version__:
+        raise ImportError(
+            f"pglcl_ext was built against torch {_build_config.torch_version}, but torch {torch.__version__} is "
+            f"running. Rebuild it from its source folder: {REBUILD}"
+        )
+    from pglcl_ext import _C  # noqa: F401
+
+
+_load()
+ops = torch.ops.pglcl_ext
+
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
+
+
+def build_info() -> dict[str, Any]:
+    """What this installation was built with and what it uses.
+
+    Returns:
+        A dict with ``version`` (of pglcl-ext), ``torch_built`` and ``torch_running``, ``cuda_built`` (bool) and
+        ``cuda_reason`` (why not, else ""), ``cuda_architectures`` (list of str) and ``cpu_instruction_set``, the one
+        in use: the best that the processor and the environment variable ``PGLCL_CPU_ISA`` (``baseline``, ``avx2``,
+        ``avx512`` or ``avx512_bf16``) allow.
+
+    Raises:
+        ValueError: if ``PGLCL_CPU_ISA`` names no instruction set.
+    """
+    from pglcl_ext import _C, _build_config
+
+    wanted = os.environ.get("PGLCL_CPU_ISA")
+    if wanted is not None and wanted not in INSTRUCTION_SETS:
+        raise ValueError(f"PGLCL_CPU_ISA must be one of {', '.join(INSTRUCTION_SETS)}, got {wanted!r}")
+    return {
+        "version": importlib.metadata.version("pglcl-ext"),
+        "torch_built": _build_config.torch_version,
+        "torch_running": torch.__version__,
+        "cuda_built": _build_config.cuda_built,
+        "cuda_reason": _build_config.cuda_reason,
+        "cuda_architectures": list(_build_config.cuda_architectures),
+        "cpu_instruction_set": _C.cpu_instruction_set(),
+    }
+
+
+def no_double_backward(op: str) -> Callable[..., Any]:
+    """An autograd formula for the backward op of `op`: differentiating it again is refused by name."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(f"pglcl_ext.{op} cannot be differentiated twice")
+
+    return backward

@@ -1,0 +1,128 @@
+"""Entropy and class confidence of the patches of a prediction (METHOD section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pglcl_ext._library import no_double_backward, ops
+
+__all__ = ["PatchStatistics", "patch_entropy", "patch_statistics"]
+
+
+class PatchStatistics(NamedTuple):
+    """Statistics of each patch; ``*g`` is the patch grid."""
+
+    entropy: Tensor  # (B, *g)
+    confidence: Tensor  # (B, K, *g)
+    class_entropy: Tensor  # (B, K, *g)
+
+
+def _per_dimension(value: int | Sequence[int], dims: int, name: str) -> list[int]:
+    if isinstance(value, bool) or not isinstance(value, (int, Sequence)) or isinstance(value, str):
+        raise TypeError(f"{name} must be an int or a sequence of ints, got {type(value).__name__}")
+    return [value] * dims if isinstance(value, int) else list(value)
+
+
+def patch_grid_arguments(
+    input: Tensor, patch_size: int | Sequence[int], stride: int | Sequence[int] | None
+) -> tuple[list[int], list[int]]:
+    """`patch_size` and `stride` with one entry per spatial dimension of `input` (B, K, *S)."""
+    dims = max(input.dim() - 2, 0)
+    patch = _per_dimension(patch_size, dims, "patch_size")
+    return patch, patch if stride is None else _per_dimension(stride, dims, "stride")
+
+
+def patch_statistics(
+    input: Tensor,
+    patch_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    *,
+    probabilities: bool = False,
+    normalize: bool = False,
+) -> PatchStatistics:
+    r"""Average entropy, class confidence and class entropy of every patch, in one pass over the prediction.
+
+    With :math:`p = \mathrm{softmax}_K(\ell)` and the pixel entropy :math:`h(x) = -\sum_k p_k(x) \log p_k(x)`
+    (METHOD section 2; the average patch entropy is the paper's, the rest our choice), for each patch :math:`j`
+
+    .. math::
+        H_j = \mathrm{mean}_{x \in j}\, h(x), \quad
+        c_{jk} = \mathrm{mean}_{x \in j}\, p_k(x), \quad
+        H_{jk} = \frac{\sum_{x \in j} p_k(x) h(x)}{\sum_{x \in j} p_k(x)}.
+
+    The grid is that of average pooling without padding, ``g = (S - patch_size) // stride + 1`` per dimension.
+
+    Args:
+        input: logits, (B, K, H, W) or (B, K, D, H, W) with K >= 2; float64, float32, bfloat16 or float16.
+        patch_size: in pixels, an int or one per spatial dimension; at most the image.
+        stride: in pixels, an int or one per spatial dimension; the patch size by default.
+        probabilities: `input` holds probabilities instead of logits. Where one is 0, the gradient of its entropy,
+            which is infinite there, is taken as 0.
+        normalize: divide the entropies, in nats, by log K, so that they lie in [0, 1].
+
+    Returns:
+        :class:`PatchStatistics` in the dtype of `input`, each differentiable with respect to it. A class without any
+        probability in a patch has class entropy 0 there.
+
+    Raises:
+        ValueError: wrong rank, fewer than two classes, or a patch larger than the image.
+        TypeError: `input` is not floating point.
+    """
+    patch, step = patch_grid_arguments(input, patch_size, stride)
+    return PatchStatistics(*ops.patch_statistics(input, patch, step, probabilities, normalize))
+
+
+def patch_entropy(
+    input: Tensor,
+    patch_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    *,
+    probabilities: bool = False,
+    normalize: bool = False,
+) -> Tensor:
+    """The average entropy of each patch, (B, *g): :attr:`PatchStatistics.entropy` alone.
+
+    Arguments and errors are those of :func:`patch_statistics`.
+    """
+    return patch_statistics(
+        input, patch_size, stride, probabilities=probabilities, normalize=normalize
+    ).entropy
+
+
+@torch.library.register_fake("pglcl_ext::patch_statistics")
+def _fake(
+    input: Tensor, patch_size: list[int], stride: list[int], probabilities: bool, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, classes, *image = input.shape
+    grid = [(s - p) // t + 1 for s, p, t in zip(image, patch_size, stride)]
+    return (
+        input.new_empty((batch, *grid)),
+        input.new_empty((batch, classes, *grid)),
+        input.new_empty((batch, classes, *grid)),
+    )
+
+
+@torch.library.register_fake("pglcl_ext::patch_statistics_backward")
+def _fake_backward(
+    grad_entropy: Tensor, grad_confidence: Tensor, grad_class_entropy: Tensor, input: Tensor, *rest: Any
+) -> Tensor:
+    return torch.empty_like(input, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, *ctx.options = inputs
+    _, confidence, class_entropy = output
+    ctx.save_for_backward(input, confidence, class_entropy)
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    grad = ops.patch_statistics_backward(*grads, *ctx.saved_tensors, *ctx.options)
+    return (grad, *(None for _ in ctx.options))
+
+
+torch.library.register_autograd("pglcl_ext::patch_statistics", _backward, setup_context=_setup_context)
+torch.library.register_autograd("pglcl_ext::patch_statistics_backward", no_double_backward("patch_statistics"))

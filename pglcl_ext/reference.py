@@ -1,0 +1,167 @@
+"""The ops in plain PyTorch: each function reads as its formula in METHOD, is differentiable twice, and stores whatever
+it likes. The tests hold the kernels to these; users can, too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pglcl_ext.patch_statistics import PatchStatistics, patch_grid_arguments
+
+__all__ = [
+    "patch_contrast_loss",
+    "patch_entropy",
+    "patch_statistics",
+    "semantic_disparity",
+]
+
+
+def _entropy(p: Tensor) -> Tensor:
+    """-sum p log p over the classes, (B, 1, *S), with value and gradient 0 where p = 0."""
+    return -(p * torch.where(p > 0, p, 1).log()).sum(dim=1, keepdim=True)
+
+
+def patch_statistics(
+    input: Tensor,
+    patch_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    *,
+    probabilities: bool = False,
+    normalize: bool = False,
+) -> PatchStatistics:
+    """METHOD section 2; see :func:`pglcl_ext.patch_statistics`."""
+    patch, step = patch_grid_arguments(input, patch_size, stride)
+    pool = F.avg_pool2d if input.dim() == 4 else F.avg_pool3d
+
+    def mean(x: Tensor) -> Tensor:
+        return pool(x, patch, step)
+
+    if probabilities:
+        p, h = input, _entropy(input)
+    else:
+        p = input.softmax(dim=1)
+        h = -(p * input.log_softmax(dim=1)).sum(dim=1, keepdim=True)
+    confidence = mean(p)
+    class_entropy = torch.where(confidence > 0, mean(p * h) / torch.where(confidence > 0, confidence, 1), 0)
+    scale = 1 / math.log(input.shape[1]) if normalize else 1.0
+    return PatchStatistics(mean(h).squeeze(1) * scale, confidence, class_entropy * scale)
+
+
+def patch_entropy(
+    input: Tensor,
+    patch_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    *,
+    probabilities: bool = False,
+    normalize: bool = False,
+) -> Tensor:
+    """METHOD section 2; see :func:`pglcl_ext.patch_entropy`."""
+    return patch_statistics(
+        input, patch_size, stride, probabilities=probabilities, normalize=normalize
+    ).entropy
+
+
+def semantic_disparity(a: Tensor, b: Tensor | None = None) -> Tensor:
+    """METHOD section 3; see :func:`pglcl_ext.semantic_disparity`."""
+    a = a.reshape(a.shape[0], -1)
+    b = a if b is None else b.reshape(b.shape[0], -1)
+    return (a[:, None, :] - b[None, :, :]).abs().mean(dim=2)
+
+
+def _nth(values: Tensor, mask: Tensor, n: int, *, largest: bool, default: float) -> Tensor:
+    """The n-th smallest or largest of the masked entries of each row, (N, 1); `default` where there are not more."""
+    worst = -math.inf if largest else math.inf
+    ordered = values.masked_fill(~mask, worst).sort(dim=1, descending=largest).values
+    if n > ordered.shape[1]:
+        return values.new_full((values.shape[0], 1), default)
+    nth = ordered[:, n - 1 : n]
+    return torch.where(mask.sum(dim=1, keepdim=True) > n, nth, default)
+
+
+def guided_masks(
+    labels: Tensor,
+    descriptors: Tensor | None,
+    key_labels: Tensor | None = None,
+    key_descriptors: Tensor | None = None,
+    *,
+    max_positive_disparity: float | Tensor | None = None,
+    min_negative_disparity: float | Tensor | None = None,
+    num_positives: int | None = None,
+    num_negatives: int | None = None,
+    ignore_index: int = -1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The positives and negatives of METHOD section 4, and the pairs considered at all: three (N, M) bool masks."""
+    other = labels if key_labels is None else key_labels
+    allowed = (labels != ignore_index)[:, None] & (other != ignore_index)[None, :]
+    if key_labels is None:
+        allowed = allowed & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    same = labels[:, None] == other[None, :]
+    positives, negatives = same & allowed, ~same & allowed
+    if descriptors is None:
+        return positives, negatives, allowed
+    disparity = semantic_disparity(descriptors.detach(), None if key_descriptors is None else key_descriptors.detach())
+    upper: float | Tensor = math.inf if max_positive_disparity is None else max_positive_disparity
+    lower: float | Tensor = 0.0 if min_negative_disparity is None else min_negative_disparity
+    if num_positives is not None:
+        upper = _nth(disparity, positives, num_positives, largest=False, default=math.inf).squeeze(1)
+    if num_negatives is not None:
+        lower = _nth(disparity, negatives, num_negatives, largest=True, default=0.0).squeeze(1)
+    upper = upper[:, None] if isinstance(upper, Tensor) else upper
+    lower = lower[:, None] if isinstance(lower, Tensor) else lower
+    return positives & (disparity <= upper), negatives & (disparity >= lower), allowed
+
+
+def patch_contrast_loss(
+    anchors: Tensor,
+    labels: Tensor,
+    descriptors: Tensor | None = None,
+    *,
+    keys: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    key_descriptors: Tensor | None = None,
+    temperature: float = 0.1,
+    max_positive_disparity: float | Tensor | None = None,
+    min_negative_disparity: float | Tensor | None = None,
+    num_positives: int | None = None,
+    num_negatives: int | None = None,
+    positive_mask: Tensor | None = None,
+    negative_mask: Tensor | None = None,
+    negative_weight: float = 1.0,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+) -> Tensor:
+    """METHOD sections 4 and 5; see :func:`pglcl_ext.patch_contrast_loss`."""
+    positives, negatives, allowed = guided_masks(
+        labels,
+        descriptors,
+        key_labels,
+        key_descriptors,
+        max_positive_disparity=max_positive_disparity,
+        min_negative_disparity=min_negative_disparity,
+        num_positives=num_positives,
+        num_negatives=num_negatives,
+        ignore_index=ignore_index,
+    )
+    if positive_mask is not None and negative_mask is not None:
+        positives, negatives = positive_mask & allowed, negative_mask & allowed
+
+    logits = anchors @ (anchors if keys is None else keys).t() / temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_weight = math.log(negative_weight) if negative_weight > 0 else -math.inf
+    count = positives.sum(dim=1)
+    valid = count > 0
+    # A pair that does not count is left out before the exponential; where an anchor has no positive at all, 0 stands
+    # in for its logits, so that no gradient is NaN.
+    positive_logits = torch.where(positives | ~valid[:, None], logits, -math.inf)
+    negative_logits = torch.where(negatives, logits + log_weight, -math.inf)
+    log_denominator = torch.cat([positive_logits, negative_logits], dim=1).logsumexp(dim=1)
+    mean_positive = torch.where(positives, logits, 0).sum(dim=1) / count.clamp(min=1)
+    loss = torch.where(valid, log_denominator - mean_positive, 0)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / valid.sum().clamp(min=1)

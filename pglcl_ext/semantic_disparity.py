@@ -1,0 +1,98 @@
+"""How differently two patches are predicted (METHOD section 3), and the bounds taken from it (section 4)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pglcl_ext._library import no_double_backward, ops
+
+__all__ = ["semantic_disparity"]
+
+
+def semantic_disparity(a: Tensor, b: Tensor | None = None) -> Tensor:
+    r"""The disparity :math:`\Delta_{ij} = \frac{1}{C} \sum_c |a_{ic} - b_{jc}|` of every pair of patches.
+
+    From METHOD section 3: comparing patches by their average entropy is the paper's, the formula our choice.
+    :func:`pglcl_ext.patch_contrast_loss` applies it to descriptors without storing this matrix.
+
+    Args:
+        a: descriptors, (N,) or (N, C); a vector counts as C = 1. Usually patch entropies, in nats.
+        b: descriptors, (M,) or (M, C), of the dtype and device of `a`; `a` itself by default.
+
+    Returns:
+        (N, M) in the dtype of `a`, differentiable with respect to both, with sub-gradient 0 at ties.
+
+    Raises:
+        ValueError: wrong rank, or different numbers of channels or devices.
+        TypeError: not floating point, or different dtypes.
+    """
+    return ops.semantic_disparity(a, a if b is None else b)  # type: ignore[no-any-return]
+
+
+def disparity_bounds(
+    descriptors: Tensor,
+    labels: Tensor,
+    key_descriptors: Tensor,
+    key_labels: Tensor,
+    count: int,
+    *,
+    positives: bool,
+    ignore_index: int,
+    self_offset: int,
+) -> Tensor:
+    """The bound that keeps `count` positives or negatives of each anchor, ties included (METHOD section 4).
+
+    Args:
+        descriptors: (N,) or (N, C). One channel costs a sort; several cost all disparities, a row at a time.
+        labels: (N,) int64.
+        key_descriptors: (M,) or (M, C).
+        key_labels: (M,) int64.
+        count: at least 1.
+        positives: the count-th smallest disparity among keys of the same label, else the count-th largest among
+            keys of other labels.
+        ignore_index: patches with this label take no part.
+        self_offset: key ``i + self_offset`` is anchor ``i`` itself and does not count; -1 where there is no such key.
+
+    Returns:
+        (N,) in float32 (float64 for float64 descriptors); infinity or 0 where there are not more than `count` keys.
+    """
+    return ops.disparity_bounds(  # type: ignore[no-any-return]
+        descriptors.detach(), labels, key_descriptors.detach(), key_labels, count, positives, ignore_index, self_offset
+    )
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums over elements of `dtype` are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("pglcl_ext::semantic_disparity")
+def _fake(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]))
+
+
+@torch.library.register_fake("pglcl_ext::semantic_disparity_backward")
+def _fake_backward(grad: Tensor, a: Tensor, b: Tensor, needs_a: bool, needs_b: bool) -> tuple[Tensor, Tensor]:
+    return a.new_empty(a.shape if needs_a else (0,)), b.new_empty(b.shape if needs_b else (0,))
+
+
+@torch.library.register_fake("pglcl_ext::disparity_bounds")
+def _fake_bounds(descriptors: Tensor, *rest: Any) -> Tensor:
+    return descriptors.new_empty((descriptors.shape[0],), dtype=accumulate_dtype(descriptors.dtype))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    needs_a, needs_b = ctx.needs_input_grad
+    grad_a, grad_b = ops.semantic_disparity_backward(grad, *ctx.saved_tensors, needs_a, needs_b)
+    return grad_a if needs_a else None, grad_b if needs_b else None
+
+
+torch.library.register_autograd("pglcl_ext::semantic_disparity", _backward, setup_context=_setup_context)
+torch.library.register_autograd("pglcl_ext::semantic_disparity_backward", no_double_backward("semantic_disparity"))
