@@ -3,10 +3,10 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include "../checks.h"
+#include "huge_pages.h"
 #include "parallel.h"
 
 namespace pglcl {
@@ -38,7 +38,8 @@ at::Tensor backward(const at::Tensor& grad_entropy, const at::Tensor& grad_confi
                     bool probabilities, bool normalize) {
   const PatchGrid grid = check_patch_grid(input, patch_size, stride);
   const at::Tensor contiguous = input.contiguous();
-  at::Tensor grad_input = at::zeros_like(contiguous);
+  at::Tensor grad_input = at::empty_like(contiguous);
+  advise_huge_pages(grad_input);
   const StatisticsInputs inputs{grid, contiguous.const_data_ptr(), dtype_of(input), probabilities, normalize};
   const auto kernel =
       input.scalar_type() == at::kDouble ? patch_statistics_backward<double> : patch_statistics_backward<float>;

@@ -5,7 +5,7 @@
 
 namespace pglcl {
 
-// Declared here and defined in contrast_tile.cpp and statistics_row.cpp, compiled once per instruction set.
+// Declared here and defined in contrast_tile.cpp and statistics_strip.cpp, compiled once per instruction set.
 #define PGLCL_DECLARE(isa)                        \
   namespace isa {                                 \
   template <typename scalar_t>                    \

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "contrast_tile.h"
-#include "statistics_row.h"
+#include "statistics_strip.h"
 
 namespace pglcl {
 
@@ -18,8 +18,8 @@ struct ContrastKernels {
 
 template <typename scalar_t>
 struct StatisticsKernels {
-  void (*forward_row)(const StatisticsRow<scalar_t>&);
-  void (*backward_row)(const StatisticsGradientRow<scalar_t>&);
+  void (*forward_strip)(const StatisticsStrip<scalar_t>&);
+  void (*backward_strip)(const StatisticsGradientStrip<scalar_t>&);
 };
 
 struct KernelTable {

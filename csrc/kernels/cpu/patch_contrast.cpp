@@ -548,9 +548,12 @@ void patch_contrast_backward(const ContrastInputs<scalar_t>& inputs, const scala
   problem.run(problem.kernels().gradient);
 
   const auto write_back = [&](const Buffer<scalar_t>& sums, const ContrastSide<scalar_t>& side, void* out) {
-    for (int64_t i = 0; i < side.count; ++i)
-      write_elements(sums.data() + i * inputs.depth, inputs.depth, out, inputs.anchors.dtype,
-                     int64_t(side.index[i]) * inputs.depth);
+    parallel.run(problem.workers(), [&](int worker) {
+      const Share share(side.count, problem.workers(), worker);
+      for (int64_t i = share.first; i < share.last; ++i)
+        write_elements(sums.data() + i * inputs.depth, inputs.depth, out, inputs.anchors.dtype,
+                       int64_t(side.index[i]) * inputs.depth);
+    });
   };
   if (!direct && grad_anchors) write_back(anchor_sums, tile.anchors, grad_anchors);
   if (!direct && grad_keys) write_back(key_sums, tile.keys, grad_keys);

@@ -24,30 +24,42 @@ void run_tasks(int64_t tasks, int64_t work, const Parallel& parallel, const std:
   });
 }
 
-// A row of all classes in the accumulating type: in place where the input has that type, else converted.
+// Consecutive rows of all classes in the accumulating type: in place where the input has that type, else converted.
 template <typename scalar_t>
-class RowReader {
+class StripReader {
  public:
-  explicit RowReader(const StatisticsInputs& inputs)
+  StripReader(const StatisticsInputs& inputs, int64_t most_rows)
       : inputs_(inputs),
         direct_(inputs.dtype == (sizeof(scalar_t) == 8 ? DType::kFloat64 : DType::kFloat32)),
-        converted_(direct_ ? 0 : inputs.grid.classes * inputs.grid.image[2]) {}
+        class_stride_(direct_ ? inputs.grid.pixels() : most_rows * inputs.grid.image[2]),
+        converted_(direct_ ? 0 : inputs.grid.classes * class_stride_) {}
 
-  const scalar_t* row(int64_t b, int64_t z, int64_t y) {
+  const scalar_t* rows(int64_t b, int64_t z, int64_t y, int64_t count) {
     const PatchGrid& g = inputs_.grid;
     const int64_t first = b * g.classes * g.pixels() + (z * g.image[1] + y) * g.image[2];
     if (direct_) return static_cast<const scalar_t*>(inputs_.input) + first;
     for (int64_t k = 0; k < g.classes; ++k)
-      read_elements(inputs_.input, inputs_.dtype, first + k * g.pixels(), g.image[2], converted_.data() + k * g.image[2]);
+      read_elements(inputs_.input, inputs_.dtype, first + k * g.pixels(), count * g.image[2],
+                    converted_.data() + k * class_stride_);
     return converted_.data();
   }
-  int64_t class_stride() const { return direct_ ? inputs_.grid.pixels() : inputs_.grid.image[2]; }
+  int64_t class_stride() const { return class_stride_; }
 
  private:
   const StatisticsInputs& inputs_;
   bool direct_;
+  int64_t class_stride_;
   Buffer<scalar_t> converted_;
 };
+
+// The first image row after y that lies in other patches than y does, or `end`.
+int64_t next_change(int64_t y, int64_t end, int64_t patch, int64_t stride, int64_t grid) {
+  const PatchRange range = patches_with(y, patch, stride, grid);
+  int64_t next = end;
+  if (range.first < range.last) next = std::min(next, range.first * stride + patch);  // the first patch ends
+  if (range.last < grid) next = std::min(next, range.last * stride);                  // the next one begins
+  return next;
+}
 
 }  // namespace
 
@@ -56,7 +68,7 @@ void patch_statistics_forward(const StatisticsInputs& inputs, void* entropy, voi
                               const Parallel& parallel) {
   const PatchGrid& g = inputs.grid;
   const int64_t width = g.image[2], classes = g.classes;
-  const auto forward_row = kernel_table().statistics<scalar_t>().forward_row;
+  const auto forward_strip = kernel_table().statistics<scalar_t>().forward_strip;
   const double log_classes = std::log(double(classes));
   const scalar_t scale = scalar_t(inputs.normalize ? 1.0 / log_classes : 1.0);
   const scalar_t highest = inputs.probabilities ? scalar_t(INFINITY) : scalar_t(inputs.normalize ? 1.0 : log_classes);
@@ -68,10 +80,9 @@ void patch_statistics_forward(const StatisticsInputs& inputs, void* entropy, voi
   const int64_t tasks = g.batch * g.grid[0] * runs;
 
   run_tasks(tasks, g.batch * g.pixels() * classes, parallel, [&](int64_t first_task, int64_t last_task) {
-    RowReader<scalar_t> reader(inputs);
+    StripReader<scalar_t> reader(inputs, g.patch[1]);
     const int64_t per_row = (1 + 2 * classes) * width;  // entropy, then mass and product of each class
-    Buffer<scalar_t> sums(run * per_row), scratch(2 * classes * kMaxLanes);
-    std::vector<scalar_t*> entropy_of(overlap), mass_of(overlap), product_of(overlap);
+    Buffer<scalar_t> sums(run * per_row), strip(per_row), scratch(2 * classes * kMaxLanes);
     std::vector<scalar_t> values((1 + 2 * classes) * g.grid[2]);
 
     for (int64_t task = first_task; task < last_task; ++task) {
@@ -79,19 +90,23 @@ void patch_statistics_forward(const StatisticsInputs& inputs, void* entropy, voi
       const int64_t gy1 = std::min(gy0 + run, g.grid[1]);
       std::fill(sums.data(), sums.data() + (gy1 - gy0) * per_row, scalar_t(0));
 
-      // Step 1: add every image row to the patch rows that hold it.
+      // Step 1: strips of image rows that lie in the same patches; each is summed once and added to those patches.
+      const int64_t end = (gy1 - 1) * g.stride[1] + g.patch[1];
       for (int64_t z = gz * g.stride[0]; z < gz * g.stride[0] + g.patch[0]; ++z) {
-        for (int64_t y = gy0 * g.stride[1]; y < (gy1 - 1) * g.stride[1] + g.patch[1]; ++y) {
-          const PatchRange range = patches_with(y, g.patch[1], g.stride[1], g.grid[1]);
-          int targets = 0;
-          for (int64_t gy = std::max(range.first, gy0); gy < std::min(range.last, gy1); ++gy, ++targets) {
-            entropy_of[targets] = sums.data() + (gy - gy0) * per_row;
-            mass_of[targets] = entropy_of[targets] + width;
-            product_of[targets] = mass_of[targets] + classes * width;
+        for (int64_t y = gy0 * g.stride[1], next; y < end; y = next) {
+          next = next_change(y, end, g.patch[1], g.stride[1], g.grid[1]);
+          PatchRange range = patches_with(y, g.patch[1], g.stride[1], g.grid[1]);
+          range = {std::max(range.first, gy0), std::min(range.last, gy1)};
+          if (range.first >= range.last) continue;
+          const bool alone = range.last - range.first == 1;
+          scalar_t* into = alone ? sums.data() + (range.first - gy0) * per_row : strip.data();
+          if (!alone) std::fill(into, into + per_row, scalar_t(0));
+          forward_strip({reader.rows(b, z, y, next - y), reader.class_stride(), width, next - y, width, classes,
+                         inputs.probabilities, scratch.data(), into, into + width, into + (1 + classes) * width});
+          for (int64_t gy = range.first; !alone && gy < range.last; ++gy) {
+            scalar_t* patch_row = sums.data() + (gy - gy0) * per_row;
+            for (int64_t i = 0; i < per_row; ++i) patch_row[i] += strip[i];
           }
-          if (targets == 0) continue;
-          forward_row({reader.row(b, z, y), reader.class_stride(), width, classes, inputs.probabilities,
-                       scratch.data(), entropy_of.data(), mass_of.data(), product_of.data(), targets});
         }
       }
 
@@ -136,68 +151,70 @@ void patch_statistics_backward(const StatisticsInputs& inputs, const void* confi
                                void* grad_input, const Parallel& parallel) {
   const PatchGrid& g = inputs.grid;
   const int64_t width = g.image[2], classes = g.classes, patches = g.patches();
-  const auto backward_row = kernel_table().statistics<scalar_t>().backward_row;
+  const auto backward_strip = kernel_table().statistics<scalar_t>().backward_strip;
   const scalar_t scale = scalar_t(inputs.normalize ? 1.0 / std::log(double(classes)) : 1.0);
   const scalar_t per_pixel = scalar_t(1) / scalar_t(g.patch_pixels());
 
-  // Step 1: what each patch passes on to each of its pixels (see StatisticsGradientRow).
+  // Step 1: what each patch passes on to each of its pixels (see StatisticsGradientStrip).
   const int64_t lines = 1 + 2 * classes;  // alpha, then beta and gamma of each class
   Buffer<scalar_t> coefficients(g.batch * lines * patches);
-  for (int64_t b = 0; b < g.batch; ++b) {
-    scalar_t* alpha = coefficients.data() + b * lines * patches;
-    read_elements(grad_entropy, inputs.dtype, b * patches, patches, alpha);
-    for (int64_t j = 0; j < patches; ++j) alpha[j] *= per_pixel * scale;
-    for (int64_t k = 0; k < classes; ++k) {
-      scalar_t* beta = alpha + (1 + k) * patches;
-      scalar_t* gamma = beta + classes * patches;
-      for (int64_t j = 0; j < patches; ++j) {
-        const int64_t at = (b * classes + k) * patches + j;
-        const scalar_t mass = read_element<scalar_t>(confidence, inputs.dtype, at) * scalar_t(g.patch_pixels());
-        const scalar_t h = read_element<scalar_t>(class_entropy, inputs.dtype, at);  // times scale, as gamma
-        const scalar_t gh = read_element<scalar_t>(grad_class_entropy, inputs.dtype, at);
-        gamma[j] = mass == 0 ? scalar_t(0) : gh * scale / mass;
-        beta[j] = read_element<scalar_t>(grad_confidence, inputs.dtype, at) * per_pixel -
-                  (mass == 0 ? scalar_t(0) : gh / mass * h);
+  run_tasks(g.batch, g.batch * lines * patches, parallel, [&](int64_t first, int64_t last) {
+    const int64_t count = classes * patches;
+    Buffer<scalar_t> mass(count), h(count), gh(count);  // h comes times `scale`
+    for (int64_t b = first; b < last; ++b) {
+      scalar_t* alpha = coefficients.data() + b * lines * patches;
+      scalar_t* beta = alpha + patches;
+      scalar_t* gamma = beta + count;
+      read_elements(grad_entropy, inputs.dtype, b * patches, patches, alpha);
+      read_elements(grad_confidence, inputs.dtype, b * count, count, beta);
+      read_elements(confidence, inputs.dtype, b * count, count, mass.data());
+      read_elements(class_entropy, inputs.dtype, b * count, count, h.data());
+      read_elements(grad_class_entropy, inputs.dtype, b * count, count, gh.data());
+      for (int64_t j = 0; j < patches; ++j) alpha[j] *= per_pixel * scale;
+      for (int64_t j = 0; j < count; ++j) {
+        const scalar_t share = mass[j] == 0 ? scalar_t(0) : gh[j] / mass[j] * per_pixel;
+        gamma[j] = share * scale;
+        beta[j] = beta[j] * per_pixel - share * h[j];
       }
     }
-  }
+  });
 
-  // Step 2: rows of pixels; the coefficients of a row are those of the row before while the same patches hold it.
-  const int64_t run = g.stride[1] >= g.patch[1] ? g.stride[1] : 16;
+  // Step 2: strips of image rows that lie in the same patches share their coefficients.
+  const int64_t run = std::max<int64_t>(g.stride[1], 16);
   const int64_t runs = ceil_div(g.image[1], run);
   const bool direct = inputs.dtype == (sizeof(scalar_t) == 8 ? DType::kFloat64 : DType::kFloat32);
-  run_tasks(g.batch * g.image[0] * runs, g.batch * g.pixels() * classes, parallel,
-            [&](int64_t first_task, int64_t last_task) {
-    RowReader<scalar_t> reader(inputs);
+  const int64_t tasks = g.batch * g.image[0] * runs;
+  run_tasks(tasks, g.batch * g.pixels() * classes, parallel, [&](int64_t first_task, int64_t last_task) {
+    StripReader<scalar_t> reader(inputs, run);
     Buffer<scalar_t> spread(lines * width), scratch(2 * classes * kMaxLanes);
-    Buffer<scalar_t> converted(direct ? 0 : classes * width);
+    Buffer<scalar_t> converted(direct ? 0 : classes * run * width);
     for (int64_t task = first_task; task < last_task; ++task) {
       const int64_t b = task / (g.image[0] * runs), z = task / runs % g.image[0], y0 = task % runs * run;
       const PatchRange depth = patches_with(z, g.patch[0], g.stride[0], g.grid[0]);
-      PatchRange last{-1, -1};
-      for (int64_t y = y0; y < std::min(y0 + run, g.image[1]); ++y) {
+      const int64_t end = std::min(y0 + run, g.image[1]);
+      for (int64_t y = y0, next; y < end; y = next) {
+        next = next_change(y, end, g.patch[1], g.stride[1], g.grid[1]);
         const PatchRange height = patches_with(y, g.patch[1], g.stride[1], g.grid[1]);
-        if (height.first != last.first || height.last != last.last) {
-          last = height;
-          std::fill(spread.data(), spread.data() + spread.size(), scalar_t(0));
-          for (int64_t line = 0; line < lines; ++line) {
-            scalar_t* out = spread.data() + line * width;
-            const scalar_t* in = coefficients.data() + (b * lines + line) * patches;
-            for (int64_t gz = depth.first; gz < depth.last; ++gz)
-              for (int64_t gy = height.first; gy < height.last; ++gy)
-                for (int64_t gx = 0; gx < g.grid[2]; ++gx) {
-                  const scalar_t value = in[(gz * g.grid[1] + gy) * g.grid[2] + gx];
-                  for (int64_t x = gx * g.stride[2]; x < gx * g.stride[2] + g.patch[2]; ++x) out[x] += value;
-                }
-          }
+        std::fill(spread.data(), spread.data() + spread.size(), scalar_t(0));
+        for (int64_t line = 0; line < lines; ++line) {
+          scalar_t* out = spread.data() + line * width;
+          const scalar_t* in = coefficients.data() + (b * lines + line) * patches;
+          for (int64_t gz = depth.first; gz < depth.last; ++gz)
+            for (int64_t gy = height.first; gy < height.last; ++gy)
+              for (int64_t gx = 0; gx < g.grid[2]; ++gx) {
+                const scalar_t value = in[(gz * g.grid[1] + gy) * g.grid[2] + gx];
+                for (int64_t x = gx * g.stride[2]; x < gx * g.stride[2] + g.patch[2]; ++x) out[x] += value;
+              }
         }
         const int64_t out = b * classes * g.pixels() + (z * g.image[1] + y) * width;
         scalar_t* target = direct ? static_cast<scalar_t*>(grad_input) + out : converted.data();
-        backward_row({reader.row(b, z, y), reader.class_stride(), width, classes, inputs.probabilities, scratch.data(),
-                      spread.data(), spread.data() + width, spread.data() + (1 + classes) * width, target,
-                      direct ? g.pixels() : width});
+        const int64_t target_stride = direct ? g.pixels() : run * width;
+        backward_strip({reader.rows(b, z, y, next - y), reader.class_stride(), width, next - y, width, classes,
+                        inputs.probabilities, scratch.data(), spread.data(), spread.data() + width,
+                        spread.data() + (1 + classes) * width, target, target_stride, width});
         for (int64_t k = 0; !direct && k < classes; ++k)
-          write_elements(converted.data() + k * width, width, grad_input, inputs.dtype, out + k * g.pixels());
+          write_elements(converted.data() + k * target_stride, (next - y) * width, grad_input, inputs.dtype,
+                         out + k * g.pixels());
       }
     }
   });

@@ -7,6 +7,10 @@
 
 #include <stdint.h>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include "integer_of.h"
 
 #ifndef PGLCL_ISA
@@ -101,26 +105,67 @@ PGLCL_INLINE scalar_t horizontal_max(vec_t<scalar_t> x) {
   return result;
 }
 
-// 2^x. Below -126 (float) the result stays at the smallest normal number: the callers' sums hold at least one term
-// near 1 there. NaN gives NaN.
-PGLCL_INLINE vec_t<float> exp2(vec_t<float> x) {
-  x = x < -126.0f ? broadcast(-126.0f) : x;
-  x = x > 127.0f ? broadcast(127.0f) : x;
-  // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low mantissa bits.
-  const float magic = 12582912.0f;
-  const vec_t<float> shifted = x + magic;
-  const vec_t<float> f = x - (shifted - magic);
-  const vec_t<float> scale = (vec_t<float>)(((mask_t<float>)shifted << 23) + 0x3f800000);
-  // Minimax polynomial of 2^f on [-1/2, 1/2], relative error 2e-9.
+// 2^f on [-1/2, 1/2]: minimax polynomial, relative error 2e-9.
+PGLCL_INLINE vec_t<float> exp2_polynomial(vec_t<float> f) {
   vec_t<float> p = broadcast(1.535336189037e-4f);
   p = p * f + 1.339887442230e-3f;
   p = p * f + 9.618437357816e-3f;
   p = p * f + 5.550332471100e-2f;
   p = p * f + 2.402264791363e-1f;
   p = p * f + 6.931472028551e-1f;
-  p = p * f + 1.0f;
-  return p * scale;
+  return p * f + 1.0f;
 }
+
+#if defined(__AVX512F__)
+PGLCL_INLINE vec_t<float> exp2_of_any(vec_t<float> x) {
+  const vec_t<float> n = (vec_t<float>)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (vec_t<float>)_mm512_scalef_ps((__m512)exp2_polynomial(x - n), (__m512)n);
+}
+
+// 2^x, at least the smallest normal float: the callers' sums hold a term near 1 beside what underflows. NaN gives NaN.
+PGLCL_INLINE vec_t<float> exp2(vec_t<float> x) {
+  return exp2_of_any((vec_t<float>)_mm512_max_ps(_mm512_set1_ps(-126.0f), (__m512)x));  // x where it is NaN
+}
+
+// 2^x for x <= 0, down to 0. NaN and minus infinity give NaN.
+PGLCL_INLINE vec_t<float> exp2_to_zero(vec_t<float> x) { return exp2_of_any(x); }
+
+// The larger of x and 0; NaN stays.
+PGLCL_INLINE vec_t<float> at_least_zero(vec_t<float> x) {
+  return (vec_t<float>)_mm512_max_ps(_mm512_setzero_ps(), (__m512)x);
+}
+
+// Natural logarithm of a normal x > 0. NaN gives NaN.
+PGLCL_INLINE vec_t<float> log_of_normal(vec_t<float> x) {
+  // x = 2^e * m with m in [3/4, 3/2).
+  const vec_t<float> m = (vec_t<float>)_mm512_getmant_ps((__m512)x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
+  const vec_t<float> e = (vec_t<float>)_mm512_getexp_ps((__m512)(x * (4.0f / 3.0f)));
+  const vec_t<float> f = m - 1.0f;
+  // log(1 + f) = f - f^2 / 2 + f^3 p(f), relative error 5e-9.
+  vec_t<float> p = broadcast(-4.5074807170e-2f);
+  p = p * f + 1.0463022706e-1f;
+  p = p * f - 1.3161193550e-1f;
+  p = p * f + 1.4478394901e-1f;
+  p = p * f - 1.6647312170e-1f;
+  p = p * f + 1.9990861232e-1f;
+  p = p * f - 2.5000095842e-1f;
+  p = p * f + 3.3333449113e-1f;
+  p = p * f - 0.5f;
+  return f + f * f * p + e * 0.69314718056f;
+}
+#else
+PGLCL_INLINE vec_t<float> exp2(vec_t<float> x) {
+  x = x < -126.0f ? broadcast(-126.0f) : x;
+  x = x > 127.0f ? broadcast(127.0f) : x;
+  // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low mantissa bits.
+  const float magic = 12582912.0f;
+  const vec_t<float> shifted = x + magic;
+  const vec_t<float> scale = (vec_t<float>)(((mask_t<float>)shifted << 23) + 0x3f800000);
+  return exp2_polynomial(x - (shifted - magic)) * scale;
+}
+PGLCL_INLINE vec_t<float> exp2_to_zero(vec_t<float> x) { return x < -126.0f ? vec_t<float>{} : exp2(x); }
+PGLCL_INLINE vec_t<float> at_least_zero(vec_t<float> x) { return x < 0.0f ? vec_t<float>{} : x; }
+#endif
 
 PGLCL_INLINE vec_t<double> exp2(vec_t<double> x) {
   vec_t<double> result = x;
@@ -152,11 +197,20 @@ PGLCL_INLINE vec_t<float> log(vec_t<float> x) {
   return (x - x == 0.0f) ? result : x;
 }
 
+#if !defined(__AVX512F__)
+PGLCL_INLINE vec_t<float> log_of_normal(vec_t<float> x) { return log(x); }
+#endif
+
+PGLCL_INLINE vec_t<double> exp2_to_zero(vec_t<double> x) { return exp2(x); }
+PGLCL_INLINE vec_t<double> at_least_zero(vec_t<double> x) { return x < 0.0 ? vec_t<double>{} : x; }
+
 PGLCL_INLINE vec_t<double> log(vec_t<double> x) {
   vec_t<double> result = x;
   for (int i = 0; i < Simd<double>::kLanes; ++i)
     result[i] = __builtin_log(x[i] < 2.2250738585072014e-308 ? 2.2250738585072014e-308 : x[i]);
   return result;
 }
+
+PGLCL_INLINE vec_t<double> log_of_normal(vec_t<double> x) { return log(x); }
 
 }  // namespace pglcl::PGLCL_ISA
