@@ -68,8 +68,8 @@ def patch_entropy(
 
 def semantic_disparity(a: Tensor, b: Tensor | None = None) -> Tensor:
     """METHOD section 3; see :func:`pglcl_ext.semantic_disparity`."""
-    a = a.reshape(a.shape[0], -1)
-    b = a if b is None else b.reshape(b.shape[0], -1)
+    b = a if b is None else b
+    a, b = (t[:, None] if t.dim() == 1 else t for t in (a, b))
     return (a[:, None, :] - b[None, :, :]).abs().mean(dim=2)
 
 

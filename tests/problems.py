@@ -1,0 +1,118 @@
+"""Random problems of the ops, drawn by hypothesis or by hand, and comparisons with the reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pglcl_ext import patch_contrast_loss, reference
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def embeddings(n: int, d: int, *, generator: torch.Generator | None = None) -> Tensor:
+    return F.normalize(torch.randn(n, d, dtype=torch.float64, generator=generator), dim=1)
+
+
+@dataclass
+class ContrastProblem:
+    """Inputs of patch_contrast_loss in float64; `cast` gives them in another dtype, on another device."""
+
+    anchors: Tensor
+    labels: Tensor
+    descriptors: Tensor | None = None
+    keys: Tensor | None = None
+    key_labels: Tensor | None = None
+    key_descriptors: Tensor | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def random(
+        cls,
+        n: int,
+        d: int,
+        *,
+        m: int | None = None,
+        classes: int = 4,
+        channels: int | None = 1,
+        ignored: bool = True,
+        seed: int = 0,
+        **options: Any,
+    ) -> ContrastProblem:
+        g = torch.Generator().manual_seed(seed)
+
+        def side(count: int) -> tuple[Tensor, Tensor, Tensor | None]:
+            labels = torch.randint(-1 if ignored else 0, classes, (count,), generator=g)
+            shape = (count,) if channels == 1 else (count, channels or 1)
+            # Half of them on a coarse grid, so that ties occur.
+            values = torch.rand(shape, generator=g)
+            values = torch.where(torch.rand(shape, generator=g) < 0.5, (values * 8).round() / 8, values)
+            return embeddings(count, d, generator=g), labels, values if channels else None
+
+        anchors, labels, descriptors = side(n)
+        if m is None:
+            return cls(anchors, labels, descriptors, options=options)
+        return cls(anchors, labels, descriptors, *side(m), options=options)
+
+    def cast(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> ContrastProblem:
+        def leaf(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.to(device, dtype).detach().clone().requires_grad_()
+
+        def move(t: Any) -> Any:
+            return t.to(device) if isinstance(t, Tensor) else t
+
+        return ContrastProblem(
+            leaf(self.anchors),  # type: ignore[arg-type]
+            move(self.labels),
+            move(self.descriptors),
+            leaf(self.keys),
+            move(self.key_labels),
+            move(self.key_descriptors),
+            {name: move(value) for name, value in self.options.items()},
+        )
+
+    def loss(self, function: Any = patch_contrast_loss) -> Tensor:
+        keys = {}
+        if self.keys is not None:
+            keys = {"keys": self.keys, "key_labels": self.key_labels}
+            if self.descriptors is not None:
+                keys["key_descriptors"] = self.key_descriptors
+        return function(self.anchors, self.labels, self.descriptors, **keys, **self.options)
+
+    def gradients(self, loss: Tensor, weights: Tensor | None = None) -> list[Tensor]:
+        inputs = [t for t in (self.anchors, self.keys) if t is not None]
+        return list(torch.autograd.grad(loss, inputs, weights))
+
+
+# Largest accepted error relative to the largest gradient; losses are compared with the same number, absolutely and
+# relatively. Low precision is limited by the rounding of the result.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+def assert_matches_reference(problem: ContrastProblem, dtype: torch.dtype, device: torch.device | str) -> None:
+    """The loss and its gradients in `dtype` against the reference in float64 on the same, rounded, numbers."""
+    ours = problem.cast(dtype, device)
+    oracle = problem.cast(torch.float64)
+    with torch.no_grad():
+        oracle.anchors.copy_(ours.anchors)
+        if oracle.keys is not None and ours.keys is not None:
+            oracle.keys.copy_(ours.keys)
+    value, expected = ours.loss(), oracle.loss(reference.patch_contrast_loss)
+    # Logits of up to 1 / temperature, rounded in the accumulating type, are exponentiated.
+    temperature = problem.options.get("temperature", 0.1)
+    rounding = 2 * torch.finfo(value.dtype).eps / temperature
+    tolerance = TOLERANCE[dtype] + rounding
+    torch.testing.assert_close(value.double().cpu(), expected, rtol=tolerance, atol=tolerance)
+    weights = torch.linspace(0.5, 1.5, max(expected.numel(), 1), dtype=torch.float64)[: expected.numel()]
+    weights = weights.reshape(expected.shape)
+    got = ours.gradients(value, weights.to(value.device, value.dtype))
+    want = oracle.gradients(expected, weights)
+    for a, b in zip(got, want):
+        # A gradient is a sum of terms of size 1 / temperature (over N for the mean), which may cancel.
+        term = 0.1 / (temperature * max(expected.numel(), len(problem.anchors)))
+        scale = max(b.abs().max().item(), term) if b.numel() else term
+        torch.testing.assert_close(a.double().cpu(), b, rtol=0, atol=tolerance * scale)

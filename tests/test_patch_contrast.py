@@ -1,0 +1,487 @@
+"""patch_contrast_loss and PatchContrastLoss against the reference, the published formula, and their properties."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pglcl_ext import PatchContrastLoss, patch_contrast_loss, reference
+from pglcl_ext._library import INSTRUCTION_SETS, build_info, ops
+from tests.conftest import DEVICES
+from tests.problems import DTYPES, TOLERANCE, ContrastProblem, assert_matches_reference, embeddings
+
+OPTIONS = {
+    "plain": {},
+    "bounds": {"max_positive_disparity": 0.5, "min_negative_disparity": 0.1},
+    "narrow": {"max_positive_disparity": 0.05, "min_negative_disparity": 0.7},
+    "counts": {"num_positives": 3, "num_negatives": 5},
+    "count and bound": {"num_positives": 4, "min_negative_disparity": 0.2},
+    "weighted": {"negative_weight": 30.0},
+    "no negatives": {"negative_weight": 0.0},
+    "cold": {"temperature": 1e-3},
+    "cold and weighted": {"temperature": 5e-3, "negative_weight": 4096.0},
+    "warm": {"temperature": 5.0},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none", "max_positive_disparity": 0.4},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [None, 170], ids=["self", "keys"])
+def test_matches_reference(name: str, dtype: torch.dtype, m: int | None, device: torch.device) -> None:
+    assert_matches_reference(ContrastProblem.random(300, 33, m=m, **OPTIONS[name]), dtype, device)
+
+
+@pytest.mark.parametrize("n", [1, 2, 31, 33, 127, 128, 129, 257])
+@pytest.mark.parametrize("m", [None, 1, 128, 200])
+def test_sizes_that_do_not_divide_tiles(n: int, m: int | None, device: torch.device) -> None:
+    for d in (1, 7, 64):
+        problem = ContrastProblem.random(n, d, m=m, classes=2, max_positive_disparity=0.6)
+        assert_matches_reference(problem, torch.float32, device)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_every_instruction_set(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGLCL_CPU_ISA", isa)
+    if build_info()["cpu_instruction_set"] != isa:
+        pytest.skip(f"this processor has no {isa}")
+    for dtype in DTYPES:
+        for m in (None, 150):
+            assert_matches_reference(ContrastProblem.random(280, 40, m=m, max_positive_disparity=0.5), dtype, "cpu")
+            assert_matches_reference(ContrastProblem.random(280, 40, m=m, temperature=1e-2), dtype, "cpu")
+
+
+@given(data=st.data())
+def test_random_problems(data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, 200), "n")
+    m = data.draw(st.none() | st.integers(1, 200), "m")
+    channels = data.draw(st.sampled_from([None, 1, 2, 5]), "channels")
+    options = {"temperature": data.draw(st.sampled_from([0.01, 0.1, 1.0]), "temperature")}
+    options["negative_weight"] = data.draw(st.sampled_from([0.0, 0.5, 1.0, 100.0]), "weight")
+    options["reduction"] = data.draw(st.sampled_from(["none", "mean", "sum"]), "reduction")
+    problem = ContrastProblem.random(
+        n,
+        data.draw(st.integers(1, 40), "d"),
+        m=m,
+        classes=data.draw(st.integers(1, 6), "classes"),
+        channels=channels,
+        seed=data.draw(st.integers(0, 1000), "seed"),
+        **options,
+    )
+    if channels:
+        for side, bound, count in (
+            ("positive", "max_positive_disparity", "num_positives"),
+            ("negative", "min_negative_disparity", "num_negatives"),
+        ):
+            kind = data.draw(st.sampled_from(["none", "number", "tensor", "count"]), side)
+            if kind == "number":
+                problem.options[bound] = data.draw(st.floats(0, 1, width=32), bound)
+            elif kind == "tensor":
+                problem.options[bound] = torch.rand(n)
+            elif kind == "count":
+                problem.options[count] = data.draw(st.integers(1, 20), count)
+    assert_matches_reference(problem, data.draw(st.sampled_from(DTYPES), "dtype"), "cpu")
+
+
+@pytest.mark.parametrize("m", [None, 90], ids=["self", "keys"])
+def test_explicit_masks(m: int | None, device: torch.device) -> None:
+    problem = ContrastProblem.random(140, 16, m=m)
+    shape = (140, m or 140)
+    problem.options = {"positive_mask": torch.rand(shape) < 0.1, "negative_mask": torch.rand(shape) < 0.5}
+    for dtype in DTYPES:
+        assert_matches_reference(problem, dtype, device)
+    # Read as they are: transposed and expanded masks are not copied.
+    problem.options = {
+        "positive_mask": (torch.rand(shape[::-1]) < 0.1).t(),
+        "negative_mask": (torch.rand(1, shape[1]) < 0.5).expand(shape),
+    }
+    assert_matches_reference(problem, torch.float32, device)
+
+
+def supervised_contrastive_loss(z: Tensor, y: Tensor, temperature: float) -> Tensor:
+    """L_out of Khosla et al. 2020, equation 2, as a double loop over the batch."""
+    total, anchors = 0.0, 0
+    for i in range(len(z)):
+        others = [a for a in range(len(z)) if a != i]
+        positives = [p for p in others if y[p] == y[i]]
+        if not positives:
+            continue
+        denominator = sum(math.exp(float(z[i] @ z[a]) / temperature) for a in others)
+        logs = [math.log(math.exp(float(z[i] @ z[p]) / temperature) / denominator) for p in positives]
+        total -= sum(logs) / len(positives)
+        anchors += 1
+    return torch.tensor(total / anchors, dtype=torch.float64)
+
+
+def test_defaults_are_the_supervised_contrastive_loss(device: torch.device) -> None:
+    z, y = embeddings(60, 12), torch.randint(0, 7, (60,))
+    loss = patch_contrast_loss(z.to(device), y.to(device), temperature=0.2)
+    torch.testing.assert_close(loss.cpu(), supervised_contrastive_loss(z, y, 0.2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_is_no_worse_than_pytorch(dtype: torch.dtype, device: torch.device) -> None:
+    problem = ContrastProblem.random(500, 64, max_positive_disparity=0.5, min_negative_disparity=0.1)
+    ours, plain = problem.cast(dtype, device), problem.cast(dtype, device)
+    exact = problem.cast(torch.float64)
+    with torch.no_grad():
+        exact.anchors.copy_(ours.anchors)
+    expected = exact.loss(reference.patch_contrast_loss)
+    (want,) = exact.gradients(expected)
+    errors = []
+    for p, function in ((ours, patch_contrast_loss), (plain, reference.patch_contrast_loss)):
+        loss = p.loss(function)
+        (grad,) = p.gradients(loss)
+        errors.append(((loss.double().cpu() - expected).abs(), (grad.double().cpu() - want).abs().max()))
+    assert errors[0][0] <= errors[1][0] + 1e-6
+    assert errors[0][1] <= errors[1][1] + 1e-3 * want.abs().max()
+
+
+# --- properties -----------------------------------------------------------------------------------------------------------
+
+
+def test_permuting_keys_changes_nothing(device: torch.device) -> None:
+    p = ContrastProblem.random(100, 16, m=150, max_positive_disparity=0.4).cast(torch.float64, device)
+    order = torch.randperm(150, device=device)
+    q = ContrastProblem(
+        p.anchors,
+        p.labels,
+        p.descriptors,
+        p.keys[order],
+        p.key_labels[order],
+        p.key_descriptors[order],
+        p.options,
+    )
+    torch.testing.assert_close(p.loss(), q.loss())
+
+
+def test_permuting_anchors_permutes_losses(device: torch.device) -> None:
+    p = ContrastProblem.random(150, 16, reduction="none").cast(torch.float64, device)
+    order = torch.randperm(150, device=device)
+    q = ContrastProblem(p.anchors[order], p.labels[order], p.descriptors[order], options=p.options)
+    torch.testing.assert_close(p.loss()[order], q.loss())
+
+
+def test_splitting_keys_and_merging_gives_the_same(device: torch.device) -> None:
+    p = ContrastProblem.random(100, 16, m=150).cast(torch.float64, device)
+
+    def part(keys: slice) -> tuple[Tensor, ...]:
+        none = (None,) * 5
+        numbers = (0.1, math.inf, 0.0, 1.0, -1, -1, 0)
+        return ops.patch_contrast(p.anchors, p.labels, None, p.keys[keys], p.key_labels[keys], *none, *numbers)
+
+    _, lse_a, logit_a, count_a, _ = part(slice(0, 60))
+    _, lse_b, logit_b, count_b, _ = part(slice(60, 150))
+    lse, logit, count = torch.logaddexp(lse_a, lse_b), logit_a * count_a + logit_b * count_b, count_a + count_b
+    merged = torch.where(count > 0, lse - logit / count.clamp(min=1), 0)
+    _, whole, _, whole_count, _ = part(slice(0, 150))
+    torch.testing.assert_close(lse, whole)
+    assert torch.equal(count, whole_count)
+    loss = patch_contrast_loss(p.anchors, p.labels, keys=p.keys, key_labels=p.key_labels)
+    torch.testing.assert_close(merged.sum() / (count > 0).sum(), loss)
+
+
+def test_scaling_temperature_and_embeddings_changes_nothing(device: torch.device) -> None:
+    z, y = embeddings(90, 10).to(device), torch.randint(0, 3, (90,), device=device)
+    a = patch_contrast_loss(z, y, temperature=0.1)
+    torch.testing.assert_close(patch_contrast_loss(3 * z, y, temperature=0.9), a)
+
+
+def test_other_label_values_change_nothing(device: torch.device) -> None:
+    z, y = embeddings(90, 10).to(device), torch.randint(0, 3, (90,), device=device)
+    names = torch.tensor([-(2**62), 5, 2**62], device=device)
+    torch.testing.assert_close(patch_contrast_loss(z, names[y]), patch_contrast_loss(z, y))
+
+
+def test_ignored_patches_are_as_if_absent(device: torch.device) -> None:
+    p = ContrastProblem.random(150, 16, max_positive_disparity=0.5).cast(torch.float64, device)
+    kept = p.labels != -1
+    q = ContrastProblem(p.anchors[kept], p.labels[kept], p.descriptors[kept], options=p.options)
+    torch.testing.assert_close(p.loss(), q.loss())
+    (grad,) = p.gradients(p.loss())
+    assert torch.all(grad[~kept] == 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("m", [None, 700], ids=["self", "keys"])
+def test_same_bits_for_any_number_of_threads(dtype: torch.dtype, m: int | None) -> None:
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5, 2):
+            torch.set_num_threads(threads)
+            p = ContrastProblem.random(900, 64, m=m, max_positive_disparity=0.5).cast(dtype)
+            loss = p.loss()
+            results.append((loss, *p.gradients(loss)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+# --- a citizen of PyTorch ---------------------------------------------------------------------------------------------------
+
+
+def op_arguments(device: torch.device, dtype: torch.dtype, *, keys: bool, reduction: int) -> tuple:
+    p = ContrastProblem.random(40, 8, m=30 if keys else None).cast(dtype, device)
+    side = (p.keys, p.key_labels, p.key_descriptors) if keys else (None, None, None)
+    bounds = (torch.rand(40, device=device), None) if keys else (None, None)
+    return (p.anchors, p.labels, p.descriptors, *side, *bounds, None, None, 0.1, 0.5, 0.1, 1.0, -1, -1, reduction)
+
+
+@pytest.mark.parametrize("keys", [False, True])
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+def test_opcheck(keys: bool, reduction: int, device: torch.device) -> None:
+    arguments = op_arguments(device, torch.float32, keys=keys, reduction=reduction)
+    torch.library.opcheck(ops.patch_contrast.default, arguments)
+    with torch.no_grad():
+        loss, lse, _, count, valid = ops.patch_contrast(*arguments)
+    detached = tuple(t.detach() if isinstance(t, Tensor) else t for t in arguments)
+    backward = (torch.ones_like(loss), lse, count, valid, *detached, True, keys)
+    torch.library.opcheck(ops.patch_contrast_backward.default, backward)
+
+
+def test_gradcheck(device: torch.device) -> None:
+    for options in ({}, {"max_positive_disparity": 0.5}, {"num_positives": 2}, {"reduction": "none"}):
+        for m in (None, 9):
+            p = ContrastProblem.random(12, 4, m=m, classes=2, **options).cast(torch.float64, device)
+
+            def loss(anchors: Tensor, keys: Tensor | None = None, p: ContrastProblem = p) -> Tensor:
+                side = (p.key_labels, p.key_descriptors)
+                return ContrastProblem(anchors, p.labels, p.descriptors, keys, *side, p.options).loss()
+
+            assert torch.autograd.gradcheck(loss, (p.anchors,) if m is None else (p.anchors, p.keys))
+
+
+def test_double_backward_is_refused(device: torch.device) -> None:
+    p = ContrastProblem.random(20, 4).cast(torch.float64, device)
+    (grad,) = torch.autograd.grad(p.loss(), p.anchors, create_graph=True)
+    with pytest.raises(NotImplementedError, match="patch_contrast_loss cannot be differentiated twice"):
+        grad.sum().backward()
+
+
+def test_compiles_whole(device: torch.device) -> None:
+    p = ContrastProblem.random(60, 8, m=50).cast(torch.float32, device)
+    q = ContrastProblem.random(60, 8, num_positives=3).cast(torch.float32, device)
+    for problem in (p, q):
+        compiled = torch.compile(patch_contrast_loss, fullgraph=True, backend="aot_eager")
+        loss, expected = problem.loss(compiled), problem.loss()
+        torch.testing.assert_close(loss, expected)
+        for a, b in zip(problem.gradients(loss), problem.gradients(expected)):
+            torch.testing.assert_close(a, b)
+    module = PatchContrastLoss(0.1, max_positive_disparity=0.5)
+    compiled_module = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled_module(q.anchors, q.labels, q.descriptors), module(q.anchors, q.labels, q.descriptors)
+    )
+
+
+def test_autocast(device: torch.device) -> None:
+    linear = torch.nn.Linear(8, 8).to(device)
+    x, y = torch.randn(50, 8, device=device), torch.randint(0, 3, (50,), device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        z = linear(x)
+        assert z.dtype == torch.bfloat16
+        loss = PatchContrastLoss()(z, y)
+        # A teacher's float32 keys meet bfloat16 anchors.
+        mixed = PatchContrastLoss()(z, y, keys=torch.randn(20, 8, device=device), key_labels=y[:20])
+    assert loss.dtype == mixed.dtype == torch.float32
+    (loss + mixed).backward()
+    assert torch.isfinite(linear.weight.grad).all()
+
+
+def test_slices_expansions_and_transposes(device: torch.device) -> None:
+    wide = torch.randn(70, 40, device=device, dtype=torch.float64)
+    y, d = torch.randint(0, 3, (140,), device=device)[::2], torch.rand(70, 3, device=device)[:, 1]
+    for z in (wide[:, 5:25], wide[:, ::2], torch.randn(9, 70, device=device).double().t(), wide[:1].expand(70, 40)):
+        z = z / 10
+        a = patch_contrast_loss(z, y, d, max_positive_disparity=0.4)
+        b = patch_contrast_loss(z.contiguous(), y.contiguous(), d.contiguous(), max_positive_disparity=0.4)
+        assert torch.equal(a, b)
+
+
+def test_keys_without_gradient(device: torch.device) -> None:
+    p = ContrastProblem.random(60, 8, m=50).cast(torch.float32, device)
+    p.keys = p.keys.detach()
+    p.loss().backward()
+    assert p.keys.grad is None
+    assert p.anchors.grad is not None
+
+
+# --- edges ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("case", ["N=0", "M=0", "all ignored", "all different", "one patch", "D=0"])
+def test_nothing_to_contrast_is_zero_and_stays_in_the_graph(case: str, reduction: str, device: torch.device) -> None:
+    n, d = (0 if case == "N=0" else 1 if case == "one patch" else 30), (0 if case == "D=0" else 8)
+    z = torch.randn(n, d, device=device, requires_grad=True)
+    y = torch.arange(n, device=device) if case != "all ignored" else torch.full((n,), -1, device=device)
+    keys = {}
+    if case == "M=0":
+        k = torch.randn(0, d, device=device, requires_grad=True)
+        keys = {"keys": k, "key_labels": torch.zeros(0, dtype=torch.long, device=device)}
+    loss = patch_contrast_loss(z, y, reduction=reduction, **keys)
+    assert loss.shape == ((n,) if reduction == "none" else ())
+    assert torch.all(loss == 0)
+    loss.sum().backward()
+    assert z.grad is not None
+    assert torch.all(z.grad == 0)
+
+
+def test_module_counts_anchors(device: torch.device) -> None:
+    module = PatchContrastLoss()
+    assert module.num_valid is None
+    y = torch.tensor([0, 0, 1, 2, -1], device=device)
+    module(torch.randn(5, 4, device=device), y)
+    assert module.num_valid.item() == 2
+    module(torch.randn(5, 4, device=device), torch.arange(5, device=device))
+    assert module.num_valid.item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_extreme_logits_stay_finite(dtype: torch.dtype, device: torch.device) -> None:
+    z = (torch.randn(200, 8, dtype=dtype, device=device) * 100).requires_grad_()
+    y = torch.randint(0, 3, (200,), device=device)
+    for temperature, weight in ((1.0, 1.0), (1e-3, 1.0), (1e-3, 1e30), (1e-3, 1e-30)):
+        loss = patch_contrast_loss(z, y, temperature=temperature, negative_weight=weight)
+        (grad,) = torch.autograd.grad(loss, z)
+        assert torch.isfinite(loss)
+        assert torch.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("m", [None, 140], ids=["self", "keys"])
+def test_what_is_not_a_number_spreads_to_what_depends_on_it(bad: float, m: int | None, device: torch.device) -> None:
+    p = ContrastProblem.random(140, 8, m=m, classes=2, ignored=False, reduction="none").cast(torch.float32, device)
+    with torch.no_grad():
+        p.anchors[3] = bad
+    loss = p.loss()
+    assert torch.isnan(loss[3])
+    if m is not None:
+        assert torch.isfinite(loss[4:]).all()
+    p.gradients(loss, torch.ones_like(loss))  # neither crash nor hang
+    p = ContrastProblem.random(140, 8, m=m, classes=2, ignored=False, reduction="none", max_positive_disparity=0.5)
+    p = p.cast(torch.float32, device)
+    p.descriptors[3] = bad
+    loss = p.loss()
+    assert torch.isnan(loss[3])
+    grads = p.gradients(loss, torch.ones_like(loss))
+    assert torch.isnan(grads[0][3]).all()
+
+
+BAD_CALLS = [
+    ("labels must have shape", ValueError, {"labels": torch.zeros(9, dtype=torch.long)}),
+    ("labels must be int64", TypeError, {"labels": torch.zeros(10)}),
+    ("anchors must have shape", ValueError, {"anchors": torch.zeros(10)}),
+    ("anchors must be float64", TypeError, {"anchors": torch.zeros(10, 4, dtype=torch.long)}),
+    ("temperature must be", ValueError, {"temperature": 0.0}),
+    ("temperature must be", ValueError, {"temperature": -1.0}),
+    ("temperature must be", ValueError, {"temperature": math.nan}),
+    ("negative_weight must be", ValueError, {"negative_weight": -1.0}),
+    ("reduction must be", ValueError, {"reduction": "average"}),
+    ("descriptors must have shape", ValueError, {"descriptors": torch.zeros(9)}),
+    ("descriptors must be float64", TypeError, {"descriptors": torch.zeros(10, dtype=torch.long)}),
+    ("descriptors is None", ValueError, {"max_positive_disparity": 0.5}),
+    ("exclude each other", ValueError, {"descriptors": torch.zeros(10), "num_positives": 1, "max_positive_disparity": 1.0}),
+    ("exclude each other", ValueError, {"descriptors": torch.zeros(10), "num_negatives": 1, "min_negative_disparity": 1.0}),
+    ("num_positives must be at least 1", ValueError, {"descriptors": torch.zeros(10), "num_positives": 0}),
+    ("num_negatives must be an int", TypeError, {"descriptors": torch.zeros(10), "num_negatives": 1.5}),
+    ("max_positive_disparity must be", ValueError, {"descriptors": torch.zeros(10), "max_positive_disparity": math.nan}),
+    ("max_positive_disparity must be", ValueError, {"descriptors": torch.zeros(10), "max_positive_disparity": torch.zeros(9)}),
+    ("given together", ValueError, {"keys": torch.zeros(5, 4)}),
+    ("given together", ValueError, {"key_labels": torch.zeros(5, dtype=torch.long)}),
+    ("keys must have shape", ValueError, {"keys": torch.zeros(5, 3), "key_labels": torch.zeros(5, dtype=torch.long)}),
+    ("keys must have the dtype", TypeError, {"keys": torch.zeros(5, 4).double(), "key_labels": torch.zeros(5, dtype=torch.long)}),
+    ("key_labels must have shape", ValueError, {"keys": torch.zeros(5, 4), "key_labels": torch.zeros(4, dtype=torch.long)}),
+    ("given together", ValueError, {"descriptors": torch.zeros(10), "keys": torch.zeros(5, 4), "key_labels": torch.zeros(5, dtype=torch.long)}),
+    ("key_descriptors need keys", ValueError, {"key_descriptors": torch.zeros(10)}),
+    ("given together", ValueError, {"positive_mask": torch.ones(10, 10, dtype=torch.bool)}),
+    ("positive_mask must be bool", TypeError, {"positive_mask": torch.ones(10, 10), "negative_mask": torch.ones(10, 10)}),
+    ("negative_mask must have shape", ValueError, {"positive_mask": torch.ones(10, 10, dtype=torch.bool), "negative_mask": torch.ones(10, 9, dtype=torch.bool)}),
+    ("replace the rule", ValueError, {"positive_mask": torch.ones(10, 10, dtype=torch.bool), "negative_mask": torch.ones(10, 10, dtype=torch.bool), "descriptors": torch.zeros(10), "num_positives": 1}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("message", "error", "change"), BAD_CALLS)
+def test_bad_input(message: str, error: type[Exception], change: dict) -> None:
+    call = {"anchors": torch.randn(10, 4), "labels": torch.zeros(10, dtype=torch.long), **change}
+    with pytest.raises(error, match=message):
+        patch_contrast_loss(**call)
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="needs a second device: no GPU is visible")
+def test_other_device_is_refused() -> None:
+    with pytest.raises(ValueError, match="labels must be on the device of anchors"):
+        patch_contrast_loss(torch.randn(10, 4, device="cuda"), torch.zeros(10, dtype=torch.long))
+
+
+def test_module_refuses_bad_options_at_once() -> None:
+    with pytest.raises(ValueError, match="temperature"):
+        PatchContrastLoss(0.0)
+    with pytest.raises(ValueError, match="exclude"):
+        PatchContrastLoss(num_positives=1, max_positive_disparity=0.5)
+    with pytest.raises(ValueError, match="reduction"):
+        PatchContrastLoss(reduction="max")
+
+
+def test_module_normalises(device: torch.device) -> None:
+    z, y = torch.randn(40, 8, device=device) * 50, torch.randint(0, 3, (40,), device=device)
+    expected = patch_contrast_loss(F.normalize(z, dim=1), y, temperature=0.1)
+    torch.testing.assert_close(PatchContrastLoss()(z, y), expected)
+    assert "temperature=0.1" in repr(PatchContrastLoss())
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------------
+
+
+def peak_growth(function) -> int:
+    """Bytes by which the resident memory of this process grows at most while `function` runs."""
+    process, done, peak = psutil.Process(), threading.Event(), [0]
+
+    def watch() -> None:
+        while not done.is_set():
+            peak[0] = max(peak[0], process.memory_info().rss)
+            time.sleep(0.002)
+
+    before = process.memory_info().rss
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        function()
+    finally:
+        done.set()
+        watcher.join()
+    return peak[0] - before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("with_keys", [False, True])
+def test_memory_is_linear(with_keys: bool) -> None:
+    n, d = 65536, 128
+    z = F.normalize(torch.randn(n, d), dim=1).requires_grad_()
+    y, h = torch.randint(0, 4, (n,)), torch.rand(n)
+    options: dict = {"max_positive_disparity": 0.5, "min_negative_disparity": 0.1}
+    gradients = n * d * 4
+    if with_keys:
+        k = F.normalize(torch.randn(n, d), dim=1).requires_grad_()
+        options.update(keys=k, key_labels=y, key_descriptors=h)
+        gradients *= 2
+    patch_contrast_loss(z[:256].detach(), y[:256])  # threads and libraries are there
+    growth = peak_growth(lambda: patch_contrast_loss(z, y, h, **options).backward())
+    assert growth - gradients < 200 * 2**20, f"{growth / 2**20:.0f} MiB, of which {gradients / 2**20:.0f} are gradients"
+
+
+def test_devices_are_listed() -> None:
+    assert DEVICES[0] == "cpu"
+    assert set(TOLERANCE) == set(DTYPES)

@@ -1,0 +1,211 @@
+"""patch_statistics and patch_entropy against the reference, and their properties."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pglcl_ext import PatchStatistics, patch_entropy, patch_statistics, reference
+from pglcl_ext._library import INSTRUCTION_SETS, build_info, ops
+from tests.problems import DTYPES
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def assert_matches_reference(input: Tensor, dtype: torch.dtype, device: torch.device | str, *grid, **options) -> None:
+    x = input.to(device, dtype).requires_grad_()
+    oracle = x.detach().double().cpu().requires_grad_()
+    got, want = patch_statistics(x, *grid, **options), reference.patch_statistics(oracle, *grid, **options)
+    for a, b, name in zip(got, want, PatchStatistics._fields):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a.double().cpu(), b, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], msg=name)
+    weights = [torch.linspace(-1, 1, b.numel(), dtype=torch.float64).reshape(b.shape) for b in want]
+    (a,) = torch.autograd.grad(got, x, [w.to(device, dtype) for w in weights])
+    (b,) = torch.autograd.grad(want, oracle, weights)
+    assert torch.isfinite(b).all()
+    scale = max(b.abs().max().item(), 1e-3)
+    torch.testing.assert_close(a.double().cpu(), b, rtol=0, atol=4 * TOLERANCE[dtype] * scale)
+
+
+GRIDS = [
+    ((2, 3, 20, 23), 5, None),
+    ((2, 2, 20, 23), (5, 4), (2, 3)),
+    ((1, 4, 33, 65), 16, None),
+    ((1, 7, 16, 16), 16, None),
+    ((1, 4, 64, 40), 16, 8),
+    ((1, 3, 17, 19), 3, 7),
+    ((1, 4, 9, 10, 11), (3, 4, 5), (2, 2, 3)),
+    ((2, 3, 8, 8, 8), 4, None),
+    ((1, 2, 1, 1), 1, None),
+]
+
+
+@pytest.mark.parametrize(("shape", "patch", "stride"), GRIDS)
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_reference(shape, patch, stride, probabilities: bool, dtype, device: torch.device) -> None:
+    x = torch.randn(shape, dtype=torch.float64) * 2
+    x = x.softmax(1) if probabilities else x
+    for normalize in (False, True):
+        assert_matches_reference(x, dtype, device, patch, stride, probabilities=probabilities, normalize=normalize)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_every_instruction_set(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGLCL_CPU_ISA", isa)
+    if build_info()["cpu_instruction_set"] != isa:
+        pytest.skip(f"this processor has no {isa}")
+    for shape, patch, stride in GRIDS:
+        for dtype in DTYPES:
+            assert_matches_reference(torch.randn(shape, dtype=torch.float64), dtype, "cpu", patch, stride)
+
+
+@given(data=st.data())
+def test_random_grids(data: st.DataObject) -> None:
+    dims = data.draw(st.integers(2, 3))
+    image = [data.draw(st.integers(1, 20)) for _ in range(dims)]
+    patch = [data.draw(st.integers(1, s)) for s in image]
+    stride = [data.draw(st.integers(1, 2 * p)) for p in patch]
+    shape = (data.draw(st.integers(1, 2)), data.draw(st.integers(2, 6)), *image)
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
+    probabilities = data.draw(st.booleans())
+    x = x.softmax(1) if probabilities else x
+    dtype = data.draw(st.sampled_from([torch.float64, torch.float32]))
+    assert_matches_reference(x, dtype, "cpu", patch, stride, probabilities=probabilities)
+
+
+def test_bounds_and_invariances(device: torch.device) -> None:
+    x = torch.randn(2, 4, 24, 24, device=device) * 3
+    s = patch_statistics(x, 8)
+    assert (s.entropy >= 0).all()
+    assert (s.entropy <= math.log(4)).all()
+    torch.testing.assert_close(s.confidence.sum(1), torch.ones_like(s.entropy))
+    # A shifted logit changes no entropy, nor does the order of the classes.
+    shift = torch.randn(2, 1, 24, 24, device=device)
+    torch.testing.assert_close(patch_entropy(x + shift, 8), s.entropy, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(patch_entropy(x.flip(1), 8), s.entropy)
+    # Uniform predictions have the largest entropy, log K, or 1 when normalised.
+    torch.testing.assert_close(
+        patch_entropy(torch.zeros(1, 4, 8, 8, device=device), 8, normalize=True), torch.ones(1, 1, 1, device=device)
+    )
+    # The entropy of a patch is the mean of its classes', weighted by their confidence.
+    torch.testing.assert_close((s.class_entropy * s.confidence).sum(1), s.entropy)
+
+
+def test_extreme_logits(device: torch.device) -> None:
+    x = (torch.randint(0, 2, (1, 3, 16, 16), device=device) * 2e4 - 1e4).requires_grad_()
+    s = patch_statistics(x, 4)
+    for t in s:
+        assert torch.isfinite(t).all()
+    (grad,) = torch.autograd.grad([t.sum() for t in s], x)
+    assert torch.isfinite(grad).all()
+
+
+def test_absent_class_and_certain_probabilities(device: torch.device) -> None:
+    p = torch.zeros(1, 3, 8, 8, device=device)
+    p[:, 0] = 1
+    p.requires_grad_()
+    s = patch_statistics(p, 4, probabilities=True)
+    assert torch.equal(s.entropy, torch.zeros_like(s.entropy))
+    assert torch.equal(s.class_entropy, torch.zeros_like(s.class_entropy))
+    (grad,) = torch.autograd.grad([t.sum() for t in s], p)
+    assert torch.isfinite(grad).all()
+
+
+def test_what_is_not_a_number_stays_in_its_patch(device: torch.device) -> None:
+    for bad in (math.nan, math.inf):
+        x = torch.randn(1, 3, 16, 16, device=device)
+        x[0, 1, 2, 3] = bad
+        h = patch_entropy(x, 8)
+        assert torch.isnan(h[0, 0, 0])
+        assert torch.isfinite(h.flatten()[1:]).all()
+
+
+def test_empty_batch(device: torch.device) -> None:
+    x = torch.zeros(0, 3, 16, 16, device=device, requires_grad=True)
+    s = patch_statistics(x, 8)
+    assert s.entropy.shape == (0, 2, 2)
+    assert s.confidence.shape == (0, 3, 2, 2)
+    torch.autograd.grad([t.sum() for t in s], x)
+
+
+def test_slices_and_transposes(device: torch.device) -> None:
+    wide = torch.randn(4, 6, 40, 40, device=device)
+    for x in (wide[1:3, ::2, 3:30, 5:33], wide.transpose(2, 3), wide[:, :1].expand(4, 3, 40, 40)):
+        for a, b in zip(patch_statistics(x, 9), patch_statistics(x.contiguous(), 9)):
+            assert torch.equal(a, b)
+
+
+def test_same_bits_for_any_number_of_threads() -> None:
+    x = torch.randn(2, 4, 100, 100, requires_grad=True)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            s = patch_statistics(x, 16, 8)
+            results.append((*s, *torch.autograd.grad([t.square().sum() for t in s], x)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def test_citizenship(device: torch.device) -> None:
+    x = torch.randn(2, 3, 9, 8, device=device, dtype=torch.float64, requires_grad=True)
+    arguments = (x, [4, 3], [2, 3], False, True)
+    torch.library.opcheck(ops.patch_statistics.default, arguments)
+    with torch.no_grad():
+        s = ops.patch_statistics(*arguments)
+    grads = tuple(torch.randn_like(t) for t in s)
+    torch.library.opcheck(
+        ops.patch_statistics_backward.default, (*grads, x.detach(), s[1], s[2], [4, 3], [2, 3], False, True)
+    )
+    assert torch.autograd.gradcheck(lambda x: tuple(patch_statistics(x, 3, 2)), x)
+    p = torch.rand_like(x).softmax(1).detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda p: tuple(patch_statistics(p, 3, probabilities=True)), p)
+    compiled = torch.compile(patch_statistics, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(x, 4), patch_statistics(x, 4)):
+        torch.testing.assert_close(a, b)
+    (grad,) = torch.autograd.grad(patch_entropy(x, 4).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="patch_statistics cannot be differentiated twice"):
+        grad.sum().backward()
+
+
+def test_autocast(device: torch.device) -> None:
+    conv = torch.nn.Conv2d(1, 3, 3).to(device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        s = patch_statistics(conv(torch.randn(1, 1, 18, 18, device=device)), 8)
+    assert s.entropy.dtype == torch.bfloat16
+    s.entropy.sum().backward()
+    assert torch.isfinite(conv.weight.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_is_no_worse_than_pytorch(dtype: torch.dtype, device: torch.device) -> None:
+    x = torch.randn(2, 4, 32, 32, device=device).to(dtype)
+    exact = reference.patch_statistics(x.double(), 8)
+    for ours, plain, e in zip(patch_statistics(x, 8), reference.patch_statistics(x, 8), exact):
+        assert (ours - e).abs().max() <= (plain - e).abs().max() + torch.finfo(dtype).eps
+
+
+BAD_CALLS = [
+    ("input must have shape", ValueError, (torch.zeros(3, 8, 8), 4)),
+    ("at least two classes", ValueError, (torch.zeros(1, 1, 8, 8), 4)),
+    ("must not exceed the image", ValueError, (torch.zeros(1, 2, 8, 8), 9)),
+    ("patch_size must be positive", ValueError, (torch.zeros(1, 2, 8, 8), 0)),
+    ("stride must be positive", ValueError, (torch.zeros(1, 2, 8, 8), 4, 0)),
+    ("one entry per spatial dimension", ValueError, (torch.zeros(1, 2, 8, 8), (4, 4, 4))),
+    ("input must be float64", TypeError, (torch.zeros(1, 2, 8, 8, dtype=torch.long), 4)),
+    ("patch_size must be an int", TypeError, (torch.zeros(1, 2, 8, 8), 4.0)),
+]
+
+
+@pytest.mark.parametrize(("message", "error", "arguments"), BAD_CALLS)
+def test_bad_input(message: str, error: type[Exception], arguments: tuple) -> None:
+    with pytest.raises(error, match=message):
+        patch_statistics(*arguments)
