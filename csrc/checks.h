@@ -83,7 +83,8 @@ inline int64_t check_disparity(const at::Tensor& a, const at::Tensor& b) {
 inline int64_t check_disparity_bounds(const at::Tensor& descriptors, const at::Tensor& labels,
                                       const at::Tensor& key_descriptors, const at::Tensor& key_labels, int64_t count,
                                       bool positives) {
-  const int64_t n = descriptors.dim() ? descriptors.size(0) : 0, m = key_descriptors.dim() ? key_descriptors.size(0) : 0;
+  const int64_t n = descriptors.dim() ? descriptors.size(0) : 0,
+                m = key_descriptors.dim() ? key_descriptors.size(0) : 0;
   const int64_t channels = check_descriptors(descriptors, "descriptors", "N", n, descriptors, "descriptors");
   const int64_t other = check_descriptors(key_descriptors, "key_descriptors", "M", m, descriptors, "descriptors");
   TORCH_CHECK_VALUE(channels == other, "key_descriptors must have as many channels as descriptors, ", channels,
@@ -128,8 +129,8 @@ inline void check_patch_contrast(const PatchContrastArgs& x) {
   if (x.keys) {
     check_embeddings(*x.keys, "keys", "M");
     m = x.keys->size(0);
-    TORCH_CHECK_VALUE(x.keys->size(1) == x.anchors.size(1), "keys must have shape (M, D) with D = ",
-                      x.anchors.size(1), ", got ", x.keys->sizes());
+    TORCH_CHECK_VALUE(x.keys->size(1) == x.anchors.size(1), "keys must have shape (M, D) with D = ", x.anchors.size(1),
+                      ", got ", x.keys->sizes());
     TORCH_CHECK_TYPE(x.keys->scalar_type() == x.anchors.scalar_type(), "keys must have the dtype of anchors, ",
                      x.anchors.scalar_type(), ", got ", x.keys->scalar_type());
     check_device(*x.keys, "keys", x.anchors, "anchors");

@@ -5,10 +5,10 @@
 #include "kernels/cpu/kernel_table.h"
 
 // The inputs of the fused contrastive loss, shared by its forward and backward op.
-#define PGLCL_CONTRAST_SCHEMA                                                                                \
-  "Tensor anchors, Tensor labels, Tensor? descriptors, Tensor? keys, Tensor? key_labels, "                   \
-  "Tensor? key_descriptors, Tensor? positive_bounds, Tensor? negative_bounds, Tensor? positive_mask, "       \
-  "Tensor? negative_mask, float temperature, float positive_bound, float negative_bound, "                   \
+#define PGLCL_CONTRAST_SCHEMA                                                                          \
+  "Tensor anchors, Tensor labels, Tensor? descriptors, Tensor? keys, Tensor? key_labels, "             \
+  "Tensor? key_descriptors, Tensor? positive_bounds, Tensor? negative_bounds, Tensor? positive_mask, " \
+  "Tensor? negative_mask, float temperature, float positive_bound, float negative_bound, "             \
   "float negative_weight, int ignore_index, int self_offset, int reduction"
 
 TORCH_LIBRARY(pglcl_ext, m) {
@@ -28,8 +28,9 @@ TORCH_LIBRARY(pglcl_ext, m) {
       "bool positives, int ignore_index, int self_offset) -> Tensor");
   m.def("patch_contrast(" PGLCL_CONTRAST_SCHEMA
         ") -> (Tensor loss, Tensor lse, Tensor positive_logit, Tensor num_positives, Tensor num_valid)");
-  m.def("patch_contrast_backward(Tensor grad, Tensor lse, Tensor num_positives, Tensor num_valid, "
-        PGLCL_CONTRAST_SCHEMA ", bool needs_anchors, bool needs_keys) -> (Tensor grad_anchors, Tensor grad_keys)");
+  m.def(
+      "patch_contrast_backward(Tensor grad, Tensor lse, Tensor num_positives, Tensor num_valid, " PGLCL_CONTRAST_SCHEMA
+      ", bool needs_anchors, bool needs_keys) -> (Tensor grad_anchors, Tensor grad_keys)");
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -24,7 +24,7 @@ def _load() -> None:
             f"pglcl_ext was built against torch {_build_config.torch_version}, but torch {torch.__version__} is "
             f"running. Rebuild it from its source folder: {REBUILD}"
         )
-    from pglcl_ext import _C  # noqa: F401
+    import pglcl_ext._C  # noqa: F401
 
 
 _load()
@@ -45,7 +45,8 @@ def build_info() -> dict[str, Any]:
     Raises:
         ValueError: if ``PGLCL_CPU_ISA`` names no instruction set.
     """
-    from pglcl_ext import _C, _build_config
+    import pglcl_ext._C as compiled
+    from pglcl_ext import _build_config
 
     wanted = os.environ.get("PGLCL_CPU_ISA")
     if wanted is not None and wanted not in INSTRUCTION_SETS:
@@ -57,7 +58,7 @@ def build_info() -> dict[str, Any]:
         "cuda_built": _build_config.cuda_built,
         "cuda_reason": _build_config.cuda_reason,
         "cuda_architectures": list(_build_config.cuda_architectures),
-        "cpu_instruction_set": _C.cpu_instruction_set(),
+        "cpu_instruction_set": compiled.cpu_instruction_set(),
     }
 
 

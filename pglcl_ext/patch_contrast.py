@@ -340,9 +340,9 @@ class PatchContrastLoss(nn.Module):
         return loss
 
     def extra_repr(self) -> str:
-        names = ("temperature", "normalize", "max_positive_disparity", "min_negative_disparity", "num_positives")
-        names += ("num_negatives", "negative_weight", "ignore_index", "reduction")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name) is not None)
+        names = "temperature normalize max_positive_disparity min_negative_disparity num_positives num_negatives "
+        names += "negative_weight ignore_index reduction"
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split() if getattr(self, name) is not None)
 
 
 @torch.library.register_fake("pglcl_ext::patch_contrast")

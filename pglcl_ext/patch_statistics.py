@@ -88,9 +88,7 @@ def patch_entropy(
 
     Arguments and errors are those of :func:`patch_statistics`.
     """
-    return patch_statistics(
-        input, patch_size, stride, probabilities=probabilities, normalize=normalize
-    ).entropy
+    return patch_statistics(input, patch_size, stride, probabilities=probabilities, normalize=normalize).entropy
 
 
 @torch.library.register_fake("pglcl_ext::patch_statistics")

@@ -61,9 +61,7 @@ def patch_entropy(
     normalize: bool = False,
 ) -> Tensor:
     """METHOD section 2; see :func:`pglcl_ext.patch_entropy`."""
-    return patch_statistics(
-        input, patch_size, stride, probabilities=probabilities, normalize=normalize
-    ).entropy
+    return patch_statistics(input, patch_size, stride, probabilities=probabilities, normalize=normalize).entropy
 
 
 def semantic_disparity(a: Tensor, b: Tensor | None = None) -> Tensor:

@@ -147,7 +147,7 @@ def test_low_precision_is_no_worse_than_pytorch(dtype: torch.dtype, device: torc
     assert errors[0][1] <= errors[1][1] + 1e-3 * want.abs().max()
 
 
-# --- properties -----------------------------------------------------------------------------------------------------------
+# --- properties -----------------------------------------------------------------------------------------------------
 
 
 def test_permuting_keys_changes_nothing(device: torch.device) -> None:
@@ -229,7 +229,7 @@ def test_same_bits_for_any_number_of_threads(dtype: torch.dtype, m: int | None) 
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
-# --- a citizen of PyTorch ---------------------------------------------------------------------------------------------------
+# --- a citizen of PyTorch -------------------------------------------------------------------------------------------
 
 
 def op_arguments(device: torch.device, dtype: torch.dtype, *, keys: bool, reduction: int) -> tuple:
@@ -318,7 +318,7 @@ def test_keys_without_gradient(device: torch.device) -> None:
     assert p.anchors.grad is not None
 
 
-# --- edges ------------------------------------------------------------------------------------------------------------------
+# --- edges ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -380,9 +380,11 @@ def test_what_is_not_a_number_spreads_to_what_depends_on_it(bad: float, m: int |
     assert torch.isnan(grads[0][3]).all()
 
 
+TEN, FIVE = torch.zeros(10), torch.zeros(5, dtype=torch.long)
+MASK = torch.ones(10, 10, dtype=torch.bool)
 BAD_CALLS = [
     ("labels must have shape", ValueError, {"labels": torch.zeros(9, dtype=torch.long)}),
-    ("labels must be int64", TypeError, {"labels": torch.zeros(10)}),
+    ("labels must be int64", TypeError, {"labels": TEN}),
     ("anchors must have shape", ValueError, {"anchors": torch.zeros(10)}),
     ("anchors must be float64", TypeError, {"anchors": torch.zeros(10, 4, dtype=torch.long)}),
     ("temperature must be", ValueError, {"temperature": 0.0}),
@@ -393,23 +395,23 @@ BAD_CALLS = [
     ("descriptors must have shape", ValueError, {"descriptors": torch.zeros(9)}),
     ("descriptors must be float64", TypeError, {"descriptors": torch.zeros(10, dtype=torch.long)}),
     ("descriptors is None", ValueError, {"max_positive_disparity": 0.5}),
-    ("exclude each other", ValueError, {"descriptors": torch.zeros(10), "num_positives": 1, "max_positive_disparity": 1.0}),
-    ("exclude each other", ValueError, {"descriptors": torch.zeros(10), "num_negatives": 1, "min_negative_disparity": 1.0}),
-    ("num_positives must be at least 1", ValueError, {"descriptors": torch.zeros(10), "num_positives": 0}),
-    ("num_negatives must be an int", TypeError, {"descriptors": torch.zeros(10), "num_negatives": 1.5}),
-    ("max_positive_disparity must be", ValueError, {"descriptors": torch.zeros(10), "max_positive_disparity": math.nan}),
-    ("max_positive_disparity must be", ValueError, {"descriptors": torch.zeros(10), "max_positive_disparity": torch.zeros(9)}),
+    ("exclude each other", ValueError, {"descriptors": TEN, "num_positives": 1, "max_positive_disparity": 1.0}),
+    ("exclude each other", ValueError, {"descriptors": TEN, "num_negatives": 1, "min_negative_disparity": 1.0}),
+    ("num_positives must be at least 1", ValueError, {"descriptors": TEN, "num_positives": 0}),
+    ("num_negatives must be an int", TypeError, {"descriptors": TEN, "num_negatives": 1.5}),
+    ("max_positive_disparity must be", ValueError, {"descriptors": TEN, "max_positive_disparity": math.nan}),
+    ("max_positive_disparity must be", ValueError, {"descriptors": TEN, "max_positive_disparity": torch.zeros(9)}),
     ("given together", ValueError, {"keys": torch.zeros(5, 4)}),
-    ("given together", ValueError, {"key_labels": torch.zeros(5, dtype=torch.long)}),
-    ("keys must have shape", ValueError, {"keys": torch.zeros(5, 3), "key_labels": torch.zeros(5, dtype=torch.long)}),
-    ("keys must have the dtype", TypeError, {"keys": torch.zeros(5, 4).double(), "key_labels": torch.zeros(5, dtype=torch.long)}),
+    ("given together", ValueError, {"key_labels": FIVE}),
+    ("keys must have shape", ValueError, {"keys": torch.zeros(5, 3), "key_labels": FIVE}),
+    ("keys must have the dtype", TypeError, {"keys": torch.zeros(5, 4).double(), "key_labels": FIVE}),
     ("key_labels must have shape", ValueError, {"keys": torch.zeros(5, 4), "key_labels": torch.zeros(4, dtype=torch.long)}),
-    ("given together", ValueError, {"descriptors": torch.zeros(10), "keys": torch.zeros(5, 4), "key_labels": torch.zeros(5, dtype=torch.long)}),
-    ("key_descriptors need keys", ValueError, {"key_descriptors": torch.zeros(10)}),
-    ("given together", ValueError, {"positive_mask": torch.ones(10, 10, dtype=torch.bool)}),
+    ("given together", ValueError, {"descriptors": TEN, "keys": torch.zeros(5, 4), "key_labels": FIVE}),
+    ("key_descriptors need keys", ValueError, {"key_descriptors": TEN}),
+    ("given together", ValueError, {"positive_mask": MASK}),
     ("positive_mask must be bool", TypeError, {"positive_mask": torch.ones(10, 10), "negative_mask": torch.ones(10, 10)}),
-    ("negative_mask must have shape", ValueError, {"positive_mask": torch.ones(10, 10, dtype=torch.bool), "negative_mask": torch.ones(10, 9, dtype=torch.bool)}),
-    ("replace the rule", ValueError, {"positive_mask": torch.ones(10, 10, dtype=torch.bool), "negative_mask": torch.ones(10, 10, dtype=torch.bool), "descriptors": torch.zeros(10), "num_positives": 1}),
+    ("negative_mask must have shape", ValueError, {"positive_mask": MASK, "negative_mask": torch.ones(10, 9, dtype=torch.bool)}),
+    ("replace the rule", ValueError, {"positive_mask": MASK, "negative_mask": MASK, "descriptors": TEN, "num_positives": 1}),
 ]  # fmt: skip
 
 
@@ -442,7 +444,7 @@ def test_module_normalises(device: torch.device) -> None:
     assert "temperature=0.1" in repr(PatchContrastLoss())
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------------------------
 
 
 def peak_growth(function) -> int:

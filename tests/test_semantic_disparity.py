@@ -49,9 +49,8 @@ def test_citizenship(device: torch.device) -> None:
     a = torch.rand(7, 2, device=device, dtype=torch.float64, requires_grad=True)
     b = torch.rand(5, 2, device=device, dtype=torch.float64, requires_grad=True)
     torch.library.opcheck(ops.semantic_disparity.default, (a, b))
-    torch.library.opcheck(
-        ops.semantic_disparity_backward.default, (torch.randn_like(a[:, :1].expand(7, 5)), a.detach(), b.detach(), True, False)
-    )  # fmt: skip
+    grad = torch.randn(7, 5, device=device, dtype=torch.float64)
+    torch.library.opcheck(ops.semantic_disparity_backward.default, (grad, a.detach(), b.detach(), True, False))
     y = torch.randint(0, 2, (7,), device=device)
     torch.library.opcheck(ops.disparity_bounds.default, (a.detach(), y, b.detach(), y[:5], 2, True, -1, -1))
     assert torch.autograd.gradcheck(semantic_disparity, (a, b))
@@ -73,9 +72,7 @@ def test_bounds_are_the_nth_disparity(data: st.DataObject) -> None:
     b = a if itself else torch.rand(m, channels, generator=g).mul(10).round().div(10)
     y = torch.randint(-1, 3, (n,), generator=g)
     z = y if itself else torch.randint(-1, 3, (m,), generator=g)
-    bounds = disparity_bounds(
-        a, y, b, z, count, positives=positives, ignore_index=-1, self_offset=0 if itself else -1
-    )
+    bounds = disparity_bounds(a, y, b, z, count, positives=positives, ignore_index=-1, self_offset=0 if itself else -1)
     d = (a[:, None] - b[None]).abs().mean(2)
     for i in range(n):
         values = [

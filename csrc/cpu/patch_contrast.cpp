@@ -117,12 +117,14 @@ std::tuple<at::Tensor, at::Tensor> backward_typed(const at::Tensor& grad, const 
   for (int64_t i = 0; i < n; ++i) rows[i] = scalar_t(double(from[x.reduction == kNone ? i : 0]) / share);
 
   needs_keys = needs_keys && x.keys.has_value();
-  at::Tensor grad_anchors = needs_anchors ? at::zeros(x.anchors.sizes(), x.anchors.options()) : at::empty({0}, x.anchors.options());
-  at::Tensor grad_keys = needs_keys ? at::zeros(x.keys->sizes(), x.anchors.options()) : at::empty({0}, x.anchors.options());
+  at::Tensor grad_anchors =
+      needs_anchors ? at::zeros(x.anchors.sizes(), x.anchors.options()) : at::empty({0}, x.anchors.options());
+  at::Tensor grad_keys =
+      needs_keys ? at::zeros(x.keys->sizes(), x.anchors.options()) : at::empty({0}, x.anchors.options());
   patch_contrast_backward(arguments.inputs, rows, lse.contiguous().const_data_ptr<scalar_t>(),
                           num_positives.contiguous().const_data_ptr<int32_t>(),
-                          needs_anchors ? grad_anchors.data_ptr() : nullptr, needs_keys ? grad_keys.data_ptr() : nullptr,
-                          torch_threads());
+                          needs_anchors ? grad_anchors.data_ptr() : nullptr,
+                          needs_keys ? grad_keys.data_ptr() : nullptr, torch_threads());
   return {grad_anchors, grad_keys};
 }
 

@@ -27,7 +27,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& input, 
   at::Tensor confidence = at::empty(output_shape(input, grid, true), contiguous.options());
   at::Tensor class_entropy = at::empty_like(confidence);
   const StatisticsInputs inputs{grid, contiguous.const_data_ptr(), dtype_of(input), probabilities, normalize};
-  const auto kernel = input.scalar_type() == at::kDouble ? patch_statistics_forward<double> : patch_statistics_forward<float>;
+  const auto kernel =
+      input.scalar_type() == at::kDouble ? patch_statistics_forward<double> : patch_statistics_forward<float>;
   kernel(inputs, entropy.data_ptr(), confidence.data_ptr(), class_entropy.data_ptr(), torch_threads());
   return {entropy, confidence, class_entropy};
 }

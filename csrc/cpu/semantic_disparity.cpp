@@ -10,7 +10,9 @@
 namespace pglcl {
 namespace {
 
-at::ScalarType accumulate_type(const at::Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+at::ScalarType accumulate_type(const at::Tensor& t) {
+  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 at::Tensor wide(const at::Tensor& t) { return t.to(accumulate_type(t)).contiguous(); }
 

@@ -19,7 +19,7 @@ inline uint16_t float_to_bfloat16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
   if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t((bits >> 16) | 0x40);  // a NaN stays one
-  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);                  // to nearest, ties to even
+  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);                 // to nearest, ties to even
 }
 
 inline float float16_to_float(uint16_t value) {

@@ -23,7 +23,7 @@ struct PatchRange {
 #ifdef __CUDACC__
 __host__ __device__
 #endif
-inline PatchRange patches_with(int64_t x, int64_t patch, int64_t stride, int64_t grid) {
+    inline PatchRange patches_with(int64_t x, int64_t patch, int64_t stride, int64_t grid) {
   const int64_t first = x < patch ? 0 : (x - patch) / stride + 1;
   const int64_t last = x / stride + 1;
   return {first, last < grid ? last : grid};

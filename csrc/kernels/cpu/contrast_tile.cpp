@@ -70,8 +70,8 @@ void panel_disparity(const ContrastTile<scalar_t>& t, const TilePosition& at, in
     for (int64_t c = 0; c < kPanel; ++c) {
       scalar_t sum = 0;
       for (int64_t k = 0; k < t.channels; ++k) {
-        const scalar_t d = t.anchors.descriptor[k * t.anchors.padded + at.row + r] -
-                           t.keys.descriptor[k * t.keys.padded + key + c];
+        const scalar_t d =
+            t.anchors.descriptor[k * t.anchors.padded + at.row + r] - t.keys.descriptor[k * t.keys.padded + key + c];
         sum += d < 0 ? -d : d;
       }
       disparity[r * kPanel + c] = sum / channels;

@@ -27,13 +27,13 @@ struct ContrastSide {
   int64_t padded;
   const scalar_t* rows;  // (padded, row_stride)
   int64_t row_stride;
-  const scalar_t* panels;         // (padded / panel, D, panel): keys only
-  const uint16_t* rows_bf16;      // (padded, depth_bf16), null unless bfloat16 products run in hardware
-  const uint16_t* panels_bf16;    // (padded / panel, depth_bf16 / 2, panel, 2)
+  const scalar_t* panels;               // (padded / panel, D, panel): keys only
+  const uint16_t* rows_bf16;            // (padded, depth_bf16), null unless bfloat16 products run in hardware
+  const uint16_t* panels_bf16;          // (padded / panel, depth_bf16 / 2, panel, 2)
   const integer_t<scalar_t>* label;     // (padded,) rank of the class, -1 in the padding
   const integer_t<scalar_t>* identity;  // (padded,) two patches with the same identity are no pair
-  const scalar_t* descriptor;     // (channels, padded)
-  const int32_t* index;           // (count,) place in the caller's tensors
+  const scalar_t* descriptor;           // (channels, padded)
+  const int32_t* index;                 // (count,) place in the caller's tensors
 };
 
 // One entry per anchor. Exponents are in units of log 2.
@@ -75,12 +75,12 @@ struct ContrastTile {
   ContrastSide<scalar_t> anchors, keys;
   ContrastState<scalar_t> state;
   ContrastMasks masks;
-  int64_t depth;       // D
-  int64_t depth_bf16;  // D rounded up to even
-  int64_t channels;  // descriptor channels
-  scalar_t scale;    // log2(e) / temperature
-  scalar_t shift;    // of all anchors, used when fixed_shift
-  bool fixed_shift;  // all exponents are known to lie in [-115, 0] once shifted: no maximum is needed
+  int64_t depth;                  // D
+  int64_t depth_bf16;             // D rounded up to even
+  int64_t channels;               // descriptor channels
+  scalar_t scale;                 // log2(e) / temperature
+  scalar_t shift;                 // of all anchors, used when fixed_shift
+  bool fixed_shift;               // all exponents are known to lie in [-115, 0] once shifted: no maximum is needed
   scalar_t log2_negative_weight;  // added to negative exponents unless fixed_shift
   // Keys are the anchors: each tile above the diagonal serves its rows as anchors and its columns as anchors.
   bool symmetric;

@@ -6,16 +6,20 @@
 namespace pglcl {
 
 // Declared here and defined in contrast_tile.cpp and statistics_strip.cpp, compiled once per instruction set.
-#define PGLCL_DECLARE(isa)                        \
-  namespace isa {                                 \
-  template <typename scalar_t>                    \
-  ContrastKernels<scalar_t> contrast_kernels();   \
-  template <typename scalar_t>                    \
+#define PGLCL_DECLARE(isa)                          \
+  namespace isa {                                   \
+  template <typename scalar_t>                      \
+  ContrastKernels<scalar_t> contrast_kernels();     \
+  template <typename scalar_t>                      \
   StatisticsKernels<scalar_t> statistics_kernels(); \
   }
 
-#define PGLCL_TABLE(isa, bf16)                                                                               \
-  {#isa, bf16, isa::contrast_kernels<float>(), isa::contrast_kernels<double>(), isa::statistics_kernels<float>(), \
+#define PGLCL_TABLE(isa, bf16)       \
+  {#isa,                             \
+   bf16,                             \
+   isa::contrast_kernels<float>(),   \
+   isa::contrast_kernels<double>(),  \
+   isa::statistics_kernels<float>(), \
    isa::statistics_kernels<double>()}
 
 PGLCL_DECLARE(baseline)

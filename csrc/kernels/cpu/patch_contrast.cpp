@@ -79,7 +79,8 @@ void rank_labels(std::vector<Patch>& a, std::vector<Patch>& b) {
   }
 }
 
-// --- Step 2: copy them into that order, padded ------------------------------------------------------------------------
+// --- Step 2: copy them into that order, padded
+// ------------------------------------------------------------------------
 
 template <typename scalar_t>
 struct PackedSide {
@@ -190,11 +191,12 @@ struct PackedSide {
 // Labels and descriptors of one block of kTile sorted patches.
 struct BlockRange {
   int64_t first_label, last_label;
-  double lowest, highest;              // descriptor
+  double lowest, highest;                 // descriptor
   double positive_bound, negative_bound;  // the largest and the smallest of the block
 };
 
-// --- Step 3: the problem, ready for its tiles ---------------------------------------------------------------------------
+// --- Step 3: the problem, ready for its tiles
+// ---------------------------------------------------------------------------
 
 struct Task {
   int32_t row_block, column_block;
@@ -209,8 +211,8 @@ class Problem {
       : inputs_(inputs), parallel_(parallel), table_(kernel_table()) {
     masked_ = inputs.masks.positive != nullptr;
     const scalar_t* key_descriptors = inputs.symmetric() ? inputs.descriptors : inputs.key_descriptors;
-    std::vector<Patch> anchors = sorted_patches(inputs.anchors.rows, inputs.labels, inputs.descriptors,
-                                                inputs.channels, inputs.ignore_index, !masked_);
+    std::vector<Patch> anchors = sorted_patches(inputs.anchors.rows, inputs.labels, inputs.descriptors, inputs.channels,
+                                                inputs.ignore_index, !masked_);
     std::vector<Patch> keys;
     if (!inputs.symmetric())
       keys = sorted_patches(inputs.keys.rows, inputs.key_labels, key_descriptors, inputs.channels, inputs.ignore_index,
@@ -220,7 +222,9 @@ class Problem {
     const bool identities = inputs.symmetric() || inputs.self_offset >= 0;
     const int64_t none = PackedSide<scalar_t>::kNoIdentity;
     anchors_.arrange(anchors, inputs.descriptors, inputs.channels,
-                     !identities ? none : inputs.symmetric() ? 0 : inputs.self_offset);
+                     !identities          ? none
+                     : inputs.symmetric() ? 0
+                                          : inputs.self_offset);
     // -2 for anchors and -1 + an index for keys never meet.
     if (!inputs.symmetric()) keys_.arrange(keys, key_descriptors, inputs.channels, 0);
 
@@ -256,7 +260,8 @@ class Problem {
     if (tasks_.empty()) return;
     const int64_t row_blocks = anchors_.view.padded / kTile;
     const int64_t column_blocks = tile_.keys.padded / kTile;
-    std::vector<std::atomic<int32_t>> row_turn(row_blocks), column_turn_storage(inputs_.symmetric() ? 0 : column_blocks);
+    std::vector<std::atomic<int32_t>> row_turn(row_blocks),
+        column_turn_storage(inputs_.symmetric() ? 0 : column_blocks);
     std::vector<std::atomic<int32_t>>& column_turn = inputs_.symmetric() ? row_turn : column_turn_storage;
     std::atomic<int64_t> next{0};
     const int workers = int(std::min<int64_t>(workers_, tasks_.size()));
@@ -289,8 +294,11 @@ class Problem {
     Buffer<integer_t<scalar_t>> codes;
     ContrastScratch<scalar_t> view;
     explicit Scratch(const ContrastKernels<scalar_t>& kernels)
-        : dots(kTile * kernels.panel), disparity(kTile * kernels.panel), row_sums(kTile * 4 * kernels.lanes),
-          weights(kTile * kTile, 0), codes(kTile * kernels.panel),
+        : dots(kTile * kernels.panel),
+          disparity(kTile * kernels.panel),
+          row_sums(kTile * 4 * kernels.lanes),
+          weights(kTile * kTile, 0),
+          codes(kTile * kernels.panel),
           view{dots.data(), disparity.data(), codes.data(), row_sums.data(), weights.data()} {}
   };
 
@@ -348,8 +356,11 @@ class Problem {
     std::vector<BlockRange> ranges(side.padded / kTile);
     for (size_t b = 0; b < ranges.size(); ++b) {
       const int64_t first = b * kTile, last = std::min<int64_t>(first + kTile, side.count);
-      BlockRange range{side.label[first], side.label[first], double(side.descriptor[first]),
-                       double(side.descriptor[first]), -std::numeric_limits<double>::infinity(),
+      BlockRange range{side.label[first],
+                       side.label[first],
+                       double(side.descriptor[first]),
+                       double(side.descriptor[first]),
+                       -std::numeric_limits<double>::infinity(),
                        std::numeric_limits<double>::infinity()};
       for (int64_t i = first; i < last; ++i) {
         range.first_label = std::min<int64_t>(range.first_label, side.label[i]);
@@ -434,12 +445,9 @@ class Problem {
 
   TilePosition position(const Task& task) const {
     const int64_t row = task.row_block * kTile, column = task.column_block * kTile;
-    return {row,
-            std::min<int64_t>(kTile, tile_.anchors.count - row),
-            column,
-            std::min<int64_t>(kTile, tile_.keys.count - column),
-            task.kind,
-            inputs_.symmetric() && task.row_block == task.column_block};
+    return {row,       std::min<int64_t>(kTile, tile_.anchors.count - row),
+            column,    std::min<int64_t>(kTile, tile_.keys.count - column),
+            task.kind, inputs_.symmetric() && task.row_block == task.column_block};
   }
 
   const ContrastInputs<scalar_t>& inputs_;

@@ -44,8 +44,8 @@ template <typename scalar_t>
 void patch_contrast_forward(const ContrastInputs<scalar_t>& inputs, scalar_t* lse, scalar_t* positive_logit,
                             int32_t* num_positives, const Parallel& parallel);
 
-// grad_rows (N,) is dL/d(loss of each anchor). The gradients, zero-filled by the caller, are of the inputs' dtype; a null
-// one is not computed. With the anchors as keys grad_anchors holds both parts and grad_keys is null.
+// grad_rows (N,) is dL/d(loss of each anchor). The gradients, zero-filled by the caller, are of the inputs' dtype; a
+// null one is not computed. With the anchors as keys grad_anchors holds both parts and grad_keys is null.
 template <typename scalar_t>
 void patch_contrast_backward(const ContrastInputs<scalar_t>& inputs, const scalar_t* grad_rows, const scalar_t* lse,
                              const int32_t* num_positives, void* grad_anchors, void* grad_keys,

@@ -15,7 +15,8 @@ constexpr int64_t kSerialWork = 1 << 14;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-void run_tasks(int64_t tasks, int64_t work, const Parallel& parallel, const std::function<void(int64_t, int64_t)>& body) {
+void run_tasks(int64_t tasks, int64_t work, const Parallel& parallel,
+               const std::function<void(int64_t, int64_t)>& body) {
   const int workers = work < kSerialWork ? 1 : int(std::min<int64_t>(parallel.threads, tasks));
   if (tasks == 0) return;
   parallel.run(workers, [&](int worker) {
@@ -221,7 +222,7 @@ void patch_statistics_backward(const StatisticsInputs& inputs, const void* confi
 }
 
 #define PGLCL_INSTANTIATE(scalar_t)                                                                                 \
-  template void patch_statistics_forward<scalar_t>(const StatisticsInputs&, void*, void*, void*, const Parallel&);   \
+  template void patch_statistics_forward<scalar_t>(const StatisticsInputs&, void*, void*, void*, const Parallel&);  \
   template void patch_statistics_backward<scalar_t>(const StatisticsInputs&, const void*, const void*, const void*, \
                                                     const void*, const void*, void*, const Parallel&);
 PGLCL_INSTANTIATE(float)

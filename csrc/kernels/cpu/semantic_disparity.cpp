@@ -121,8 +121,7 @@ void scalar_bounds(const DisparityBounds<scalar_t>& in, scalar_t none, scalar_t*
     members[place] = {all[place].label, place};
     place_of[all[place].index] = place;
   }
-  std::stable_sort(members.begin(), members.end(),
-                   [](const Member& a, const Member& b) { return a.label < b.label; });
+  std::stable_sort(members.begin(), members.end(), [](const Member& a, const Member& b) { return a.label < b.label; });
   for (int64_t rank = 0; rank < total; ++rank) rank_of[all[members[rank].place].index] = rank;
 
   for_rows(in.anchors, in.anchors * 64, parallel, [&](int64_t first, int64_t last) {
@@ -173,7 +172,8 @@ void vector_bounds(const DisparityBounds<scalar_t>& in, scalar_t none, scalar_t*
       for (int64_t j = 0; j < in.keys; ++j) {
         if (in.key_labels[j] == in.ignore_index || (in.key_labels[j] == in.labels[i]) != in.positives) continue;
         if (in.self_offset >= 0 && j == i + in.self_offset) continue;
-        const scalar_t d = disparity(in.descriptors + i * in.channels, in.key_descriptors + j * in.channels, in.channels);
+        const scalar_t d =
+            disparity(in.descriptors + i * in.channels, in.key_descriptors + j * in.channels, in.channels);
         row[size++] = in.positives ? d : -d;
       }
       if (size <= in.count) continue;
@@ -239,11 +239,11 @@ void disparity_bounds(const DisparityBounds<scalar_t>& in, scalar_t* bounds, con
   }
 }
 
-#define PGLCL_INSTANTIATE(scalar_t)                                                                              \
+#define PGLCL_INSTANTIATE(scalar_t)                                                                               \
   template void semantic_disparity_forward<scalar_t>(const scalar_t*, int64_t, const scalar_t*, int64_t, int64_t, \
-                                                     scalar_t*, const Parallel&);                                \
+                                                     scalar_t*, const Parallel&);                                 \
   template void semantic_disparity_backward<scalar_t>(const scalar_t*, const scalar_t*, int64_t, const scalar_t*, \
-                                                      int64_t, int64_t, scalar_t*, scalar_t*, const Parallel&);  \
+                                                      int64_t, int64_t, scalar_t*, scalar_t*, const Parallel&);   \
   template void disparity_bounds<scalar_t>(const DisparityBounds<scalar_t>&, scalar_t*, const Parallel&);
 PGLCL_INSTANTIATE(float)
 PGLCL_INSTANTIATE(double)
