@@ -37,6 +37,9 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options], check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)
         subprocess.run(["cmake", "--install", str(build)], check=True)
+        if self.inplace or getattr(self, "editable_mode", False):
+            # setuptools copies the module itself back to the sources, but not what lies beside it.
+            self.copy_file(str(target / "_build_config.py"), str(ROOT / "pglcl_ext" / "_build_config.py"))
 
 
 def torch_requirement() -> str:

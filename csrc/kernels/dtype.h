@@ -4,25 +4,31 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__CUDACC__)
+#define PGLCL_HOST_DEVICE __host__ __device__
+#else
+#define PGLCL_HOST_DEVICE
+#endif
+
 namespace pglcl {
 
 enum class DType : int8_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
 
-inline float bfloat16_to_float(uint16_t value) {
+PGLCL_HOST_DEVICE inline float bfloat16_to_float(uint16_t value) {
   const uint32_t bits = uint32_t(value) << 16;
   float result;
   std::memcpy(&result, &bits, sizeof(result));
   return result;
 }
 
-inline uint16_t float_to_bfloat16(float value) {
+PGLCL_HOST_DEVICE inline uint16_t float_to_bfloat16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
   if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t((bits >> 16) | 0x40);  // a NaN stays one
   return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);                 // to nearest, ties to even
 }
 
-inline float float16_to_float(uint16_t value) {
+PGLCL_HOST_DEVICE inline float float16_to_float(uint16_t value) {
   // Exponent and mantissa moved into place give the number times 2^-112; the product mends normal and subnormal ones.
   const uint32_t magnitude = uint32_t(value & 0x7fff) << 13;
   float result;
@@ -36,7 +42,7 @@ inline float float16_to_float(uint16_t value) {
   return result;
 }
 
-inline uint16_t float_to_float16(float value) {
+PGLCL_HOST_DEVICE inline uint16_t float_to_float16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
   const uint32_t sign = (bits >> 16) & 0x8000;

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "dtype.h"
+
 namespace pglcl {
 
 // Images of 2 dimensions are volumes of depth 1. Index 0, 1, 2 is depth, height, width.
@@ -20,10 +22,7 @@ struct PatchRange {
   int64_t first, last;
 };
 
-#ifdef __CUDACC__
-__host__ __device__
-#endif
-    inline PatchRange patches_with(int64_t x, int64_t patch, int64_t stride, int64_t grid) {
+PGLCL_HOST_DEVICE inline PatchRange patches_with(int64_t x, int64_t patch, int64_t stride, int64_t grid) {
   const int64_t first = x < patch ? 0 : (x - patch) / stride + 1;
   const int64_t last = x / stride + 1;
   return {first, last < grid ? last : grid};
