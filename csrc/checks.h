@@ -71,6 +71,14 @@ inline PatchGrid check_patch_grid(const at::Tensor& input, at::IntArrayRef patch
   return grid;
 }
 
+// (B, *g), or (B, K, *g) with classes.
+inline at::DimVector patch_grid_shape(const at::Tensor& input, const PatchGrid& grid, bool classes) {
+  at::DimVector shape{grid.batch};
+  if (classes) shape.push_back(grid.classes);
+  for (int64_t d = 5 - input.dim(); d < 3; ++d) shape.push_back(grid.grid[d]);
+  return shape;
+}
+
 inline int64_t check_disparity(const at::Tensor& a, const at::Tensor& b) {
   const int64_t channels = check_descriptors(a, "a", "N", a.dim() ? a.size(0) : 0, a, "a");
   const int64_t other = check_descriptors(b, "b", "M", b.dim() ? b.size(0) : 0, a, "a");

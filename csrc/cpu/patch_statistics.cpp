@@ -12,19 +12,12 @@
 namespace pglcl {
 namespace {
 
-at::DimVector output_shape(const at::Tensor& input, const PatchGrid& grid, bool classes) {
-  at::DimVector shape{grid.batch};
-  if (classes) shape.push_back(grid.classes);
-  for (int64_t d = 5 - input.dim(); d < 3; ++d) shape.push_back(grid.grid[d]);
-  return shape;
-}
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& input, at::IntArrayRef patch_size,
                                                        at::IntArrayRef stride, bool probabilities, bool normalize) {
   const PatchGrid grid = check_patch_grid(input, patch_size, stride);
   const at::Tensor contiguous = input.contiguous();
-  at::Tensor entropy = at::empty(output_shape(input, grid, false), contiguous.options());
-  at::Tensor confidence = at::empty(output_shape(input, grid, true), contiguous.options());
+  at::Tensor entropy = at::empty(patch_grid_shape(input, grid, false), contiguous.options());
+  at::Tensor confidence = at::empty(patch_grid_shape(input, grid, true), contiguous.options());
   at::Tensor class_entropy = at::empty_like(confidence);
   const StatisticsInputs inputs{grid, contiguous.const_data_ptr(), dtype_of(input), probabilities, normalize};
   const auto kernel =

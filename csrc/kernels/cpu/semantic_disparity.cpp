@@ -5,6 +5,8 @@
 #include <limits>
 #include <vector>
 
+#include "../disparity_search.h"
+
 namespace pglcl {
 namespace {
 
@@ -32,130 +34,41 @@ scalar_t sign(scalar_t x) {
   return x != x ? x : scalar_t((x > 0) - (x < 0));
 }
 
-// Descriptors of some keys in ascending order, with one of them (an anchor's own) left out.
-template <typename scalar_t, typename At>
-class SortedWithout {
- public:
-  SortedWithout(At at, int64_t size, int64_t left_out) : at_(at), size_(size), left_out_(left_out) {}
-  int64_t size() const { return size_ - (left_out_ >= 0 ? 1 : 0); }
-  scalar_t operator[](int64_t i) const { return at_(left_out_ >= 0 && i >= left_out_ ? i + 1 : i); }
-
- private:
-  At at_;
-  int64_t size_, left_out_;
+template <typename T>
+struct Array {
+  const T* data;
+  T load(int64_t i) const { return data[i]; }
 };
-
-// The count-th smallest |a - x|: the window of `count` neighbours of a whose farther end is nearest.
-template <typename scalar_t, typename Sorted>
-scalar_t nearest(const Sorted& x, int64_t count, scalar_t a) {
-  int64_t low = 0, high = x.size() - count;  // first start whose right end is not nearer than its left neighbour
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (a - x[middle] > x[middle + count] - a)
-      low = middle + 1;
-    else
-      high = middle;
-  }
-  return std::max(std::abs(a - x[low]), std::abs(x[low + count - 1] - a));
-}
-
-// The count-th largest |a - x|: the farthest keys are a number of the lowest and the rest of the highest.
-template <typename scalar_t, typename Sorted>
-scalar_t farthest(const Sorted& x, int64_t count, scalar_t a) {
-  const int64_t kept = x.size() - count;  // the window that stays is the `kept` nearest
-  if (kept == 0) {
-    scalar_t smallest = std::numeric_limits<scalar_t>::infinity();
-    // All count: the bound is the smallest disparity, at the neighbours of a.
-    int64_t low = 0, high = x.size();
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (x[middle] < a)
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    if (low < x.size()) smallest = std::min(smallest, std::abs(x[low] - a));
-    if (low > 0) smallest = std::min(smallest, std::abs(a - x[low - 1]));
-    return smallest;
-  }
-  int64_t low = 0, high = count;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (a - x[middle] > x[middle + kept] - a)
-      low = middle + 1;
-    else
-      high = middle;
-  }
-  // Left out of the window: [0, low) and [low + kept, size).
-  scalar_t result = std::numeric_limits<scalar_t>::infinity();
-  if (low > 0) result = std::min(result, std::abs(a - x[low - 1]));
-  if (low + kept < x.size()) result = std::min(result, std::abs(x[low + kept] - a));
-  return result;
-}
 
 // One channel: sort the keys once, then search.
 template <typename scalar_t>
 void scalar_bounds(const DisparityBounds<scalar_t>& in, scalar_t none, scalar_t* bounds, const Parallel& parallel) {
-  struct Key {
-    int64_t label;
-    scalar_t value;
-    int64_t index;
-  };
-  std::vector<Key> all;
-  all.reserve(in.keys);
+  std::vector<int64_t> order;
+  order.reserve(in.keys);
   for (int64_t j = 0; j < in.keys; ++j)
-    if (in.key_labels[j] != in.ignore_index) all.push_back({in.key_labels[j], in.key_descriptors[j], j});
-  const auto by_value = [](const Key& a, const Key& b) {
-    return a.value != b.value ? a.value < b.value : a.index < b.index;
-  };
-  std::sort(all.begin(), all.end(), by_value);
-  const int64_t total = all.size();
-
-  // The same keys class by class, each with its place in the order of all.
-  struct Member {
-    int64_t label, place;
-  };
-  std::vector<Member> members(total);
-  std::vector<int64_t> place_of(in.keys, -1), rank_of(in.keys, -1);
-  for (int64_t place = 0; place < total; ++place) {
-    members[place] = {all[place].label, place};
-    place_of[all[place].index] = place;
+    if (in.key_labels[j] != in.ignore_index) order.push_back(j);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return in.key_descriptors[a] < in.key_descriptors[b]; });
+  const int64_t total = order.size();
+  std::vector<int64_t> place(total), label(total), member_of(in.keys, -1);
+  for (int64_t i = 0; i < total; ++i) place[i] = i;
+  std::stable_sort(place.begin(), place.end(),
+                   [&](int64_t a, int64_t b) { return in.key_labels[order[a]] < in.key_labels[order[b]]; });
+  std::vector<scalar_t> value(total);
+  for (int64_t i = 0; i < total; ++i) {
+    value[i] = in.key_descriptors[order[i]];
+    label[i] = in.key_labels[order[place[i]]];
+    member_of[order[place[i]]] = i;
   }
-  std::stable_sort(members.begin(), members.end(), [](const Member& a, const Member& b) { return a.label < b.label; });
-  for (int64_t rank = 0; rank < total; ++rank) rank_of[all[members[rank].place].index] = rank;
+  const SortedKeys<Array<scalar_t>, Array<int64_t>> sorted{
+      {value.data()}, {label.data()}, {place.data()}, {member_of.data()}, total};
 
   for_rows(in.anchors, in.anchors * 64, parallel, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      bounds[i] = none;
-      if (in.labels[i] == in.ignore_index) continue;
-      const auto begin = std::lower_bound(members.begin(), members.end(), in.labels[i],
-                                          [](const Member& m, int64_t label) { return m.label < label; });
-      const auto end = std::upper_bound(begin, members.end(), in.labels[i],
-                                        [](int64_t label, const Member& m) { return label < m.label; });
-      const int64_t own_first = begin - members.begin(), own_count = end - begin;
-      const scalar_t a = in.descriptors[i];
-      if (in.positives) {
-        int64_t self = in.self_offset >= 0 && i + in.self_offset < in.keys ? rank_of[i + in.self_offset] : -1;
-        self = self >= own_first && self < own_first + own_count ? self - own_first : -1;
-        const auto at = [&](int64_t q) { return all[members[own_first + q].place].value; };
-        const SortedWithout<scalar_t, decltype(at)> same(at, own_count, self);
-        if (same.size() > in.count) bounds[i] = nearest(same, in.count, a);
-      } else {
-        // The q-th key of another class lies at place q + m, where m own keys come before it.
-        const auto at = [&](int64_t q) {
-          int64_t low = 0, high = own_count;
-          while (low < high) {
-            const int64_t middle = (low + high) / 2;
-            if (members[own_first + middle].place - middle <= q)
-              low = middle + 1;
-            else
-              high = middle;
-          }
-          return all[q + low].value;
-        };
-        const SortedWithout<scalar_t, decltype(at)> different(at, total - own_count, -1);
-        if (different.size() > in.count) bounds[i] = farthest(different, in.count, a);
-      }
+      const int64_t self = in.self_offset >= 0 && i + in.self_offset < in.keys ? i + in.self_offset : -1;
+      bounds[i] = in.labels[i] == in.ignore_index ? none
+                                                  : search_bound(sorted, in.labels[i], in.descriptors[i], self,
+                                                                 in.count, in.positives, none);
     }
   });
 }

@@ -1,0 +1,215 @@
+// Kernels with one planted fault each, that the emulator must catch, and their sound counterparts, that it must let pass.
+#include <string>
+
+#include "cuda/device.h"
+
+namespace {
+
+using namespace pglcl;
+
+float input[64], output[64];
+std::string message;
+
+// --- kernels: `bad` plants the fault
+
+void global_bounds(bool bad) { Global<float>(output).store(thread_index() + (bad ? 40 : 0), 1.0f); }
+
+void shared_bounds(bool bad) {
+  SharedMemory memory;
+  memory.take<float>(32).store(thread_index() + (bad ? 1 : 0), 1.0f);
+}
+
+void unwritten_shared(bool bad) {
+  SharedMemory memory;
+  const Shared<float> s = memory.take<float>(32);
+  if (!bad || thread_index() != 5) s.store(thread_index(), 1.0f);
+  sync_threads();
+  s.load(thread_index());
+}
+
+void unwritten_output(bool bad) {
+  const Global<float> out(output);
+  if (!bad) out.store(thread_index(), 1.0f);
+  out.load(thread_index());
+}
+
+void different_barriers(bool bad) {
+  if (bad && thread_index() < 16)
+    sync_threads();
+  else
+    sync_threads();
+}
+
+void gone_at_barrier(bool bad) {
+  if (bad && thread_index() == 3) return;
+  sync_threads();
+}
+
+void gone_at_shuffle(bool bad) {
+  if (bad && thread_index() == 3) return;
+  shuffle_xor(1, 1);
+}
+
+void different_shuffles(bool bad) {
+  if (bad && thread_index() % 2)
+    shuffle_xor(1, 1);
+  else
+    shuffle_xor(1, 2);
+}
+
+void race_write_read(bool bad) {
+  SharedMemory memory;
+  const Shared<float> s = memory.take<float>(64);
+  s.store(thread_index(), 1.0f);
+  s.store(thread_index() + 32, 1.0f);
+  if (!bad) sync_threads();
+  s.load(31 - thread_index() % 32);
+}
+
+void race_read_write(bool bad) {
+  SharedMemory memory;
+  const Shared<float> s = memory.take<float>(32);
+  s.store(thread_index(), 1.0f);
+  sync_threads();
+  s.load(31 - thread_index());
+  if (!bad) sync_threads();
+  s.store(thread_index(), 2.0f);
+}
+
+void race_write_write(bool bad) {
+  SharedMemory memory;
+  memory.take<float>(32).store(bad ? 0 : thread_index(), 1.0f);
+}
+
+void race_within_warp(bool bad) {
+  SharedMemory memory;
+  const Shared<float> s = memory.take<float>(32);
+  s.store(thread_index(), 1.0f);
+  if (!bad) sync_warp();
+  s.load(31 - thread_index());
+}
+
+void race_with_atomic(bool bad) {
+  SharedMemory memory;
+  const Shared<int> s = memory.take<int>(1);
+  if (thread_index() == 0) s.store(0, 0);
+  sync_threads();
+  s.atomic_add(0, 1);
+  if (!bad) sync_threads();
+  s.load(0);
+}
+
+void misaligned_global(bool bad) {
+  if (thread_index() == 0) Global<const float>(input).load_vector<4>(bad ? 1 : 4);
+}
+
+void misaligned_shared(bool bad) {
+  SharedMemory memory;
+  const Shared<float> s = memory.take<float>(32);
+  s.store(thread_index(), 1.0f);
+  sync_threads();
+  if (thread_index() == 0) s.load_vector<2>(bad ? 1 : 2);
+}
+
+void copy_without_wait(bool bad) {
+  SharedMemory memory;
+  const Shared<float> s = memory.take<float>(128);
+  s.copy_async(4 * thread_index(), Global<const float>(input), 0, false);
+  commit_copies();
+  if (!bad) wait_copies<0>();
+  sync_threads();
+  s.load(4 * thread_index());
+}
+
+void copy_waits_for_older(bool bad) {
+  SharedMemory memory;
+  const Shared<float> s = memory.take<float>(256);
+  s.copy_async(4 * thread_index(), Global<const float>(input), 0, false);
+  commit_copies();
+  s.copy_async(128 + 4 * thread_index(), Global<const float>(input), 4, false);
+  commit_copies();
+  wait_copies<1>();
+  s.load((bad ? 128 : 0) + 4 * thread_index());
+}
+
+void copy_seen_by_others(bool bad) {
+  SharedMemory memory;
+  const Shared<float> s = memory.take<float>(128);
+  s.copy_async(4 * thread_index(), Global<const float>(input), 0, false);
+  commit_copies();
+  wait_copies<0>();
+  if (!bad) sync_threads();
+  s.load(4 * (31 - thread_index()));
+}
+
+void too_little_shared(bool bad) {
+  SharedMemory memory;
+  memory.take<float>(bad ? 100000 : 10);
+}
+
+struct Case {
+  const char* name;
+  void (*kernel)(bool);
+};
+const Case kCases[] = {
+    {"global_bounds", global_bounds},           {"shared_bounds", shared_bounds},
+    {"unwritten_shared", unwritten_shared},     {"unwritten_output", unwritten_output},
+    {"different_barriers", different_barriers}, {"gone_at_barrier", gone_at_barrier},
+    {"gone_at_shuffle", gone_at_shuffle},       {"different_shuffles", different_shuffles},
+    {"race_write_read", race_write_read},       {"race_read_write", race_read_write},
+    {"race_write_write", race_write_write},     {"race_within_warp", race_within_warp},
+    {"race_with_atomic", race_with_atomic},     {"misaligned_global", misaligned_global},
+    {"misaligned_shared", misaligned_shared},   {"copy_without_wait", copy_without_wait},
+    {"copy_waits_for_older", copy_waits_for_older}, {"copy_seen_by_others", copy_seen_by_others},
+    {"too_little_shared", too_little_shared},
+};
+
+}  // namespace
+
+extern "C" {
+
+int fault_count() { return sizeof(kCases) / sizeof(kCases[0]); }
+const char* fault_name(int i) { return kCases[i].name; }
+
+// Null when nothing was found, else the emulator's message.
+const char* run_fault(int i, bool bad) {
+  simt::global_memory().clear();
+  simt::global_memory().announce(input, sizeof(input), "input", true);
+  simt::global_memory().announce(output, sizeof(output), "output", false);
+  // Two warps see what one warp cannot: cases that name 32 threads run with 32.
+  try {
+    simt::launch(kCases[i].name, {1, 1, 1}, {32, 1, 1}, 1024, [=] { kCases[i].kernel(bad); });
+    return nullptr;
+  } catch (const simt::Error& error) {
+    message = error.what();
+    return message.c_str();
+  }
+}
+
+// D = A B of one warp: rows (16, depth), columns (8, depth), in fragments as the PTX ISA lays them out.
+void run_mma(int kind, const float* rows, const float* columns, float* result) {
+  simt::launch("mma", {1, 1, 1}, {32, 1, 1}, 0, [=] {
+    const int lane = thread_index(), group = lane / 4, within = lane % 4;
+    const int depth = kind == 2 ? 8 : 16, per_word = depth / 8;
+    const auto pack = [&](const float* row, int first) {
+      uint32_t word = 0;
+      if (kind == 2) return to_tf32(row[first]);
+      for (int half = 0; half < per_word; ++half) {
+        const float value = row[first + half];
+        word |= uint32_t(kind == 0 ? float_to_bfloat16(value) : float_to_float16(value)) << (16 * half);
+      }
+      return word;
+    };
+    const int k = within * per_word, next = 4 * per_word;
+    const uint32_t a[4] = {pack(rows + group * depth, k), pack(rows + (group + 8) * depth, k),
+                           pack(rows + group * depth, k + next), pack(rows + (group + 8) * depth, k + next)};
+    const uint32_t b[2] = {pack(columns + group * depth, k), pack(columns + group * depth, k + next)};
+    float d[4] = {};
+    if (kind == 0) mma_bf16(d, a, b);
+    if (kind == 1) mma_f16(d, a, b);
+    if (kind == 2) mma_tf32(d, a, b);
+    for (int i = 0; i < 4; ++i) result[(group + 8 * (i / 2)) * 8 + 2 * within + i % 2] = d[i];
+  });
+}
+
+}  // extern "C"
