@@ -16,9 +16,13 @@ at::Tensor converted(const std::optional<at::Tensor>& t, at::ScalarType type) {
 }
 
 cuda::DeviceLimits limits() {
-  const cudaDeviceProp* properties = at::cuda::getCurrentDeviceProperties();
-  return {properties->major * 10 + properties->minor, int64_t(properties->sharedMemPerBlockOptin),
-          at::globalContext().allowTF32CuBLAS()};
+  const auto attribute = [](cudaDeviceAttr which) {
+    int value = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, c10::cuda::current_device()));
+    return value;
+  };
+  return {attribute(cudaDevAttrComputeCapabilityMajor) * 10 + attribute(cudaDevAttrComputeCapabilityMinor),
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), at::globalContext().allowTF32CuBLAS()};
 }
 
 // The inputs as the kernels read them, and the tensors that keep them alive.
@@ -90,7 +94,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(P
     cuda::run_contrast_forward<T>(arguments.get<T>(), limits(), output_of<scalar_t>(lse),
                                   output_of<scalar_t>(positive_logit), output_of<int32_t>(num_positives),
                                   reduction == kNone, reduction == kMean, output_of<scalar_t>(loss),
-                                  output_of<int64_t>(num_valid), at::cuda::getCurrentCUDAStream());
+                                  output_of<int64_t>(num_valid), c10::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {loss, lse, positive_logit, num_positives, num_valid};
@@ -115,7 +119,7 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Te
     const cuda::ContrastGradients<scalar_t> gradients{input_of<scalar_t>(wide_grad), reduction == kNone,
                                                       reduction == kMean ? input_of<int64_t>(num_valid) : nullptr,
                                                       input_of<scalar_t>(saved_lse), input_of<int32_t>(saved_count)};
-    const auto stream = at::cuda::getCurrentCUDAStream();
+    const auto stream = c10::cuda::getCurrentCUDAStream();
     if (needs_anchors)
       cuda::run_contrast_backward<T>(inputs, gradients, limits(), output_of<T>(grad_anchors), true,
                                      arguments.symmetric, stream);

@@ -25,7 +25,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& input, 
     cuda::run_statistics_forward<T>({input_of<T>(contiguous), output_of<T>(entropy), output_of<T>(confidence),
                                      output_of<T>(class_entropy), grid, probabilities, normalize,
                                      std::log(double(grid.classes))},
-                                    at::cuda::getCurrentCUDAStream());
+                                    c10::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {entropy, confidence, class_entropy};
@@ -46,7 +46,7 @@ at::Tensor backward(const at::Tensor& grad_entropy, const at::Tensor& grad_confi
     cuda::run_statistics_backward<T>({input_of<T>(contiguous), input_of<T>(c), input_of<T>(h), input_of<T>(ge),
                                       input_of<T>(gc), input_of<T>(gh), output_of<T>(grad_input), grid, probabilities,
                                       normalize, std::log(double(grid.classes))},
-                                     at::cuda::getCurrentCUDAStream());
+                                     c10::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return grad_input;

@@ -25,7 +25,7 @@ at::Tensor forward(const at::Tensor& a, const at::Tensor& b) {
   at::Tensor out = at::empty({n, m}, wide_a.options());
   const auto run = [&]<typename T>() {
     cuda::run_disparity_forward<T>(input_of<T>(wide_a), input_of<T>(wide_b), output_of<T>(out), n, m, channels,
-                                   at::cuda::getCurrentCUDAStream());
+                                   c10::cuda::getCurrentCUDAStream());
   };
   a.scalar_type() == at::kDouble ? run.operator()<double>() : run.operator()<float>();
   C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -40,7 +40,7 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Te
   at::Tensor grad_a = at::empty(needs_a ? a.sizes() : at::IntArrayRef{0}, wide_a.options());
   at::Tensor grad_b = at::empty(needs_b ? b.sizes() : at::IntArrayRef{0}, wide_b.options());
   const auto run = [&]<typename T>() {
-    const auto stream = at::cuda::getCurrentCUDAStream();
+    const auto stream = c10::cuda::getCurrentCUDAStream();
     if (needs_a)
       cuda::run_disparity_backward<T>(input_of<T>(g), input_of<T>(wide_a), input_of<T>(wide_b), output_of<T>(grad_a), n,
                                       m, channels, m, 1, stream);
@@ -84,7 +84,7 @@ at::Tensor bounds(const at::Tensor& descriptors, const at::Tensor& labels, const
   const auto run = [&]<typename T>() {
     const cuda::BoundsInputs<T> inputs{input_of<T>(a), input_of<T>(b), input_of<int64_t>(y), input_of<int64_t>(key_y),
                                        n, m, channels, count, ignore_index, self_offset, positives};
-    const auto stream = at::cuda::getCurrentCUDAStream();
+    const auto stream = c10::cuda::getCurrentCUDAStream();
     if (channels == 1)
       cuda::run_bounds_sorted<T>(inputs,
                                  {input_of<T>(value), input_of<int64_t>(label), input_of<int64_t>(place),

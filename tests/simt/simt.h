@@ -48,17 +48,18 @@ class GlobalMemory {
   }
   void clear() { buffers_.clear(); }
 
-  // Null when the access is fine, else what is wrong with it.
-  std::string check(const void* at, size_t bytes, bool write) {
-    auto next = buffers_.upper_bound(address(at));
+  // Empty when the access is fine, else what is wrong with it. `base` is the pointer that the kernel was given: an access
+  // that strays from its buffer into another is out of bounds, too.
+  std::string check(const void* base, const void* at, size_t bytes, bool write) {
+    auto next = buffers_.upper_bound(address(base));
     if (next == buffers_.begin()) return "global access to memory that is no buffer";
-    Buffer& buffer = std::prev(next)->second;
-    const size_t first = address(at) - std::prev(next)->first;
-    if (first + bytes > buffer.bytes)
-      return "out-of-bounds global access: byte " + std::to_string(first) + " of " + buffer.name + ", which has " +
-             std::to_string(buffer.bytes);
+    auto& [start, buffer] = *std::prev(next);
+    if (address(base) > start + buffer.bytes) return "global access to memory that is no buffer";
+    if (address(at) < start || address(at) + bytes > start + buffer.bytes)
+      return "out-of-bounds global access: byte " + std::to_string(int64_t(address(at) - start)) + " of " +
+             buffer.name + ", which has " + std::to_string(buffer.bytes);
     if (address(at) % bytes) return "misaligned global access of " + std::to_string(bytes) + " bytes in " + buffer.name;
-    for (size_t i = first; i < first + bytes; ++i) {
+    for (size_t i = address(at) - start; i < address(at) - start + bytes; ++i) {
       if (write)
         buffer.written[i] = true;
       else if (!buffer.written[i])
@@ -199,9 +200,10 @@ class Block {
   }
 
   // --- cp.async
-  void copy_async(size_t to, size_t limit, const void* from, size_t bytes, bool fill_zero, const Location& where) {
+  void copy_async(size_t to, size_t limit, const void* base, const void* from, size_t bytes, bool fill_zero,
+                  const Location& where) {
     if (!fill_zero) {
-      const std::string wrong = global->check(from, bytes, false);
+      const std::string wrong = global->check(base, from, bytes, false);
       if (!wrong.empty()) fail(wrong, where);
     }
     touch_shared(to, bytes, limit, Access::kWrite, where);
@@ -459,8 +461,8 @@ class Global {
   T* data() const { return data_; }
 
  private:
-  static void check(const void* at, size_t bytes, bool write, const Location& where) {
-    const std::string wrong = Block::current().global->check(at, bytes, write);
+  void check(const void* at, size_t bytes, bool write, const Location& where) const {
+    const std::string wrong = Block::current().global->check(data_, at, bytes, write);
     if (!wrong.empty()) Block::current().fail(wrong, where);
   }
   T* data_;
@@ -493,7 +495,7 @@ class Shared {
   void copy_async(int64_t i, const Global<U>& from, int64_t j, bool fill_zero,
                   Location where = Location::current()) const {
     if (i < 0) Block::current().fail("negative index into shared memory", where);
-    Block::current().copy_async(at_ + i * sizeof(T), at_ + count_ * sizeof(T), from.data() + j, 16, fill_zero, where);
+    Block::current().copy_async(at_ + i * sizeof(T), at_ + count_ * sizeof(T), from.data(), from.data() + j, 16, fill_zero, where);
   }
 
  private:

@@ -1,0 +1,59 @@
+"""The emulator catches every planted fault, lets its sound counterpart pass, and multiplies as mma.sync does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.simt.emulator import fault_names, run_fault, run_mma
+
+EXPECTED = {
+    "global_bounds": "out-of-bounds global access",
+    "shared_bounds": "out-of-bounds shared access",
+    "unwritten_shared": "read of shared memory that nobody wrote",
+    "unwritten_output": "read of output memory that nobody wrote",
+    "different_barriers": "threads of a block at different barriers",
+    "gone_at_barrier": "thread is gone while others wait",
+    "gone_at_shuffle": "waits for lanes of its warp that are elsewhere or gone",
+    "different_shuffles": "waits for lanes of its warp that are elsewhere or gone",
+    "race_write_read": "race on a shared address",
+    "race_read_write": "race on a shared address",
+    "race_write_write": "race on a shared address",
+    "race_within_warp": "race on a shared address",
+    "race_with_atomic": "race on a shared address",
+    "misaligned_global": "misaligned global access of 16 bytes",
+    "misaligned_shared": "misaligned shared access of 8 bytes",
+    "copy_without_wait": "before cp.async delivered it",
+    "copy_waits_for_older": "before cp.async delivered it",
+    "copy_seen_by_others": "race on a shared address",
+    "too_little_shared": "asked for less shared memory",
+}
+
+
+def test_every_fault_is_listed() -> None:
+    assert sorted(fault_names()) == sorted(EXPECTED)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_planted_fault_is_caught(name: str) -> None:
+    index = fault_names().index(name)
+    message = run_fault(index, True)
+    assert message is not None, "the fault went unnoticed"
+    assert EXPECTED[name] in message
+    # It says where: kernel, block, thread and source line.
+    assert f"kernel {name}, block (0, 0), thread " in message
+    assert ", faults.cpp:" in message
+    assert run_fault(index, False) is None
+
+
+@pytest.mark.parametrize(("kind", "dtype", "depth"), [(0, torch.bfloat16, 16), (1, torch.float16, 16), (2, None, 8)])
+def test_mma_multiplies(kind: int, dtype: torch.dtype | None, depth: int) -> None:
+    rows, columns = torch.randn(16, depth), torch.randn(8, depth)
+    got = run_mma(kind, rows, columns)
+
+    def rounded(t: torch.Tensor) -> torch.Tensor:
+        if dtype is not None:
+            return t.to(dtype).float()
+        return (t.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)  # TF32: 10 bits of mantissa
+
+    torch.testing.assert_close(got, rounded(rows) @ rounded(columns).t(), rtol=1e-5, atol=1e-5)

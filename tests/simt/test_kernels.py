@@ -1,0 +1,211 @@
+"""The CUDA kernels, the very files that nvcc compiles, under the emulator against the reference in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from pglcl_ext import reference
+from pglcl_ext.semantic_disparity import disparity_bounds
+from tests.problems import DTYPES, ContrastProblem
+from tests.simt import emulator
+
+# Loss and gradients; TF32 rounds operands to 10 bits of mantissa.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+TF32 = 4e-3
+
+
+def assert_contrast(problem: ContrastProblem, dtype: torch.dtype, **device: Any) -> None:
+    ours = problem.cast(dtype)
+    oracle = problem.cast(torch.float64)
+    with torch.no_grad():
+        oracle.anchors.copy_(ours.anchors)
+        if oracle.keys is not None and ours.keys is not None:
+            oracle.keys.copy_(ours.keys)
+    expected = oracle.loss(reference.patch_contrast_loss)
+    upstream = torch.linspace(0.5, 1.5, max(expected.numel(), 1), dtype=torch.float64)[: expected.numel()]
+    want = oracle.gradients(expected, upstream.reshape(expected.shape))
+
+    def run(anchors: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        nonlocal grads
+        options = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        loss, grads = emulator.patch_contrast(anchors.detach(), *arguments, **options, **device)
+        return loss
+
+    grads: list[torch.Tensor] = []
+    loss = ours.loss(run)
+    temperature = problem.options.get("temperature", 0.1)
+    tolerance = TOLERANCE[dtype]
+    if dtype != torch.float64:
+        tolerance += 2 * torch.finfo(torch.float32).eps / temperature
+    if device.get("allow_tf32"):
+        tolerance = max(tolerance, TF32 * 0.1 / temperature)
+    torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
+    for a, b in zip(grads, want, strict=True):
+        term = 0.1 / (temperature * max(expected.numel(), len(problem.anchors)) ** 0.5)
+        scale = max(b.abs().max().item(), term) if b.numel() else term
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance * scale)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bounds": {"max_positive_disparity": 0.5, "min_negative_disparity": 0.1},
+    "weighted": {"negative_weight": 30.0, "reduction": "sum"},
+    "no negatives": {"negative_weight": 0.0},
+    "cold": {"temperature": 1e-3},
+    "none": {"reduction": "none", "max_positive_disparity": 0.4},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [None, 70], ids=["self", "keys"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(name: str, m: int | None, dtype: torch.dtype) -> None:
+    assert_contrast(ContrastProblem.random(67, 24, m=m, classes=3, **OPTIONS[name]), dtype)
+
+
+@pytest.mark.parametrize("n", [1, 2, 31, 33, 127, 129])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sizes_that_do_not_divide_tiles(n: int, dtype: torch.dtype) -> None:
+    assert_contrast(ContrastProblem.random(n, 16, classes=2, max_positive_disparity=0.6), dtype)
+    assert_contrast(ContrastProblem.random(33, 8, m=n, classes=2), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("depth", [1, 8, 20, 64, 136, 256, 264])
+def test_depths(depth: int, dtype: torch.dtype) -> None:
+    assert_contrast(ContrastProblem.random(35, depth, m=66, classes=2), dtype)
+
+
+def test_plain_kernel_beyond_one_chunk_of_depth() -> None:
+    assert_contrast(ContrastProblem.random(6, 1100, classes=2), torch.float64)
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        {"capability": 75, "shared_bytes": 64 * 1024},
+        {"capability": 86, "shared_bytes": 99 * 1024},
+        {"capability": 80, "allow_tf32": True},
+        {"capability": 80, "shared_bytes": 40 * 1024},
+    ],
+    ids=["sm_75", "sm_86", "TF32", "one stage"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_devices(dtype: torch.dtype, device: dict[str, Any]) -> None:
+    for m in (None, 100):
+        assert_contrast(ContrastProblem.random(70, 96, m=m, max_positive_disparity=0.5), dtype, **device)
+
+
+def test_bounds_per_anchor_channels_and_masks() -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for m in (None, 50):
+            problem = ContrastProblem.random(40, 8, m=m)
+            problem.options = {"max_positive_disparity": torch.rand(40), "min_negative_disparity": torch.rand(40) / 2}
+            assert_contrast(problem, dtype)
+            assert_contrast(ContrastProblem.random(40, 8, m=m, channels=3, max_positive_disparity=0.4), dtype)
+            problem = ContrastProblem.random(40, 8, m=m)
+            shape = (40, m or 40)
+            problem.options = {
+                "positive_mask": (torch.rand(shape[::-1]) < 0.2).t(),
+                "negative_mask": torch.rand(shape) < 0.5,
+            }
+            assert_contrast(problem, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_nothing_to_contrast(dtype: torch.dtype) -> None:
+    for n, m, label in ((0, None, 0), (5, 0, 0), (40, None, -1), (1, None, 0)):
+        keys = {} if m is None else {"keys": torch.randn(m, 8, dtype=dtype), "key_labels": torch.zeros(m).long()}
+        loss, grads = emulator.patch_contrast(
+            torch.randn(n, 8, dtype=dtype), torch.full((n,), label), reduction="mean", **keys
+        )
+        assert loss.item() == 0
+        assert all(torch.all(g == 0) for g in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_what_is_not_a_number(dtype: torch.dtype) -> None:
+    problem = ContrastProblem.random(40, 8, classes=2, ignored=False, max_positive_disparity=0.5, reduction="none")
+    for bad in (math.nan, math.inf):
+        z, d = problem.anchors.to(dtype), problem.descriptors.clone()
+        d[3] = bad
+        loss, grads = emulator.patch_contrast(z, problem.labels, d, **problem.options)
+        assert torch.isnan(loss).all()
+        assert torch.isnan(grads[0]).all()
+        z = z.clone()
+        z[3] = bad
+        loss, _ = emulator.patch_contrast(z, problem.labels, problem.descriptors, **problem.options)
+        assert torch.isnan(loss[3])
+
+
+GRIDS = [
+    ((2, 3, 20, 23), (5, 5), (5, 5)),
+    ((1, 2, 20, 23), (5, 4), (2, 3)),
+    ((1, 4, 33, 64), (16, 16), (16, 16)),
+    ((1, 4, 32, 32), (16, 16), (8, 8)),
+    ((1, 8, 9, 9), (4, 4), (4, 4)),
+    ((1, 11, 8, 9), (4, 4), (3, 3)),
+    ((1, 4, 9, 10, 11), (3, 4, 5), (2, 2, 3)),
+    ((1, 3, 8, 8, 16), (4, 4, 8), (4, 4, 8)),
+    ((0, 3, 8, 8), (4, 4), (4, 4)),
+]
+
+
+@pytest.mark.parametrize(("shape", "patch", "stride"), GRIDS)
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics(shape, patch, stride, probabilities: bool, dtype: torch.dtype) -> None:
+    x = torch.randn(shape, dtype=torch.float64) * 2
+    x = (x.softmax(1) if probabilities else x).to(dtype)
+    oracle = x.double().requires_grad_()
+    options = {"probabilities": probabilities, "normalize": bool(shape[0] % 2)}
+    want = reference.patch_statistics(oracle, patch, stride, **options)
+    weights = [torch.linspace(-1, 1, max(t.numel(), 1), dtype=torch.float64)[: t.numel()].reshape(t.shape) for t in want]
+    got, grad = emulator.patch_statistics(
+        x, list(patch), list(stride), [w.to(dtype) for w in weights], **options
+    )
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a.double(), b.detach(), rtol=tolerance, atol=tolerance)
+    (expected,) = torch.autograd.grad(want, oracle, weights)
+    scale = max(expected.abs().max().item(), 1e-3) if expected.numel() else 1.0
+    torch.testing.assert_close(grad.double(), expected, rtol=0, atol=4 * tolerance * scale)
+
+
+def test_statistics_of_extreme_logits() -> None:
+    x = torch.randint(0, 2, (1, 3, 16, 16)) * 2e4 - 1e4
+    got, grad = emulator.patch_statistics(
+        x, [4, 4], [4, 4], [torch.ones(1, 4, 4), *[torch.ones(1, 3, 4, 4)] * 2], probabilities=False, normalize=False
+    )
+    assert all(torch.isfinite(t).all() for t in (*got, grad))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(("n", "m", "channels"), [(1, 1, 1), (33, 20, 1), (20, 70, 3), (0, 5, 1)])
+def test_disparity(n: int, m: int, channels: int, dtype: torch.dtype) -> None:
+    a, b = (torch.rand(k, channels).mul(8).round().div(8).to(dtype).requires_grad_() for k in (n, m))
+    want = reference.semantic_disparity(a, b)
+    torch.testing.assert_close(emulator.semantic_disparity(a.detach(), b.detach()), want.detach())
+    grad = torch.randn(n, m, dtype=dtype)
+    got = emulator.semantic_disparity_backward(grad, a.detach(), b.detach())
+    for x, y in zip(got, torch.autograd.grad(want, (a, b), grad)):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("positives", [True, False])
+@pytest.mark.parametrize("itself", [True, False])
+def test_bounds(positives: bool, itself: bool, dtype: torch.dtype) -> None:
+    for count in (1, 4, 30):
+        for channels, select in ((1, False), (1, True), (3, True)):
+            a, y = torch.rand(40, channels).mul(10).round().div(10).to(dtype), torch.randint(-1, 3, (40,))
+            b, z = (a, y) if itself else (torch.rand(55, channels).to(dtype), torch.randint(-1, 3, (55,)))
+            offset = 0 if itself else -1
+            want = disparity_bounds(a, y, b, z, count, positives=positives, ignore_index=-1, self_offset=offset)
+            got = emulator.disparity_bounds(a, y, b, z, count, positives=positives, self_offset=offset, select=select)
+            valid = y != -1  # the bound of an ignored anchor is never read
+            torch.testing.assert_close(got[valid], want[valid])
