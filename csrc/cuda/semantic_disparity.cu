@@ -66,7 +66,7 @@ at::Tensor bounds(const at::Tensor& descriptors, const at::Tensor& labels, const
   // One channel: the orders of SortedKeys, with ignored keys behind all others. `total` stays on the device.
   at::Tensor value, label, place, member_of, total;
   if (channels == 1) {
-    const at::Tensor ignored = key_y == ignore_index;
+    const at::Tensor ignored = key_y.eq(ignore_index);
     const auto by_value =
         b.reshape({m}).masked_fill(ignored, std::numeric_limits<double>::infinity()).sort(/*stable=*/true, 0, false);
     value = std::get<0>(by_value);

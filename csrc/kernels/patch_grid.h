@@ -12,9 +12,9 @@ struct PatchGrid {
   int64_t batch, classes;
   int64_t image[3], patch[3], stride[3], grid[3];
 
-  int64_t pixels() const { return image[0] * image[1] * image[2]; }
-  int64_t patches() const { return grid[0] * grid[1] * grid[2]; }
-  int64_t patch_pixels() const { return patch[0] * patch[1] * patch[2]; }
+  PGLCL_HOST_DEVICE int64_t pixels() const { return image[0] * image[1] * image[2]; }
+  PGLCL_HOST_DEVICE int64_t patches() const { return grid[0] * grid[1] * grid[2]; }
+  PGLCL_HOST_DEVICE int64_t patch_pixels() const { return patch[0] * patch[1] * patch[2]; }
 };
 
 // Positions [first, last) along one dimension of the patches that hold pixel x; empty between and past patches.

@@ -79,22 +79,29 @@ PGLCL_DEVICE Patch<scalar_t> load_patch(const ContrastArguments<T>& x, int64_t i
 }
 
 template <typename T, typename scalar_t = typename Accumulate<T>::type>
-PGLCL_DEVICE AnchorTerms<scalar_t> load_terms(const ContrastArguments<T>& x, const ContrastGradients<scalar_t>* g,
-                                              int64_t i) {
+PGLCL_DEVICE AnchorTerms<scalar_t> load_terms(const ContrastArguments<T>& x, int64_t i) {
   // An anchor that does not count: 2^(s - inf) = 0 times 0.
   AnchorTerms<scalar_t> terms{x.positive_bound, x.negative_bound, scalar_t(INFINITY), 0, 0};
   if (i >= x.n) return terms;
   if (x.positive_bounds) terms.positive_bound = Global<const scalar_t>(x.positive_bounds).load(i);
   if (x.negative_bounds) terms.negative_bound = Global<const scalar_t>(x.negative_bounds).load(i);
-  if (!g) return terms;
-  const int32_t count = Global<const int32_t>(g->num_positives).load(i);
+  return terms;
+}
+
+// The same for the backward pass.
+template <typename T, typename scalar_t = typename Accumulate<T>::type>
+PGLCL_DEVICE AnchorTerms<scalar_t> load_terms(const ContrastArguments<T>& x, const ContrastGradients<scalar_t>& g,
+                                              int64_t i) {
+  AnchorTerms<scalar_t> terms = load_terms<T>(x, i);
+  if (i >= x.n) return terms;
+  const int32_t count = Global<const int32_t>(g.num_positives).load(i);
   if (count == 0) return terms;
-  scalar_t upstream = Global<const scalar_t>(g->grad).load(g->grad_per_anchor ? i : 0);
-  if (g->num_valid) {
-    const int64_t valid = Global<const int64_t>(g->num_valid).load(0);
+  scalar_t upstream = Global<const scalar_t>(g.grad).load(g.grad_per_anchor ? i : 0);
+  if (g.num_valid) {
+    const int64_t valid = Global<const int64_t>(g.num_valid).load(0);
     upstream /= scalar_t(valid > 1 ? valid : 1);
   }
-  terms.shift = Global<const scalar_t>(g->lse).load(i) * scalar_t(kLog2E);
+  terms.shift = Global<const scalar_t>(g.lse).load(i) * scalar_t(kLog2E);
   terms.coefficient = upstream / x.temperature;
   terms.mean = terms.coefficient / scalar_t(count);
   return terms;
@@ -218,7 +225,7 @@ PGLCL_KERNEL contrast_forward_plain(ContrastArguments<T> x, typename Accumulate<
   const int64_t i = int64_t(block_index()) * (kContrastThreads / 32) + thread_index() / 32;
   if (i >= x.n) return;  // the whole warp
   const Patch<scalar_t> anchor = load_patch(x, i, true);
-  const AnchorTerms<scalar_t> terms = load_terms<T>(x, static_cast<const ContrastGradients<scalar_t>*>(nullptr), i);
+  const AnchorTerms<scalar_t> terms = load_terms<T>(x, i);
   RunningSums<scalar_t> sums;
   for (int64_t j = 0; j < x.m; ++j) {
     const PairKind kind = decide(x, anchor, load_patch(x, j, false), terms.positive_bound, terms.negative_bound);
@@ -246,7 +253,7 @@ PGLCL_KERNEL contrast_backward_plain(ContrastArguments<T> x, ContrastGradients<t
   const Global<T> grad(grad_data);
   const int64_t others = own_anchor ? x.m : x.n;
   const Patch<scalar_t> own = load_patch(x, row, own_anchor);
-  const AnchorTerms<scalar_t> own_terms = load_terms<T>(x, own_anchor ? &g : nullptr, row);
+  const AnchorTerms<scalar_t> own_terms = load_terms<T>(x, g, own_anchor ? row : x.n);
   const bool unknown = own_anchor && own_terms.shift != own_terms.shift;
 
   for (int64_t first = 0; first < x.depth; first += kPlainDepth) {
@@ -254,7 +261,7 @@ PGLCL_KERNEL contrast_backward_plain(ContrastArguments<T> x, ContrastGradients<t
     for (int64_t d = lane; d < width; d += 32) sums.store(warp * kPlainDepth + d, unknown ? scalar_t(NAN) : scalar_t(0));
     for (int64_t j = 0; j < others; ++j) {
       const Patch<scalar_t> other = load_patch(x, j, !own_anchor);
-      const AnchorTerms<scalar_t> other_terms = load_terms<T>(x, own_key ? &g : nullptr, own_key ? j : x.n);
+      const AnchorTerms<scalar_t> other_terms = load_terms<T>(x, g, own_key ? j : x.n);
       PairKind as_anchor{}, as_key{};
       if (own_anchor) as_anchor = decide(x, own, other, own_terms.positive_bound, own_terms.negative_bound);
       if (own_key) as_key = decide(x, other, own, other_terms.positive_bound, other_terms.negative_bound);

@@ -68,12 +68,19 @@ PGLCL_DEVICE void copy_rows(Shared<T> to, int at, Global<const T> from, int64_t 
 }
 
 template <typename T>
-PGLCL_DEVICE void load_columns(const ContrastArguments<T>& x, const ContrastGradients<float>* g, int64_t first,
-                               bool as_anchors, const ColumnSide<float>& columns) {
+PGLCL_DEVICE void load_columns(const ContrastArguments<T>& x, int64_t first, bool as_anchors,
+                               const ColumnSide<float>& columns) {
   for (int c = thread_index(); c < kColumns<T>; c += kContrastThreads) {
     const Patch<float> patch = load_patch(x, first + c, as_anchors);
     columns.label.store(c, patch.label);
     columns.descriptor.store(c, patch.descriptor);
+  }
+}
+
+template <typename T>
+PGLCL_DEVICE void load_column_terms(const ContrastArguments<T>& x, const ContrastGradients<float>& g, int64_t first,
+                                    bool as_anchors, const ColumnSide<float>& columns) {
+  for (int c = thread_index(); c < kColumns<T>; c += kContrastThreads) {
     // Only anchors have terms; those of keys are never looked at.
     const AnchorTerms<float> terms = load_terms<T>(x, g, as_anchors ? first + c : x.n);
     columns.positive_bound.store(c, terms.positive_bound);
@@ -362,10 +369,10 @@ PGLCL_KERNEL contrast_forward_tiles(ContrastArguments<T> x, float* lse, float* l
   // Four neighbouring threads share a row in step 2.
   const int row = thread_index() / 4, quarter = thread_index() % 4;
   const Patch<float> anchor = load_patch(x, first_row + row, true);
-  const AnchorTerms<float> terms = load_terms<T>(x, static_cast<const ContrastGradients<float>*>(nullptr), first_row + row);
+  const AnchorTerms<float> terms = load_terms<T>(x, first_row + row);
   RunningSums<float> sums;
   stream_columns<T>(memory, x.anchors, first_row, x.n, x.keys, x.m, x.depth, stages, [&](int64_t first, int at) {
-    load_columns<T>(x, nullptr, first, false, memory.side);
+    load_columns<T>(x, first, false, memory.side);
     sync_threads();
     compute_dots<T, kMath>(memory.rows, memory.columns, at, x.depth, memory.weights);
     sync_threads();
@@ -390,12 +397,13 @@ PGLCL_KERNEL contrast_backward_tiles(ContrastArguments<T> x, ContrastGradients<f
   const int64_t rows = own_anchor ? x.n : x.m, columns = own_anchor ? x.m : x.n;
   const int row = thread_index() / 4, quarter = thread_index() % 4;
   const Patch<float> own = load_patch(x, first_row + row, own_anchor);
-  const AnchorTerms<float> own_terms = load_terms<T>(x, own_anchor ? &g : nullptr, first_row + row);
+  const AnchorTerms<float> own_terms = load_terms<T>(x, g, own_anchor ? first_row + row : x.n);
   typename GradientOf<T, kMath, kDepth>::type gradient;
   stream_columns<T>(
       memory, own_anchor ? x.anchors : x.keys, first_row, rows, own_anchor ? x.keys : x.anchors, columns, x.depth,
       stages, [&](int64_t first, int at) {
-        load_columns<T>(x, own_key ? &g : nullptr, first, own_key, memory.side);
+        load_columns<T>(x, first, !own_anchor, memory.side);
+        load_column_terms<T>(x, g, first, own_key, memory.side);
         sync_threads();
         compute_dots<T, kMath>(memory.rows, memory.columns, at, x.depth, memory.weights);
         sync_threads();
