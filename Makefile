@@ -18,7 +18,10 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[test]"
 	touch $@
 
+# The sources hold one compiled module at a time: that of the environment that was set up last.
 setup: $(VENV)/.installed
+	@$(BIN)/python -c "import pglcl_ext" 2>/dev/null || \
+	  $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 
 demo: setup
 	$(BIN)/python -m benchmarks.demo
@@ -28,6 +31,42 @@ test: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+# --- CUDA ---------------------------------------------------------------------------------------------------------------
+CUDA_TORCH ?= torch==2.14.1
+CUDA_VENV := .venv-cuda
+
+# On a machine with a GPU: all tests with the device parametrised, and the microbenchmarks.
+test-cuda:
+	$(MAKE) setup VENV=$(CUDA_VENV) TORCH="$(CUDA_TORCH)"
+	$(CUDA_VENV)/bin/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())" || \
+	  { echo "test-cuda: no GPU is visible to torch"; exit 1; }
+	$(CUDA_VENV)/bin/python -m pytest -rA -k cuda | grep -E "^(PASSED|FAILED|ERROR)|passed|failed"
+
+bench-cuda:
+	$(MAKE) setup VENV=$(CUDA_VENV) TORCH="$(CUDA_TORCH)"
+	$(CUDA_VENV)/bin/python -m benchmarks --device cuda --sizes 1024,4096,16384,65536
+
+# Without one: compile for real, import, count registers. CUDA_ARCHS is what CI has time for.
+CUDA_ARCHS ?= 8.0;9.0+PTX
+ALL_CUDA_ARCHS := 7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX
+
+$(CUDA_VENV)/.torch:
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/pip install --quiet "$(CUDA_TORCH)" "setuptools>=77" "cmake>=3.25" ninja "pybind11>=2.12" numpy
+	touch $@
+
+# Installed into the environment, not into the sources, whose module stays the CPU one.
+cuda-check: $(CUDA_VENV)/.torch
+	$(CUDA_VENV)/bin/pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	PATH="$(CURDIR)/$(CUDA_VENV)/bin:$$PATH" PGLCL_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" \
+	  $(CUDA_VENV)/bin/pip install --quiet --no-build-isolation --no-deps --force-reinstall .
+	cd tools && ../$(CUDA_VENV)/bin/python check_cuda_build.py
+	$(CUDA_VENV)/bin/python -m benchmarks.cuda_report --check \
+	  --module $$(ls $(CUDA_VENV)/lib/python3*/site-packages/pglcl_ext/_C*.so) --output build/cuda_report.md
+
+cuda-all:
+	$(MAKE) cuda-check CUDA_ARCHS="$(ALL_CUDA_ARCHS)"
 
 # --- formatting ---------------------------------------------------------------------------------------------------------
 NATIVE := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
@@ -44,4 +83,4 @@ lint: setup
 	$(BIN)/mypy
 
 clean:
-	rm -rf build $(VENV) *.egg-info
+	rm -rf build $(VENV) $(CUDA_VENV) *.egg-info

@@ -33,7 +33,9 @@ def main() -> None:
     command = "python -m benchmarks " + shlex.join(sys.argv[1:])
     suffix = "" if arguments.device == "cpu" else "_cuda"
     info = machine()
-    print(f"{info['processor']}, {info['threads']} threads, {info['cpu_instruction_set']}, torch {info['torch_running']}")
+    print(
+        f"{info['processor']}, {info['threads']} threads, {info['cpu_instruction_set']}, torch {info['torch_running']}"
+    )
     for question in arguments.questions or QUESTIONS:
         if question == "loss":
             sizes = [int(n) for n in arguments.sizes.split(",")]

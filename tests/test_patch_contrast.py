@@ -409,7 +409,7 @@ BAD_CALLS = [
     ("given together", ValueError, {"descriptors": TEN, "keys": KEYS, "key_labels": FIVE}),
     ("key_descriptors need keys", ValueError, {"key_descriptors": TEN}),
     ("given together", ValueError, {"positive_mask": MASK}),
-    ("positive_mask must be bool", TypeError, {"positive_mask": torch.ones(10, 10), "negative_mask": torch.ones(10, 10)}),
+    ("positive_mask must be bool", TypeError, {"positive_mask": MASK.float(), "negative_mask": MASK}),
     ("negative_mask must have shape", ValueError, {"positive_mask": MASK, "negative_mask": MASK[:, :9]}),
     ("replace the rule", ValueError, {"positive_mask": MASK, "negative_mask": MASK, "num_positives": 1}),
 ]  # fmt: skip

@@ -121,8 +121,8 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Te
                                                       input_of<scalar_t>(saved_lse), input_of<int32_t>(saved_count)};
     const auto stream = c10::cuda::getCurrentCUDAStream();
     if (needs_anchors)
-      cuda::run_contrast_backward<T>(inputs, gradients, limits(), output_of<T>(grad_anchors), true,
-                                     arguments.symmetric, stream);
+      cuda::run_contrast_backward<T>(inputs, gradients, limits(), output_of<T>(grad_anchors), true, arguments.symmetric,
+                                     stream);
     if (needs_keys)
       cuda::run_contrast_backward<T>(inputs, gradients, limits(), output_of<T>(grad_keys), false, true, stream);
   });

@@ -22,10 +22,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& input, 
   at::Tensor confidence = at::empty(patch_grid_shape(input, grid, true), contiguous.options());
   at::Tensor class_entropy = at::empty_like(confidence);
   with_element_type(input, [&]<typename T>() {
-    cuda::run_statistics_forward<T>({input_of<T>(contiguous), output_of<T>(entropy), output_of<T>(confidence),
-                                     output_of<T>(class_entropy), grid, probabilities, normalize,
-                                     std::log(double(grid.classes))},
-                                    c10::cuda::getCurrentCUDAStream());
+    cuda::run_statistics_forward<T>(
+        {input_of<T>(contiguous), output_of<T>(entropy), output_of<T>(confidence), output_of<T>(class_entropy), grid,
+         probabilities, normalize, std::log(double(grid.classes))},
+        c10::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {entropy, confidence, class_entropy};
@@ -43,10 +43,10 @@ at::Tensor backward(const at::Tensor& grad_entropy, const at::Tensor& grad_confi
   const at::Tensor ge = grad_entropy.contiguous(), gc = grad_confidence.contiguous(),
                    gh = grad_class_entropy.contiguous();
   with_element_type(input, [&]<typename T>() {
-    cuda::run_statistics_backward<T>({input_of<T>(contiguous), input_of<T>(c), input_of<T>(h), input_of<T>(ge),
-                                      input_of<T>(gc), input_of<T>(gh), output_of<T>(grad_input), grid, probabilities,
-                                      normalize, std::log(double(grid.classes))},
-                                     c10::cuda::getCurrentCUDAStream());
+    cuda::run_statistics_backward<T>(
+        {input_of<T>(contiguous), input_of<T>(c), input_of<T>(h), input_of<T>(ge), input_of<T>(gc), input_of<T>(gh),
+         output_of<T>(grad_input), grid, probabilities, normalize, std::log(double(grid.classes))},
+        c10::cuda::getCurrentCUDAStream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return grad_input;

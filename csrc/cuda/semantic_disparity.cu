@@ -14,7 +14,9 @@
 namespace pglcl {
 namespace {
 
-at::ScalarType accumulate_type(const at::Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+at::ScalarType accumulate_type(const at::Tensor& t) {
+  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 at::Tensor wide(const at::Tensor& t) { return t.to(accumulate_type(t)).contiguous(); }
 
@@ -82,8 +84,17 @@ at::Tensor bounds(const at::Tensor& descriptors, const at::Tensor& labels, const
     total = ignored.logical_not().sum();
   }
   const auto run = [&]<typename T>() {
-    const cuda::BoundsInputs<T> inputs{input_of<T>(a), input_of<T>(b), input_of<int64_t>(y), input_of<int64_t>(key_y),
-                                       n, m, channels, count, ignore_index, self_offset, positives};
+    const cuda::BoundsInputs<T> inputs{input_of<T>(a),
+                                       input_of<T>(b),
+                                       input_of<int64_t>(y),
+                                       input_of<int64_t>(key_y),
+                                       n,
+                                       m,
+                                       channels,
+                                       count,
+                                       ignore_index,
+                                       self_offset,
+                                       positives};
     const auto stream = c10::cuda::getCurrentCUDAStream();
     if (channels == 1)
       cuda::run_bounds_sorted<T>(inputs,

@@ -8,13 +8,14 @@
 
 namespace pglcl {
 
-// The keys that take part, sorted. Array is anything with load(i): memory on the CPU, checked memory under the emulator.
+// The keys that take part, sorted. Array is anything with load(i): memory on the CPU, checked memory under the
+// emulator.
 template <typename Values, typename Integers>
 struct SortedKeys {
-  Values value;          // in ascending order
-  Integers label;        // class by class: the label of the q-th member,
-  Integers place;        // and its place in the order of `value`, ascending within a class
-  Integers member_of;    // for each key of the caller its place in this list, -1 when ignored
+  Values value;        // in ascending order
+  Integers label;      // class by class: the label of the q-th member,
+  Integers place;      // and its place in the order of `value`, ascending within a class
+  Integers member_of;  // for each key of the caller its place in this list, -1 when ignored
   int64_t total;
 };
 
@@ -40,7 +41,11 @@ struct Candidates {
   bool positives;
 
   PGLCL_HOST_DEVICE Candidates(const Keys& sorted, int64_t label, int64_t self_key, bool same_class)
-      : keys(sorted), first(first_not_below(sorted.label, sorted.total, label)), own(0), self(-1), positives(same_class) {
+      : keys(sorted),
+        first(first_not_below(sorted.label, sorted.total, label)),
+        own(0),
+        self(-1),
+        positives(same_class) {
     // Labels may be the largest integer: the end of the class is found without adding to it.
     int64_t low = first, high = sorted.total;
     while (low < high) {

@@ -1,4 +1,4 @@
-"""Runs the CUDA kernels under the emulator: compiles them with g++, hands them tensors, raises what the emulator finds."""
+"""Runs the CUDA kernels under the emulator: compiles them with g++, hands them tensors, raises what it finds."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Launch:
             raise SimtError(message.decode())
 
 
-# --- patch statistics --------------------------------------------------------------------------------------------------
+# --- patch statistics -----------------------------------------------------------------------------------------------
 
 
 class Grid(ctypes.Structure):
@@ -110,7 +110,7 @@ def patch_statistics(
     return out, grad_input
 
 
-# --- semantic disparity -------------------------------------------------------------------------------------------------
+# --- semantic disparity ---------------------------------------------------------------------------------------------
 
 
 def semantic_disparity(a: Tensor, b: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def disparity_bounds(
     return out
 
 
-# --- contrast --------------------------------------------------------------------------------------------------------------
+# --- contrast -------------------------------------------------------------------------------------------------------
 
 
 class Contrast(ctypes.Structure):
@@ -269,7 +269,7 @@ def patch_contrast(
     return loss, grads
 
 
-# --- planted faults ------------------------------------------------------------------------------------------------------------
+# --- planted faults -------------------------------------------------------------------------------------------------
 
 
 def fault_names() -> list[str]:

@@ -1,4 +1,5 @@
-// Kernels with one planted fault each, that the emulator must catch, and their sound counterparts, that it must let pass.
+// Kernels with one planted fault each, that the emulator must catch, and their sound counterparts, that it must let
+// pass.
 #include <string>
 
 #include "cuda/device.h"
@@ -151,15 +152,24 @@ struct Case {
   void (*kernel)(bool);
 };
 const Case kCases[] = {
-    {"global_bounds", global_bounds},           {"shared_bounds", shared_bounds},
-    {"unwritten_shared", unwritten_shared},     {"unwritten_output", unwritten_output},
-    {"different_barriers", different_barriers}, {"gone_at_barrier", gone_at_barrier},
-    {"gone_at_shuffle", gone_at_shuffle},       {"different_shuffles", different_shuffles},
-    {"race_write_read", race_write_read},       {"race_read_write", race_read_write},
-    {"race_write_write", race_write_write},     {"race_within_warp", race_within_warp},
-    {"race_with_atomic", race_with_atomic},     {"misaligned_global", misaligned_global},
-    {"misaligned_shared", misaligned_shared},   {"copy_without_wait", copy_without_wait},
-    {"copy_waits_for_older", copy_waits_for_older}, {"copy_seen_by_others", copy_seen_by_others},
+    {"global_bounds", global_bounds},
+    {"shared_bounds", shared_bounds},
+    {"unwritten_shared", unwritten_shared},
+    {"unwritten_output", unwritten_output},
+    {"different_barriers", different_barriers},
+    {"gone_at_barrier", gone_at_barrier},
+    {"gone_at_shuffle", gone_at_shuffle},
+    {"different_shuffles", different_shuffles},
+    {"race_write_read", race_write_read},
+    {"race_read_write", race_read_write},
+    {"race_write_write", race_write_write},
+    {"race_within_warp", race_within_warp},
+    {"race_with_atomic", race_with_atomic},
+    {"misaligned_global", misaligned_global},
+    {"misaligned_shared", misaligned_shared},
+    {"copy_without_wait", copy_without_wait},
+    {"copy_waits_for_older", copy_waits_for_older},
+    {"copy_seen_by_others", copy_seen_by_others},
     {"too_little_shared", too_little_shared},
 };
 

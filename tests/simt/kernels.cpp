@@ -1,5 +1,5 @@
-// The CUDA kernels and their launches, compiled for the emulator and exported with a C interface. A call returns null, or
-// the emulator's message.
+// The CUDA kernels and their launches, compiled for the emulator and exported with a C interface. A call returns null,
+// or the emulator's message.
 #include <string>
 
 #include "cuda/patch_contrast_launch.cuh"
@@ -46,10 +46,10 @@ void simt_announce(const void* data, size_t bytes, const char* name, bool writte
 const char* statistics_forward(int dtype, const void* input, void* entropy, void* confidence, void* class_entropy,
                                const pglcl::PatchGrid* grid, bool probabilities, bool normalize, double log_classes) {
   return with_type(dtype, [&]<typename T>() {
-    pglcl::cuda::run_statistics_forward<T>({static_cast<const T*>(input), static_cast<T*>(entropy),
-                                            static_cast<T*>(confidence), static_cast<T*>(class_entropy), *grid,
-                                            probabilities, normalize, log_classes},
-                                           0);
+    pglcl::cuda::run_statistics_forward<T>(
+        {static_cast<const T*>(input), static_cast<T*>(entropy), static_cast<T*>(confidence),
+         static_cast<T*>(class_entropy), *grid, probabilities, normalize, log_classes},
+        0);
   });
 }
 
@@ -59,10 +59,10 @@ const char* statistics_backward(int dtype, const void* input, const void* confid
                                 double log_classes) {
   return with_type(dtype, [&]<typename T>() {
     const auto in = [](const void* p) { return static_cast<const T*>(p); };
-    pglcl::cuda::run_statistics_backward<T>({in(input), in(confidence), in(class_entropy), in(grad_entropy),
-                                             in(grad_confidence), in(grad_class_entropy), static_cast<T*>(grad_input),
-                                             *grid, probabilities, normalize, log_classes},
-                                            0);
+    pglcl::cuda::run_statistics_backward<T>(
+        {in(input), in(confidence), in(class_entropy), in(grad_entropy), in(grad_confidence), in(grad_class_entropy),
+         static_cast<T*>(grad_input), *grid, probabilities, normalize, log_classes},
+        0);
   });
 }
 
@@ -113,9 +113,9 @@ const char* bounds(const Bounds* b) {
                                                 b->self_offset,
                                                 b->positives};
       if (b->value)
-        pglcl::cuda::run_bounds_sorted<T>(
-            inputs, {static_cast<const T*>(b->value), b->label, b->place, b->member_of, b->total},
-            static_cast<T*>(b->bounds), 0);
+        pglcl::cuda::run_bounds_sorted<T>(inputs,
+                                          {static_cast<const T*>(b->value), b->label, b->place, b->member_of, b->total},
+                                          static_cast<T*>(b->bounds), 0);
       else
         pglcl::cuda::run_bounds_select<T>(inputs, static_cast<T*>(b->bounds), 0);
     };

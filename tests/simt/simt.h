@@ -38,7 +38,8 @@ struct Dim3 {
 
 constexpr int kWarp = 32;
 
-// --- global memory: buffers are announced before a launch ----------------------------------------------------------------
+// --- global memory: buffers are announced before a launch
+// ----------------------------------------------------------------
 
 class GlobalMemory {
  public:
@@ -48,8 +49,8 @@ class GlobalMemory {
   }
   void clear() { buffers_.clear(); }
 
-  // Empty when the access is fine, else what is wrong with it. `base` is the pointer that the kernel was given: an access
-  // that strays from its buffer into another is out of bounds, too.
+  // Empty when the access is fine, else what is wrong with it. `base` is the pointer that the kernel was given: an
+  // access that strays from its buffer into another is out of bounds, too.
   std::string check(const void* base, const void* at, size_t bytes, bool write) {
     auto next = buffers_.upper_bound(address(base));
     if (next == buffers_.begin()) return "global access to memory that is no buffer";
@@ -78,7 +79,8 @@ class GlobalMemory {
   std::map<uintptr_t, Buffer> buffers_;
 };
 
-// --- a block of threads -----------------------------------------------------------------------------------------------------
+// --- a block of threads
+// -----------------------------------------------------------------------------------------------------
 
 enum class Access { kRead, kWrite, kAtomic };
 
@@ -120,14 +122,13 @@ class Block {
   [[noreturn]] void fail(const std::string& what, const Location& where) const {
     std::string file = where.file_name();
     file = file.substr(file.find_last_of('/') + 1);
-    throw Error("kernel " + kernel + ", block (" + std::to_string(block_index.x) + ", " + std::to_string(block_index.y) +
-                "), thread " + std::to_string(running_) + ", " + file + ":" + std::to_string(where.line()) + ": " + what);
+    throw Error("kernel " + kernel + ", block (" + std::to_string(block_index.x) + ", " +
+                std::to_string(block_index.y) + "), thread " + std::to_string(running_) + ", " + file + ":" +
+                std::to_string(where.line()) + ": " + what);
   }
 
   // --- barriers and warp operations
-  void barrier(const Location& where) {
-    wait(State::kAtBarrier, where);
-  }
+  void barrier(const Location& where) { wait(State::kAtBarrier, where); }
 
   // Every lane of `mask` brings a payload; the last one to come runs `combine` on all of them.
   void collective(const char* name, uint32_t mask, void* payload, const std::function<void(void**)>& combine,
@@ -213,9 +214,7 @@ class Block {
     }
     threads_[running_].copies.push_back({to, from, bytes, fill_zero, false});
   }
-  void commit_copies() {
-    threads_[running_].copies.push_back({0, nullptr, 0, false, true});
-  }
+  void commit_copies() { threads_[running_].copies.push_back({0, nullptr, 0, false, true}); }
   // Delivers all but the newest `left` groups of this thread.
   void wait_copies(int left) {
     std::vector<Copy>& copies = threads_[running_].copies;
@@ -337,7 +336,8 @@ class Block {
   }
 
   [[noreturn]] void race(const Touch& earlier, const char* did, const Location& where) const {
-    fail("race on a shared address: thread " + std::to_string(earlier.thread) + " " + did + " it with no barrier between",
+    fail("race on a shared address: thread " + std::to_string(earlier.thread) + " " + did +
+             " it with no barrier between",
          where);
   }
 
@@ -384,7 +384,8 @@ inline void launch(const char* kernel, Dim3 grid, Dim3 block, size_t shared_byte
     }
 }
 
-// --- what kernels see ----------------------------------------------------------------------------------------------------------
+// --- what kernels see
+// ----------------------------------------------------------------------------------------------------------
 
 inline int thread_index() { return Block::current().thread(); }
 inline int block_index() { return Block::current().block_index.x; }
@@ -406,7 +407,8 @@ T shuffle_xor(T value, int lane_mask, Location where = Location::current()) {
       "shuffle_xor", 0xffffffffu, &mine,
       [lane_mask](void** lanes) {
         for (int i = 0; i < kWarp; ++i)
-          *static_cast<std::pair<T, T*>*>(lanes[i])->second = static_cast<std::pair<T, T*>*>(lanes[i ^ lane_mask])->first;
+          *static_cast<std::pair<T, T*>*>(lanes[i])->second =
+              static_cast<std::pair<T, T*>*>(lanes[i ^ lane_mask])->first;
       },
       where);
   return result;
@@ -420,7 +422,8 @@ inline uint32_t ballot(bool predicate, Location where = Location::current()) {
       "ballot", 0xffffffffu, &mine,
       [](void** lanes) {
         uint32_t bits = 0;
-        for (int i = 0; i < kWarp; ++i) bits |= uint32_t(static_cast<std::pair<bool, uint32_t*>*>(lanes[i])->first) << i;
+        for (int i = 0; i < kWarp; ++i)
+          bits |= uint32_t(static_cast<std::pair<bool, uint32_t*>*>(lanes[i])->first) << i;
         for (int i = 0; i < kWarp; ++i) *static_cast<std::pair<bool, uint32_t*>*>(lanes[i])->second = bits;
       },
       where);
@@ -495,7 +498,8 @@ class Shared {
   void copy_async(int64_t i, const Global<U>& from, int64_t j, bool fill_zero,
                   Location where = Location::current()) const {
     if (i < 0) Block::current().fail("negative index into shared memory", where);
-    Block::current().copy_async(at_ + i * sizeof(T), at_ + count_ * sizeof(T), from.data(), from.data() + j, 16, fill_zero, where);
+    Block::current().copy_async(at_ + i * sizeof(T), at_ + count_ * sizeof(T), from.data(), from.data() + j, 16,
+                                fill_zero, where);
   }
 
  private:
@@ -534,7 +538,8 @@ void wait_copies() {
   Block::current().wait_copies(kLeft);
 }
 
-// --- tensor cores: D = A B + C, fragments laid out over the lanes as the PTX ISA has them for mma.sync ----------------------------
+// --- tensor cores: D = A B + C, fragments laid out over the lanes as the PTX ISA has them for mma.sync
+// ----------------------------
 
 // Runs one product per warp. decode(fragment word, half) turns a register into the operand's numbers.
 template <int kDepth, typename Decode>

@@ -164,10 +164,10 @@ def test_statistics(shape, patch, stride, probabilities: bool, dtype: torch.dtyp
     oracle = x.double().requires_grad_()
     options = {"probabilities": probabilities, "normalize": bool(shape[0] % 2)}
     want = reference.patch_statistics(oracle, patch, stride, **options)
-    weights = [torch.linspace(-1, 1, max(t.numel(), 1), dtype=torch.float64)[: t.numel()].reshape(t.shape) for t in want]
-    got, grad = emulator.patch_statistics(
-        x, list(patch), list(stride), [w.to(dtype) for w in weights], **options
-    )
+    weights = [
+        torch.linspace(-1, 1, max(t.numel(), 1), dtype=torch.float64)[: t.numel()].reshape(t.shape) for t in want
+    ]
+    got, grad = emulator.patch_statistics(x, list(patch), list(stride), [w.to(dtype) for w in weights], **options)
     tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
     for a, b in zip(got, want):
         torch.testing.assert_close(a.double(), b.detach(), rtol=tolerance, atol=tolerance)

@@ -66,9 +66,9 @@ void scalar_bounds(const DisparityBounds<scalar_t>& in, scalar_t none, scalar_t*
   for_rows(in.anchors, in.anchors * 64, parallel, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t self = in.self_offset >= 0 && i + in.self_offset < in.keys ? i + in.self_offset : -1;
-      bounds[i] = in.labels[i] == in.ignore_index ? none
-                                                  : search_bound(sorted, in.labels[i], in.descriptors[i], self,
-                                                                 in.count, in.positives, none);
+      bounds[i] = in.labels[i] == in.ignore_index
+                      ? none
+                      : search_bound(sorted, in.labels[i], in.descriptors[i], self, in.count, in.positives, none);
     }
   });
 }

@@ -1,5 +1,5 @@
-// The few names that kernels use of the machine they run on: CUDA under nvcc, otherwise the emulator in tests/simt, which
-// has the same names and checks every access.
+// The few names that kernels use of the machine they run on: CUDA under nvcc, otherwise the emulator in tests/simt,
+// which has the same names and checks every access.
 #pragma once
 
 #include <cstdint>

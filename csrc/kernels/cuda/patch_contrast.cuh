@@ -1,5 +1,5 @@
-// Fused contrastive loss on the GPU (METHOD sections 4 and 5), what its kernels share: arguments, the decision whether a
-// pair counts, and the plain kernels for float64, any depth and any alignment. The fast ones are in
+// Fused contrastive loss on the GPU (METHOD sections 4 and 5), what its kernels share: arguments, the decision whether
+// a pair counts, and the plain kernels for float64, any depth and any alignment. The fast ones are in
 // patch_contrast_tiles.cuh.
 #pragma once
 
@@ -59,7 +59,7 @@ struct Patch {
 template <typename scalar_t>
 struct AnchorTerms {
   scalar_t positive_bound, negative_bound;
-  scalar_t shift;             // log2 of the denominator
+  scalar_t shift;              // log2 of the denominator
   scalar_t coefficient, mean;  // dL/d(dot): coefficient (p - 1 / |P|) = coefficient p - mean
 };
 
@@ -133,7 +133,8 @@ PGLCL_DEVICE PairKind decide(const ContrastArguments<T>& x, const Patch<scalar_t
     delta /= scalar_t(x.channels);
   }
   // Neither a descriptor nor a bound that is not a number says which pairs count.
-  kind.undecided = !(delta < scalar_t(INFINITY)) || positive_bound != positive_bound || negative_bound != negative_bound;
+  kind.undecided =
+      !(delta < scalar_t(INFINITY)) || positive_bound != positive_bound || negative_bound != negative_bound;
   const bool same = anchor.label == key.label;
   kind.positive = same && delta <= positive_bound;
   kind.negative = !same && delta >= negative_bound;
@@ -237,8 +238,8 @@ PGLCL_KERNEL contrast_forward_plain(ContrastArguments<T> x, typename Accumulate<
 
 constexpr int kPlainDepth = 512;  // columns of the gradient summed at once: 4 warps x 512 x 8 bytes = 16 KiB
 
-// One warp per row of the gradient. own_anchor: the row is an anchor and meets every key; own_key: it is a key and meets
-// every anchor; both, when the anchors are the keys.
+// One warp per row of the gradient. own_anchor: the row is an anchor and meets every key; own_key: it is a key and
+// meets every anchor; both, when the anchors are the keys.
 template <typename T>
 PGLCL_KERNEL contrast_backward_plain(ContrastArguments<T> x, ContrastGradients<typename Accumulate<T>::type> g,
                                      T* grad_data, bool own_anchor, bool own_key) {
@@ -258,7 +259,8 @@ PGLCL_KERNEL contrast_backward_plain(ContrastArguments<T> x, ContrastGradients<t
 
   for (int64_t first = 0; first < x.depth; first += kPlainDepth) {
     const int64_t width = x.depth - first < kPlainDepth ? x.depth - first : kPlainDepth;
-    for (int64_t d = lane; d < width; d += 32) sums.store(warp * kPlainDepth + d, unknown ? scalar_t(NAN) : scalar_t(0));
+    for (int64_t d = lane; d < width; d += 32)
+      sums.store(warp * kPlainDepth + d, unknown ? scalar_t(NAN) : scalar_t(0));
     for (int64_t j = 0; j < others; ++j) {
       const Patch<scalar_t> other = load_patch(x, j, !own_anchor);
       const AnchorTerms<scalar_t> other_terms = load_terms<T>(x, g, own_key ? j : x.n);

@@ -7,9 +7,9 @@ namespace pglcl::cuda {
 
 // What the choice depends on besides the problem.
 struct DeviceLimits {
-  int capability;           // e.g. 80
-  int64_t shared_bytes;     // most that a block can ask for
-  bool allow_tf32;          // PyTorch's own switch for float32 products
+  int capability;        // e.g. 80
+  int64_t shared_bytes;  // most that a block can ask for
+  bool allow_tf32;       // PyTorch's own switch for float32 products
 };
 
 #if defined(__CUDACC__)
@@ -87,15 +87,16 @@ void run_contrast_backward(const ContrastArguments<T>& x, const ContrastGradient
   if constexpr (sizeof(T) < 8) {
     if (stages > 0) {
       const bool tensor = use_tensor_cores<T>(device), deep = x.depth > 128;
-      if (tensor && deep) return launch_backward_tiles<T, Math::kTensor, 256>(x, g, grad, own_anchor, own_key, stages, stream);
+      if (tensor && deep)
+        return launch_backward_tiles<T, Math::kTensor, 256>(x, g, grad, own_anchor, own_key, stages, stream);
       if (tensor) return launch_backward_tiles<T, Math::kTensor, 128>(x, g, grad, own_anchor, own_key, stages, stream);
       if (deep) return launch_backward_tiles<T, Math::kFfma, 256>(x, g, grad, own_anchor, own_key, stages, stream);
       return launch_backward_tiles<T, Math::kFfma, 128>(x, g, grad, own_anchor, own_key, stages, stream);
     }
   }
   const int64_t bytes = kContrastThreads / 32 * kPlainDepth * sizeof(scalar_t);
-  PGLCL_LAUNCH(contrast_backward_plain<T>, blocks_of(rows, kContrastThreads / 32), 1, kContrastThreads, bytes, stream, x,
-               g, grad, own_anchor, own_key);
+  PGLCL_LAUNCH(contrast_backward_plain<T>, blocks_of(rows, kContrastThreads / 32), 1, kContrastThreads, bytes, stream,
+               x, g, grad, own_anchor, own_key);
 }
 
 }  // namespace pglcl::cuda

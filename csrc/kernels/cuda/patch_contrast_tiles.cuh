@@ -52,7 +52,8 @@ constexpr int64_t tile_shared_bytes(int64_t depth, int stages) {
          6 * rounded(kColumns<T> * sizeof(float));
 }
 
-// --- copies ------------------------------------------------------------------------------------------------------------------
+// --- copies
+// ------------------------------------------------------------------------------------------------------------------
 
 // `count` rows starting at `first` of a (total, depth) matrix; rows and columns past its end become zeros.
 template <typename T>
@@ -91,7 +92,8 @@ PGLCL_DEVICE void load_column_terms(const ContrastArguments<T>& x, const Contras
   }
 }
 
-// --- step 1: dots -------------------------------------------------------------------------------------------------------------
+// --- step 1: dots
+// -------------------------------------------------------------------------------------------------------------
 
 // FFMA: a thread has 2 rows and every eighth column; 16 bytes of depth per load.
 template <typename T>
@@ -107,8 +109,7 @@ PGLCL_DEVICE void dots_ffma(const Shared<T>& rows, const Shared<T>& columns, int
     const Vector<T, kElements> a1 = rows.template load_vector<kElements>((row + 1) * stride + d);
 #pragma unroll
     for (int c = 0; c < kPerThread; ++c) {
-      const Vector<T, kElements> b =
-          columns.template load_vector<kElements>(column_at + (column + 8 * c) * stride + d);
+      const Vector<T, kElements> b = columns.template load_vector<kElements>(column_at + (column + 8 * c) * stride + d);
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
         sums[0][c] += widen(a0.at[e]) * widen(b.at[e]);
@@ -201,7 +202,8 @@ PGLCL_DEVICE void compute_dots(const Shared<T>& rows, const Shared<T>& columns, 
     dots_ffma<T>(rows, columns, column_at, depth, out);
 }
 
-// --- step 3: gradient += weights (kRows x kColumns) times columns (kColumns x depth) ------------------------------------------
+// --- step 3: gradient += weights (kRows x kColumns) times columns (kColumns x depth)
+// ------------------------------------------
 
 // FFMA: a warp has 8 rows, a lane every 32nd depth.
 template <typename T, int kDepth>
@@ -269,8 +271,7 @@ struct GradientTensor {
       for (int m = 0; m < 2; ++m)
 #pragma unroll
         for (int w = 0; w < 4; ++w)
-          a[m][w] = to_tf32(
-              weights.load((16 * m + group + 8 * (w % 2)) * kWeightStride<T> + j + within + 4 * (w / 2)));
+          a[m][w] = to_tf32(weights.load((16 * m + group + 8 * (w % 2)) * kWeightStride<T> + j + within + 4 * (w / 2)));
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
         if (first + 8 * n >= width) break;  // the same in all lanes
@@ -309,7 +310,8 @@ struct GradientOf<T, Math::kTensor, kDepth> {
   using type = GradientTensor<T, kDepth>;
 };
 
-// --- the kernels ----------------------------------------------------------------------------------------------------------------
+// --- the kernels
+// ----------------------------------------------------------------------------------------------------------------
 
 // Shared memory of a block, taken in the order that tile_shared_bytes counts.
 template <typename T>
@@ -330,8 +332,9 @@ struct TileMemory {
 // Streams all columns past the block's rows: with two stages the next tile is copied while this one is worked on.
 // work(first column, place of the tile in memory.columns) runs between barriers.
 template <typename T, typename Work>
-PGLCL_DEVICE void stream_columns(const TileMemory<T>& memory, Global<const T> rows, int64_t first_row, int64_t row_count,
-                                 Global<const T> columns, int64_t column_count, int64_t depth, int stages, Work work) {
+PGLCL_DEVICE void stream_columns(const TileMemory<T>& memory, Global<const T> rows, int64_t first_row,
+                                 int64_t row_count, Global<const T> columns, int64_t column_count, int64_t depth,
+                                 int stages, Work work) {
   const int tile_size = kColumns<T> * row_stride<T>(depth);
   const int64_t tiles = (column_count + kColumns<T> - 1) / kColumns<T>;
   copy_rows<T>(memory.rows, 0, rows, first_row, kRows, row_count, depth);
@@ -377,8 +380,8 @@ PGLCL_KERNEL contrast_forward_tiles(ContrastArguments<T> x, float* lse, float* l
     compute_dots<T, kMath>(memory.rows, memory.columns, at, x.depth, memory.weights);
     sync_threads();
     for (int c = quarter; c < kColumns<T>; c += 4) {
-      const PairKind kind = decide(x, anchor, column_patch(memory.side, c, first + c, x.m), terms.positive_bound,
-                                   terms.negative_bound);
+      const PairKind kind =
+          decide(x, anchor, column_patch(memory.side, c, first + c, x.m), terms.positive_bound, terms.negative_bound);
       sums.meet(x, kind, memory.weights.load(row * kWeightStride<T> + c));
     }
   });
@@ -427,7 +430,8 @@ PGLCL_KERNEL contrast_backward_tiles(ContrastArguments<T> x, ContrastGradients<f
         gradient.add(memory.weights, memory.columns, at, x.depth);
       });
   // An anchor whose loss is no number has no gradient that is one.
-  if (quarter == 0) memory.weights.store(row * kWeightStride<T>, own_anchor && own_terms.shift != own_terms.shift ? NAN : 0.0f);
+  if (quarter == 0)
+    memory.weights.store(row * kWeightStride<T>, own_anchor && own_terms.shift != own_terms.shift ? NAN : 0.0f);
   sync_threads();
   const Global<T> grad(grad_data);
   gradient.write(x.depth, [&](int r, int d, float value) {

@@ -125,8 +125,8 @@ PGLCL_KERNEL patch_statistics_forward(const T* input_data, T* entropy_data, T* c
   const int64_t b = patch / patches, j = patch % patches;
   const int64_t gz = j / (g.grid[1] * g.grid[2]), gy = j / g.grid[2] % g.grid[1], gx = j % g.grid[2];
   const int64_t pixels = g.pixels(), row = g.image[2];
-  const int64_t origin = b * g.classes * pixels + gz * g.stride[0] * g.image[1] * row + gy * g.stride[1] * row +
-                         gx * g.stride[2];
+  const int64_t origin =
+      b * g.classes * pixels + gz * g.stride[0] * g.image[1] * row + gy * g.stride[1] * row + gx * g.stride[2];
   const int classes = int(g.classes);
   const int64_t per_row = g.patch[2] / kPixels;
   const int64_t steps = g.patch[0] * g.patch[1] * per_row;
@@ -261,7 +261,8 @@ PGLCL_KERNEL patch_statistics_backward(const T* input_data, const T* confidence_
   }
 }
 
-// --- launches -------------------------------------------------------------------------------------------------------------
+// --- launches
+// -------------------------------------------------------------------------------------------------------------
 
 template <typename T>
 struct StatisticsForward {

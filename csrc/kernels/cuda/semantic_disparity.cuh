@@ -32,9 +32,10 @@ PGLCL_KERNEL semantic_disparity_forward(const scalar_t* a, const scalar_t* b, sc
 // One warp per element of the gradient: sum over j of grad_ij sign(a_ic - b_jc). Strides let the same kernel walk rows
 // of grad for a and columns for b.
 template <typename scalar_t>
-PGLCL_KERNEL semantic_disparity_backward(const scalar_t* grad_data, const scalar_t* own_data, const scalar_t* other_data,
-                                         scalar_t* out_data, int64_t own_count, int64_t other_count, int64_t channels,
-                                         int64_t own_stride, int64_t other_stride) {
+PGLCL_KERNEL semantic_disparity_backward(const scalar_t* grad_data, const scalar_t* own_data,
+                                         const scalar_t* other_data, scalar_t* out_data, int64_t own_count,
+                                         int64_t other_count, int64_t channels, int64_t own_stride,
+                                         int64_t other_stride) {
   const Global<const scalar_t> grad(grad_data), own(own_data), other(other_data);
   const Global<scalar_t> out(out_data);
   const int64_t id = int64_t(block_index()) * (kDisparityThreads / 32) + thread_index() / 32;
@@ -145,7 +146,8 @@ PGLCL_KERNEL disparity_bounds_select(const scalar_t* descriptors, const int64_t*
   bounds.store(i, left_to_skip.load(0) < 0 ? none : same_bits<scalar_t>(bits_t(positives ? bits : ~bits)));
 }
 
-// --- launches -------------------------------------------------------------------------------------------------------------
+// --- launches
+// -------------------------------------------------------------------------------------------------------------
 
 template <typename scalar_t>
 void run_disparity_forward(const scalar_t* a, const scalar_t* b, scalar_t* out, int64_t n, int64_t m, int64_t channels,

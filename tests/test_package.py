@@ -1,0 +1,66 @@
+"""The package as installed: what it says of itself, and what it says when it cannot work."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import pglcl_ext
+from pglcl_ext import build_info
+from pglcl_ext._library import INSTRUCTION_SETS
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+def test_build_info() -> None:
+    info = build_info()
+    assert info["torch_built"] == info["torch_running"] == torch.__version__
+    assert info["cpu_instruction_set"] in INSTRUCTION_SETS
+    assert info["cuda_built"] == bool(info["cuda_architectures"])
+    assert info["cuda_built"] or info["cuda_reason"]
+
+
+def test_another_torch_is_refused_by_name() -> None:
+    result = run_python("import torch; torch.__version__ = '9.9.9'; import pglcl_ext")
+    assert result.returncode != 0
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith("ImportError")
+    assert f"built against torch {torch.__version__}, but torch 9.9.9 is running" in message
+    assert "pip install" in message
+
+
+def test_instruction_set_is_chosen_by_the_environment() -> None:
+    code = "from pglcl_ext import build_info; print(build_info()['cpu_instruction_set'])"
+    assert run_python(code, PGLCL_CPU_ISA="baseline").stdout.strip() == "baseline"
+    result = run_python(code, PGLCL_CPU_ISA="sse9")
+    assert "PGLCL_CPU_ISA must be one of" in result.stderr
+
+
+def test_core_needs_only_torch_and_numpy() -> None:
+    blocked = ["monai", "nibabel", "scipy", "typer", "rich", "matplotlib", "tensorboard", "hypothesis", "psutil"]
+    code = f"import sys; sys.modules.update({{m: None for m in {blocked!r}}}); import pglcl_ext; print('fine')"
+    assert run_python(code).stdout.strip() == "fine"
+
+
+def test_public_names() -> None:
+    for name in pglcl_ext.__all__:
+        assert getattr(pglcl_ext, name).__doc__, f"{name} has no docstring"
+    twins = set(pglcl_ext.reference.__all__)
+    assert {"patch_statistics", "patch_entropy", "semantic_disparity", "patch_contrast_loss"} <= twins
+
+
+@pytest.mark.parametrize(
+    "op", [n for n in dir(torch.ops.pglcl_ext) if n.startswith(("patch", "semantic", "disparity"))]
+)
+def test_every_op_has_an_implementation_per_device(op: str) -> None:
+    keys = ["CPU", "Meta"] + (["CUDA"] if build_info()["cuda_built"] else [])
+    for key in keys:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pglcl_ext::{op}", key), f"{op} on {key}"
