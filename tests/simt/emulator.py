@@ -285,6 +285,12 @@ def run_fault(index: int, bad: bool) -> str | None:
     return None if message is None else message.decode()
 
 
+def run_votes(bits: int) -> tuple[int, int]:
+    votes, total = ctypes.c_uint32(), c_int()
+    library("faults").run_votes(ctypes.c_uint32(bits), byref(votes), byref(total))
+    return votes.value, total.value
+
+
 def run_mma(kind: int, rows: Tensor, columns: Tensor) -> Tensor:
     result = torch.empty(16, 8)
     f = library("faults").run_mma

@@ -194,6 +194,18 @@ const char* run_fault(int i, bool bad) {
   }
 }
 
+// The lanes whose bit is set in `bits`, as a vote of the warp finds them; and the sum of all lane numbers, by shuffles.
+void run_votes(uint32_t bits, uint32_t* votes, int* sum) {
+  simt::launch("votes", {1, 1, 1}, {32, 1, 1}, 0, [=] {
+    const uint32_t all = ballot(bits >> thread_index() & 1);
+    const int total = warp_sum(thread_index());
+    if (thread_index() == 7) {
+      *votes = all;
+      *sum = total;
+    }
+  });
+}
+
 // D = A B of one warp: rows (16, depth), columns (8, depth), in fragments as the PTX ISA lays them out.
 void run_mma(int kind, const float* rows, const float* columns, float* result) {
   simt::launch("mma", {1, 1, 1}, {32, 1, 1}, 0, [=] {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.simt.emulator import fault_names, run_fault, run_mma
+from tests.simt.emulator import fault_names, run_fault, run_mma, run_votes
 
 EXPECTED = {
     "global_bounds": "out-of-bounds global access",
@@ -57,3 +57,8 @@ def test_mma_multiplies(kind: int, dtype: torch.dtype | None, depth: int) -> Non
         return (t.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)  # TF32: 10 bits of mantissa
 
     torch.testing.assert_close(got, rounded(rows) @ rounded(columns).t(), rtol=1e-5, atol=1e-5)
+
+
+def test_votes_and_shuffles() -> None:
+    for bits in (0, 0xFFFFFFFF, 0x80000001, 0x12345678):
+        assert run_votes(bits) == (bits, sum(range(32)))

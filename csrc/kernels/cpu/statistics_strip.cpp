@@ -98,6 +98,20 @@ PGLCL_INLINE void prefetch_next_columns(const scalar_t* input, int64_t class_str
   for (int64_t k = 0; k < classes; ++k) __builtin_prefetch(input + k * class_stride + 2 * Simd<scalar_t>::kLanes);
 }
 
+// Where one vector of columns of a row is read: in place, or for the ragged end from a copy in scratch memory.
+template <int kClasses, template <typename> class Strip, typename scalar_t>
+PGLCL_INLINE const scalar_t* columns_of(const Strip<scalar_t>& s, int64_t row, int64_t x, int lanes,
+                                        int64_t& class_stride) {
+  const scalar_t* input = s.input + row * s.row_stride + x;
+  class_stride = s.class_stride;
+  prefetch_next_columns(input, class_stride, kClasses > 0 ? kClasses : s.classes);
+  if (lanes == Simd<scalar_t>::kLanes) return input;
+  scalar_t* edge = s.scratch + s.classes * kMaxLanes;
+  copy_edge(input, class_stride, s.classes, lanes, edge);
+  class_stride = Simd<scalar_t>::kLanes;
+  return edge;
+}
+
 // p of any number of classes lives in scratch memory, that of a few in registers.
 template <typename scalar_t, int kClasses>
 struct Probabilities {
@@ -117,19 +131,12 @@ PGLCL_INLINE void forward_columns(const StatisticsStrip<scalar_t>& s, int64_t x,
   using vec = vec_t<scalar_t>;
   constexpr int kLanes = Simd<scalar_t>::kLanes;
   Probabilities<scalar_t, kClasses> p(s.scratch);
-  scalar_t* edge = s.scratch + s.classes * kMaxLanes;
   vec entropy = load_part<scalar_t>(s.entropy + x, lanes);
   constexpr int kHeld = kClasses > 0 ? kClasses : 1;
   vec mass[kHeld] = {}, product[kHeld] = {};
   for (int64_t r = 0; r < s.rows; ++r) {
-    const scalar_t* input = s.input + r * s.row_stride + x;
-    int64_t class_stride = s.class_stride;
-    prefetch_next_columns(input, class_stride, kClasses > 0 ? kClasses : s.classes);
-    if (lanes < kLanes) {
-      copy_edge(input, class_stride, s.classes, lanes, edge);
-      input = edge;
-      class_stride = kLanes;
-    }
+    int64_t class_stride;
+    const scalar_t* input = columns_of<kClasses>(s, r, x, lanes, class_stride);
     const vec h = predict<scalar_t, kClasses>(input, class_stride, s.classes, s.probabilities, p).entropy;
     entropy += h;
     if constexpr (kClasses > 0) {
@@ -166,17 +173,10 @@ PGLCL_INLINE void backward_columns(const StatisticsGradientStrip<scalar_t>& s, i
   constexpr int kLanes = Simd<scalar_t>::kLanes;
   const int64_t classes = kClasses > 0 ? kClasses : s.classes;
   Probabilities<scalar_t, kClasses> p(s.scratch);
-  scalar_t* edge = s.scratch + s.classes * kMaxLanes;
   const vec alpha = load_part<scalar_t>(s.alpha + x, lanes);
   for (int64_t r = 0; r < s.rows; ++r) {
-    const scalar_t* input = s.input + r * s.row_stride + x;
-    int64_t class_stride = s.class_stride;
-    prefetch_next_columns(input, class_stride, kClasses > 0 ? kClasses : s.classes);
-    if (lanes < kLanes) {
-      copy_edge(input, class_stride, s.classes, lanes, edge);
-      input = edge;
-      class_stride = kLanes;
-    }
+    int64_t class_stride;
+    const scalar_t* input = columns_of<kClasses>(s, r, x, lanes, class_stride);
     const Prediction<scalar_t> prediction =
         predict<scalar_t, kClasses>(input, class_stride, s.classes, s.probabilities, p);
     const vec h = prediction.entropy;

@@ -135,24 +135,21 @@ struct Fragments<float> {
   static constexpr int kNext = 4;  // from the first to the second half of the depth
   PGLCL_DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_tf32(d, a, b); }
 };
-template <>
-struct Fragments<BFloat16> {
+template <typename T>
+struct Fragments16 {
   static constexpr int kDepth = 16;
-  PGLCL_DEVICE static uint32_t word(const Shared<BFloat16>& s, int i, int within) {
-    const Vector<BFloat16, 2> pair = s.template load_vector<2>(i + 2 * within);
+  static constexpr int kNext = 8;
+  PGLCL_DEVICE static uint32_t word(const Shared<T>& s, int i, int within) {
+    const Vector<T, 2> pair = s.template load_vector<2>(i + 2 * within);
     return pair.at[0].bits | uint32_t(pair.at[1].bits) << 16;
   }
-  static constexpr int kNext = 8;
+};
+template <>
+struct Fragments<BFloat16> : Fragments16<BFloat16> {
   PGLCL_DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_bf16(d, a, b); }
 };
 template <>
-struct Fragments<Float16> {
-  static constexpr int kDepth = 16;
-  PGLCL_DEVICE static uint32_t word(const Shared<Float16>& s, int i, int within) {
-    const Vector<Float16, 2> pair = s.template load_vector<2>(i + 2 * within);
-    return pair.at[0].bits | uint32_t(pair.at[1].bits) << 16;
-  }
-  static constexpr int kNext = 8;
+struct Fragments<Float16> : Fragments16<Float16> {
   PGLCL_DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_f16(d, a, b); }
 };
 
