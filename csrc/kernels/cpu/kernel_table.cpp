@@ -32,15 +32,39 @@ PGLCL_DECLARE(avx512_bf16)
 namespace {
 
 // From the least to the most demanding.
-const KernelTable kTables[] = {
-    PGLCL_TABLE(baseline, false),
+const char* const kNames[] = {
+    "baseline",
 #if defined(__x86_64__)
-    PGLCL_TABLE(avx2, false),
-    PGLCL_TABLE(avx512, false),
-    PGLCL_TABLE(avx512_bf16, true),
+    "avx2",
+    "avx512",
+    "avx512_bf16",
 #endif
 };
-constexpr int kTableCount = sizeof(kTables) / sizeof(kTables[0]);
+
+// A table is made when it is first asked for: the functions that fill it are compiled for its instruction set, too, and
+// must not run on a processor without it.
+const KernelTable& table_of(int level) {
+  switch (level) {
+#if defined(__x86_64__)
+    case 3: {
+      static const KernelTable table = PGLCL_TABLE(avx512_bf16, true);
+      return table;
+    }
+    case 2: {
+      static const KernelTable table = PGLCL_TABLE(avx512, false);
+      return table;
+    }
+    case 1: {
+      static const KernelTable table = PGLCL_TABLE(avx2, false);
+      return table;
+    }
+#endif
+    default: {
+      static const KernelTable table = PGLCL_TABLE(baseline, false);
+      return table;
+    }
+  }
+}
 
 int best_supported() {
 #if defined(__x86_64__)
@@ -61,10 +85,10 @@ const KernelTable& kernel_table() {
   static const int best = best_supported();
   const char* wanted = std::getenv("PGLCL_CPU_ISA");
   if (wanted) {
-    for (int i = 0; i <= best; ++i)
-      if (std::strcmp(wanted, kTables[i].name) == 0) return kTables[i];
+    for (int level = 0; level <= best; ++level)
+      if (std::strcmp(wanted, kNames[level]) == 0) return table_of(level);
   }
-  return kTables[best];
+  return table_of(best);
 }
 
 }  // namespace pglcl
