@@ -171,4 +171,29 @@ inline void check_patch_contrast(const PatchContrastArgs& x) {
   TORCH_CHECK_VALUE(!std::isnan(x.negative_bound), "min_negative_disparity must be a number, got nan");
 }
 
+inline void check_gaussian_contrast(const GaussianContrastArgs& x) {
+  check_embeddings(x.anchors, "anchors", "N");
+  const int64_t d = x.anchors.size(1), k = x.counts.dim() == 1 ? x.counts.size(0) : 0;
+  check_labels(x.labels, "labels", "N", x.anchors.size(0), x.anchors, "anchors");
+  TORCH_CHECK_TYPE(x.counts.scalar_type() == at::kLong, "counts must be int64, got ", x.counts.scalar_type());
+  TORCH_CHECK_VALUE(k > 0, "counts must have shape (K,) with at least one class, got ", x.counts.sizes());
+  check_device(x.counts, "counts", x.anchors, "anchors");
+  check_floating(x.means, "means");
+  check_floating(x.covariances, "covariances");
+  check_device(x.means, "means", x.anchors, "anchors");
+  check_device(x.covariances, "covariances", x.anchors, "anchors");
+  const bool pairwise = x.means.dim() == 3;
+  TORCH_CHECK_VALUE(x.means.sizes() == (pairwise ? at::IntArrayRef{k, k, d} : at::IntArrayRef{k, d}),
+                    "means must have shape (K, D) = (", k, ", ", d, ") or (K, K, D), got ", x.means.sizes());
+  TORCH_CHECK_VALUE(x.covariances.sizes() == (pairwise ? at::IntArrayRef{k, k, d, d} : at::IntArrayRef{k, d, d}),
+                    "covariances must have shape ", pairwise ? "(K, K, D, D)" : "(K, D, D)", " as means have ",
+                    x.means.sizes(), ", got ", x.covariances.sizes());
+  TORCH_CHECK_VALUE(std::isfinite(x.temperature) && x.temperature > 0, "temperature must be a finite number > 0, got ",
+                    x.temperature);
+  TORCH_CHECK_VALUE(std::isfinite(x.covariance_scale) && x.covariance_scale >= 0,
+                    "covariance_scale must be a finite number >= 0, got ", x.covariance_scale);
+  TORCH_CHECK_VALUE(std::isfinite(x.negative_weight) && x.negative_weight >= 0,
+                    "negative_weight must be a finite number >= 0, got ", x.negative_weight);
+}
+
 }  // namespace pglcl

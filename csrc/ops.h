@@ -36,4 +36,13 @@ struct PatchContrastArgs {
   at::ScalarType accumulate_type() const { return anchors.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 };
 
+struct GaussianContrastArgs {
+  const at::Tensor &anchors, &labels, &means, &covariances, &counts;
+  double temperature, covariance_scale, negative_weight;
+  int64_t ignore_index, reduction;
+  bool needs_gradients;
+
+  at::ScalarType accumulate_type() const { return anchors.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+};
+
 }  // namespace pglcl

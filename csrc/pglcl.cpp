@@ -31,6 +31,14 @@ TORCH_LIBRARY(pglcl_ext, m) {
   m.def(
       "patch_contrast_backward(Tensor grad, Tensor lse, Tensor num_positives, Tensor num_valid, " PGLCL_CONTRAST_SCHEMA
       ", bool needs_anchors, bool needs_keys) -> (Tensor grad_anchors, Tensor grad_keys)");
+  // gradients: d loss_i / d anchor_i, which the pass over the classes gives with the loss; empty unless asked for.
+  m.def(
+      "gaussian_contrast(Tensor anchors, Tensor labels, Tensor means, Tensor covariances, Tensor counts, "
+      "float temperature, float covariance_scale, float negative_weight, int ignore_index, int reduction, "
+      "bool needs_gradients) -> (Tensor loss, Tensor gradients, Tensor num_valid)");
+  m.def(
+      "gaussian_contrast_backward(Tensor grad, Tensor anchors, Tensor gradients, Tensor num_valid, int reduction) -> "
+      "Tensor");
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pglcl_ext._library import no_double_backward, ops
+from pglcl_ext.distributed import GATHERS, all_keys_contrast, first_row, gather_rows, ring_contrast
 from pglcl_ext.semantic_disparity import accumulate_dtype, disparity_bounds
 
 __all__ = ["PatchContrastLoss", "patch_contrast_loss"]
@@ -35,6 +36,8 @@ def patch_contrast_loss(
     negative_weight: float = 1.0,
     ignore_index: int = -1,
     reduction: str = "mean",
+    group: Any = None,
+    gather: str = "all",
 ) -> Tensor:
     r"""Contrastive loss between patches, with positives and negatives chosen by label and semantic disparity.
 
@@ -72,6 +75,13 @@ def patch_contrast_loss(
         negative_weight: psi >= 0.
         ignore_index: patches with this label are left out altogether, as anchors and as keys.
         reduction: ``"mean"`` over the anchors that have a positive, ``"sum"``, or ``"none"``.
+        group: a ``torch.distributed`` process group: the keys of all its ranks are contrasted with this rank's anchors.
+            Every rank calls, and differentiates, also one without any patch; the numbers of patches may differ. With
+            ``reduction="mean"`` a rank returns the sum over its own anchors, divided by the counted anchors of all
+            ranks, times the number of ranks: the mean of the ranks' losses is the loss of one process on all batches,
+            and DistributedDataParallel's averaging gives its gradient. Excludes masks.
+        gather: how the keys come together. ``"all"`` gathers them; ``"ring"`` passes them along, and memory does not
+            depend on the number of ranks (but for counts, which need the labels and descriptors of all keys).
 
     Returns:
         A scalar, or (N,) for ``reduction="none"``, in float32 (float64 for float64). An anchor that is ignored or has
@@ -99,6 +109,8 @@ def patch_contrast_loss(
         negative_weight=negative_weight,
         ignore_index=ignore_index,
         reduction=reduction,
+        group=group,
+        gather=gather,
     )
     return loss
 
@@ -121,10 +133,14 @@ def patch_contrast(
     negative_weight: float,
     ignore_index: int,
     reduction: str,
+    group: Any = None,
+    gather: str = "all",
 ) -> tuple[Tensor, Tensor]:
     """:func:`patch_contrast_loss` and the number of anchors it counted, an int64 scalar tensor."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    check_reduction(reduction)
+    check_gather(gather)
+    if group is not None and (positive_mask is not None or negative_mask is not None):
+        raise ValueError("positive_mask and negative_mask cannot be given with a process group")
     check_options(
         descriptors,
         max_positive_disparity,
@@ -141,16 +157,39 @@ def patch_contrast(
     positive_bound, positive_bounds = _bound(max_positive_disparity, math.inf)
     negative_bound, negative_bounds = _bound(min_negative_disparity, 0.0)
     if num_positives is not None or num_negatives is not None:
+        side: tuple[Tensor | None, Tensor | None, Tensor | None] = (keys, key_labels, key_descriptors)
+        self_offset = -1
+        if group is not None:  # which n are the most similar depends on the keys of all ranks
+            own_labels, own_descriptors = (labels, descriptors) if keys is None else (key_labels, key_descriptors)
+            if own_labels is None or own_descriptors is None:
+                raise ValueError("keys need key_labels and, with descriptors, key_descriptors")
+            all_labels, all_descriptors = gather_rows([own_labels, own_descriptors], group)
+            side = (anchors, all_labels, all_descriptors)
+            self_offset = first_row(len(own_labels), anchors.device, group) if keys is None else -1
         positive_bounds, negative_bounds = _counted_bounds(
+            anchors,
+            labels,
+            descriptors,
+            *side,
+            (num_positives, positive_bounds),
+            (num_negatives, negative_bounds),
+            ignore_index,
+            self_offset,
+        )
+    if group is not None:
+        contrast = all_keys_contrast if gather == "all" else ring_contrast
+        return contrast(
             anchors,
             labels,
             descriptors,
             keys,
             key_labels,
             key_descriptors,
-            (num_positives, positive_bounds),
-            (num_negatives, negative_bounds),
-            ignore_index,
+            positive_bounds,
+            negative_bounds,
+            (temperature, positive_bound, negative_bound, negative_weight, ignore_index),
+            REDUCTIONS[reduction],
+            group,
         )
     loss, _, _, _, num_valid = ops.patch_contrast(
         anchors,
@@ -172,6 +211,21 @@ def patch_contrast(
         REDUCTIONS[reduction],
     )
     return loss, num_valid
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def check_gather(gather: str) -> None:
+    if gather not in GATHERS:
+        raise ValueError(f"gather must be one of {', '.join(GATHERS)}, got {gather!r}")
+
+
+def check_positive(name: str, value: float, *, or_zero: bool = False) -> None:
+    if not (math.isfinite(value) and (value > 0 or (or_zero and value == 0))):
+        raise ValueError(f"{name} must be a finite number {'>= 0' if or_zero else '> 0'}, got {value}")
 
 
 def check_options(
@@ -261,7 +315,7 @@ class PatchContrastLoss(nn.Module):
         temperature: tau > 0.
         normalize: divide embeddings and keys by their L2 norm first, so that logits are cosines over tau.
         max_positive_disparity, min_negative_disparity, num_positives, num_negatives, negative_weight, ignore_index,
-        reduction: as in :func:`patch_contrast_loss`; the bounds are numbers here.
+        reduction, group, gather: as in :func:`patch_contrast_loss`; the bounds are numbers here.
 
     Attributes:
         num_valid: int64 scalar tensor, the number of anchors that the last call counted; None before the first. A loss
@@ -282,14 +336,14 @@ class PatchContrastLoss(nn.Module):
         negative_weight: float = 1.0,
         ignore_index: int = -1,
         reduction: str = "mean",
+        group: Any = None,
+        gather: str = "all",
     ) -> None:
         super().__init__()
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
-        if not (math.isfinite(negative_weight) and negative_weight >= 0):
-            raise ValueError(f"negative_weight must be a finite number >= 0, got {negative_weight}")
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        check_positive("temperature", temperature)
+        check_positive("negative_weight", negative_weight, or_zero=True)
+        check_reduction(reduction)
+        check_gather(gather)
         placeholder = torch.empty(0)  # whether descriptors come is known at the call only
         check_options(placeholder, max_positive_disparity, min_negative_disparity, num_positives, num_negatives)
         self.temperature = temperature
@@ -301,6 +355,8 @@ class PatchContrastLoss(nn.Module):
         self.negative_weight = negative_weight
         self.ignore_index = ignore_index
         self.reduction = reduction
+        self.group = group
+        self.gather = gather
         self.num_valid = None
 
     def forward(
@@ -336,12 +392,14 @@ class PatchContrastLoss(nn.Module):
             negative_weight=self.negative_weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
+            group=self.group,
+            gather=self.gather,
         )
         return loss
 
     def extra_repr(self) -> str:
         names = "temperature normalize max_positive_disparity min_negative_disparity num_positives num_negatives "
-        names += "negative_weight ignore_index reduction"
+        names += "negative_weight ignore_index reduction gather"
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split() if getattr(self, name) is not None)
 
 

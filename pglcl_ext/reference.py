@@ -14,6 +14,7 @@ from torch import Tensor
 from pglcl_ext.patch_statistics import PatchStatistics, patch_grid_arguments
 
 __all__ = [
+    "gaussian_contrast_loss",
     "patch_contrast_loss",
     "patch_entropy",
     "patch_statistics",
@@ -160,6 +161,46 @@ def patch_contrast_loss(
     log_denominator = torch.cat([positive_logits, negative_logits], dim=1).logsumexp(dim=1)
     mean_positive = torch.where(positives, logits, 0).sum(dim=1) / count.clamp(min=1)
     loss = torch.where(valid, log_denominator - mean_positive, 0)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / valid.sum().clamp(min=1)
+
+
+def gaussian_contrast_loss(
+    anchors: Tensor,
+    labels: Tensor,
+    means: Tensor,
+    covariances: Tensor,
+    counts: Tensor,
+    *,
+    temperature: float = 0.2,
+    covariance_scale: float = 4.0,
+    negative_weight: float = 4096.0,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+) -> Tensor:
+    """METHOD section 6; see :func:`pglcl_ext.gaussian_contrast_loss`."""
+    k = len(counts)
+    taking_part = counts > 0
+    known = (labels != ignore_index) & (labels >= 0) & (labels < k)
+    own = torch.where(known, labels, 0)
+    valid = known & taking_part[own]
+    t = anchors.to(torch.promote_types(anchors.dtype, torch.float32))
+    # What stands in the place of a class without keys must not spread.
+    mu = torch.where(taking_part[:, None], means.detach().to(t.dtype), 0)
+    sigma = torch.where(taking_part[:, None, None], covariances.detach().to(t.dtype), 0)
+    if means.dim() == 3:  # the statistics of j depend on the anchor's class
+        along, quadratic = torch.einsum("nd,nkd->nk", t, mu[own]), torch.einsum("nd,nkde,ne->nk", t, sigma[own], t)
+    else:
+        along, quadratic = torch.einsum("nd,kd->nk", t, mu), torch.einsum("nd,kde,ne->nk", t, sigma, t)
+    logits = along / temperature
+    exponents = logits + covariance_scale / (2 * temperature**2) * quadratic
+    log_weight = math.log(negative_weight) if negative_weight > 0 else -math.inf
+    is_own = F.one_hot(own, k).bool()
+    exponents = torch.where(is_own, exponents, exponents + log_weight - taking_part.sum().to(t.dtype).log())
+    exponents = torch.where(is_own | (taking_part & valid[:, None]), exponents, -math.inf)
+    own_logit = logits.gather(1, own[:, None]).squeeze(1)
+    loss = torch.where(valid, exponents.logsumexp(dim=1) - own_logit, 0)
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.sum() / valid.sum().clamp(min=1)

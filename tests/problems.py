@@ -116,3 +116,21 @@ def assert_matches_reference(problem: ContrastProblem, dtype: torch.dtype, devic
         term = 0.1 / (temperature * max(expected.numel(), len(problem.anchors)) ** 0.5)
         scale = max(b.abs().max().item(), term) if b.numel() else term
         torch.testing.assert_close(a.double().cpu(), b, rtol=0, atol=tolerance * scale)
+
+
+def gaussian_problem(
+    n: int, d: int, *, classes: int = 4, pairwise: bool = False, empty: tuple[int, ...] = (), seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """anchors, labels, means, covariances and counts of gaussian_contrast_loss, in float64."""
+    g = torch.Generator().manual_seed(seed)
+    lead = (classes, classes) if pairwise else (classes,)
+    roots = torch.randn(*lead, d, d + 2, generator=g, dtype=torch.float64) / (d + 2)
+    counts = torch.randint(1, 100, (classes,), generator=g)
+    counts[list(empty)] = 0
+    return (
+        embeddings(n, d, generator=g),
+        torch.randint(-1, classes, (n,), generator=g),
+        torch.randn(*lead, d, generator=g, dtype=torch.float64) / d**0.5,
+        roots @ roots.mT,
+        counts,
+    )

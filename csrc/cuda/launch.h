@@ -21,6 +21,13 @@ void with_element_type(const at::Tensor& t, Body body) {
   }
 }
 
+// Of the current device.
+inline int device_attribute(cudaDeviceAttr which) {
+  int value = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, c10::cuda::current_device()));
+  return value;
+}
+
 template <typename T>
 const T* input_of(const at::Tensor& t) {
   return t.defined() ? static_cast<const T*>(t.const_data_ptr()) : nullptr;

@@ -16,13 +16,9 @@ at::Tensor converted(const std::optional<at::Tensor>& t, at::ScalarType type) {
 }
 
 cuda::DeviceLimits limits() {
-  const auto attribute = [](cudaDeviceAttr which) {
-    int value = 0;
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, c10::cuda::current_device()));
-    return value;
-  };
-  return {attribute(cudaDevAttrComputeCapabilityMajor) * 10 + attribute(cudaDevAttrComputeCapabilityMinor),
-          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), at::globalContext().allowTF32CuBLAS()};
+  return {
+      device_attribute(cudaDevAttrComputeCapabilityMajor) * 10 + device_attribute(cudaDevAttrComputeCapabilityMinor),
+      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), at::globalContext().allowTF32CuBLAS()};
 }
 
 // The inputs as the kernels read them, and the tensors that keep them alive.

@@ -269,6 +269,64 @@ def patch_contrast(
     return loss, grads
 
 
+# --- the Gaussian contrastive loss ------------------------------------------------------------------------------------
+
+
+class Gaussian(ctypes.Structure):
+    _fields_ = [
+        ("anchors", c_void_p),
+        *((name, c_int64) for name in ("n", "depth", "classes")),
+        *((name, c_void_p) for name in ("labels", "order", "means", "covariances", "counts")),
+        *((name, c_double) for name in ("temperature", "covariance_scale", "negative_weight")),
+        *((name, c_int64) for name in ("ignore_index", "shared_bytes")),
+        *((name, c_void_p) for name in ("lse", "logit", "count", "gradients", "loss", "num_valid")),
+        *((name, c_bool) for name in ("pairwise", "per_anchor", "mean")),
+    ]
+
+
+def gaussian_contrast(
+    anchors: Tensor,
+    labels: Tensor,
+    means: Tensor,
+    covariances: Tensor,
+    counts: Tensor,
+    *,
+    temperature: float = 0.2,
+    covariance_scale: float = 4.0,
+    negative_weight: float = 4096.0,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    shared_bytes: int = 160 * 1024,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, gradients, num_valid), prepared as csrc/cuda/gaussian_contrast.cu prepares them."""
+    wide = torch.float64 if anchors.dtype == torch.float64 else torch.float32
+    covariances = covariances.to(wide)
+    pairwise = means.dim() == 3
+    n, depth = anchors.shape
+    inputs = {
+        "anchors": anchors,
+        "labels": labels,
+        "order": labels.argsort(stable=True) if pairwise else None,
+        "means": means.to(wide).contiguous(),
+        "covariances": ((covariances + covariances.mT) / 2).contiguous(),
+        "counts": counts,
+    }
+    loss, gradients = torch.empty((n,) if reduction == "none" else (), dtype=wide), torch.empty(n, depth, dtype=wide)
+    num_valid = torch.empty((), dtype=torch.int64)
+    outputs = {"lse": torch.empty(n, dtype=wide), "logit": torch.empty(n, dtype=wide)}
+    outputs |= {"count": torch.empty(n, dtype=torch.int32), "gradients": gradients, "loss": loss}
+    s = Gaussian(n=n, depth=depth, classes=len(counts), ignore_index=ignore_index, shared_bytes=shared_bytes)
+    s.temperature, s.covariance_scale, s.negative_weight = temperature, covariance_scale, negative_weight
+    s.pairwise, s.per_anchor, s.mean = pairwise, reduction == "none", reduction == "mean"
+    run = Launch()
+    for name, t in inputs.items():
+        setattr(s, name, run.input(name, t))
+    for name, t in (outputs | {"num_valid": num_valid}).items():
+        setattr(s, name, run.output(name, t))
+    run.call("gaussian", DTYPES[anchors.dtype], byref(s))
+    return loss, gradients, num_valid
+
+
 # --- planted faults -------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 // or the emulator's message.
 #include <string>
 
+#include "cuda/gaussian_contrast.cuh"
 #include "cuda/patch_contrast_launch.cuh"
 #include "cuda/patch_statistics.cuh"
 #include "cuda/semantic_disparity.cuh"
@@ -183,6 +184,44 @@ const char* contrast(int dtype, const Contrast* c, bool backward) {
                                                        in(c->lse), c->count};
       pglcl::cuda::run_contrast_backward<T>(x, g, device, static_cast<T*>(c->grad_rows), c->own_anchor, c->own_key, 0);
     }
+  });
+}
+
+struct Gaussian {
+  const void* anchors;
+  int64_t n, depth, classes;
+  const int64_t *labels, *order;
+  const void *means, *covariances;
+  const int64_t* counts;
+  double temperature, covariance_scale, negative_weight;
+  int64_t ignore_index, shared_bytes;
+  void *lse, *logit;
+  int32_t* count;
+  void *gradients, *loss;
+  int64_t* num_valid;
+  bool pairwise, per_anchor, mean;
+};
+
+const char* gaussian(int dtype, const Gaussian* g) {
+  return with_type(dtype, [&]<typename T>() {
+    using scalar_t = typename pglcl::Accumulate<T>::type;
+    const pglcl::cuda::GaussianArguments<T> x{static_cast<const T*>(g->anchors),
+                                              g->n,
+                                              g->depth,
+                                              g->classes,
+                                              g->labels,
+                                              g->order,
+                                              static_cast<const scalar_t*>(g->means),
+                                              static_cast<const scalar_t*>(g->covariances),
+                                              g->counts,
+                                              g->pairwise,
+                                              scalar_t(1 / g->temperature),
+                                              scalar_t(g->covariance_scale / (g->temperature * g->temperature)),
+                                              scalar_t(g->negative_weight),
+                                              g->ignore_index};
+    pglcl::cuda::run_gaussian_contrast<T>(
+        x, g->shared_bytes, static_cast<scalar_t*>(g->lse), static_cast<scalar_t*>(g->logit), g->count,
+        static_cast<scalar_t*>(g->gradients), g->per_anchor, g->mean, static_cast<scalar_t*>(g->loss), g->num_valid, 0);
   });
 }
 

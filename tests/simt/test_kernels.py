@@ -10,7 +10,7 @@ import torch
 
 from pglcl_ext import reference
 from pglcl_ext.semantic_disparity import disparity_bounds
-from tests.problems import DTYPES, ContrastProblem
+from tests.problems import DTYPES, ContrastProblem, gaussian_problem
 from tests.simt import emulator
 
 # Loss and gradients; TF32 rounds operands to 10 bits of mantissa.
@@ -209,3 +209,25 @@ def test_bounds(positives: bool, itself: bool, dtype: torch.dtype) -> None:
             got = emulator.disparity_bounds(a, y, b, z, count, positives=positives, self_offset=offset, select=select)
             valid = y != -1  # the bound of an ignored anchor is never read
             torch.testing.assert_close(got[valid], want[valid])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pairwise", [False, True])
+@pytest.mark.parametrize(
+    ("n", "depth", "shared"), [(1, 1, 160), (37, 20, 160), (20, 130, 160), (9, 200, 7), (0, 8, 160)]
+)
+def test_gaussian(n: int, depth: int, shared: int, pairwise: bool, dtype: torch.dtype) -> None:
+    anchors, *rest = gaussian_problem(n, depth, pairwise=pairwise, empty=(1,))
+    ours = anchors.to(dtype)
+    shared = shared * 1024 * (2 if dtype == torch.float64 else 1)
+    for options in ({}, {"reduction": "none", "negative_weight": 0.0}, {"reduction": "sum", "temperature": 1.0}):
+        oracle = ours.double().requires_grad_()
+        losses = reference.gaussian_contrast_loss(oracle, *rest, **{**options, "reduction": "none"})
+        (want,) = torch.autograd.grad(losses.sum(), oracle)
+        expected = reference.gaussian_contrast_loss(oracle.detach(), *rest, **options)
+        loss, gradients, num_valid = emulator.gaussian_contrast(ours, *rest, shared_bytes=shared, **options)
+        tolerance = 1e-10 if dtype == torch.float64 else 1e-4
+        torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
+        scale = max(want.abs().max().item(), 1e-6) if want.numel() else 1.0
+        torch.testing.assert_close(gradients.double(), want, rtol=0, atol=tolerance * scale)
+        assert num_valid == ((rest[0] >= 0) & (rest[0] != 1)).sum()

@@ -5,22 +5,27 @@
 
 namespace pglcl {
 
-// Declared here and defined in contrast_tile.cpp and statistics_strip.cpp, compiled once per instruction set.
+// Declared here and defined in contrast_tile.cpp, statistics_strip.cpp and gaussian_tile.cpp, compiled once per
+// instruction set.
 #define PGLCL_DECLARE(isa)                          \
   namespace isa {                                   \
   template <typename scalar_t>                      \
   ContrastKernels<scalar_t> contrast_kernels();     \
   template <typename scalar_t>                      \
   StatisticsKernels<scalar_t> statistics_kernels(); \
+  template <typename scalar_t>                      \
+  GaussianKernels<scalar_t> gaussian_kernels();     \
   }
 
-#define PGLCL_TABLE(isa, bf16)       \
-  {#isa,                             \
-   bf16,                             \
-   isa::contrast_kernels<float>(),   \
-   isa::contrast_kernels<double>(),  \
-   isa::statistics_kernels<float>(), \
-   isa::statistics_kernels<double>()}
+#define PGLCL_TABLE(isa, bf16)        \
+  {#isa,                              \
+   bf16,                              \
+   isa::contrast_kernels<float>(),    \
+   isa::contrast_kernels<double>(),   \
+   isa::statistics_kernels<float>(),  \
+   isa::statistics_kernels<double>(), \
+   isa::gaussian_kernels<float>(),    \
+   isa::gaussian_kernels<double>()}
 
 PGLCL_DECLARE(baseline)
 #if defined(__x86_64__)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "contrast_tile.h"
+#include "gaussian_tile.h"
 #include "statistics_strip.h"
 
 namespace pglcl {
@@ -22,6 +23,12 @@ struct StatisticsKernels {
   void (*backward_strip)(const StatisticsGradientStrip<scalar_t>&);
 };
 
+template <typename scalar_t>
+struct GaussianKernels {
+  int panel;  // rows are padded to a multiple of this
+  void (*tile)(const GaussianTile<scalar_t>&);
+};
+
 struct KernelTable {
   const char* name;
   bool bf16_products;  // contrast tiles multiply bfloat16 in hardware
@@ -29,6 +36,8 @@ struct KernelTable {
   ContrastKernels<double> contrast_double;
   StatisticsKernels<float> statistics_float;
   StatisticsKernels<double> statistics_double;
+  GaussianKernels<float> gaussian_float;
+  GaussianKernels<double> gaussian_double;
 
   template <typename scalar_t>
   const ContrastKernels<scalar_t>& contrast() const {
@@ -44,6 +53,13 @@ struct KernelTable {
     else
       return statistics_double;
   }
+  template <typename scalar_t>
+  const GaussianKernels<scalar_t>& gaussian() const {
+    if constexpr (sizeof(scalar_t) == 4)
+      return gaussian_float;
+    else
+      return gaussian_double;
+  }
 };
 
 // The table for this machine: the best instruction set that both the processor and PGLCL_CPU_ISA allow. The variable
@@ -56,6 +72,8 @@ template <typename scalar_t>
 ContrastKernels<scalar_t> contrast_kernels();
 template <typename scalar_t>
 StatisticsKernels<scalar_t> statistics_kernels();
+template <typename scalar_t>
+GaussianKernels<scalar_t> gaussian_kernels();
 }  // namespace PGLCL_ISA
 #endif
 

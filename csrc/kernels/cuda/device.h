@@ -165,6 +165,10 @@ PGLCL_DEVICE uint32_t to_tf32(float x) {
   kernel<<<dim3(unsigned(grid_x), unsigned(grid_y)), threads, shared_bytes, stream>>>(__VA_ARGS__)
 using PglclStream = cudaStream_t;
 
+// More than 48 KiB of dynamic shared memory has to be asked for, kernel by kernel.
+#define PGLCL_ALLOW_SHARED(kernel, bytes) \
+  if ((bytes) > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes))
+
 #else  // the emulator
 
 #include <cmath>
@@ -226,6 +230,7 @@ inline uint32_t to_tf32(float x) { return (float_bits(x) + 0x1000u) & 0xffffe000
   simt::launch(#kernel, {int(grid_x), int(grid_y), 1}, {int(threads), 1, 1}, size_t(shared_bytes), \
                [=] { kernel(__VA_ARGS__); })
 using PglclStream = int;
+#define PGLCL_ALLOW_SHARED(kernel, bytes)
 
 #endif
 

@@ -12,14 +12,6 @@ struct DeviceLimits {
   bool allow_tf32;       // PyTorch's own switch for float32 products
 };
 
-#if defined(__CUDACC__)
-// More than 48 KiB of dynamic shared memory has to be asked for, kernel by kernel.
-#define PGLCL_ALLOW_SHARED(kernel, bytes) \
-  if ((bytes) > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes))
-#else
-#define PGLCL_ALLOW_SHARED(kernel, bytes)
-#endif
-
 // Stages of the key pipeline that fit: 2, 1, or 0 when only the plain kernel can run.
 template <typename T>
 int tile_stages(const ContrastArguments<T>& x, const DeviceLimits& device) {

@@ -1,0 +1,210 @@
+// The Gaussian contrastive loss on the GPU (METHOD section 6): forward and, on the way, the gradient.
+#pragma once
+
+#include "patch_contrast.cuh"
+
+namespace pglcl::cuda {
+
+// Four warps share the columns of T S, one each per 128. Eight anchors a block read a covariance once for all of them:
+// at D = 128 that is 64 KiB from the L2 cache for 8 x 128 x 128 multiply-adds, which keeps the arithmetic ahead.
+constexpr int kGaussianThreads = 128;
+constexpr int kGaussianAnchors = 8;
+
+template <typename T, typename scalar_t = typename Accumulate<T>::type>
+struct GaussianArguments {
+  const T* anchors;  // (N, depth)
+  int64_t n, depth, classes;
+  const int64_t* labels;        // (N,)
+  const int64_t* order;         // (N,): anchors of one class together; null: as they come
+  const scalar_t* means;        // (classes, depth), or (classes, classes, depth) when pairwise
+  const scalar_t* covariances;  // (classes, depth, depth), symmetric, or (classes, classes, depth, depth)
+  const int64_t* counts;        // (classes,)
+  bool pairwise;
+  scalar_t inverse_temperature;
+  scalar_t spread;           // covariance_scale / temperature^2
+  scalar_t negative_weight;  // psi, to be divided by the classes that take part
+  int64_t ignore_index;
+};
+
+// Exponents are kept to the base 2, as in patch_contrast.cuh.
+template <typename scalar_t>
+struct GaussianState {
+  scalar_t shift[kGaussianAnchors], sum[kGaussianAnchors], own_logit[kGaussianAnchors];
+};
+
+// Adds class j of the table to the state of the block's anchors and to their gradients. Every thread keeps the same
+// state: it is computed from sums in shared memory, in one order.
+template <typename T, typename scalar_t>
+PGLCL_DEVICE void add_gaussian(const GaussianArguments<T>& x, int64_t j, int rows,
+                               const int64_t (&own)[kGaussianAnchors], scalar_t log2_weight, bool wanted,
+                               const Shared<scalar_t>& anchors, const Shared<scalar_t>& products,
+                               const Shared<scalar_t>& gradients, const Shared<scalar_t>& partial,
+                               GaussianState<scalar_t>& state) {
+  const Global<const scalar_t> means(x.means), covariances(x.covariances);
+  const int depth = int(x.depth), thread = thread_index();
+  scalar_t of_mean[kGaussianAnchors], of_product[kGaussianAnchors];
+  int64_t table[kGaussianAnchors];
+#pragma unroll
+  for (int r = 0; r < kGaussianAnchors; ++r) {
+    of_mean[r] = of_product[r] = 0;
+    table[r] = x.pairwise ? (own[r] < 0 ? 0 : own[r]) * x.classes + j : j;
+  }
+  for (int d = thread; d < depth; d += kGaussianThreads) {
+    scalar_t sum[kGaussianAnchors] = {};
+    for (int e = 0; e < depth; ++e) {
+      const scalar_t shared_by_most = covariances.load((table[0] * depth + e) * depth + d);
+#pragma unroll
+      for (int r = 0; r < kGaussianAnchors; ++r) {
+        if (r >= rows) break;
+        const scalar_t s = table[r] == table[0] ? shared_by_most : covariances.load((table[r] * depth + e) * depth + d);
+        sum[r] += anchors.load(r * depth + e) * s;
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kGaussianAnchors; ++r) {
+      if (r >= rows) break;
+      const scalar_t t = anchors.load(r * depth + d);
+      products.store(r * depth + d, sum[r]);
+      of_product[r] += t * sum[r];
+      of_mean[r] += t * means.load(table[r] * depth + d);
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kGaussianAnchors; ++r) {
+    const scalar_t mean = warp_sum(of_mean[r]), product = warp_sum(of_product[r]);
+    if (thread % 32 == 0) {
+      partial.store((thread / 32 * kGaussianAnchors + r) * 2, mean);
+      partial.store((thread / 32 * kGaussianAnchors + r) * 2 + 1, product);
+    }
+  }
+  sync_threads();
+#pragma unroll
+  for (int r = 0; r < kGaussianAnchors; ++r) {
+    if (r >= rows) break;
+    scalar_t mean = 0, product = 0;
+    for (int warp = 0; warp < kGaussianThreads / 32; ++warp) {
+      mean += partial.load((warp * kGaussianAnchors + r) * 2);
+      product += partial.load((warp * kGaussianAnchors + r) * 2 + 1);
+    }
+    const scalar_t logit = mean * x.inverse_temperature;
+    scalar_t exponent = scalar_t(kLog2E) * (logit + scalar_t(0.5) * x.spread * product);
+    if (j == own[r]) {
+      state.own_logit[r] = logit;
+    } else {
+      exponent += log2_weight;
+    }
+    // A weight of 0 leaves the first class met at minus infinity, too: nothing is added then.
+    const bool counts = own[r] >= 0 && exponent != -scalar_t(INFINITY);
+    if (!counts) continue;
+    const scalar_t shift = exponent > state.shift[r] ? exponent : state.shift[r];
+    const scalar_t keep = power2(state.shift[r] - shift), weight = power2(exponent - shift);
+    state.shift[r] = shift;
+    state.sum[r] = state.sum[r] * keep + weight;
+    if (!wanted) continue;
+    for (int d = thread; d < depth; d += kGaussianThreads) {
+      const scalar_t step =
+          x.inverse_temperature * means.load(table[r] * depth + d) + x.spread * products.load(r * depth + d);
+      gradients.store(r * depth + d, keep * gradients.load(r * depth + d) + weight * step);
+    }
+  }
+  sync_threads();  // `partial` is written again
+}
+
+// lse, own_logit and count (N,) are what contrast_reduce sums; gradients (N, depth) of the accumulating type, or null.
+template <typename T>
+PGLCL_KERNEL gaussian_contrast_rows(const GaussianArguments<T> x, typename Accumulate<T>::type* lse_data,
+                                    typename Accumulate<T>::type* logit_data, int32_t* count_data,
+                                    typename Accumulate<T>::type* gradient_data, int rows_per_block) {
+  using scalar_t = typename Accumulate<T>::type;
+  const int depth = int(x.depth), thread = thread_index();
+  SharedMemory memory;
+  const Shared<scalar_t> anchors = memory.take<scalar_t>(rows_per_block * depth);
+  const Shared<scalar_t> products = memory.take<scalar_t>(rows_per_block * depth);
+  const Shared<scalar_t> gradients = memory.take<scalar_t>(rows_per_block * depth);
+  const Shared<scalar_t> partial = memory.take<scalar_t>(kGaussianThreads / 32 * kGaussianAnchors * 2);
+  const Global<const int64_t> labels(x.labels), counts(x.counts);
+  const int64_t first = int64_t(block_index()) * rows_per_block;
+  const int rows = int(x.n - first < rows_per_block ? x.n - first : rows_per_block);
+
+  // Load the anchors, and the class of each: -1 where it does not count.
+  int64_t row[kGaussianAnchors], own[kGaussianAnchors];
+  GaussianState<scalar_t> state;
+#pragma unroll
+  for (int r = 0; r < kGaussianAnchors; ++r) {
+    own[r] = -1;
+    row[r] = 0;
+    state.shift[r] = -scalar_t(INFINITY);
+    state.sum[r] = state.own_logit[r] = 0;
+    if (r >= rows) continue;
+    row[r] = x.order ? Global<const int64_t>(x.order).load(first + r) : first + r;
+    const int64_t label = labels.load(row[r]);
+    if (label != x.ignore_index && label >= 0 && label < x.classes && counts.load(label) > 0) own[r] = label;
+    for (int d = thread; d < depth; d += kGaussianThreads) {
+      anchors.store(r * depth + d, widen(Global<const T>(x.anchors).load(row[r] * depth + d)));
+      gradients.store(r * depth + d, 0);
+    }
+  }
+  int taking_part = 0;
+  for (int64_t k = 0; k < x.classes; ++k) taking_part += counts.load(k) > 0;
+  const scalar_t log2_weight = logarithm2(x.negative_weight) - logarithm2(scalar_t(taking_part));
+  sync_threads();
+
+  for (int64_t j = 0; j < x.classes; ++j)
+    if (counts.load(j) > 0)
+      add_gaussian<T, scalar_t>(x, j, rows, own, log2_weight, gradient_data != nullptr, anchors, products, gradients,
+                                partial, state);
+
+#pragma unroll
+  for (int r = 0; r < kGaussianAnchors; ++r) {
+    if (r >= rows) break;
+    const bool valid = own[r] >= 0;
+    if (thread == 0) {
+      const scalar_t ln2 = scalar_t(1 / kLog2E);
+      Global<scalar_t>(lse_data).store(row[r], valid ? (state.shift[r] + logarithm2(state.sum[r])) * ln2 : scalar_t(0));
+      Global<scalar_t>(logit_data).store(row[r], state.own_logit[r]);
+      Global<int32_t>(count_data).store(row[r], valid);
+    }
+    if (!gradient_data) continue;
+    const Global<const scalar_t> means(x.means);
+    for (int d = thread; d < depth; d += kGaussianThreads) {
+      scalar_t value = 0;
+      if (valid) {
+        const int64_t table = x.pairwise ? own[r] * x.classes + own[r] : own[r];
+        value = gradients.load(r * depth + d) / state.sum[r] - x.inverse_temperature * means.load(table * depth + d);
+      }
+      Global<scalar_t>(gradient_data).store(row[r] * depth + d, value);
+    }
+  }
+}
+
+// Bytes of shared memory that `rows` anchors take.
+template <typename scalar_t>
+int64_t gaussian_shared_bytes(int rows, int64_t depth) {
+  return 3 * ((rows * depth * int64_t(sizeof(scalar_t)) + 15) / 16 * 16) +
+         kGaussianThreads / 32 * kGaussianAnchors * 2 * int64_t(sizeof(scalar_t));
+}
+
+// Anchors a block can hold, or 0: the rows are too long for the device.
+template <typename scalar_t>
+int gaussian_rows_per_block(int64_t depth, int64_t shared_bytes) {
+  int rows = kGaussianAnchors;
+  while (rows > 0 && gaussian_shared_bytes<scalar_t>(rows, depth) > shared_bytes) --rows;
+  return rows;
+}
+
+template <typename T, typename scalar_t = typename Accumulate<T>::type>
+void run_gaussian_contrast(const GaussianArguments<T>& x, int64_t shared_bytes, scalar_t* lse, scalar_t* logit,
+                           int32_t* count, scalar_t* gradients, bool per_anchor, bool mean, scalar_t* loss,
+                           int64_t* num_valid, PglclStream stream) {
+  if (x.n > 0) {
+    const int rows = gaussian_rows_per_block<scalar_t>(x.depth, shared_bytes);
+    const int64_t bytes = gaussian_shared_bytes<scalar_t>(rows, x.depth);
+    PGLCL_ALLOW_SHARED(gaussian_contrast_rows<T>, bytes);
+    PGLCL_LAUNCH(gaussian_contrast_rows<T>, (x.n + rows - 1) / rows, 1, kGaussianThreads, bytes, stream, x, lse, logit,
+                 count, gradients, rows);
+  }
+  PGLCL_LAUNCH(contrast_reduce<scalar_t>, 1, 1, kReduceThreads, 0, stream, lse, logit, count, x.n, per_anchor, mean,
+               loss, num_valid);
+}
+
+}  // namespace pglcl::cuda

@@ -1,0 +1,170 @@
+"""A memory of embeddings per class: the keys that a batch is too small to hold."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pglcl_ext.distributed import gather_rows
+
+__all__ = ["EmbeddingQueue", "QueuedKeys"]
+
+
+class QueuedKeys(NamedTuple):
+    """What a queue holds, as :func:`pglcl_ext.patch_contrast_loss` takes it.
+
+    keys: (K * length, D). labels: (K * length,) int64, `ignore_index` where a slot is empty. descriptors:
+    (K * length, C), or None for a queue without them.
+    """
+
+    keys: Tensor
+    labels: Tensor
+    descriptors: Tensor | None
+
+
+class EmbeddingQueue(nn.Module):
+    """A ring buffer of embeddings for each class, all of it in registered buffers.
+
+    The newest `length` keys of each class are kept. Nothing waits for a GPU, nothing carries a gradient, and the state
+    (keys, write positions, counts) is saved, restored and moved with the module. From METHOD sections 6 and 9: the
+    authors queue 4096 keys of each class.
+
+    Args:
+        num_classes: K.
+        embedding_dim: D.
+        length: keys kept of each class.
+        descriptor_dim: C, numbers kept beside each key (its entropy, say); none by default.
+        ignore_index: keys with this label, or one outside [0, K), are not queued.
+        process_group: the keys of all its ranks are queued on every rank, in the order of the ranks, so that the queues
+            stay equal. Exchanging how many there are waits for the GPU.
+
+    Attributes:
+        counts: (K,) int64, the keys held of each class.
+    """
+
+    counts: Tensor
+    positions: Tensor
+    storage: Tensor
+    descriptor_storage: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_dim: int,
+        length: int = 4096,
+        *,
+        descriptor_dim: int = 0,
+        ignore_index: int = -1,
+        process_group: Any = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"num_classes": num_classes, "embedding_dim": embedding_dim, "length": length}
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if descriptor_dim < 0:
+            raise ValueError(f"descriptor_dim must be at least 0, got {descriptor_dim}")
+        self.num_classes = num_classes
+        self.embedding_dim = embedding_dim
+        self.length = length
+        self.descriptor_dim = descriptor_dim
+        self.ignore_index = ignore_index
+        self.process_group = process_group
+        # One row more than there are slots: what is not to be kept is written there, and wiped.
+        self.register_buffer("storage", torch.zeros(num_classes * length + 1, embedding_dim))
+        self.register_buffer("descriptor_storage", torch.zeros(num_classes * length + 1, descriptor_dim))
+        self.register_buffer("positions", torch.zeros(num_classes, dtype=torch.int64))
+        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
+
+    @torch.no_grad()
+    def enqueue(self, embeddings: Tensor, labels: Tensor, descriptors: Tensor | None = None) -> None:
+        """Adds keys, in order; of more than `length` of a class the last ones stay.
+
+        Args:
+            embeddings: (M, D) floating point.
+            labels: (M,) int64.
+            descriptors: (M, C), or (M,) for C = 1; needed exactly when the queue has a `descriptor_dim`.
+
+        Raises:
+            ValueError: shapes that do not fit.
+            TypeError: labels that are not int64.
+        """
+        descriptors = self._checked(embeddings, labels, descriptors)
+        if self.process_group is not None:
+            embeddings, labels, descriptors = gather_rows([embeddings, labels, descriptors], self.process_group)
+        k, length = self.num_classes, self.length
+        known = (labels != self.ignore_index) & (labels >= 0) & (labels < k)
+        classes = torch.where(known, labels, k)
+        order = classes.argsort(stable=True)
+        classes = classes[order]
+        arrivals = torch.zeros(k + 1, dtype=torch.int64, device=labels.device).scatter_add_(
+            0, classes, torch.ones_like(classes)
+        )
+        # The how-manieth of its class each key is.
+        place = torch.arange(len(classes), device=labels.device) - (arrivals.cumsum(0) - arrivals)[classes]
+        kept = (classes < k) & (place >= arrivals[classes] - length)
+        slot = classes * length + (self.positions[classes.clamp(max=k - 1)] + place) % length
+        slot = torch.where(kept, slot, k * length)
+        for storage, rows in ((self.storage, embeddings), (self.descriptor_storage, descriptors)):
+            storage[slot] = rows[order].to(storage.dtype)
+            storage[-1] = 0
+        self.positions.add_(arrivals[:k]).remainder_(length)
+        self.counts.add_(arrivals[:k]).clamp_(max=length)
+
+    def _checked(self, embeddings: Tensor, labels: Tensor, descriptors: Tensor | None) -> Tensor:
+        if embeddings.dim() != 2 or embeddings.shape[1] != self.embedding_dim:
+            raise ValueError(f"embeddings must have shape (M, {self.embedding_dim}), got {tuple(embeddings.shape)}")
+        if labels.dtype != torch.int64:
+            raise TypeError(f"labels must be int64, got {labels.dtype}")
+        if labels.shape != embeddings.shape[:1]:
+            raise ValueError(f"labels must have shape (M,) = ({len(embeddings)},), got {tuple(labels.shape)}")
+        if descriptors is None:
+            if self.descriptor_dim:
+                raise ValueError(f"descriptors must be given: the queue keeps {self.descriptor_dim} of each key")
+            return embeddings.new_zeros(len(embeddings), 0)
+        if descriptors.dim() == 1:
+            descriptors = descriptors[:, None]
+        if descriptors.shape != (len(embeddings), self.descriptor_dim):
+            expected = (len(embeddings), self.descriptor_dim)
+            raise ValueError(f"descriptors must have shape (M, C) = {expected}, got {tuple(descriptors.shape)}")
+        return descriptors
+
+    def _filled(self) -> Tensor:
+        """(K, length) bool: a ring fills from its first slot."""
+        return torch.arange(self.length, device=self.counts.device) < self.counts[:, None]
+
+    def keys(self) -> QueuedKeys:
+        """Every slot, in a shape that does not depend on how many are filled."""
+        classes = torch.arange(self.num_classes, device=self.counts.device)[:, None]
+        labels = torch.where(self._filled(), classes, self.ignore_index).flatten()
+        return QueuedKeys(self.storage[:-1], labels, self.descriptor_storage[:-1] if self.descriptor_dim else None)
+
+    def class_keys(self) -> tuple[Tensor, Tensor]:
+        """(K, length, D) keys, and (K, length) bool: which slots are filled."""
+        return self.storage[:-1].view(self.num_classes, self.length, self.embedding_dim), self._filled()
+
+    def statistics(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and biased covariance of the keys of each class (METHOD section 6).
+
+        Args:
+            dtype: that they are computed and returned in: float32 or wider, that of the queue by default.
+
+        Returns:
+            (K, D) and (K, D, D). Deviations are squared after the mean is taken off, so that one key has a covariance
+            of exactly 0 and far-off keys lose nothing. 0 for a class without keys.
+        """
+        dtype = dtype or torch.promote_types(self.storage.dtype, torch.float32)
+        keys, filled = self.class_keys()
+        keys, weight = keys.to(dtype), filled[:, :, None].to(dtype)
+        count = self.counts.clamp(min=1).to(dtype)[:, None]
+        # The first key is taken off first: then equal keys have deviations of exactly 0.
+        origin = keys[:, :1]
+        mean = ((keys - origin) * weight).sum(dim=1) / count
+        deviation = (keys - origin - mean[:, None]) * weight
+        covariance = deviation.mT @ deviation / count[:, :, None]
+        return (origin.squeeze(1) + mean) * (self.counts > 0)[:, None], covariance
+
+    def extra_repr(self) -> str:
+        return f"num_classes={self.num_classes}, embedding_dim={self.embedding_dim}, length={self.length}"

@@ -1,0 +1,208 @@
+"""The contrastive loss against normally distributed keys (METHOD section 6)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pglcl_ext._library import no_double_backward, ops
+from pglcl_ext.embedding_queue import EmbeddingQueue
+from pglcl_ext.hard_negatives import hard_negative_statistics
+from pglcl_ext.patch_contrast import REDUCTIONS, check_positive, check_reduction
+from pglcl_ext.semantic_disparity import accumulate_dtype
+
+__all__ = ["GaussianContrastLoss", "gaussian_contrast_loss"]
+
+
+def gaussian_contrast_loss(
+    anchors: Tensor,
+    labels: Tensor,
+    means: Tensor,
+    covariances: Tensor,
+    counts: Tensor,
+    *,
+    temperature: float = 0.2,
+    covariance_scale: float = 4.0,
+    negative_weight: float = 4096.0,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Contrastive loss against infinitely many keys, normally distributed in each class.
+
+    Of the K classes those take part that have keys; `C` counts them. For an anchor `t` of such a class `i`, with
+    :math:`\psi` = `negative_weight` and :math:`\lambda` = `covariance_scale` (METHOD section 6: re-derived from the
+    authors' code, which bounds the expected logarithm by Jensen's inequality; here in log-space)
+
+    .. math::
+        x_j = t \cdot \mu_j / \tau + \frac{\lambda}{2 \tau^2} t^\top \Sigma_j t, \qquad
+        \ell = -t \cdot \mu_i / \tau + \log\Big(e^{x_i} + \frac{\psi}{C} \sum_{j \ne i} e^{x_j}\Big).
+
+    A batch with one class, or ``negative_weight=0``, gives the positive term alone. Neither N x N nor N x K x D numbers
+    are stored.
+
+    Args:
+        anchors: embeddings, (N, D), used as given; float64, float32, bfloat16 or float16. Sums are kept in float32
+            (float64 for float64).
+        labels: (N,) int64, in [0, K) or `ignore_index`. On the CPU another value is an error; on a GPU, which is not
+            waited for, such an anchor is left out.
+        means: (K, D) floating point; or (K, K, D), first index the anchor's class, as
+            :func:`hard_negative_statistics` gives them.
+        covariances: (K, D, D), or (K, K, D, D) with such means. Only the symmetric part matters.
+        counts: (K,) int64, the keys of each class. What the statistics hold for a class without keys is not read.
+        temperature: tau > 0.
+        covariance_scale: lambda >= 0.
+        negative_weight: psi >= 0.
+        ignore_index: anchors with this label are left out.
+        reduction: ``"mean"`` over the anchors whose class takes part, ``"sum"``, or ``"none"``.
+
+    Returns:
+        A scalar, or (N,) for ``reduction="none"``, in float32 (float64 for float64). Anchors of a class that takes no
+        part give 0 and are not counted. Gradients flow to `anchors` alone: the statistics are of queued keys.
+
+    Raises:
+        ValueError: shapes, devices or labels that do not fit, values out of range.
+        TypeError: wrong dtypes.
+    """
+    check_reduction(reduction)
+    needs_gradients = anchors.requires_grad and torch.is_grad_enabled()
+    loss, _, _ = ops.gaussian_contrast(
+        anchors,
+        labels,
+        means.detach(),
+        covariances.detach(),
+        counts,
+        temperature,
+        covariance_scale,
+        negative_weight,
+        ignore_index,
+        REDUCTIONS[reduction],
+        needs_gradients,
+    )
+    return loss  # type: ignore[no-any-return]
+
+
+class GaussianContrastLoss(nn.Module):
+    """:func:`gaussian_contrast_loss` with the queue that its statistics come from.
+
+    A call contrasts anchors with the keys queued so far; :meth:`enqueue` adds keys, usually the teacher's::
+
+        loss = GaussianContrastLoss(num_classes=4, embedding_dim=128)
+        value = loss(student_embeddings, labels)
+        loss.enqueue(teacher_embeddings, labels)
+
+    Args:
+        num_classes: K.
+        embedding_dim: D.
+        queue_length: keys kept of each class.
+        hard_negatives: take the negatives' statistics from :func:`hard_negative_statistics`.
+        normalize: divide anchors and keys by their L2 norm first.
+        temperature, covariance_scale, negative_weight, ignore_index, reduction: as in :func:`gaussian_contrast_loss`.
+        process_group: keys of all its ranks are queued on each, see :class:`EmbeddingQueue`.
+
+    Attributes:
+        queue: the :class:`EmbeddingQueue`.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_dim: int,
+        *,
+        queue_length: int = 4096,
+        hard_negatives: bool = False,
+        normalize: bool = True,
+        temperature: float = 0.2,
+        covariance_scale: float = 4.0,
+        negative_weight: float = 4096.0,
+        ignore_index: int = -1,
+        reduction: str = "mean",
+        process_group: Any = None,
+    ) -> None:
+        super().__init__()
+        check_positive("temperature", temperature)
+        check_positive("covariance_scale", covariance_scale, or_zero=True)
+        check_positive("negative_weight", negative_weight, or_zero=True)
+        check_reduction(reduction)
+        self.queue = EmbeddingQueue(
+            num_classes, embedding_dim, queue_length, ignore_index=ignore_index, process_group=process_group
+        )
+        self.hard_negatives = hard_negatives
+        self.normalize = normalize
+        self.temperature = temperature
+        self.covariance_scale = covariance_scale
+        self.negative_weight = negative_weight
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+
+    def forward(self, embeddings: Tensor, labels: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """The loss of `embeddings` (N, D) with `labels` (N,); `generator` draws the hard negatives."""
+        if self.normalize and embeddings.dim() == 2:
+            embeddings = F.normalize(embeddings, dim=-1)
+        if self.hard_negatives:
+            means, covariances = hard_negative_statistics(embeddings, labels, self.queue, generator=generator)
+        else:
+            means, covariances = self.queue.statistics()
+        return gaussian_contrast_loss(
+            embeddings,
+            labels,
+            means,
+            covariances,
+            self.queue.counts,
+            temperature=self.temperature,
+            covariance_scale=self.covariance_scale,
+            negative_weight=self.negative_weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+        )
+
+    @torch.no_grad()
+    def enqueue(self, embeddings: Tensor, labels: Tensor) -> None:
+        """Queues keys (M, D) with their labels (M,)."""
+        self.queue.enqueue(F.normalize(embeddings, dim=-1) if self.normalize else embeddings, labels)
+
+    def extra_repr(self) -> str:
+        names = "temperature covariance_scale negative_weight hard_negatives normalize ignore_index reduction"
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split())
+
+
+@torch.library.register_fake("pglcl_ext::gaussian_contrast")
+def _fake(anchors: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    reduction, needs_gradients = rest[-2:]
+    n, dtype = anchors.shape[0], accumulate_dtype(anchors.dtype)
+    return (
+        anchors.new_empty((n,) if reduction == REDUCTIONS["none"] else (), dtype=dtype),
+        anchors.new_empty((n if needs_gradients else 0, anchors.shape[1]), dtype=dtype),
+        anchors.new_empty((), dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("pglcl_ext::gaussian_contrast_backward")
+def _fake_backward(grad: Tensor, anchors: Tensor, gradients: Tensor, num_valid: Tensor, reduction: int) -> Tensor:
+    return torch.empty_like(gradients, dtype=anchors.dtype)
+
+
+_INPUTS = 11
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, gradients, num_valid = output
+    ctx.mark_non_differentiable(gradients, num_valid)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs[0], gradients, num_valid)
+    ctx.reduction, ctx.has_gradients = inputs[-2:]
+
+
+def _backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
+    grads: list[Tensor | None] = [None] * _INPUTS
+    if grad is not None and ctx.needs_input_grad[0]:
+        if not ctx.has_gradients:
+            raise RuntimeError("gaussian_contrast was called with needs_gradients=False and cannot be differentiated")
+        grads[0] = ops.gaussian_contrast_backward(grad, *ctx.saved_tensors, ctx.reduction)
+    return tuple(grads)
+
+
+torch.library.register_autograd("pglcl_ext::gaussian_contrast", _backward, setup_context=_setup_context)
+torch.library.register_autograd("pglcl_ext::gaussian_contrast_backward", no_double_backward("gaussian_contrast_loss"))

@@ -1,0 +1,277 @@
+"""gaussian_contrast_loss against a straight double loop and the reference, and GaussianContrastLoss."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pglcl_ext import GaussianContrastLoss, gaussian_contrast_loss, reference
+from pglcl_ext._library import INSTRUCTION_SETS, build_info, ops
+from tests.problems import DTYPES, gaussian_problem
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "authors": {},
+    "warm": {"temperature": 1.0},
+    "cold": {"temperature": 0.02},
+    "no spread": {"covariance_scale": 0.0},
+    "no negatives": {"negative_weight": 0.0},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+def double_loop(
+    anchors: Tensor,
+    labels: Tensor,
+    means: Tensor,
+    covariances: Tensor,
+    counts: Tensor,
+    *,
+    temperature: float = 0.2,
+    covariance_scale: float = 4.0,
+    negative_weight: float = 4096.0,
+) -> Tensor:
+    """METHOD section 6, term by term, with exact logarithms of sums; float64."""
+    taking_part = [k for k in range(len(counts)) if counts[k] > 0]
+    losses = []
+    for t, y in zip(anchors, labels.tolist()):
+        if y not in taking_part:
+            continue
+
+        def exponent(j: int, t: Tensor = t, y: int = y) -> Tensor:
+            mu, sigma = (means[y, j], covariances[y, j]) if means.dim() == 3 else (means[j], covariances[j])
+            return t @ mu / temperature + covariance_scale / (2 * temperature**2) * (t @ sigma @ t)
+
+        terms = [exponent(y)]
+        if negative_weight > 0:
+            log_weight = math.log(negative_weight / len(taking_part))
+            terms += [exponent(j) + log_weight for j in taking_part if j != y]
+        mu = means[y, y] if means.dim() == 3 else means[y]
+        losses.append(torch.logsumexp(torch.stack(terms), 0) - t @ mu / temperature)
+    return torch.stack(losses).mean() if losses else anchors.sum() * 0
+
+
+@pytest.mark.parametrize("pairwise", [False, True])
+@pytest.mark.parametrize("empty", [(), (1,), (0, 2, 3)])
+@pytest.mark.parametrize("name", ["authors", "warm", "cold", "no spread", "no negatives"])
+def test_matches_the_double_loop(name: str, empty: tuple[int, ...], pairwise: bool, device: torch.device) -> None:
+    anchors, *rest = gaussian_problem(23, 9, pairwise=pairwise, empty=empty)
+    ours = anchors.to(device).requires_grad_()
+    loss = gaussian_contrast_loss(ours, *(t.to(device) for t in rest), **OPTIONS[name])
+    oracle = anchors.clone().requires_grad_()
+    expected = double_loop(oracle, *rest, **OPTIONS[name])
+    torch.testing.assert_close(loss.cpu(), expected, rtol=1e-11, atol=1e-11)
+    (got,), (want,) = torch.autograd.grad(loss, ours), torch.autograd.grad(expected, oracle)
+    torch.testing.assert_close(got.cpu(), want, rtol=1e-9, atol=1e-11)
+
+
+def assert_matches_reference(problem: tuple[Tensor, ...], dtype: torch.dtype, device: Any, **options: Any) -> None:
+    ours = problem[0].to(device, dtype).requires_grad_()
+    oracle = ours.detach().double().cpu().requires_grad_()
+    loss = gaussian_contrast_loss(ours, *(t.to(device) for t in problem[1:]), **options)
+    expected = reference.gaussian_contrast_loss(oracle, *problem[1:], **options)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    # Exponents of size lambda / (2 tau^2) are rounded in the accumulating type.
+    tau = options.get("temperature", 0.2)
+    tolerance = TOLERANCE[dtype] + 4 * torch.finfo(loss.dtype).eps / tau**2
+    torch.testing.assert_close(loss.double().cpu(), expected, rtol=tolerance, atol=tolerance)
+    upstream = torch.linspace(0.5, 1.5, max(expected.numel(), 1), dtype=torch.float64)[: expected.numel()]
+    upstream = upstream.reshape(expected.shape)
+    (got,) = torch.autograd.grad(loss, ours, upstream.to(device, loss.dtype))
+    (want,) = torch.autograd.grad(expected, oracle, upstream)
+    assert got.dtype == dtype
+    scale = max(want.abs().max().item(), 1e-6) if want.numel() else 1.0
+    torch.testing.assert_close(got.double().cpu(), want, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("pairwise", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_matches_reference(name: str, dtype: torch.dtype, pairwise: bool, device: torch.device) -> None:
+    assert_matches_reference(gaussian_problem(150, 40, pairwise=pairwise, empty=(2,)), dtype, device, **OPTIONS[name])
+
+
+@pytest.mark.parametrize("n", [0, 1, 31, 32, 33, 65])
+@pytest.mark.parametrize("d", [1, 7, 16, 33, 300])
+def test_sizes_that_do_not_divide_tiles(n: int, d: int, device: torch.device) -> None:
+    assert_matches_reference(gaussian_problem(n, d, classes=2), torch.float32, device)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_every_instruction_set(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGLCL_CPU_ISA", isa)
+    if build_info()["cpu_instruction_set"] != isa:
+        pytest.skip(f"this processor has no {isa}")
+    for dtype in DTYPES:
+        assert_matches_reference(gaussian_problem(70, 20), dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
+    problem = [t.to(dtype) if t.is_floating_point() else t for t in gaussian_problem(300, 64)]
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            t = problem[0].clone().requires_grad_()
+            loss = gaussian_contrast_loss(t, *problem[1:])
+            results.append((loss.detach(), torch.autograd.grad(loss, t)[0]))
+    finally:
+        torch.set_num_threads(before)
+    for loss, grad in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(grad, results[0][1])
+
+
+def test_exponents_that_overflow_a_plain_exponential(device: torch.device) -> None:
+    # psi = 4096, lambda = 4 and tau = 0.2 bring exponents of 50 t' S t, far above 88, where float32 ends.
+    anchors, labels, means, covariances, counts = gaussian_problem(40, 8)
+    naive = torch.exp(4 / (2 * 0.2**2) * (anchors.float() * 6) @ covariances[0].float() @ (anchors.float() * 6).t())
+    assert torch.isinf(naive.diagonal()).any()
+    t = (anchors * 6).float().to(device).requires_grad_()
+    loss = gaussian_contrast_loss(t, *(x.to(device) for x in (labels, means, covariances, counts)))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(t.grad).all()
+
+
+def test_one_class_gives_the_positive_term_alone(device: torch.device) -> None:
+    anchors, labels, means, covariances, counts = (t.to(device) for t in gaussian_problem(20, 6))
+    only = torch.where(torch.arange(len(counts), device=device) == 2, counts, 0)
+    loss = gaussian_contrast_loss(anchors, torch.full_like(labels, 2), means, covariances, only)
+    expected = (4 / (2 * 0.2**2) * torch.einsum("nd,de,ne->n", anchors, covariances[2], anchors)).mean()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_a_class_without_keys_takes_no_part(device: torch.device) -> None:
+    anchors, labels, means, covariances, counts = (t.to(device) for t in gaussian_problem(60, 6, empty=(1,)))
+    for nothing in (math.nan, math.inf, 1e30):
+        spoilt_means, spoilt = means.clone(), covariances.clone()
+        spoilt_means[1], spoilt[1] = nothing, nothing
+        losses = gaussian_contrast_loss(anchors, labels, spoilt_means, spoilt, counts, reduction="none")
+        assert torch.isfinite(losses).all()
+        assert torch.all(losses[(labels == 1) | (labels == -1)] == 0)
+        keep = labels != 1
+        want = gaussian_contrast_loss(anchors[keep], labels[keep], means, covariances, counts)
+        torch.testing.assert_close(gaussian_contrast_loss(anchors, labels, spoilt_means, spoilt, counts), want)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_nothing_to_contrast_is_zero_and_stays_in_the_graph(reduction: str, device: torch.device) -> None:
+    anchors, labels, means, covariances, counts = (t.to(device) for t in gaussian_problem(5, 4))
+    for n, kept in ((0, counts), (5, torch.zeros_like(counts))):
+        t = anchors[:n].clone().requires_grad_()
+        loss = gaussian_contrast_loss(t, labels[:n], means, covariances, kept, reduction=reduction)
+        assert torch.all(loss == 0)
+        loss.sum().backward()
+        assert torch.all(t.grad == 0)
+
+
+def test_opcheck(device: torch.device) -> None:
+    problem = [t.to(device) for t in gaussian_problem(12, 5)]
+    problem[0].requires_grad_()
+    for reduction in (0, 1, 2):
+        torch.library.opcheck(ops.gaussian_contrast, (*problem, 0.2, 4.0, 4096.0, -1, reduction, True))
+    gradients, valid = torch.randn(2, 12, 5, device=device), torch.tensor(7, device=device)
+    grad = torch.randn((), device=device)
+    torch.library.opcheck(ops.gaussian_contrast_backward, (grad, *gradients, valid, 1))
+
+
+def test_gradcheck(device: torch.device) -> None:
+    anchors, *rest = (t.to(device) for t in gaussian_problem(6, 4, pairwise=True))
+    torch.autograd.gradcheck(lambda t: gaussian_contrast_loss(t, *rest, temperature=0.7), anchors.requires_grad_())
+
+
+def test_double_backward_is_refused(device: torch.device) -> None:
+    anchors, *rest = (t.to(device) for t in gaussian_problem(6, 4))
+    anchors.requires_grad_()
+    (grad,) = torch.autograd.grad(gaussian_contrast_loss(anchors, *rest), anchors, create_graph=True)
+    with pytest.raises(NotImplementedError, match="gaussian_contrast_loss cannot be differentiated twice"):
+        grad.sum().backward()
+
+
+def test_compiles_whole(device: torch.device) -> None:
+    anchors, *rest = (t.to(device).float() if t.is_floating_point() else t.to(device) for t in gaussian_problem(30, 8))
+
+    def step(t: Tensor) -> Tensor:
+        return gaussian_contrast_loss(F.normalize(t, dim=1), *rest) * 2
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        t = anchors.clone().requires_grad_()
+        loss = function(t)
+        results.append((loss.detach(), *torch.autograd.grad(loss, t)))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
+GOOD = dict(
+    anchors=torch.zeros(6, 4),
+    labels=torch.zeros(6, dtype=torch.long),
+    means=torch.zeros(3, 4),
+    covariances=torch.zeros(3, 4, 4),
+    counts=torch.ones(3, dtype=torch.long),
+)
+BAD_CALLS = [
+    ("anchors must have shape", ValueError, {"anchors": torch.zeros(6)}),
+    ("anchors must be float64", TypeError, {"anchors": torch.zeros(6, 4, dtype=torch.long)}),
+    ("labels must have shape", ValueError, {"labels": torch.zeros(5, dtype=torch.long)}),
+    ("labels must be int64", TypeError, {"labels": torch.zeros(6)}),
+    ("means must have shape", ValueError, {"means": torch.zeros(3, 5)}),
+    ("means must have shape", ValueError, {"means": torch.zeros(2, 3, 4)}),
+    ("means must be float64", TypeError, {"means": torch.zeros(3, 4, dtype=torch.long)}),
+    ("covariances must have shape", ValueError, {"covariances": torch.zeros(3, 4, 5)}),
+    ("covariances must have shape .K, K, D, D.", ValueError, {"means": torch.zeros(3, 3, 4)}),
+    ("counts must be int64", TypeError, {"counts": torch.ones(3)}),
+    ("counts must have shape", ValueError, {"counts": torch.ones(0, dtype=torch.long)}),
+    ("temperature must be", ValueError, {"temperature": 0.0}),
+    ("covariance_scale must be", ValueError, {"covariance_scale": -1.0}),
+    ("negative_weight must be", ValueError, {"negative_weight": math.inf}),
+    ("reduction must be", ValueError, {"reduction": "average"}),
+    ("labels must lie in .0, K. = .0, 3. .* got 3 at 2", ValueError, {"labels": torch.tensor([0, -1, 3, 0, 0, 0])}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("message", "error", "change"), BAD_CALLS)
+def test_bad_input(message: str, error: type[Exception], change: dict) -> None:
+    with pytest.raises(error, match=message):
+        gaussian_contrast_loss(**{**GOOD, **change})
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_module(hard: bool, device: torch.device) -> None:
+    module = GaussianContrastLoss(3, 8, queue_length=64, hard_negatives=hard).to(device)
+    z, y = torch.randn(40, 8, device=device, requires_grad=True), torch.randint(0, 3, (40,), device=device)
+    assert module(z, y) == 0  # nothing is queued yet
+    module.enqueue(torch.randn(150, 8, device=device), torch.randint(0, 3, (150,), device=device))
+    generator = torch.Generator(device).manual_seed(0)
+    loss = module(z, y, generator=generator)
+    loss.backward()
+    assert torch.isfinite(z.grad).all()
+    assert loss > 0
+    generator.manual_seed(0)
+    assert torch.equal(module(z, y, generator=generator), loss)
+    torch.testing.assert_close(module(z * 7, y, generator=generator.manual_seed(0)), loss)  # it normalises
+    assert "temperature=0.2" in repr(module)
+
+
+def test_module_state_survives_bit_for_bit(tmp_path) -> None:
+    module = GaussianContrastLoss(3, 8, queue_length=16)
+    module.enqueue(torch.randn(70, 8), torch.randint(0, 3, (70,)))
+    torch.save(module.state_dict(), tmp_path / "loss.pt")
+    other = GaussianContrastLoss(3, 8, queue_length=16)
+    other.load_state_dict(torch.load(tmp_path / "loss.pt", weights_only=True))
+    z, y = torch.randn(20, 8), torch.randint(0, 3, (20,))
+    assert torch.equal(module(z, y), other(z, y))
+    more = torch.randn(9, 8), torch.randint(0, 3, (9,))
+    for m in (module, other):
+        m.enqueue(*more)
+    for name, t in module.state_dict().items():
+        assert torch.equal(t, other.state_dict()[name])
