@@ -30,8 +30,8 @@ def hard_negative_statistics(
     bound): `n*` is the queued key of j nearest to class i in Mahalanobis distance, `p*` the anchor of i nearest to
     class j, and :math:`v = n^* - p^*`. Samples of :math:`N(\mu_j, \Sigma_j)` restricted to the slab
     :math:`v \cdot p^* \le v \cdot x \le v \cdot n^*` are drawn exactly: the truncated normal along v by inversion, the
-    rest from its conditional law. The half closest to class j is kept; those of it that are farther from class i than
-    `n*` are replaced by convex mixtures of two that are not; all are L2-normalised.
+    rest from its conditional law. Half as many are kept: of those no farther from class i than `n*` the ones closest to
+    class j; where these are too few, convex mixtures of two of them stand in for the rest. All are L2-normalised.
 
     Args:
         anchors: (N, D) floating point, L2-normalised like the queued keys; no gradient flows through them.
@@ -128,13 +128,11 @@ def _mend(
     limit: Tensor,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    """The half of the samples closest to class j, with mixtures in place of those farther from class i than `limit`."""
-    closest = _mahalanobis(samples, means[j], factors[j]).argsort(stable=True)[: len(samples) // 2]
-    samples = samples[closest]
-    qualified = _mahalanobis(samples, means[i], factors[i]) <= limit
-    # Those that qualify first; pairs of them are drawn by number.
-    samples = samples[(~qualified).to(torch.int8).argsort(stable=True)]
-    count = qualified.sum()
+    """Half as many: those not farther from class i than `limit`, closest to class j first, and mixtures of these."""
+    samples = samples[_mahalanobis(samples, means[j], factors[j]).argsort(stable=True)]
+    farther = _mahalanobis(samples, means[i], factors[i]) > limit
+    half = farther.to(torch.int8).argsort(stable=True)[: len(samples) // 2]
+    samples, count = samples[half], (~farther[half]).sum()
     draws = torch.rand(3, len(samples), dtype=samples.dtype, device=samples.device, generator=generator)
     first, second = (draws[:2] * count).long().clamp(max=len(samples) - 1)
     mixtures = draws[2, :, None] * samples[first] + (1 - draws[2, :, None]) * samples[second]

@@ -54,9 +54,9 @@ def test_public_names() -> None:
     for name in pglcl_ext.__all__:
         assert getattr(pglcl_ext, name).__doc__, f"{name} has no docstring"
     twins = set(pglcl_ext.reference.__all__)
-    assert {
-        name for name in pglcl_ext.__all__ if name.endswith(("_loss", "_statistics", "_entropy", "_disparity"))
-    } <= twins
+    ending = ("_loss", "_statistics", "_entropy", "_disparity")
+    functions = {name for name in pglcl_ext.__all__ if name.endswith(ending)}
+    assert functions - {"hard_negative_statistics"} <= twins  # which draws numbers
 
 
 @pytest.mark.parametrize(
@@ -65,4 +65,5 @@ def test_public_names() -> None:
 def test_every_op_has_an_implementation_per_device(op: str) -> None:
     keys = ["CPU", "Meta"] + (["CUDA"] if build_info()["cuda_built"] else [])
     for key in keys:
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pglcl_ext::{op}", key), f"{op} on {key}"
+        found = torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"pglcl_ext::{op}", key)
+        assert found, f"{op} on {key}"

@@ -1,0 +1,188 @@
+"""The losses over the ranks of a process group: gloo processes on this machine."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from pglcl_ext import EmbeddingQueue, PatchContrastLoss, patch_contrast_loss
+
+FEATURES, DEPTH = 6, 5
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bounds": {"max_positive_disparity": 0.4, "min_negative_disparity": 0.1, "negative_weight": 3.0},
+    "counts": {"num_positives": 3, "num_negatives": 4},
+}
+# Patches of each rank, for one to three ranks; one rank has none, one has a single one.
+SIZES = {1: [[9]], 2: [[12, 7], [0, 11]], 3: [[8, 5, 10], [1, 0, 9]]}
+
+
+def batches(sizes: list[int]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(sum(sizes))
+    return [
+        (
+            torch.randn(n, FEATURES, generator=g, dtype=torch.float64),
+            torch.randint(-1, 3, (n,), generator=g),
+            torch.rand(n, generator=g, dtype=torch.float64),
+        )
+        for n in sizes
+    ]
+
+
+def network() -> nn.Linear:
+    torch.manual_seed(1)
+    return nn.Linear(FEATURES, DEPTH, dtype=torch.float64)
+
+
+def join(rank: int, world: int, folder: str, seconds: float = 60) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(os.path.join(folder, "store"), world)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=seconds)
+    )
+
+
+def side(n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(n, DEPTH, generator=g, dtype=torch.float64),
+        torch.randint(-1, 3, (n,), generator=g),
+        torch.rand(n, generator=g, dtype=torch.float64),
+    )
+
+
+def compare_with_one_process(rank: int, world: int, folder: str) -> None:
+    join(rank, world, folder)
+    for sizes in SIZES[world]:
+        parts = batches(sizes)
+        whole = [torch.cat(column) for column in zip(*parts)]
+        for options in OPTIONS.values():
+            for with_keys in (False, True):
+                single = network()
+                keys: dict[str, Tensor] = {}
+                if with_keys:
+                    every = [side(4 + r, r) for r in range(world)]
+                    names = ("keys", "key_labels", "key_descriptors")
+                    keys = {n: torch.cat(c).clone() for n, c in zip(names, zip(*every))}
+                    keys["keys"].requires_grad_()
+                expected = patch_contrast_loss(single(whole[0]), *whole[1:], **keys, **options)
+                expected.backward()
+                for gather in ("all", "ring"):
+                    model = nn.parallel.DistributedDataParallel(network())
+                    x, y, h = parts[rank]
+                    own: dict[str, Tensor] = {}
+                    if with_keys:
+                        own = {n: t.clone() for n, t in zip(names, side(4 + rank, rank))}
+                        own["keys"].requires_grad_()
+                    loss = patch_contrast_loss(model(x), y, h, **own, **options, group=dist.group.WORLD, gather=gather)
+                    loss.backward()
+                    mean = loss.detach().clone()
+                    dist.all_reduce(mean)
+                    torch.testing.assert_close(mean / world, expected.detach(), rtol=1e-10, atol=1e-12)
+                    for p, q in zip(model.parameters(), single.parameters()):
+                        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
+                    if with_keys:  # the gradient of the sum of the ranks' losses
+                        first = sum(4 + r for r in range(rank))
+                        want = keys["keys"].grad[first : first + 4 + rank] * world
+                        torch.testing.assert_close(own["keys"].grad, want, rtol=1e-9, atol=1e-12)
+        per_anchor = patch_contrast_loss(whole[0], *whole[1:], reduction="none")
+        first = sum(sizes[:rank])
+        for gather in ("all", "ring"):
+            x, y, h = parts[rank]
+            mine = patch_contrast_loss(x, y, h, reduction="none", group=dist.group.WORLD, gather=gather)
+            torch.testing.assert_close(mine, per_anchor[first : first + sizes[rank]])
+            module = PatchContrastLoss(group=dist.group.WORLD, gather=gather, normalize=False, reduction="sum")
+            torch.testing.assert_close(module(x, y, h), patch_contrast_sum(mine))
+            alone = PatchContrastLoss(normalize=False)
+            alone(whole[0], *whole[1:])
+            assert module.num_valid == alone.num_valid
+    dist.destroy_process_group()
+
+
+def patch_contrast_sum(losses: Tensor) -> Tensor:
+    return losses.sum()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_is_the_loss_of_one_process_on_all_batches(world: int, tmp_path: Path) -> None:
+    mp.spawn(compare_with_one_process, (world, str(tmp_path)), nprocs=world)
+
+
+def low_precision(rank: int, world: int, folder: str) -> None:
+    join(rank, world, folder)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        z, y, h = side(9, rank)
+        results = []
+        for gather in ("all", "ring"):
+            t = nn.functional.normalize(z, dim=1).to(dtype).requires_grad_()
+            loss = patch_contrast_loss(t, y, h, group=dist.group.WORLD, gather=gather)
+            loss.backward()
+            assert t.grad is not None
+            assert t.grad.dtype == dtype
+            results.append((loss.detach(), t.grad.float()))
+        torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=2e-2 * float(results[0][1].abs().max()))
+    dist.destroy_process_group()
+
+
+def test_both_ways_agree_in_low_precision(tmp_path: Path) -> None:
+    mp.spawn(low_precision, (2, str(tmp_path)), nprocs=2)
+
+
+def equal_queues(rank: int, world: int, folder: str) -> None:
+    join(rank, world, folder)
+    queue = EmbeddingQueue(3, DEPTH, 6, descriptor_dim=1, process_group=dist.group.WORLD)
+    expected = EmbeddingQueue(3, DEPTH, 6, descriptor_dim=1)
+    for step in range(5):
+        every = [side((r + step) % 4, 10 * step + r) for r in range(world)]
+        queue.enqueue(*every[rank])
+        expected.enqueue(*(torch.cat(c) for c in zip(*every)))
+    for name, t in queue.state_dict().items():
+        assert torch.equal(t, expected.state_dict()[name]), name
+    dist.destroy_process_group()
+
+
+def test_queues_stay_equal(tmp_path: Path) -> None:
+    mp.spawn(equal_queues, (3, str(tmp_path)), nprocs=3)
+
+
+def survive_a_dead_rank(rank: int, world: int, folder: str, gather: str) -> None:
+    join(rank, world, folder, seconds=4)
+    z, y, h = side(8, rank)
+    patch_contrast_loss(z, y, h, group=dist.group.WORLD, gather=gather)
+    if rank == 1:
+        os._exit(0)
+    start = time.monotonic()
+    try:
+        patch_contrast_loss(z, y, h, group=dist.group.WORLD, gather=gather)
+    except RuntimeError as error:  # torch's own, from the process group
+        Path(folder, "message").write_text(f"{time.monotonic() - start:.1f} {error}")
+    os._exit(0)
+
+
+@pytest.mark.parametrize("gather", ["all", "ring"])
+def test_a_dead_rank_does_not_hang_the_others(gather: str, tmp_path: Path) -> None:
+    mp.spawn(survive_a_dead_rank, (2, str(tmp_path), gather), nprocs=2)
+    message = (tmp_path / "message").read_text()
+    assert float(message.split()[0]) < 20
+    assert any(word in message.lower() for word in ("timed out", "timeout", "connection", "closed")), message
+
+
+def test_bad_options() -> None:
+    z, y = torch.randn(4, 3), torch.zeros(4).long()
+    with pytest.raises(ValueError, match="gather must be one of all, ring, got 'some'"):
+        patch_contrast_loss(z, y, gather="some")
+    with pytest.raises(ValueError, match="gather must be one of"):
+        PatchContrastLoss(gather="some")
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match="cannot be given with a process group"):
+        patch_contrast_loss(z, y, positive_mask=mask, negative_mask=mask, group=object())

@@ -1,0 +1,51 @@
+"""The pages of docs/ do what they say: code runs, and tests that they name exist."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+
+
+def run_page(name: str) -> dict[str, Any]:
+    """The names that the Python blocks of a page leave behind, run one after the other."""
+    text = (ROOT / "docs" / name).read_text()
+    names: dict[str, Any] = {"__name__": name}
+    blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, name, "exec"), names)
+    return names
+
+
+def test_training_loop() -> None:
+    names = run_page("training_loop.md")
+    assert torch.isfinite(names["loss"])
+    assert names["queue"].counts.min() > 0
+    text = (ROOT / "docs" / "training_loop.md").read_text()
+    marks = [int(mark) for mark in re.findall(r"  # (\d+)$", text, flags=re.MULTILINE)]
+    assert marks == list(range(1, 11))  # ten lines, as the page says
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("pytorch_metric_learning") is None, reason="pytorch-metric-learning is not installed"
+)
+def test_from_supcon() -> None:
+    run_page("from_supcon.md")
+
+
+def test_differences_name_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "differences.md").read_text()
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+    assert len(named) >= 15
+    for path, function in named:
+        tree = ast.parse((ROOT / path).read_text())
+        assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{path}::{function}"
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line][1:]
+    assert all("::" in row for row in rows)

@@ -1,0 +1,142 @@
+"""EmbeddingQueue against lists that keep the newest, in Python."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pglcl_ext import EmbeddingQueue, PatchContrastLoss
+
+
+class ListQueue:
+    """The specification: a list per class, cut to its newest entries."""
+
+    def __init__(self, classes: int, length: int) -> None:
+        self.lists: list[list[Tensor]] = [[] for _ in range(classes)]
+        self.length = length
+
+    def enqueue(self, embeddings: Tensor, labels: Tensor) -> None:
+        for z, y in zip(embeddings, labels.tolist()):
+            if 0 <= y < len(self.lists):
+                self.lists[y] = [*self.lists[y], z][-self.length :]
+
+
+def as_set(rows) -> list[tuple[float, ...]]:
+    return sorted(tuple(r.tolist()) for r in rows)
+
+
+@given(
+    batches=st.lists(st.lists(st.integers(-1, 3), max_size=14), max_size=6),
+    length=st.integers(1, 6),
+)
+def test_holds_the_newest_of_each_class(batches: list[list[int]], length: int) -> None:
+    queue, expected = EmbeddingQueue(3, 2, length), ListQueue(3, length)
+    for labels in batches:
+        z, y = torch.randn(len(labels), 2), torch.tensor(labels, dtype=torch.int64)
+        queue.enqueue(z, y)
+        expected.enqueue(z, y)
+    keys, filled = queue.class_keys()
+    for k in range(3):
+        assert queue.counts[k] == len(expected.lists[k])
+        assert as_set(keys[k][filled[k]]) == as_set(expected.lists[k])
+    held = queue.keys()
+    assert held.keys.shape == (3 * length, 2)
+    for k in range(3):
+        assert as_set(held.keys[held.labels == k]) == as_set(expected.lists[k])
+
+
+def test_descriptors_stay_with_their_keys(device: torch.device) -> None:
+    queue = EmbeddingQueue(2, 3, 5, descriptor_dim=1).to(device)
+    for _ in range(4):
+        z = torch.randn(7, 3, device=device)
+        queue.enqueue(z, torch.randint(-1, 2, (7,), device=device), z.sum(dim=1))
+    held = queue.keys()
+    assert held.descriptors is not None
+    torch.testing.assert_close(held.descriptors.squeeze(1), held.keys.sum(dim=1))
+
+
+def test_statistics_are_those_of_the_keys(device: torch.device) -> None:
+    queue = EmbeddingQueue(3, 6, 50).to(device)
+    queue.enqueue(torch.randn(90, 6, device=device) + 1000, torch.arange(90, device=device) % 2)
+    means, covariances = queue.statistics()
+    keys, filled = queue.class_keys()
+    for k in range(2):
+        own = keys[k][filled[k]].double()
+        torch.testing.assert_close(means[k].double(), own.mean(dim=0), rtol=1e-6, atol=0)
+        # Far from the origin, where E[x x'] - mean mean' has lost every digit in float32.
+        torch.testing.assert_close(covariances[k].double(), own.T.cov(correction=0), rtol=1e-3, atol=1e-4)
+    assert torch.all(means[2] == 0)
+    assert torch.all(covariances[2] == 0)
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_equal_keys_have_no_spread(count: int, device: torch.device) -> None:
+    queue = EmbeddingQueue(2, 5, 8).to(device)
+    z = torch.randn(1, 5, device=device) * 100
+    queue.enqueue(z.repeat(count, 1), torch.zeros(count, dtype=torch.int64, device=device))
+    means, covariances = queue.statistics()
+    assert torch.equal(means[0], z[0])
+    assert torch.all(covariances[0] == 0)
+
+
+def test_carries_no_gradient() -> None:
+    queue = EmbeddingQueue(2, 3, 4)
+    z = torch.randn(6, 3, requires_grad=True)
+    queue.enqueue(z * 2, torch.zeros(6, dtype=torch.int64))
+    assert not queue.keys().keys.requires_grad
+    assert not queue.statistics()[0].requires_grad
+
+
+def test_state_survives_bit_for_bit_and_moves(tmp_path) -> None:
+    queue, other = (EmbeddingQueue(3, 4, 5, descriptor_dim=2) for _ in range(2))
+    queue.enqueue(torch.randn(23, 4), torch.randint(-1, 3, (23,)), torch.randn(23, 2))
+    torch.save(queue.state_dict(), tmp_path / "queue.pt")
+    other.load_state_dict(torch.load(tmp_path / "queue.pt", weights_only=True))
+    batch = torch.randn(6, 4), torch.randint(0, 3, (6,)), torch.randn(6, 2)
+    for q in (queue, other):
+        q.enqueue(*batch)
+    assert set(queue.state_dict()) == {"storage", "descriptor_storage", "positions", "counts"}
+    for name, t in queue.state_dict().items():
+        assert torch.equal(t, other.state_dict()[name]), name
+    assert all(t.device.type == "meta" for t in queue.to("meta").buffers())
+
+
+def test_nothing_waits_for_a_device() -> None:
+    # Tensors without values: whatever reads one raises.
+    queue = EmbeddingQueue(3, 4, 5).to("meta")
+    queue.enqueue(torch.empty(7, 4, device="meta"), torch.empty(7, dtype=torch.int64, device="meta"))
+    queue.statistics()
+    assert queue.keys().keys.shape == (15, 4)
+
+
+def test_keys_are_those_of_the_loss(device: torch.device) -> None:
+    queue, loss = EmbeddingQueue(3, 4, 20).to(device), PatchContrastLoss()
+    z, y = torch.randn(30, 4, device=device), torch.randint(0, 3, (30,), device=device)
+    queue.enqueue(z, y)
+    keys, labels, _ = queue.keys()
+    anchors = torch.randn(9, 4, device=device), torch.randint(0, 3, (9,), device=device)
+    torch.testing.assert_close(loss(*anchors, keys=keys, key_labels=labels), loss(*anchors, keys=z, key_labels=y))
+
+
+@pytest.mark.parametrize(
+    ("message", "error", "arguments"),
+    [
+        ("embeddings must have shape", ValueError, (torch.zeros(5, 3), torch.zeros(5).long())),
+        ("labels must be int64", TypeError, (torch.zeros(5, 4), torch.zeros(5))),
+        ("labels must have shape", ValueError, (torch.zeros(5, 4), torch.zeros(4).long())),
+        ("descriptors must have shape", ValueError, (torch.zeros(5, 4), torch.zeros(5).long(), torch.zeros(5))),
+    ],
+)
+def test_bad_input(message: str, error: type[Exception], arguments: tuple[Tensor, ...]) -> None:
+    with pytest.raises(error, match=message):
+        EmbeddingQueue(3, 4).enqueue(*arguments)
+
+
+def test_bad_options() -> None:
+    with pytest.raises(ValueError, match="length must be at least 1, got 0"):
+        EmbeddingQueue(3, 4, 0)
+    with pytest.raises(ValueError, match="descriptors must be given"):
+        EmbeddingQueue(3, 4, descriptor_dim=1).enqueue(torch.zeros(5, 4), torch.zeros(5).long())
