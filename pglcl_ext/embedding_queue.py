@@ -136,10 +136,14 @@ class EmbeddingQueue(nn.Module):
         return torch.arange(self.length, device=self.counts.device) < self.counts[:, None]
 
     def keys(self) -> QueuedKeys:
-        """Every slot, in a shape that does not depend on how many are filled."""
+        """Every slot, in a shape that does not depend on how many are filled; copies, which `enqueue` leaves alone.
+
+        So a loss may be differentiated after the next keys are queued.
+        """
         classes = torch.arange(self.num_classes, device=self.counts.device)[:, None]
         labels = torch.where(self._filled(), classes, self.ignore_index).flatten()
-        return QueuedKeys(self.storage[:-1], labels, self.descriptor_storage[:-1] if self.descriptor_dim else None)
+        descriptors = self.descriptor_storage[:-1].clone() if self.descriptor_dim else None
+        return QueuedKeys(self.storage[:-1].clone(), labels, descriptors)
 
     def class_keys(self) -> tuple[Tensor, Tensor]:
         """(K, length, D) keys, and (K, length) bool: which slots are filled."""

@@ -1,1 +1,27 @@
-"""Semi-supervised training on top of :mod:`pglcl_ext`. Reserved: this version ships the extension alone."""
+"""From a folder of NIfTI volumes, few of them labelled, to a segmentation model.
+
+Semi-supervised training with patch-wise contrast (Basak and Yin, CVPR 2023), on MONAI and :mod:`pglcl_ext`.
+
+The command line is ``pglcl``; see ``pglcl --help``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+INSTALL = "pip install 'pglcl-ext[train]'"
+_NEEDED = ("monai", "nibabel", "scipy", "typer", "rich", "tensorboard", "matplotlib")
+
+
+class MissingPackages(ImportError):
+    """Packages of the extra `train` that are not installed."""
+
+
+def require_packages(*more: str) -> None:
+    """Raises :class:`MissingPackages`, which names the command that installs what is missing."""
+    missing = [name for name in (*_NEEDED, *more) if importlib.util.find_spec(name) is None]
+    if missing:
+        extra = INSTALL.replace("train", "demo") if more else INSTALL
+        raise MissingPackages(
+            f"pglcl needs {', '.join(missing)}. From the source folder: {extra.replace('pglcl-ext', '.')}"
+        )

@@ -1,0 +1,87 @@
+"""The network: MONAI's UNet, its last features beside its logits, and the projection that patches are compared in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from monai.networks.nets import UNet
+from torch import Tensor, nn
+
+
+class Projection(nn.Module):
+    """Two layers to the L2-normalised embedding.
+
+    LayerNorm, not BatchNorm: a batch may hold one patch, or none.
+    """
+
+    def __init__(self, features: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(features, embedding_dim),
+            nn.LayerNorm(embedding_dim),
+            nn.GELU(),
+            nn.Linear(embedding_dim, embedding_dim),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, features) to (N, embedding_dim)."""
+        return F.normalize(self.layers(x.to(self.layers[0].weight.dtype)), dim=1)
+
+
+class SegmentationNetwork(nn.Module):
+    """MONAI's UNet with residual units.
+
+    The features are what enters its last up-sampling block, at half the resolution: skip connection and decoder side by
+    side, twice the first number of channels.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: of the images.
+        num_classes: K, with background.
+        channels: from the outside in.
+        embedding_dim: of the projection.
+    """
+
+    feature_stride = 2
+
+    def __init__(
+        self, spatial_dims: int, in_channels: int, num_classes: int, channels: Sequence[int], embedding_dim: int
+    ) -> None:
+        super().__init__()
+        self.arguments = {
+            "spatial_dims": spatial_dims,
+            "in_channels": in_channels,
+            "num_classes": num_classes,
+            "channels": list(channels),
+            "embedding_dim": embedding_dim,
+        }
+        strides = [2] * (len(channels) - 1)
+        self.unet = UNet(spatial_dims, in_channels, num_classes, channels, strides, num_res_units=2)
+        self.projection = Projection(2 * channels[0], embedding_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *S) to logits (B, K, *S); S a multiple of the network's stride."""
+        return self.with_features(x)[0]
+
+    def with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, K, *S) and features (B, 2 * channels[0], *S / 2)."""
+        down, inner, up = self.unet.model
+        features = inner(down(x))
+        return up(features), features
+
+
+def build(arguments: dict[str, Any]) -> SegmentationNetwork:
+    return SegmentationNetwork(**arguments)
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, decay: float, step: int) -> None:
+    """Exponential moving average; early steps average over those there were."""
+    keep = min(decay, 1 - 1 / (step + 1))
+    for t, s in zip(teacher.parameters(), student.parameters()):
+        t.lerp_(s, 1 - keep)
+    for t, s in zip(teacher.buffers(), student.buffers()):
+        t.copy_(s)

@@ -1,0 +1,158 @@
+"""Masks, probabilities and entropy maps of volumes, in the geometry of their files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.inferers import sliding_window_inference
+from torch import Tensor
+
+from pglcl.batches import Prepared, prepare
+from pglcl.cases import Case, stem
+from pglcl.config import TrainConfig
+from pglcl.errors import UserError
+from pglcl.files import load_tensors
+from pglcl.model import SegmentationNetwork, build
+from pglcl.volumes import write_like
+
+SLICES_AT_ONCE = 16
+
+
+@dataclass
+class TrainedModel:
+    """A network with what it needs to know of the data: its own part of a run."""
+
+    network: SegmentationNetwork
+    config: TrainConfig
+    num_classes: int
+    channels: int
+    slice_axis: int | None
+    class_names: dict[int, str]
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "network": {name: t.cpu() for name, t in self.network.state_dict().items()},
+            "arguments": self.network.arguments,
+            "config": vars(self.config).copy(),
+            "num_classes": self.num_classes,
+            "channels": self.channels,
+            "slice_axis": self.slice_axis,
+            "class_names": self.class_names,
+        }
+
+
+def load_model(run: Path, device: str = "auto") -> TrainedModel:
+    """The teacher of a run: of its end, or of its last checkpoint when it has not ended."""
+    path = run / "model.pt" if (run / "model.pt").exists() else run / "checkpoint.pt"
+    if not path.exists():
+        raise UserError(f"{run}: no trained model there (neither model.pt nor checkpoint.pt)")
+    state = load_tensors(path)
+    state = state.get("model", state)
+    try:
+        config = TrainConfig(**state["config"])
+        network = build(state["arguments"])
+        network.load_state_dict(state["network"])
+        return TrainedModel(
+            network.to(choose_device(device)).eval(),
+            config,
+            state["num_classes"],
+            state["channels"],
+            state["slice_axis"],
+            state["class_names"],
+        )
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path}: not a model of this version of pglcl: {str(error).splitlines()[0]}") from error
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not available: {str(error).splitlines()[0]}") from error
+    return device
+
+
+@torch.no_grad()
+def network_output(network: torch.nn.Module, image: Tensor, config: TrainConfig) -> Tensor:
+    """Logits (K, X, Y, Z) of a prepared image (C, X, Y, Z)."""
+    device = next(network.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
+        if config.spatial_dims == 2:
+            slices = image.movedim(-1, 0)
+            parts = [network(part.to(device)).float().cpu() for part in slices.split(SLICES_AT_ONCE)]
+            return torch.cat(parts).movedim(0, -1)
+        size = tuple(config.size)
+        logits = sliding_window_inference(image[None].to(device), size, 4, network, overlap=0.5, mode="gaussian")
+        return logits[0].float().cpu()
+
+
+def probabilities(network: torch.nn.Module, prepared: Prepared, config: TrainConfig, slice_axis: int | None) -> Tensor:
+    """(K, X, Y, Z) at the volume's own resolution, in canonical axes."""
+    logits = network_output(network, prepared.image, config)
+    if slice_axis is not None:
+        logits = logits.movedim(-1, slice_axis + 1)
+    p = prepared.geometry.restore(logits.softmax(dim=0))
+    return p / p.sum(dim=0, keepdim=True).clamp(min=1e-12)
+
+
+def predict_case(model: TrainedModel, case: Case) -> tuple[Tensor, Prepared]:
+    """Probabilities (K, X, Y, Z) in canonical axes."""
+    prepared = prepare(case, model.config, None, model.slice_axis, label=False)
+    if len(prepared.image) != model.channels:
+        raise UserError(f"{case.images[0]}: must have {model.channels} channels, got {len(prepared.image)}")
+    return probabilities(model.network, prepared, model.config, model.slice_axis), prepared
+
+
+def entropy_map(p: Tensor) -> Tensor:
+    """(X, Y, Z), nats."""
+    return -torch.special.xlogy(p, p).sum(dim=0)
+
+
+def group_inputs(paths: Sequence[Path]) -> list[Case]:
+    """Files and folders to cases; `name_0000`, `name_0001` are channels of one."""
+    from pglcl.cases import SUFFIXES
+
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES))
+            if not found:
+                raise UserError(f"{path}: no NIfTI file in this folder")
+            files += found
+        else:
+            files.append(path)
+    groups: dict[str, list[Path]] = {}
+    for file in files:
+        name = stem(file)
+        head, _, tail = name.rpartition("_")
+        if head and tail.isdigit() and len(tail) == 4 and (file.parent / file.name.replace(tail, "0000")).exists():
+            name = head
+        groups.setdefault(name, []).append(file)
+    for members in groups.values():
+        if len({m.parent for m in members}) > 1:
+            raise UserError(f"files of the same name would overwrite each other: {', '.join(map(str, members))}")
+    return [Case(name, name, tuple(sorted(members)), None) for name, members in groups.items()]
+
+
+def write_prediction(
+    p: Tensor, prepared: Prepared, folder: Path, *, with_probabilities: bool, with_entropy: bool
+) -> list[Path]:
+    name, source = prepared.case.name, prepared.volume.source
+    mask = p.argmax(dim=0).numpy().astype(np.uint8 if len(p) <= 256 else np.uint16)
+    written = [folder / f"{name}.nii.gz"]
+    write_like(mask, source, written[0])
+    if with_probabilities:
+        written.append(folder / f"{name}_probabilities.nii.gz")
+        write_like(p.movedim(0, -1).numpy().astype(np.float32), source, written[-1])
+    if with_entropy:
+        written.append(folder / f"{name}_entropy.nii.gz")
+        write_like(entropy_map(p).numpy().astype(np.float32), source, written[-1])
+    return written
