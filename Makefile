@@ -24,7 +24,7 @@ setup: $(VENV)/.installed
 	  $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 
 demo: setup
-	$(BIN)/python -m benchmarks.demo
+	$(BIN)/pglcl demo --output build/demo
 
 test: setup
 	$(BIN)/python -m pytest

@@ -52,8 +52,8 @@ def run_demo(output: Path, steps: int) -> None:
     start = time.perf_counter()
     console.print(
         "The MNI152 T1 template (an average of 152 brains, shipped with nilearn), cut into slabs of six slices; two "
-        "slabs are labelled with grey and white matter, the others are raw or kept for the test. One average brain is a "
-        "demonstration, not a benchmark."
+        "slabs are labelled with grey and white matter, the others are raw or kept for the test. One average brain is "
+        "a demonstration, not a benchmark."
     )
     data = output / "data"
     split = write_template(data)

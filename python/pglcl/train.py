@@ -113,6 +113,7 @@ def process_group(device: torch.device) -> Iterator[Any]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield dist.group.WORLD
+        dist.barrier()  # no rank leaves while another still talks to it
     finally:
         dist.destroy_process_group()
 
@@ -465,7 +466,7 @@ class _Log:
         self.path = output / "metrics.jsonl"
         kept = [row for row in read_metrics(output) if row["step"] <= first]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self.file = open(self.path, "a", encoding="utf-8")
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (closed with the run)
         self.board = SummaryWriter(str(output / "tensorboard"), purge_step=first + 1 if first else None)
 
     def write(self, row: dict[str, Any]) -> None:

@@ -1,0 +1,181 @@
+"""Layouts, splits, and what inspect finds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from pglcl.cases import distance_unit, inspect_folder, open_folder, split_patients
+from pglcl.errors import UserError
+
+from tests.conftest import data_folder
+from tests.pglcl.folders import OBLIQUE, acdc, decathlon, plain, save, tiny, volume
+
+
+def test_plain_layout(tmp_path: Path) -> None:
+    data = open_folder(plain(tmp_path))
+    assert data.layout == "plain"
+    assert [case.label is None for case in data.cases] == [False] * 6 + [True] * 2
+    assert distance_unit(data) == "mm"
+
+
+def test_plain_channels_of_their_own_files(tmp_path: Path) -> None:
+    image, label = volume(0)
+    for channel in (0, 1):
+        save(tmp_path / "images" / f"a_{channel:04d}.nii.gz", image)
+    save(tmp_path / "labels" / "a.nii.gz", label)
+    (case,) = open_folder(tmp_path).cases
+    assert [p.name for p in case.images] == ["a_0000.nii.gz", "a_0001.nii.gz"]
+    assert inspect_folder(open_folder(tmp_path))[0].channels == 2
+
+
+def test_acdc_layout(tmp_path: Path) -> None:
+    data = open_folder(acdc(tmp_path, 3))
+    assert data.layout == "acdc"
+    assert len(data.cases) == 6
+    assert data.patients == ["patient001", "patient002", "patient003"]
+    assert all(case.label is not None for case in data.cases)
+    assert distance_unit(data) == "voxel"  # every header says 1 mm
+
+
+def test_decathlon_layout(tmp_path: Path) -> None:
+    data = open_folder(decathlon(tmp_path))
+    assert data.layout == "decathlon"
+    assert data.class_names == {0: "background", 1: "ball", 2: "cube"}
+    assert inspect_folder(data)[0].channels == 2
+
+
+@pytest.mark.skipif(data_folder() is None, reason="no real volumes: neither PGLCL_DATA nor shared/data")
+def test_real_folders() -> None:
+    root = data_folder()
+    assert root is not None
+    hearts = open_folder(root / "ACDC")
+    assert (hearts.layout, len(hearts.cases), len(hearts.patients)) == ("acdc", 100, 50)
+    split = split_patients(hearts, tiny(labelled=4, test=10, validation=5))
+    assert split.test == tuple(f"patient{i:03d}" for i in range(41, 51))
+    assert len(open_folder(root / "Task04_Hippocampus").cases) == 160
+
+
+def test_split_is_by_patient_and_reproducible(tmp_path: Path) -> None:
+    data = open_folder(acdc(tmp_path))
+    split = split_patients(data, tiny())
+    parts = [split.labelled, split.unlabelled, split.validation, split.test]
+    assert sorted(patient for part in parts for patient in part) == data.patients  # each patient in exactly one part
+    assert split.labelled == ("patient001", "patient002")
+    assert split.test == ("patient007", "patient008")
+    shuffled = [split_patients(data, tiny(shuffle=True, seed=s)) for s in (1, 1, 2)]
+    assert shuffled[0] == shuffled[1] != shuffled[2]
+
+
+def test_unlabelled_patients_are_never_for_test_or_validation(tmp_path: Path) -> None:
+    split = split_patients(open_folder(plain(tmp_path)), tiny())
+    assert {"case06", "case07"} <= set(split.unlabelled)
+
+
+def test_split_from_a_file(tmp_path: Path) -> None:
+    data = open_folder(plain(tmp_path / "data"))
+    file = tmp_path / "split.json"
+    parts = {"labelled": ["case01"], "unlabelled": ["case06"], "validation": [], "test": ["case00"]}
+    file.write_text(json.dumps(parts))
+    assert split_patients(data, tiny(split_file=str(file))).as_dict() == parts
+    for change, message in (
+        ({"test": ["case09"]}, "which is no patient"),
+        ({"test": ["case01"]}, "is in labelled and in test"),
+        ({"labelled": ["case07"]}, "without a label file"),
+        ({"labelled": []}, "labelled is empty"),
+        ({"other": []}, "must be an object with the lists"),
+    ):
+        file.write_text(json.dumps({**parts, **change}))
+        with pytest.raises(UserError, match=message):
+            split_patients(data, tiny(split_file=str(file)))
+    file.write_text("{")
+    with pytest.raises(UserError, match="not readable as JSON"):
+        split_patients(data, tiny(split_file=str(file)))
+
+
+def test_too_few_volumes(tmp_path: Path) -> None:
+    data = open_folder(plain(tmp_path))
+    with pytest.raises(UserError, match="ask for 8 patients with labels, 6 are there"):
+        split_patients(data, tiny(labelled=5))
+    for label in (tmp_path / "labels").iterdir():
+        label.unlink()
+    with pytest.raises(UserError, match="no labelled volume"):
+        split_patients(open_folder(tmp_path), tiny())
+
+
+def test_folders_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        open_folder(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no volumes found"):
+        open_folder(tmp_path)
+    (tmp_path / "dataset.json").write_text('{"training": [3]}')
+    with pytest.raises(UserError, match="not a Decathlon description"):
+        open_folder(tmp_path)
+
+
+def truncated(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def with_nan(path: Path) -> None:
+    image = nib.load(path)
+    data = image.get_fdata().astype(np.float32)
+    data[0, 0, 0] = np.nan
+    save(path, data)
+
+
+def spoil_image(change) -> None:
+    def spoil(root: Path) -> None:
+        change(root / "images" / "case01.nii.gz")
+
+    return spoil
+
+
+def spoil_label(data, affine=OBLIQUE):
+    def spoil(root: Path) -> None:
+        _, label = volume(1, (31, 26, 6))
+        save(root / "labels" / "case01.nii.gz", data(label), affine)
+
+    return spoil
+
+
+BAD = {
+    "truncated or damaged": spoil_image(truncated),
+    "not readable as NIfTI": spoil_image(lambda p: p.write_text("hello")),
+    "1 voxels that are NaN or infinite": spoil_image(with_nan),
+    "a constant image, every voxel is 7": spoil_image(lambda p: save(p, np.full((31, 26, 6), 7, np.float32))),
+    "labels must lie in 0..2, got 0, 1, 2, 5": spoil_label(lambda y: np.concatenate([np.full_like(y[:1], 5), y[1:]])),
+    "labels must be whole numbers": spoil_label(lambda y: y + 0.5),
+    "must have the shape of its image": spoil_label(lambda y: y[1:]),
+    "must have the affine of its image": spoil_label(lambda y: y, np.eye(4)),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_inspect_names_every_problem(message: str, tmp_path: Path) -> None:
+    root = plain(tmp_path)
+    assert not any(r.problems for r in inspect_folder(open_folder(root), 3))
+    BAD[message](root)
+    problems = [line for r in inspect_folder(open_folder(root), 3) for line in r.problems]
+    assert len(problems) == 1
+    assert message in problems[0]
+    assert "case01.nii.gz" in problems[0]
+
+
+def test_inspect_notes_an_empty_label(tmp_path: Path) -> None:
+    root = plain(tmp_path)
+    spoil_label(lambda y: 0 * y)(root)
+    notes = [line for r in inspect_folder(open_folder(root)) for line in r.notes]
+    assert len(notes) == 1
+    assert "an empty label" in notes[0]
+
+
+def test_labels_without_an_image(tmp_path: Path) -> None:
+    root = plain(tmp_path)
+    (root / "images" / "case00.nii.gz").unlink()
+    with pytest.raises(UserError, match=r"case00\.nii\.gz: a label without an image"):
+        open_folder(root)

@@ -1,0 +1,45 @@
+"""The network and the projection."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pglcl.model import Projection, SegmentationNetwork, build, update_teacher
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_projection_of_any_number_of_patches(count: int) -> None:
+    projection = Projection(6, 4).train()
+    x = torch.randn(count, 6, requires_grad=True)
+    z = projection(x)
+    assert z.shape == (count, 4)
+    torch.testing.assert_close(z.norm(dim=1), torch.ones(count))
+    z.sum().backward()  # also none: the projection stays in the graph
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in projection.parameters())
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_features_are_those_of_the_logits(dims: int) -> None:
+    network = SegmentationNetwork(dims, 2, 3, [4, 8, 8], 5)
+    x = torch.randn(2, 2, *[16] * dims)
+    logits, features = network.with_features(x)
+    torch.testing.assert_close(network.unet(x), logits)
+    assert logits.shape == (2, 3, *[16] * dims)
+    assert features.shape == (2, 8, *[8] * dims)
+    again = build(network.arguments)
+    again.load_state_dict(network.state_dict())
+    torch.testing.assert_close(again(x), logits)
+
+
+def test_teacher_is_a_moving_average() -> None:
+    student, teacher = (SegmentationNetwork(2, 1, 2, [4, 8], 4) for _ in range(2))
+    update_teacher(teacher, student, 0.9, 0)  # the first step copies
+    for t, s in zip(teacher.parameters(), student.parameters()):
+        torch.testing.assert_close(t, s)
+    before = [p.detach().clone() for p in teacher.parameters()]
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(1)
+    update_teacher(teacher, student, 0.9, 1000)
+    for t, b in zip(teacher.parameters(), before):
+        torch.testing.assert_close(t, b + 0.1)

@@ -1,0 +1,246 @@
+"""Runs: every method, interruption and resumption, bad data, several processes, the profile."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from pglcl import train
+from pglcl.errors import UserError
+from pglcl.files import load_tensors, save_tensors
+from pglcl.train import Interrupted, Training, evaluate_run, read_metrics
+
+from tests.conftest import ROOT
+from tests.pglcl.folders import TINY, decathlon, plain, save, tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return plain(tmp_path_factory.mktemp("plain"))
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_tensors(run / "model.pt")["network"]
+
+
+def run_to_end(folder: Path, run: Path, **options) -> dict[str, torch.Tensor]:
+    Training(folder, run, tiny(**options), quiet=True).run()
+    return weights(run)
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert set(a) == set(b)
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("options", [
+    {"method": "supervised"}, {"method": "semi", "consistency": "mean-teacher"}, {"loss": "gaussian"},
+    {"patches": "crop", "amp": True}, {"queue_length": 0},
+], ids=str)  # fmt: skip
+def test_runs_and_scores(options: dict, folder: Path, tmp_path: Path) -> None:
+    Training(folder, tmp_path / "run", tiny(validate_every=4, **options), quiet=True).run()
+    files = {p.name for p in (tmp_path / "run").iterdir()}
+    assert {"config.json", "split.json", "environment.json", "metrics.jsonl", "tensorboard", "model.pt"} <= files
+    assert not [name for name in files if name.startswith(".partial")]
+    rows = evaluate_run(tmp_path / "run", folder)
+    assert rows[-1]["volumes"] == 2
+    assert 0 <= rows[-1]["dice"] <= 1
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    assert {"git", "monai", "pglcl_ext", "processor"} <= set(environment)
+    assert [row["step"] for row in read_metrics(tmp_path / "run") if "validation_dice" in row] == [4, 8]
+
+
+def test_volumes_and_channels(tmp_path: Path) -> None:
+    data = decathlon(tmp_path / "data")
+    options = {"spatial_dims": 3, "image_size": "16,16,16", "spacing": "2,2,3", "steps": 5}
+    Training(data, tmp_path / "run", tiny(**options), quiet=True).run()
+    assert evaluate_run(tmp_path / "run", data)[0]["class"] == "ball"
+
+
+def test_learns(folder: Path, tmp_path: Path) -> None:
+    run_to_end(folder, tmp_path / "run", steps=150, warmup=60, learning_rate=1e-2)
+    assert evaluate_run(tmp_path / "run", folder)[-1]["dice"] > 0.5
+
+
+def test_the_same_run_gives_the_same_bits(folder: Path, tmp_path: Path) -> None:
+    a = run_to_end(folder, tmp_path / "a")
+    assert_same(a, run_to_end(folder, tmp_path / "b", workers=1))
+    other = run_to_end(folder, tmp_path / "c", seed=1)
+    assert not torch.equal(a["projection.layers.0.weight"], other["projection.layers.0.weight"])
+
+
+@pytest.mark.parametrize("options", [{}, {"loss": "gaussian", "hard_negatives": True}, {"method": "semi"}], ids=str)
+@pytest.mark.parametrize("stop_at", [1, 3, 5])
+def test_interrupted_and_resumed(
+    stop_at: int, options: dict, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = run_to_end(folder, tmp_path / "straight", **options)
+    run = Training(folder, tmp_path / "run", tiny(**options), quiet=True)
+    update = train.update_teacher
+
+    def stopping(teacher, student, decay, step):
+        update(teacher, student, decay, step)
+        if step + 1 == stop_at:
+            os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C
+
+    monkeypatch.setattr(train, "update_teacher", stopping)
+    with pytest.raises(Interrupted, match=f"stopped after step {stop_at}"):
+        run.run()
+    monkeypatch.setattr(train, "update_teacher", update)
+    assert load_tensors(tmp_path / "run" / "checkpoint.pt")["step"] == stop_at
+    Training(folder, tmp_path / "run", tiny(**options), resume=True, quiet=True).run()
+    assert_same(straight, weights(tmp_path / "run"))
+    steps = [row["step"] for row in read_metrics(tmp_path / "run")]
+    assert steps == sorted(set(steps))
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-W", "ignore", "-m", "pglcl", *map(str, arguments)]
+
+
+def flags(**changes) -> list[str]:
+    return [part for name, value in {**TINY, **changes}.items() for part in ("--" + name.replace("_", "-"), str(value))]
+
+
+def test_killed_and_resumed(folder: Path, tmp_path: Path) -> None:
+    """kill -9 at any moment: the checkpoint is whole, and the run ends with the same weights."""
+    options = {"steps": 60, "checkpoint_every": 2}
+    straight = run_to_end(folder, tmp_path / "straight", **options)
+    arguments = command(
+        "train", folder, "-o", tmp_path / "run", "--threads", torch.get_num_threads(), *flags(**options)
+    )
+    for attempt in range(3):
+        process = subprocess.Popen([*arguments, *(["--resume"] if attempt else [])], cwd=ROOT, stderr=subprocess.PIPE)
+        before = time.monotonic()
+        checkpoint = tmp_path / "run" / "checkpoint.pt"
+        known = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        while process.poll() is None and time.monotonic() - before < 120:
+            if checkpoint.exists() and checkpoint.stat().st_mtime_ns != known:
+                time.sleep(0.05 * attempt)
+                break
+            time.sleep(0.002)
+        process.kill()
+        process.communicate()
+        assert load_tensors(checkpoint)["step"] > 0
+    Training(folder, tmp_path / "run", tiny(**options), resume=True, quiet=True).run()
+    assert_same(straight, weights(tmp_path / "run"))
+
+
+def test_another_configuration_is_refused(folder: Path, tmp_path: Path) -> None:
+    run_to_end(folder, tmp_path / "run")
+    with pytest.raises(UserError, match="holds a run already; add --resume"):
+        Training(folder, tmp_path / "run", tiny(), quiet=True).run()
+    with pytest.raises(UserError, match=r"--learning-rate: the run has 0\.002, asked for is 0\.1"):
+        Training(folder, tmp_path / "run", tiny(learning_rate=0.1), resume=True, quiet=True).run()
+    Training(folder, tmp_path / "run", tiny(checkpoint_every=7), resume=True, quiet=True).run()  # changes no weight
+
+
+def test_a_checkpoint_that_is_none(folder: Path, tmp_path: Path) -> None:
+    run_to_end(folder, tmp_path / "run")
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match="not a checkpoint of pglcl"):
+        Training(folder, tmp_path / "run", tiny(), resume=True, quiet=True).run()
+
+
+def test_checkpoints_execute_nothing(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("touch " + str(tmp_path / "owned"),)
+
+    torch.save({"step": Evil()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match="not a checkpoint"):
+        load_tensors(tmp_path / "checkpoint.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "checkpoint.pt"
+    save_tensors(path, {"step": 1})
+
+    def full(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"checkpoint\.pt: cannot be written: No space left on device"):
+        save_tensors(path, {"step": 2})
+    assert load_tensors(path)["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_an_output_that_cannot_be_written(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        Training(folder, tmp_path / "file" / "run", tiny(), quiet=True).run()
+
+
+def test_bad_data_is_refused_before_training(tmp_path: Path) -> None:
+    import numpy as np
+
+    root = plain(tmp_path / "data")
+    save(root / "images" / "case06.nii.gz", np.full((30, 26, 5), 3, np.float32))
+    (root / "images" / "case01.nii.gz").write_bytes(b"\x1f\x8b broken")
+    with pytest.raises(UserError) as caught:
+        Training(root, tmp_path / "run", tiny(), quiet=True).run()
+    text = "\n".join(caught.value.lines)
+    assert "case06.nii.gz: a constant image" in text
+    assert "case01.nii.gz" in text
+    assert "pglcl inspect" in text
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_labels_that_are_all_empty(tmp_path: Path) -> None:
+    import nibabel as nib
+    import numpy as np
+
+    root = plain(tmp_path / "data")
+    for name in ("case00", "case01"):
+        shape = nib.load(root / "images" / f"{name}.nii.gz").shape
+        save(root / "labels" / f"{name}.nii.gz", np.zeros(shape, np.uint8))
+    with pytest.raises(UserError, match="labels of all 2 labelled volumes are empty"):
+        Training(root, tmp_path / "run", tiny(), quiet=True).run()
+
+
+def torchrun(folder: Path, run: Path, *more: str, **changes) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    arguments = ["-m", "pglcl", "train", str(folder), "-o", str(run), *flags(**changes), *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*launcher, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"queue_length": 0}, {"loss": "gaussian"}], ids=str)
+def test_two_processes(options: dict, folder: Path, tmp_path: Path) -> None:
+    result = torchrun(folder, tmp_path / "run", **options)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count("done. Next") == 1  # the first rank speaks and writes
+    again = torchrun(folder, tmp_path / "again", **options)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert_same(weights(tmp_path / "run"), weights(tmp_path / "again"))
+    single = run_to_end(folder, tmp_path / "single", **options)
+    assert not torch.equal(
+        single["projection.layers.0.weight"], weights(tmp_path / "run")["projection.layers.0.weight"]
+    )
+    if not options:
+        checkpoint = load_tensors(tmp_path / "run" / "checkpoint.pt")
+        assert checkpoint["contrast"]["queue.counts"].max() > 0
+        refused = torchrun(folder, tmp_path / "run")
+        assert refused.returncode != 0
+        assert "holds a run already" in refused.stderr
+
+
+def test_profile(folder: Path, tmp_path: Path) -> None:
+    Training(folder, tmp_path / "run", tiny(), profile=True, quiet=True).run()
+    rows = json.loads((tmp_path / "run" / "profile.json").read_text())
+    assert {"data", "teacher", "student forward", "contrast", "backward", "update"} <= {row[0] for row in rows}
+    assert sum(row[2] for row in rows) == pytest.approx(1)

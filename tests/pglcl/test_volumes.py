@@ -1,0 +1,80 @@
+"""Reading, canonical axes, resampling, and the way back."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from pglcl.batches import choose_slice_axis, prepare
+from pglcl.cases import Case
+from pglcl.volumes import read_label, read_volume, resize_image, resize_label, resized_shape, write_like
+
+from tests.pglcl.folders import OBLIQUE, save, tiny, volume
+
+AXES = [
+    np.diag((*signs, 1)) @ np.eye(4)[[*order, 3]]
+    for signs in ((1.0, 1.0, 1.0), (-1.0, 1.0, -1.0))
+    for order in itertools.permutations(range(3))
+]
+
+
+@pytest.mark.parametrize("affine", [OBLIQUE, *AXES], ids=lambda a: "".join(nib.aff2axcodes(a)))
+def test_written_where_it_was_read(affine: np.ndarray, tmp_path: Path) -> None:
+    data = np.arange(5 * 6 * 7, dtype=np.float32).reshape(5, 6, 7)
+    path = save(tmp_path / "a.nii.gz", data, affine)
+    read = read_volume([path])
+    write_like(read.data[0], read.source, tmp_path / "b.nii.gz")
+    back = nib.load(tmp_path / "b.nii.gz")
+    np.testing.assert_array_equal(np.asarray(back.dataobj), data)
+    np.testing.assert_array_equal(back.affine, nib.load(path).affine)
+    for name in ("qform_code", "sform_code", "pixdim", "xyzt_units"):
+        np.testing.assert_allclose(back.header[name], nib.load(path).header[name], rtol=1e-6)
+    # In canonical axes, whatever those of the file are: the same voxel is at the same place in the body.
+    canonical = nib.as_closest_canonical(nib.load(path))
+    np.testing.assert_array_equal(read.data[0], np.asarray(canonical.dataobj))
+    np.testing.assert_allclose(read.spacing, canonical.header.get_zooms(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("shape", [(30, 26, 5), (17, 41, 9), (64, 33, 3), (5, 70, 66)])
+def test_a_mask_survives_the_networks_resolution(shape: tuple[int, ...], dims: int, tmp_path: Path) -> None:
+    image, label = volume(0, shape)
+    path, truth = save(tmp_path / "i.nii.gz", image), save(tmp_path / "l.nii.gz", label)
+    config = tiny(
+        spatial_dims=dims, image_size="32,32" if dims == 2 else "32,32,16", spacing="" if dims == 2 else "1,1.5,3"
+    )
+    axis = choose_slice_axis(config, read_volume([path]).data.shape[1:])
+    prepared = prepare(Case("i", "i", (path,), truth), config, 3, axis, label=True)
+    assert prepared.label is not None
+    assert prepared.image.shape[1:] == prepared.label.shape
+    size = prepared.image.shape[1:]
+    assert all(n >= s for n, s in zip(size, config.size))
+    # What the network would say if it knew the truth, brought back.
+    known = torch.nn.functional.one_hot(prepared.label.clamp(min=0), 3).movedim(-1, 0).float()
+    if axis is not None:
+        known = known.movedim(-1, axis + 1)
+    back = prepared.geometry.restore(known).argmax(dim=0)
+    expected = torch.from_numpy(read_label(truth, path))
+    assert back.shape == expected.shape
+    for k in (1, 2):
+        if (expected == k).sum() > 30:
+            overlap = 2 * ((back == k) & (expected == k)).sum() / ((back == k).sum() + (expected == k).sum())
+            assert overlap > (0.85 if (expected == k).sum() > 400 else 0.5)
+
+
+def test_resizing_keeps_means_and_labels() -> None:
+    x = torch.rand(2, 9, 10, 11)
+    torch.testing.assert_close(resize_image(x, (3, 5, 11)).mean(), x.mean(), atol=0.02, rtol=0)
+    assert torch.equal(resize_image(x, (9, 10, 11)), x)
+    y = torch.randint(0, 3, (4, 5, 6))
+    assert torch.equal(resize_label(resize_label(y, (8, 10, 12)), (4, 5, 6)), y)
+
+
+def test_shapes() -> None:
+    assert resized_shape((200, 256, 10), (1, 1, 8), slice_axis=2, size=(128, 128), target=None) == (100, 128, 10)
+    assert resized_shape((10, 100, 50), (8, 1, 1), slice_axis=0, size=(32, 64), target=None) == (10, 32, 16)
+    assert resized_shape((10, 20, 30), (3.0, 1.0, 0.5), slice_axis=None, size=(), target=(1, 1, 1)) == (30, 20, 15)
