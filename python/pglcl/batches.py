@@ -134,13 +134,8 @@ class StepBatches(Dataset[dict[str, Tensor]]):
             ),
             *flips,
         ])  # fmt: skip
-        self.mild = Compose([
-            RandScaleIntensity(0.15, prob=0.5),
-            RandShiftIntensity(0.15, prob=0.5),
-            RandAdjustContrast(0.3, (0.75, 1.4)),
-            RandGaussianNoise(0.3, std=0.1),
-        ])  # fmt: skip
-        self.strong = Compose([
+        # Labelled images and the student's view of unlabelled ones, whatever the method.
+        self.intensities = Compose([
             RandScaleIntensity(0.4, prob=0.8), RandShiftIntensity(0.4, prob=0.8), RandAdjustContrast(0.6, (0.5, 2.0)),
             RandGaussianNoise(0.5, std=0.2),
             RandGaussianSmooth((0.3, 1.5), (0.3, 1.5), (0.3, 1.5), prob=0.3),
@@ -166,15 +161,15 @@ class StepBatches(Dataset[dict[str, Tensor]]):
         item = self._pick(self.labelled, random, foreground=True)
         self.geometric.set_random_state(state=random)
         item = self.geometric(item)
-        self.mild.set_random_state(state=random)
-        return torch.as_tensor(self.mild(item["image"])), torch.as_tensor(item["label"])[0].round().long()
+        self.intensities.set_random_state(state=random)
+        return torch.as_tensor(self.intensities(item["image"])), torch.as_tensor(item["label"])[0].round().long()
 
     def _unlabelled(self, random: np.random.RandomState) -> tuple[Tensor, Tensor]:
         self.geometric.set_random_state(state=random)
         item = self._pick(self.unlabelled, random, foreground=False)
         weak = torch.as_tensor(self.geometric(item)["image"])
-        self.strong.set_random_state(state=random)
-        return weak, torch.as_tensor(self.strong(weak.clone()))
+        self.intensities.set_random_state(state=random)
+        return weak, torch.as_tensor(self.intensities(weak.clone()))
 
     def _pick(self, pool: list[Prepared], random: np.random.RandomState, *, foreground: bool) -> dict[str, Tensor]:
         """A slice, or a patch; every other labelled patch is centred on a voxel that is not background."""

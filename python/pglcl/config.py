@@ -70,7 +70,7 @@ class TrainConfig:
     batch_size: int = _opt(8, "images a step; after warm-up half of them unlabelled", "Training")
     learning_rate: float = _opt(2e-3, "of AdamW, decays polynomially to 0", "Training")
     weight_decay: float = _opt(1e-4, "of AdamW", "Training")
-    channels: str = _opt("16,32,64,128", "of the MONAI UNet, from the outside in", "Training")
+    channels: str = _opt("16,32,64,128,256", "of the MONAI UNet, from the outside in", "Training")
     flips: str = _opt("none", "mirror images at random: none, or all axes", "Training")
     rotation: float = _opt(20.0, "largest random rotation, degrees", "Training")
     scaling: float = _opt(0.15, "largest random change of size, as a share", "Training")
