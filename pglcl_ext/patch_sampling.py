@@ -38,6 +38,15 @@ class PatchBatch(NamedTuple):
 
 def _windows(x: Tensor, patch: Sequence[int], stride: Sequence[int]) -> Tensor:
     """(B, C, *g, *P) as a view."""
+    dims = len(patch)
+    if all(size == step for size, step in zip(patch, stride)):
+        # Patches side by side are a reshape, whose gradient is one, too; that of unfold fills and adds.
+        for d, size in enumerate(patch):
+            cells = x.shape[2 + 2 * d] // size
+            if cells * size < x.shape[2 + 2 * d]:
+                x = x.narrow(2 + 2 * d, 0, cells * size)
+            x = x.unflatten(2 + 2 * d, (cells, size))
+        return x.permute(0, 1, *range(2, 2 + 2 * dims, 2), *range(3, 3 + 2 * dims, 2))
     for d, (size, step) in enumerate(zip(patch, stride)):
         x = x.unfold(2 + d, size, step)
     return x
@@ -94,7 +103,8 @@ def patch_embeddings(
         _check_like("prediction", prediction, "features", features)
         p = prediction.detach()
         h = -torch.special.xlogy(p, p).sum(dim=1, keepdim=True).to(features.dtype)
-        entropy = _weighted_means(h, weights, patch, step, share).squeeze(-1).movedim(-1, 1)
+        inside = _windows(weights * h, patch, step).flatten(-len(patch)).mean(dim=-1)
+        entropy = torch.where(share > 0, inside / torch.where(share > 0, share, 1), 0)
     embeddings = _weighted_means(features, weights, patch, step, share)
 
     batch, k, *cells = share.shape

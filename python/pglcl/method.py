@@ -52,9 +52,8 @@ class Views:
 
 def one_hot(target: Tensor, num_classes: int) -> Tensor:
     """(B, *S) to (B, K, *S) float; nothing where the target is -1."""
-    known = target >= 0
-    classes = F.one_hot(target.clamp(min=0), num_classes).movedim(-1, 1)
-    return classes.float() * known[:, None]
+    classes = torch.arange(num_classes, device=target.device).view(-1, *[1] * (target.dim() - 1))
+    return (target[:, None] == classes).float()
 
 
 def segmentation_loss(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -167,6 +166,14 @@ def _labelled_and(batch: dict[str, Tensor], unlabelled: Tensor, teacher: Tensor)
     )
 
 
+def halved(x: Tensor) -> Tensor:
+    """(B, C, *S) to half the resolution by averaging, as average pooling does, which is several times slower on a CPU."""
+    for axis in range(2, x.dim()):
+        even, odd = (x[(*[slice(None)] * axis, slice(first, None, 2))] for first in (0, 1))
+        x = (even + odd) * 0.5
+    return x
+
+
 # --- the contrast ---------------------------------------------------------------------------------------------------
 
 
@@ -226,14 +233,12 @@ class PatchContrast(nn.Module):
         """Class-aware patches with their embeddings, pooled or cropped; `observe` moves the threshold by them."""
         if self.config.patches == "crop":
             return self._cropped(network, weights, prediction, images, observe)
-        stride = network.feature_stride
-        pool = F.avg_pool2d if features.dim() == 4 else F.avg_pool3d
         batch = patch_embeddings(
             features,
-            pool(weights, stride),
-            self.config.patch_size // stride,
+            halved(weights),
+            self.config.patch_size // network.feature_stride,
             coverage=self.threshold.value,
-            prediction=pool(prediction, stride),
+            prediction=halved(prediction),
         )
         if observe:
             self.threshold.update(*self.threshold.classes_and_coverage(batch))
