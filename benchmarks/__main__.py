@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument("--data", default="", help="segmentation: the folder with ACDC/ and Task04_Hippocampus/")
     parser.add_argument("--runs", default="build/segmentation", help="segmentation: the runs (default: %(default)s)")
-    parser.add_argument("--only", default="", help="segmentation: runs whose dataset/method contains this")
+    parser.add_argument("--only", default="", help="segmentation: runs whose dataset/method/seed contains this")
     parser.add_argument("--jobs", type=int, default=1, help="segmentation: runs at once (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=1e6, help="segmentation: start no run after these")
     arguments = parser.parse_args()

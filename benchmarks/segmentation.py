@@ -1,6 +1,6 @@
 """Does the contrast help? Networks trained on few labels, alike but for the method, scored on volumes never seen.
 
-    python -m benchmarks segmentation --data DATA --runs FOLDER [--only acdc/patchcl] [--jobs 2]
+    python -m benchmarks segmentation --data DATA --runs FOLDER [--only acdc/supervised/0] [--jobs 2]
 
 DATA holds ACDC/ and Task04_Hippocampus/. Each run is a process of ``pglcl train``, and its folder is its memory: what
 has ended is not run again, what was interrupted is resumed. The table is of the runs that have ended, and says which
@@ -86,7 +86,7 @@ def matrix(only: str = "") -> Iterator[Run]:
             for method in sorted(group, key=methods.index):
                 for dataset in DATASETS:
                     run = Run(dataset, method, seed)
-                    if only in f"{run.dataset}/{run.method}":
+                    if only in f"{run.dataset}/{run.method}/{run.seed}":
                         yield run
 
 

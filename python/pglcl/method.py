@@ -167,7 +167,7 @@ def _labelled_and(batch: dict[str, Tensor], unlabelled: Tensor, teacher: Tensor)
 
 
 def halved(x: Tensor) -> Tensor:
-    """(B, C, *S) to half the resolution by averaging, as average pooling does, which is several times slower on a CPU."""
+    """(B, C, *S) to half the resolution; average pooling does the same, several times slower on a CPU."""
     for axis in range(2, x.dim()):
         even, odd = (x[(*[slice(None)] * axis, slice(first, None, 2))] for first in (0, 1))
         x = (even + odd) * 0.5
@@ -345,38 +345,19 @@ class Step:
         config: TrainConfig,
         section: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
     ) -> None:
-        self.student, self.teacher, self.contrast, self.config, self.section = (
-            student,
-            teacher,
-            contrast,
-            config,
-            section,
-        )
+        self.student, self.teacher, self.contrast = student, teacher, contrast
+        self.config, self.section = config, section
         self.make_views, self.base_loss = BASES[config.consistency]
 
     def __call__(self, batch: dict[str, Tensor], step: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Leaves gradients; returns the losses, detached, on the device."""
         config = self.config
-        device = batch["image"].device
-        k = self.student.arguments["num_classes"]
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.amp)
+        autocast = torch.autocast(batch["image"].device.type, torch.bfloat16, enabled=config.amp)
         semi = "strong" in batch
-        contrast = self.contrast
-
         prediction = teacher_features = None
-        if semi or contrast is not None:
+        if semi or self.contrast is not None:
             with self.section("teacher"), torch.no_grad(), autocast:
-                # Labelled images are shown to the teacher for its keys alone.
-                first = (
-                    batch["image"] if contrast is not None or config.consistency == "copy-paste" else batch["image"][:0]
-                )
-                teacher_images = torch.cat([first, batch["weak"]]) if semi else first
-                logits, teacher_features = self.teacher.with_features(teacher_images)
-                prediction = logits.float().softmax(dim=1)
-                if len(first) == 0:
-                    blank = prediction.new_zeros(len(batch["image"]), *prediction.shape[1:])
-                    prediction = torch.cat([blank, prediction])
-
+                prediction, teacher_features = self._ask_teacher(batch, semi)
         with self.section("views"):
             if semi:
                 views = self.make_views(batch, prediction, config, generator)
@@ -387,36 +368,60 @@ class Step:
             logits, features = self.student.with_features(views.images)
         with self.section("loss"):
             if semi:
-                ramp = math.exp(
-                    -5 * (1 - min(1.0, (step - config.warmup) / max(1, (config.steps - config.warmup) / 3))) ** 2
-                )
-                base = self.base_loss(logits, views, config, ramp)
+                base = self.base_loss(logits, views, config, self._ramp(step))
             else:
                 base = segmentation_loss(logits, views.target)
         losses = {"segmentation": base.detach()}
-
-        if contrast is None:
+        if self.contrast is None:
             with self.section("backward"):
                 base.backward()
             return losses
         with self.section("contrast"):
             assert prediction is not None
-            assert views.prediction is not None
             assert teacher_features is not None
             seen = _labelled_and(batch, batch["weak"], prediction) if semi else views
-            keys = contrast.teacher_keys(
-                self.teacher, teacher_features.float(), seen.class_weights(k), prediction, seen.images
-            )
             # The contrast ends at a copy of the features, so that its own backward pass can be told apart.
             leaf = features.detach().float().requires_grad_()
-            value = contrast(
-                self.student, leaf, views.class_weights(k), views.prediction, views.images, keys, generator
-            )
-            (config.contrast_weight * value).backward()
-        losses["contrast"] = value.detach()
+            losses["contrast"] = self._contrast(self.contrast, views, leaf, seen, teacher_features.float(), generator)
         with self.section("backward"):
             if leaf.grad is None:  # crops have their own way through the network
                 base.backward()
             else:
                 torch.autograd.backward([base, features], [None, leaf.grad.to(features.dtype)])
         return losses
+
+    def _ask_teacher(self, batch: dict[str, Tensor], semi: bool) -> tuple[Tensor, Tensor]:
+        """Probabilities of labelled and unlabelled images, and features. Labelled ones are asked for keys alone."""
+        labelled = batch["image"] if self.contrast is not None else batch["image"][:0]
+        logits, features = self.teacher.with_features(torch.cat([labelled, batch["weak"]]) if semi else labelled)
+        prediction = logits.float().softmax(dim=1)
+        if len(labelled) == 0:
+            prediction = torch.cat([prediction.new_zeros(len(batch["image"]), *prediction.shape[1:]), prediction])
+        return prediction, features
+
+    def _ramp(self, step: int) -> float:
+        """From exp(-5) to 1 over the first third of the semi-supervised steps."""
+        third = max(1.0, (self.config.steps - self.config.warmup) / 3)
+        return math.exp(-5 * (1 - min(1.0, (step - self.config.warmup) / third)) ** 2)
+
+    def _contrast(
+        self,
+        contrast: PatchContrast,
+        views: Views,
+        features: Tensor,
+        seen: Views,
+        teacher_features: Tensor,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Queues keys of what the teacher has `seen`, contrasts the student's patches; gradients end at `features`."""
+        k = self.student.arguments["num_classes"]
+        assert seen.prediction is not None
+        assert views.prediction is not None
+        keys = contrast.teacher_keys(
+            self.teacher, teacher_features, seen.class_weights(k), seen.prediction, seen.images
+        )
+        value = contrast(
+            self.student, features, views.class_weights(k), views.prediction, views.images, keys, generator
+        )
+        (self.config.contrast_weight * value).backward()
+        return value.detach()

@@ -331,6 +331,8 @@ class Training:
                 save_tensors(self.output / "model.pt", self._model(data).state())
             return
 
+        if main and state is None:
+            self._checkpoint(data, 0)  # from now on there is always one that loads
         semi = config.method != "supervised"
         batches = StepBatches(data.labelled, data.unlabelled, config, rank, semi=semi)
         workers = config.workers if config.workers >= 0 else self._choose_workers(batches, group, progress)
