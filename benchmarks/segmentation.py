@@ -32,7 +32,16 @@ DATASETS: dict[str, tuple[str, dict[str, Any]]] = {
     "acdc": ("ACDC", {"labelled": 4, "test": 10, "validation": 5, "steps": 1500, "warmup": 400}),
     "hippocampus": (
         "Task04_Hippocampus",
-        {"labelled": 10, "test": 40, "validation": 10, "spatial_dims": 3, "steps": 600, "warmup": 200, "batch_size": 4},
+        {
+            "labelled": 10,
+            "test": 40,
+            "validation": 10,
+            "spatial_dims": 3,
+            "steps": 1000,
+            "warmup": 250,
+            "batch_size": 4,
+            "patch_size": 8,
+        },
     ),
 }
 METHODS: dict[str, dict[str, Any]] = {

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 import pglcl_ext
 from pglcl.batches import Prepared, StepBatches, choose_slice_axis, loader, prepare
@@ -48,6 +48,9 @@ from pglcl.volumes import read_label
 FREE = {"device", "workers", "checkpoint_every", "validate_every"}
 
 
+LOG_EVERY = 10  # steps; reading a loss waits for the device
+
+
 class Interrupted(Exception):
     """Ctrl-C or a polite kill, after the checkpoint was written."""
 
@@ -73,6 +76,8 @@ def load_data(root: Path, config: TrainConfig, split: Split | None = None, *, pr
     labelled = cases_of(folder, split.labelled, with_label=True)
     unlabelled = cases_of(folder, split.unlabelled)
     validation = cases_of(folder, split.validation, with_label=True)
+    if progress:
+        progress.say(f"{folder.root}: reading {len(labelled) + len(unlabelled)} volumes")
     problems, empty = [], 0
     for case in labelled:
         report = inspect_case(case, config.num_classes or None)
@@ -337,48 +342,12 @@ class Training:
         batches = StepBatches(data.labelled, data.unlabelled, config, rank, semi=semi)
         workers = config.workers if config.workers >= 0 else self._choose_workers(batches, group, progress)
         log = _Log(self.output, first) if main else None
-        step_losses = Step(self.student, self.teacher, self.contrast, config, self.profile)
-        self._on_signals()
         progress.start(
             first, f"{config.method}, {len(data.labelled)} labelled and {len(data.unlabelled)} unlabelled volumes"
         )
-        source = loader(batches, first, workers)
         try:
-            for step in range(first, config.steps):
-                with self.profile("data"):
-                    batch = {name: t.to(self.device, non_blocking=True) for name, t in next(source).items()}
-                for options in self.optimizer.param_groups:
-                    options["lr"] = config.learning_rate * (1 - step / config.steps) ** 0.9
-                # Every random draw of a step comes from this: a resumed run draws the same.
-                generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step * 101 + rank)
-                self.optimizer.zero_grad(set_to_none=True)
-                losses = step_losses(batch, step, generator)
-                with self.profile("update"):
-                    average_gradients(trained, group)
-                    self.optimizer.step()
-                    update_teacher(self.teacher, self.student, config.ema_decay, step)
-                done = step + 1
-                if done % 10 == 0 or done == config.steps:
-                    numbers = {name: float(value) for name, value in losses.items()}
-                    if not all(math.isfinite(v) for v in numbers.values()):
-                        raise UserError(
-                            f"step {done}: a loss is not a number: {numbers}. Try a smaller --learning-rate"
-                        )
-                    progress.step(done, numbers)
-                    if log:
-                        log.write({"step": done, **numbers})
-                if config.validate_every and (done % config.validate_every == 0 or done == config.steps):
-                    dice = self._validate(data, group) if data.validation else math.nan
-                    progress.validated(done, dice)
-                    if log and not math.isnan(dice):
-                        log.write({"step": done, "validation_dice": dice})
-                stopping = _any(self.stop, group, self.device) if group is not None and done % 10 == 0 else self.stop
-                if group is not None and done % 10:
-                    stopping = False
-                if main and (done % config.checkpoint_every == 0 or done == config.steps or stopping):
-                    self._checkpoint(data, done)
-                if stopping and done < config.steps:
-                    raise Interrupted(f"stopped after step {done}; --resume goes on from there")
+            with self._asked_to_stop():
+                self._train(data, loader(batches, first, workers), first, trained, group, progress, log)
         finally:
             progress.stop()
             if log:
@@ -392,6 +361,51 @@ class Training:
                 progress.table(
                     "Time of a step", ["section", "ms", "share"], [[n, f"{ms:.1f}", f"{s:.1%}"] for n, ms, s in rows]
                 )
+
+    def _train(
+        self,
+        data: Data,
+        source: Iterator[dict[str, Tensor]],
+        first: int,
+        trained: nn.Module,
+        group: Any,
+        progress: Progress,
+        log: _Log | None,
+    ) -> None:
+        config, rank = self.config, rank_of(group)
+        step_losses = Step(self.student, self.teacher, self.contrast, config, self.profile)
+        for step in range(first, config.steps):
+            with self.profile("data"):
+                batch = {name: t.to(self.device, non_blocking=True) for name, t in next(source).items()}
+            for options in self.optimizer.param_groups:
+                options["lr"] = config.learning_rate * (1 - step / config.steps) ** 0.9
+            # Every random draw of a step comes from this: a resumed run draws the same.
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step * 101 + rank)
+            self.optimizer.zero_grad(set_to_none=True)
+            losses = step_losses(batch, step, generator)
+            with self.profile("update"):
+                average_gradients(trained, group)
+                self.optimizer.step()
+                update_teacher(self.teacher, self.student, config.ema_decay, step)
+            done = step + 1
+            if done % LOG_EVERY == 0 or done == config.steps:
+                numbers = {name: float(value) for name, value in losses.items()}
+                if not all(math.isfinite(v) for v in numbers.values()):
+                    raise UserError(f"step {done}: a loss is not a number: {numbers}. Try a smaller --learning-rate")
+                progress.step(done, numbers)
+                if log:
+                    log.write({"step": done, **numbers})
+            if config.validate_every and (done % config.validate_every == 0 or done == config.steps):
+                dice = self._validate(data, group)
+                progress.validated(done, dice)
+                if log and not math.isnan(dice):
+                    log.write({"step": done, "validation_dice": dice})
+            # Ranks stop together; they ask each other now and then only.
+            stopping = self.stop if group is None else done % LOG_EVERY == 0 and _any(self.stop, group, self.device)
+            if rank == 0 and (done % config.checkpoint_every == 0 or done == config.steps or stopping):
+                self._checkpoint(data, done)
+            if stopping and done < config.steps:
+                raise Interrupted(f"stopped after step {done}; --resume goes on from there")
 
     def _choose_workers(self, batches: StepBatches, group: Any, progress: Progress) -> int:
         """The number with which steps are fastest: workers keep the network fed, but take cores from it."""
@@ -419,15 +433,24 @@ class Training:
         progress.say(f"workers that prepare batches: {best} (a step of the bare network takes {measured})")
         return best
 
-    def _on_signals(self) -> None:
+    @contextlib.contextmanager
+    def _asked_to_stop(self) -> Iterator[None]:
+        """The first Ctrl-C or SIGTERM lets the step end and writes a checkpoint; the second one does not wait."""
+
         def ask(number: int, frame: Any) -> None:
             if self.stop:
                 raise KeyboardInterrupt
             self.stop = True
 
+        before = {}
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):  # not in the main thread
-                signal.signal(number, ask)
+                before[number] = signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _validate(self, data: Data, group: Any) -> float:
         """Mean Dice of the teacher on the validation patients; each rank takes its share of them."""
