@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect as inspection
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +34,7 @@ DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto: a GPU 
 
 
 def console() -> Console:
-    return Console(highlight=False, soft_wrap=True)
+    return Console(highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -73,10 +74,10 @@ def inspect(
         print_table(out, "Volumes", ["name", "voxels", "spacing mm", "channels", "intensity", "label"], rows)
     for report in reports:
         for note in report.notes:
-            out.print(f"note: {note}", markup=False)
+            out.print(f"note: {note}")
     problems = [line for report in reports for line in report.problems]
     for line in problems:
-        out.print(f"problem: {line}", markup=False)
+        out.print(f"problem: {line}")
     out.print("no problem found" if not problems else f"{len(problems)} problems")
     if problems:
         raise typer.Exit(1)
@@ -202,7 +203,7 @@ def predict(
                 _complain(f"skipped: {line}")
             continue
         written = write_prediction(p, prepared, output, with_probabilities=probabilities, with_entropy=entropy)
-        out.print(str(written[0]), markup=False)
+        out.print(str(written[0]))
     if failed:
         _complain(f"{failed} of {len(cases)} images skipped")
         raise typer.Exit(1)
@@ -242,7 +243,7 @@ def report(
     """Writes one self-contained HTML file: scores, curves, overlays, entropy and disparity, embeddings, options."""
     from pglcl.report import write_report
 
-    console().print(str(write_report(run, data, output, device)), markup=False)
+    console().print(str(write_report(run, data, output, device)))
 
 
 @app.command()
@@ -262,6 +263,8 @@ def _complain(line: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; what a user can mend is printed as one line each."""
+    # What MONAI says to its own developers.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="monai")
     try:
         app(args=arguments, standalone_mode=True)
     except UserError as error:

@@ -48,7 +48,7 @@ def write_template(folder: Path) -> dict[str, list[str]]:
 
 
 def run_demo(output: Path, steps: int) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     start = time.perf_counter()
     console.print(
         "The MNI152 T1 template (an average of 152 brains, shipped with nilearn), cut into slabs of six slices; two "
