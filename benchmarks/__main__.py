@@ -90,13 +90,13 @@ def answer(question: str, arguments: argparse.Namespace) -> tuple[list[dict], st
     from benchmarks import peers
 
     results, table = peers.run(
-        sizes=sizes or [128, 512, 2048, 8192, 16384, 65536], depths=[128], dtypes=["float32"], threads=threads
+        sizes=sizes or [128, 512, 2048, 8192, 65536], depths=[128], dtypes=["float32"], threads=threads
     )
     more, other = peers.run(
-        sizes=sizes or [512, 2048, 8192], depths=[64, 256], dtypes=["float32"], threads=threads, repetitions=3
+        sizes=sizes or [512, 4096], depths=[64, 256], dtypes=["float32"], threads=threads, repetitions=3
     )
     low, lowest = peers.run(
-        sizes=sizes or [512, 2048, 8192], depths=[128], dtypes=["bfloat16"], threads=threads, repetitions=3
+        sizes=sizes or [512, 4096], depths=[128], dtypes=["bfloat16"], threads=threads, repetitions=3
     )
     return results + more + low, "\n\n".join([table, other, lowest])
 

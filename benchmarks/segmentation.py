@@ -145,6 +145,18 @@ def per_class(run: Run, runs: Path) -> dict[str, tuple[float, float]]:
     return {row["class"]: (row["dice"], row["hd95"]) for row in summary}
 
 
+def commit(run: Run, runs: Path) -> str | None:
+    state = json.loads((run.folder(runs) / "environment.json").read_text())["git"]
+    return state["commit"][:7] if state else None
+
+
+def validation_dice(run: Run, runs: Path) -> float | None:
+    """The last one, of the validation patients: what defaults are chosen by."""
+    lines = (run.folder(runs) / "metrics.jsonl").read_text().splitlines()
+    values = [row["validation_dice"] for row in map(json.loads, lines) if "validation_dice" in row]
+    return values[-1] if values else None
+
+
 def paired_interval(a: list[dict[str, float]], b: list[dict[str, float]]) -> tuple[float, float, float]:
     """Mean of a minus b over test patients (each averaged over seeds), with its bootstrap 95 % interval."""
     patients = sorted(a[0])
@@ -173,7 +185,7 @@ def summarise(runs: Path) -> tuple[list[dict], str]:
         classes: list[str] = []
         for method in METHODS:
             if method not in finished:
-                rows.append([method, "not run", *["-"] * 5])
+                rows.append([method, "not run", *["-"] * 6])
                 continue
             seeds = [int(r["seed"]["seed"]) for r in finished[method]]
             dice = [100 * float(np.mean(list(r["dice"].values()))) for r in finished[method]]
@@ -196,9 +208,12 @@ def summarise(runs: Path) -> tuple[list[dict], str]:
             spread = f" ± {np.std(dice, ddof=1):.1f}" if len(dice) > 1 else ""
             each = " / ".join(f"{100 * float(np.mean([b[c][0] for b in by_class])):.1f}" for c in classes)
             distance = f"{np.mean(hd95):.1f}" + (f" ± {np.std(hd95, ddof=1):.1f}" if len(hd95) > 1 else "")
+            found = [validation_dice(Run(dataset, method, s), runs) for s in seeds]
+            tuned = [100 * v for v in found if v is not None]
             rows.append(
                 [
                     f"{method} (seeds {', '.join(map(str, seeds))})",
+                    f"{np.mean(tuned):.1f}" if tuned else "-",
                     f"{np.mean(dice):.1f}{spread}",
                     each,
                     distance,
@@ -210,19 +225,22 @@ def summarise(runs: Path) -> tuple[list[dict], str]:
                 {
                     "dataset": name, "method": method, "seeds": seeds, "dice": dice, "hd95": hd95,
                     "per_class": by_class, "minus_base": compared, "options": Run(dataset, method, seeds[0]).options(),
+                    "commits": sorted({str(commit(Run(dataset, method, s), runs)) for s in seeds}),
+                    "validation_dice": found,
                     "patients": [{k: v for k, v in r.items() if k != "seed"} for r in finished[method]],
                 }
             )  # fmt: skip
         head = [
             "method",
-            "Dice [%]",
-            f"by class ({' / '.join(classes)})",
+            "validation Dice [%]",
+            "test Dice [%]",
+            f"test, by class ({' / '.join(classes)})",
             "HD95",
             "minus its base (95 %)",
             "share of the gap",
         ]
         steps = f"{budget['labelled']} labelled, {budget['steps']} steps"
-        texts.append(f"{name}, {steps}\n\n" + markdown(head, [row[: len(head)] for row in rows]))
+        texts.append(f"{name}, {steps}\n\n" + markdown(head, rows))
     return results, "\n\n".join(texts)
 
 
