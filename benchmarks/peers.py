@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.runner import compare, markdown, median
+from benchmarks.runner import compare, markdown, median, peak_growth
 
 LIMIT_SECONDS = 60.0
 LIMIT_BYTES = 12 * 2**30
@@ -89,8 +89,6 @@ def measure_here(name: str, n: int, depth: int, dtype: str, threads: int, repeti
     function = contenders()[name]()
     if name != "torch.compile":  # which compiles for each size
         torch.autograd.grad(function(small_z, small_y), small_z)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
 
     def forward() -> Any:
         with torch.no_grad():
@@ -99,9 +97,9 @@ def measure_here(name: str, n: int, depth: int, dtype: str, threads: int, repeti
     def both() -> Any:
         return torch.autograd.grad(function(z, y), z)
 
-    both()
+    start = time.perf_counter()
+    grown = peak_growth(both)
     first = time.perf_counter() - start
-    grown = max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     if first > LIMIT_SECONDS and name != "torch.compile":
         return {"seconds": {"forward+backward": [first]}, "bytes": grown, "problem": "over a minute"}
     few = max(1, min(repetitions, int(4 / max(first, 1e-4))))

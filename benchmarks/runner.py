@@ -8,10 +8,12 @@ import os
 import platform
 import statistics
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch.utils.benchmark import Timer
 
@@ -52,6 +54,26 @@ def compare(contenders: dict[str, Callable[[], Any]], *, repetitions: int, threa
         for name, timer in timers.items():
             samples[name].append(timer.timeit(counts[name]).mean)
     return samples
+
+
+def peak_growth(function: Callable[[], Any]) -> int:
+    """Bytes by which the resident memory of this process grows at most while `function` runs, looked at every 2 ms."""
+    process, done, peak = psutil.Process(), threading.Event(), [0]
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], process.memory_info().rss)
+
+    before = process.memory_info().rss
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        function()
+        peak[0] = max(peak[0], process.memory_info().rss)
+    finally:
+        done.set()
+        watcher.join()
+    return max(0, peak[0] - before)
 
 
 def median(samples: list[float]) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import math
 import os
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from benchmarks.runner import compare, markdown, median, milliseconds
+from benchmarks.runner import compare, markdown, median, milliseconds, peak_growth
 from pglcl_ext import patch_contrast_loss
 
 
@@ -48,9 +47,7 @@ def _rank(rank: int, world: int, folder: str, gather: str, n: int, repetitions: 
 
     tiny = F.normalize(torch.randn(64, 128), dim=1).requires_grad_()
     torch.autograd.grad(patch_contrast_loss(tiny, y[:64], group=dist.group.WORLD, gather=gather), tiny)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    both()
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    grown = peak_growth(both)
     seconds = []
     for _ in range(repetitions):
         dist.barrier()
