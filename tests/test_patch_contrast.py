@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import threading
-import time
 
-import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks.runner import peak_growth
 from pglcl_ext import PatchContrastLoss, patch_contrast_loss, reference
 from pglcl_ext._library import INSTRUCTION_SETS, build_info, ops
 from tests.conftest import DEVICES
@@ -445,26 +443,6 @@ def test_module_normalises(device: torch.device) -> None:
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
-
-
-def peak_growth(function) -> int:
-    """Bytes by which the resident memory of this process grows at most while `function` runs."""
-    process, done, peak = psutil.Process(), threading.Event(), [0]
-
-    def watch() -> None:
-        while not done.is_set():
-            peak[0] = max(peak[0], process.memory_info().rss)
-            time.sleep(0.002)
-
-    before = process.memory_info().rss
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        function()
-    finally:
-        done.set()
-        watcher.join()
-    return peak[0] - before
 
 
 @pytest.mark.slow
