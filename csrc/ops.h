@@ -23,6 +23,15 @@ enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
   {anchors, labels, descriptors, keys, key_labels, key_descriptors, positive_bounds, negative_bounds,   \
    positive_mask, negative_mask, temperature, positive_bound, negative_bound, negative_weight,          \
    ignore_index, self_offset, reduction}
+
+#define PGLCL_GAUSSIAN_PARAMETERS                                                                       \
+  const at::Tensor &anchors, const at::Tensor &labels, const at::Tensor &means,                         \
+  const at::Tensor &covariances, const at::Tensor &counts, double temperature, double covariance_scale, \
+  double negative_weight, int64_t ignore_index, int64_t reduction, bool needs_gradients
+
+#define PGLCL_GAUSSIAN_ARGUMENTS                                                                        \
+  {anchors, labels, means, covariances, counts, temperature, covariance_scale, negative_weight,         \
+   ignore_index, reduction, needs_gradients}
 // clang-format on
 
 struct PatchContrastArgs {

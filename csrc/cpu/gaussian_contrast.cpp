@@ -51,14 +51,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_typed(const GaussianContr
   return {at::scalar_tensor(total, options), gradients, num_valid};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& anchors, const at::Tensor& labels,
-                                                       const at::Tensor& means, const at::Tensor& covariances,
-                                                       const at::Tensor& counts, double temperature,
-                                                       double covariance_scale, double negative_weight,
-                                                       int64_t ignore_index, int64_t reduction, bool needs_gradients) {
-  const GaussianContrastArgs x{anchors,        labels,           means,           covariances,  counts,
-                               temperature,    covariance_scale, negative_weight, ignore_index, reduction,
-                               needs_gradients};
+std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(PGLCL_GAUSSIAN_PARAMETERS) {
+  const GaussianContrastArgs x PGLCL_GAUSSIAN_ARGUMENTS;
   return x.accumulate_type() == at::kDouble ? forward_typed<double>(x) : forward_typed<float>(x);
 }
 

@@ -12,14 +12,8 @@
 namespace pglcl {
 namespace {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& anchors, const at::Tensor& labels,
-                                                       const at::Tensor& means, const at::Tensor& covariances,
-                                                       const at::Tensor& counts, double temperature,
-                                                       double covariance_scale, double negative_weight,
-                                                       int64_t ignore_index, int64_t reduction, bool needs_gradients) {
-  const GaussianContrastArgs x{anchors,        labels,           means,           covariances,  counts,
-                               temperature,    covariance_scale, negative_weight, ignore_index, reduction,
-                               needs_gradients};
+std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(PGLCL_GAUSSIAN_PARAMETERS) {
+  const GaussianContrastArgs x PGLCL_GAUSSIAN_ARGUMENTS;
   check_gaussian_contrast(x);
   const c10::cuda::CUDAGuard guard(anchors.device());
   const at::ScalarType type = x.accumulate_type();
