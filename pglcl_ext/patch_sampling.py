@@ -35,6 +35,27 @@ class PatchBatch(NamedTuple):
         keep = self.labels != ignore_index
         return PatchBatch(*(t[keep] for t in self))
 
+    def limited(self, per_class: int, priority: Tensor, ignore_index: int = -1) -> PatchBatch:
+        """At most `per_class` rows of each class qualify: those of the highest `priority`, ties in order.
+
+        Background has as many patches as all else together, several times over; a mean over anchors is its mean. With
+        `batch.entropy` as priority the patches that the prediction is least sure of are kept, with random numbers a
+        fair sample. Nothing waits for the device.
+
+        Args:
+            per_class: at least 0.
+            priority: (N,), of each row.
+            ignore_index: label of rows that do not qualify, and of those that no longer do.
+        """
+        if priority.shape != self.labels.shape:
+            raise ValueError(f"priority must have shape (N,) = {tuple(self.labels.shape)}, got {tuple(priority.shape)}")
+        order = priority.argsort(descending=True, stable=True)
+        order = order[self.labels[order].argsort(stable=True)]  # by class, and in a class by priority
+        by_class = self.labels[order]
+        rank = torch.arange(len(order), device=order.device) - torch.searchsorted(by_class, by_class)
+        keep = torch.zeros_like(self.labels, dtype=torch.bool).scatter(0, order, rank < per_class)
+        return self._replace(labels=torch.where(keep, self.labels, ignore_index))
+
 
 def _windows(x: Tensor, patch: Sequence[int], stride: Sequence[int]) -> Tensor:
     """(B, C, *g, *P) as a view."""

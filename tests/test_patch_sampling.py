@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from pglcl_ext import CoverageThreshold, PatchContrastLoss, class_patches, patch_embeddings, patch_statistics
+from pglcl_ext import (
+    CoverageThreshold,
+    PatchBatch,
+    PatchContrastLoss,
+    class_patches,
+    patch_embeddings,
+    patch_statistics,
+)
 
 
 def direct(features: Tensor, weights: Tensor, patch: list[int], step: list[int]) -> list[tuple]:
@@ -67,6 +74,24 @@ def test_entropy_of_another_prediction(device: torch.device) -> None:
         inside = labels[place] == row % 3
         expected = h[place][inside].mean() if inside.any() else h.new_zeros(())
         torch.testing.assert_close(batch.entropy[row], expected)
+
+
+@pytest.mark.parametrize("per_class", [0, 1, 5, 100])
+def test_limited_keeps_the_first_of_each_class(per_class: int, device: torch.device) -> None:
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(-1, 4, (90,), generator=g)
+    priority = torch.randint(0, 12, (90,), generator=g).float()  # with ties
+    rows = torch.arange(90)
+    batch = PatchBatch(rows[:, None].float(), labels, priority, priority, rows[:, None])
+    batch = PatchBatch(*(t.to(device) for t in batch))
+    kept = batch.limited(per_class, priority.to(device))
+    for k in range(4):
+        own = sorted(rows[labels == k].tolist(), key=lambda i: (-priority[i], i))
+        assert sorted(own[:per_class]) == rows[kept.labels.cpu() == k].tolist()
+    assert kept.embeddings is batch.embeddings
+    assert len(PatchBatch(*(t[:0] for t in batch)).limited(per_class, priority[:0].to(device)).labels) == 0
+    with pytest.raises(ValueError, match=r"priority must have shape \(N,\) = \(90,\), got \(3,\)"):
+        batch.limited(1, priority[:3])
 
 
 def test_one_pass_over_the_features() -> None:

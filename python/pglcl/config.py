@@ -22,6 +22,7 @@ CHOICES = {
     "loss": ("infonce", "gaussian"),
     "patches": ("pooled", "crop"),
     "spatial_dims": (2, 3),
+    "anchors": ("labelled", "all"),
     "flips": ("none", "all"),
 }
 
@@ -59,7 +60,11 @@ class TrainConfig:
     max_positive_disparity: float = _opt(0.3, "delta+: most that positives differ, in units of log K", "Method")
     min_negative_disparity: float = _opt(0.0, "delta-: least that negatives differ, in units of log K", "Method")
     hard_negatives: bool = _opt(False, "gaussian: statistics of hard negatives", "Method")
-    patch_size: int = _opt(16, "pixels of a patch along each axis (of an image given to the network)", "Method")
+    anchors: str = _opt("labelled", "anchors are annotated pixels, or all: pseudo-labels too; keys are both", "Method")
+    anchors_per_class: int = _opt(64, "anchors of a class in a step, at most; 0: all", "Method")
+    hard_anchors: bool = _opt(True, "the anchors whose prediction is least certain; else a random sample", "Method")
+    keys_per_class: int = _opt(32, "keys of a class that a step queues, at most; 0: all", "Method")
+    patch_size: int = _opt(4, "pixels of a patch along each axis (of an image given to the network)", "Method")
     coverage_target: float = _opt(0.8, "share of a class's patches that the adaptive threshold lets pass", "Method")
     queue_length: int = _opt(256, "keys kept of each class; 0: only those of the batch", "Method")
     embedding_dim: int = _opt(64, "numbers of an embedding", "Method")
@@ -90,6 +95,7 @@ class TrainConfig:
                 problems.append(f"{flag(name)} must be one of {wanted}, got {getattr(self, name)}")
         at_least = {
             "labelled": 1, "validation": -1, "test": -1, "num_classes": 0, "patch_size": 1, "queue_length": 0,
+            "anchors_per_class": 0, "keys_per_class": 0,
             "embedding_dim": 1, "crops_per_class": 1, "steps": 1, "warmup": 0, "batch_size": 2, "workers": -1,
             "checkpoint_every": 1, "validate_every": 0, "seed": 0, "contrast_weight": 0, "consistency_weight": 0,
             "rotation": 0, "scaling": 0, "weight_decay": 0, "slice_axis": -1,

@@ -34,20 +34,22 @@ class Views:
     """What the student sees in a step, and what it should say.
 
     images (B, C, *S). target (B, *S) int64, -1 where nothing is known. weight (B, *S), of each pixel. certainty
-    (B, *S), 1 for an annotation, the teacher's probability for a pseudo-label. prediction (B, K, *S), the teacher's, or
-    None when nobody asks for it. supervised: how many of the first images are annotated.
+    (B, *S), 1 for an annotation, the teacher's probability for a pseudo-label. annotated (B, *S) bool. prediction
+    (B, K, *S), the teacher's, or None when nobody asks for it. supervised: how many of the first images are annotated.
     """
 
     images: Tensor
     target: Tensor
     weight: Tensor
     certainty: Tensor
+    annotated: Tensor
     prediction: Tensor | None
     supervised: int
 
-    def class_weights(self, num_classes: int) -> Tensor:
-        """(B, K, *S): each pixel counts for its class alone, as much as it is certain."""
-        return one_hot(self.target, num_classes) * self.certainty[:, None]
+    def class_weights(self, num_classes: int, *, annotated: bool = False) -> Tensor:
+        """(B, K, *S): each pixel counts for its class alone, as much as it is certain; `annotated`: or not at all."""
+        counts = self.certainty * self.annotated if annotated else self.certainty
+        return one_hot(self.target, num_classes) * counts[:, None]
 
 
 def one_hot(target: Tensor, num_classes: int) -> Tensor:
@@ -134,7 +136,7 @@ def copy_paste(batch: dict[str, Tensor], teacher: Tensor, config: TrainConfig, g
         labelled, unlabelled = x[:n], x[n:]
         return torch.cat([torch.where(box, unlabelled, labelled), torch.where(box, labelled, unlabelled)])
 
-    tensors = (views.images, views.target, views.weight, views.certainty, views.prediction)
+    tensors = (views.images, views.target, views.weight, views.certainty, views.annotated, views.prediction)
     return Views(*(mixed(t) for t in tensors if t is not None), supervised=0)
 
 
@@ -161,6 +163,7 @@ def _labelled_and(batch: dict[str, Tensor], unlabelled: Tensor, teacher: Tensor)
         target,
         torch.ones_like(target, dtype=teacher.dtype),
         torch.cat([torch.ones_like(batch["label"], dtype=teacher.dtype), certainty]),
+        torch.cat([torch.ones_like(batch["label"], dtype=torch.bool), torch.zeros_like(pseudo, dtype=torch.bool)]),
         teacher,
         n,
     )
@@ -174,13 +177,17 @@ def halved(x: Tensor) -> Tensor:
     return x
 
 
+def random_priority(batch: PatchBatch, generator: torch.Generator) -> Tensor:
+    return torch.rand(len(batch.labels), generator=generator).to(batch.labels.device)
+
+
 # --- the contrast ---------------------------------------------------------------------------------------------------
 
 
 class PatchContrast(nn.Module):
     """Guided patches, keys of the teacher queued by class, and one of the two losses.
 
-    Anchors are the student's patches, their classes given by annotation or pseudo-label; keys the teacher's. Patches
+    Anchors are the student's patches, keys the teacher's, their classes given by annotation or pseudo-label. Patches
     are compared by the entropy of the teacher's prediction inside them.
     """
 
@@ -280,10 +287,18 @@ class PatchContrast(nn.Module):
 
     @torch.no_grad()
     def teacher_keys(
-        self, teacher: SegmentationNetwork, features: Tensor, weights: Tensor, prediction: Tensor, images: Tensor
+        self,
+        teacher: SegmentationNetwork,
+        features: Tensor,
+        weights: Tensor,
+        prediction: Tensor,
+        images: Tensor,
+        generator: torch.Generator,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Embeddings, labels and entropies of the teacher's patches, which are queued."""
         batch = self.patches(teacher, features, weights, prediction, images)
+        if self.config.keys_per_class:
+            batch = batch.limited(self.config.keys_per_class, random_priority(batch, generator)).compact()
         keys = teacher.projection(batch.embeddings)
         if self.config.loss == "gaussian":
             self.gaussian.enqueue(keys, batch.labels)
@@ -303,6 +318,9 @@ class PatchContrast(nn.Module):
     ) -> Tensor:
         """The contrastive loss of the student's patches against the queue, or against `keys` without one."""
         batch = self.patches(student, features, weights, prediction, images, observe=True)
+        if self.config.anchors_per_class:
+            priority = batch.entropy if self.config.hard_anchors else random_priority(batch, generator)
+            batch = batch.limited(self.config.anchors_per_class, priority).compact()
         anchors = student.projection(batch.embeddings)
         if self.config.loss == "gaussian":
             queue = self.gaussian.queue
@@ -363,7 +381,7 @@ class Step:
                 views = self.make_views(batch, prediction, config, generator)
             else:
                 ones = torch.ones_like(batch["label"], dtype=batch["image"].dtype)
-                views = Views(batch["image"], batch["label"], ones, ones, prediction, len(batch["image"]))
+                views = Views(batch["image"], batch["label"], ones, ones, ones.bool(), prediction, len(ones))
         with self.section("student forward"), autocast:
             logits, features = self.student.with_features(views.images)
         with self.section("loss"):
@@ -418,10 +436,9 @@ class Step:
         assert seen.prediction is not None
         assert views.prediction is not None
         keys = contrast.teacher_keys(
-            self.teacher, teacher_features, seen.class_weights(k), seen.prediction, seen.images
+            self.teacher, teacher_features, seen.class_weights(k), seen.prediction, seen.images, generator
         )
-        value = contrast(
-            self.student, features, views.class_weights(k), views.prediction, views.images, keys, generator
-        )
+        weights = views.class_weights(k, annotated=self.config.anchors == "labelled")
+        value = contrast(self.student, features, weights, views.prediction, views.images, keys, generator)
         (self.config.contrast_weight * value).backward()
         return value.detach()

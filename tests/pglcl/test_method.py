@@ -30,6 +30,14 @@ def make_batch(dims: int = 2, seed: int = 0) -> dict[str, Tensor]:
     }
 
 
+@torch.no_grad()
+def make_say(network: SegmentationNetwork, k: int) -> None:
+    """Class k everywhere."""
+    last = [m for m in network.unet.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.ConvTranspose2d))][-1]
+    last.bias.zero_()
+    last.bias[k] = 50.0
+
+
 def gradient_of(step: Step, batch: dict[str, Tensor], number: int = 6) -> tuple[dict[str, Tensor], Tensor]:
     step.student.zero_grad()
     losses = step(dict(batch), number, torch.Generator().manual_seed(0))
@@ -64,10 +72,7 @@ def test_the_teachers_pseudo_labels_reach_the_loss(monkeypatch: pytest.MonkeyPat
     batch = make_batch()
     results = []
     for said in (0, 2):  # a teacher that sees one class everywhere
-        with torch.no_grad():
-            last = [m for m in teacher.unet.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.ConvTranspose2d))][-1]
-            last.bias.zero_()
-            last.bias[said] = 50.0
+        make_say(teacher, said)
         contrast = PatchContrast(config, 3)
         step = Step(student, teacher, contrast, config)
         seen: list[Tensor] = []
@@ -91,6 +96,53 @@ def test_the_teachers_pseudo_labels_reach_the_loss(monkeypatch: pytest.MonkeyPat
         assert (torch.cdist(keys[labels >= 0], z).min(dim=1).values < 1e-3).all()
     assert results[0][0] != results[1][0]  # the segmentation loss follows the pseudo-labels
     assert results[0][2] != results[1][2]  # and so do the classes that are queued
+
+
+def anchors_of(monkeypatch: pytest.MonkeyPatch, batch: dict[str, Tensor], said: int | None = None, **options):
+    """(labels, entropies) of the anchors, labels of the queued keys; by a teacher that says `said` everywhere."""
+    config = tiny(consistency="copy-paste", **options)
+    student, teacher = networks()
+    if said is not None:
+        make_say(teacher, said)
+    contrast = PatchContrast(config, 3)
+    contrast.threshold.value.zero_()
+    seen = []
+
+    def recording(anchors, labels, entropy, infonce=contrast.infonce.forward, **options):
+        seen.append((labels, entropy))
+        return infonce(anchors, labels, entropy, **options)
+
+    monkeypatch.setattr(contrast.infonce, "forward", recording)
+    losses, _ = gradient_of(Step(student, teacher, contrast, config), batch)
+    assert losses["contrast"] > 0
+    assert contrast.queue is not None
+    return *seen[0], contrast.queue.counts
+
+
+def test_anchors_are_annotated_or_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = make_batch()
+    batch["label"] %= 2  # class 2 is in pseudo-labels alone
+    for choice, expected in (("labelled", {0, 1}), ("all", {0, 1, 2})):
+        labels, _, counts = anchors_of(monkeypatch, batch, 2, anchors=choice)
+        assert set(labels.tolist()) == expected
+        assert (counts > 0).all()  # keys are of both
+
+
+def test_anchors_and_keys_of_a_class_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"anchors": "all", "queue_length": 1000, "patch_size": 4}
+    entropies = {}
+    for name, hard in (("hard", True), ("random", False)):
+        labels, entropies[name], counts = anchors_of(
+            monkeypatch, make_batch(), hard_anchors=hard, anchors_per_class=9, keys_per_class=5, **options
+        )
+        assert labels.bincount().tolist() == [9, 9, 9]
+        assert counts.tolist() == [5, 5, 5]
+    every, entropy, counts = anchors_of(monkeypatch, make_batch(), anchors_per_class=0, keys_per_class=0, **options)
+    assert (every.bincount() > 9).all()
+    assert (counts > 5).all()
+    largest = torch.cat([entropy[every == k].sort(descending=True).values[:9] for k in range(3)])
+    assert torch.equal(entropies["hard"].sort().values, largest.sort().values)
+    assert entropies["random"].mean() < entropies["hard"].mean()
 
 
 def test_semi_is_patchcl_without_the_contrast() -> None:
