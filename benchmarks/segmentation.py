@@ -40,7 +40,6 @@ DATASETS: dict[str, tuple[str, dict[str, Any]]] = {
             "steps": 1000,
             "warmup": 250,
             "batch_size": 4,
-            "patch_size": 8,
         },
     ),
 }
@@ -55,7 +54,26 @@ METHODS: dict[str, dict[str, Any]] = {
     "copy-paste + patchcl, gaussian": {"method": "patchcl", "consistency": "copy-paste", "loss": "gaussian"},
     "copy-paste + patchcl, unguided": {"method": "patchcl", "consistency": "copy-paste", "guidance": False},
     "copy-paste + patchcl, no queue": {"method": "patchcl", "consistency": "copy-paste", "queue_length": 0},
-    "copy-paste + patchcl, crops": {"method": "patchcl", "consistency": "copy-paste", "patches": "crop"},
+    "copy-paste + patchcl, crops": {
+        "method": "patchcl",
+        "consistency": "copy-paste",
+        "patches": "crop",
+        "patch_size": 16,
+        "crops_per_class": 2,
+    },
+    "copy-paste + patchcl, anchors of pseudo-labels": {
+        "method": "patchcl",
+        "consistency": "copy-paste",
+        "anchors": "all",
+    },
+    "copy-paste + patchcl, patches of 16, all anchors": {
+        "method": "patchcl",
+        "consistency": "copy-paste",
+        "anchors": "all",
+        "patch_size": 16,
+        "anchors_per_class": 0,
+        "keys_per_class": 0,
+    },
     # All training patients labelled: as many as there are.
     "fully supervised": {"method": "supervised", "labelled": None},
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -81,6 +81,7 @@ def patch_embeddings(
     *,
     coverage: float | Tensor | None = None,
     prediction: Tensor | None = None,
+    select: Callable[[PatchBatch], PatchBatch] | None = None,
     ignore_index: int = -1,
 ) -> PatchBatch:
     r"""One embedding for each class of each patch, pooled from one feature map.
@@ -104,10 +105,13 @@ def patch_embeddings(
             of it.
         prediction: (B, K', *S) probabilities whose entropy, averaged with the class weights, is taken instead of the
             weights' own: a one-hot mask has none.
+        select: is given the rows before anything is pooled, embeddings (N, 0), and returns those to pool, e.g.
+            ``lambda rows: rows.limited(64, rows.entropy).compact()``. Pooling then costs what they are, not what the
+            feature map is.
         ignore_index: label of rows that do not qualify.
 
     Returns:
-        :class:`PatchBatch` with N = B * cells * K rows, ordered by image, cell, class.
+        :class:`PatchBatch` with N = B * cells * K rows, ordered by image, cell, class; or those selected.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -126,24 +130,44 @@ def patch_embeddings(
         h = -torch.special.xlogy(p, p).sum(dim=1, keepdim=True).to(features.dtype)
         inside = _windows(weights * h, patch, step).flatten(-len(patch)).mean(dim=-1)
         entropy = torch.where(share > 0, inside / torch.where(share > 0, share, 1), 0)
-    embeddings = _weighted_means(features, weights, patch, step, share)
 
     batch, k, *cells = share.shape
-    share, entropy = share.movedim(1, -1).reshape(-1, k), entropy.movedim(1, -1).reshape(-1)
+    rows, entropy = share.movedim(1, -1).reshape(-1, k), entropy.movedim(1, -1).reshape(-1)
     threshold: Any = 0.0 if coverage is None else coverage
     if isinstance(threshold, Tensor) and threshold.shape not in ((), (k,)):
         raise ValueError(f"coverage must be a number or have shape (K,) = ({k},), got {tuple(threshold.shape)}")
-    present = (share > threshold) & (share > 0)
-    classes = torch.arange(k, device=share.device).expand_as(share)
+    present = (rows > threshold) & (rows > 0)
+    classes = torch.arange(k, device=share.device).expand_as(rows)
     ranges = [torch.arange(size, device=share.device) for size in (batch, *cells)]
     index = torch.stack(torch.meshgrid(*ranges, indexing="ij"), dim=-1).reshape(-1, 1 + len(cells))
-    return PatchBatch(
-        embeddings.reshape(-1, features.shape[1]),
+    found = PatchBatch(
+        features.new_empty(rows.numel(), 0),
         torch.where(present, classes, ignore_index).flatten(),
         entropy,
-        share.flatten(),
+        rows.flatten(),
         index.repeat_interleave(k, dim=0),
     )
+    if select is None:
+        embeddings = _weighted_means(features, weights, patch, step, share)
+        return found._replace(embeddings=embeddings.reshape(-1, features.shape[1]))
+    chosen = select(found)
+    known = chosen.labels != ignore_index
+    return chosen._replace(embeddings=_means_of_rows(features, weights, patch, step, chosen, known))
+
+
+def _means_of_rows(
+    x: Tensor, weights: Tensor, patch: list[int], step: list[int], rows: PatchBatch, known: Tensor
+) -> Tensor:
+    """sum w_k x / sum w_k over the patches of some rows, (N, channels); 0 where no class is known."""
+    offsets = torch.cartesian_prod(*(torch.arange(size, device=x.device) for size in patch)).view(-1, len(patch))
+    pixel = rows.index.new_zeros(len(rows.index), len(offsets))
+    for d, size in enumerate(x.shape[2:]):
+        pixel = pixel * size + rows.index[:, 1 + d, None] * step[d] + offsets[:, d]
+    image, label = rows.index[:, :1], torch.where(known, rows.labels, 0)[:, None]
+    w = weights.flatten(2)[image, label, pixel]
+    inside = x.flatten(2).movedim(1, -1)[image, pixel]  # (N, pixels, channels)
+    mass = torch.where(known, w.sum(dim=1), 1)
+    return torch.where(known[:, None], (inside * w[..., None]).sum(dim=1) / mass[:, None], 0)
 
 
 def _weighted_means(x: Tensor, weights: Tensor, patch: list[int], step: list[int], share: Tensor) -> Tensor:

@@ -94,6 +94,43 @@ def test_limited_keeps_the_first_of_each_class(per_class: int, device: torch.dev
         batch.limited(1, priority[:3])
 
 
+@pytest.mark.parametrize(("shape", "patch", "step"), CASES)
+def test_selected_rows_alone_are_pooled(shape, patch: list[int], step: list[int] | None, device: torch.device) -> None:
+    g = torch.Generator().manual_seed(0)
+    features = torch.randn(*shape, generator=g, dtype=torch.float64).to(device).requires_grad_()
+    weights = torch.randn(shape[0], 3, *shape[2:], generator=g, dtype=torch.float64).softmax(1).to(device)
+
+    def select(rows: PatchBatch) -> PatchBatch:
+        assert rows.embeddings.shape == (len(rows.labels), 0)
+        return rows.limited(2, rows.entropy)
+
+    for compact in (False, True):
+        some = patch_embeddings(
+            features,
+            weights,
+            patch,
+            step,
+            coverage=0.3,
+            select=lambda r, c=compact: select(r).compact() if c else select(r),
+        )
+        every = patch_embeddings(features, weights, patch, step, coverage=0.3)
+        every = select(every._replace(embeddings=every.embeddings[:, :0]))._replace(embeddings=every.embeddings)
+        known = every.labels >= 0
+        assert 3 < known.sum() <= 6
+        if compact:
+            every = every.compact()
+        else:
+            assert torch.all(some.embeddings[~known] == 0)
+            every = every._replace(embeddings=torch.where(known[:, None], every.embeddings, 0))
+        for a, b in zip(some, every):
+            torch.testing.assert_close(a, b)
+        v = torch.randn(every.embeddings.shape, generator=g, dtype=torch.float64).to(device)
+        got, want = (torch.autograd.grad((b.embeddings * v).sum(), features)[0] for b in (some, every))
+        torch.testing.assert_close(got, want)
+    none = patch_embeddings(features, weights, patch, step, select=lambda rows: rows.limited(0, rows.entropy).compact())
+    assert none.embeddings.shape == (0, shape[1])
+
+
 def test_one_pass_over_the_features() -> None:
     """Memory does not grow with the number of classes by copies of the feature map."""
     shape = (4, 64, 64, 64)

@@ -235,22 +235,29 @@ class PatchContrast(nn.Module):
         prediction: Tensor,
         images: Tensor,
         *,
+        choose: Callable[[PatchBatch], PatchBatch] = PatchBatch.compact,
         observe: bool = False,
     ) -> PatchBatch:
-        """Class-aware patches with their embeddings, pooled or cropped; `observe` moves the threshold by them."""
+        """Class-aware patches with their embeddings, pooled or cropped, those that `choose` leaves.
+
+        `observe` moves the threshold by all of them.
+        """
         if self.config.patches == "crop":
-            return self._cropped(network, weights, prediction, images, observe)
-        batch = patch_embeddings(
+            return choose(self._cropped(network, weights, prediction, images, observe))
+
+        def select(rows: PatchBatch) -> PatchBatch:
+            if observe:
+                self.threshold.update(*self.threshold.classes_and_coverage(rows))
+            return choose(rows)
+
+        return patch_embeddings(
             features,
             halved(weights),
             self.config.patch_size // network.feature_stride,
             coverage=self.threshold.value,
             prediction=halved(prediction),
+            select=select,
         )
-        if observe:
-            self.threshold.update(*self.threshold.classes_and_coverage(batch))
-        # The losses leave out rows that do not qualify; projecting them would be for nothing.
-        return batch.compact()
 
     def _cropped(
         self, network: SegmentationNetwork, weights: Tensor, prediction: Tensor, images: Tensor, observe: bool
@@ -296,9 +303,13 @@ class PatchContrast(nn.Module):
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Embeddings, labels and entropies of the teacher's patches, which are queued."""
-        batch = self.patches(teacher, features, weights, prediction, images)
-        if self.config.keys_per_class:
-            batch = batch.limited(self.config.keys_per_class, random_priority(batch, generator)).compact()
+
+        def choose(rows: PatchBatch) -> PatchBatch:
+            count = self.config.keys_per_class
+            rows = rows.compact()
+            return rows.limited(count, random_priority(rows, generator)).compact() if count else rows
+
+        batch = self.patches(teacher, features, weights, prediction, images, choose=choose)
         keys = teacher.projection(batch.embeddings)
         if self.config.loss == "gaussian":
             self.gaussian.enqueue(keys, batch.labels)
@@ -317,10 +328,14 @@ class PatchContrast(nn.Module):
         generator: torch.Generator,
     ) -> Tensor:
         """The contrastive loss of the student's patches against the queue, or against `keys` without one."""
-        batch = self.patches(student, features, weights, prediction, images, observe=True)
-        if self.config.anchors_per_class:
-            priority = batch.entropy if self.config.hard_anchors else random_priority(batch, generator)
-            batch = batch.limited(self.config.anchors_per_class, priority).compact()
+
+        def choose(rows: PatchBatch) -> PatchBatch:
+            rows = rows.compact()  # the losses leave out rows that do not qualify; projecting them would be for nothing
+            count, hard = self.config.anchors_per_class, self.config.hard_anchors
+            priority = rows.entropy if hard else random_priority(rows, generator)
+            return rows.limited(count, priority).compact() if count else rows
+
+        batch = self.patches(student, features, weights, prediction, images, choose=choose, observe=True)
         anchors = student.projection(batch.embeddings)
         if self.config.loss == "gaussian":
             queue = self.gaussian.queue
