@@ -52,7 +52,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "copy-paste": {"method": "semi", "consistency": "copy-paste"},
     "copy-paste + patchcl": {"method": "patchcl", "consistency": "copy-paste"},
     "copy-paste + patchcl, gaussian": {"method": "patchcl", "consistency": "copy-paste", "loss": "gaussian"},
-    "copy-paste + patchcl, unguided": {"method": "patchcl", "consistency": "copy-paste", "guidance": False},
+    "copy-paste + patchcl, unguided": {
+        "method": "patchcl",
+        "consistency": "copy-paste",
+        "guidance": False,
+        "hard_anchors": False,
+    },
     "copy-paste + patchcl, no queue": {"method": "patchcl", "consistency": "copy-paste", "queue_length": 0},
     "copy-paste + patchcl, crops": {
         "method": "patchcl",
