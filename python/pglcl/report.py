@@ -283,6 +283,12 @@ class View:
         background = image[0, : inside[0], : inside[1], z].numpy()
         rows, columns = entropy.shape
         extent = (-0.5, columns * patch - 0.5, rows * patch - 0.5, -0.5)
+        boxed = [j for j in range(rows * columns) if j == anchor or positive[j] or (negative[j] and label[j] > 0)]
+        # Around the boxes, which are small where patches are.
+        window = []
+        for places, count in (([j % columns for j in boxed], columns), ([j // columns for j in boxed], rows)):
+            margin = 2 + (max(places) - min(places)) // 4
+            window.append((max(0, min(places) - margin) * patch, min(count, max(places) + margin + 1) * patch))
         figures = []
         for values, title, boxes in (
             (None, "image", True),
@@ -295,14 +301,14 @@ class View:
             if values is not None:
                 shown = axis.imshow(values.numpy(), cmap="viridis", alpha=0.65, extent=extent)
                 figure.colorbar(shown, ax=axis, fraction=0.046)
-            for j in range(rows * columns) if boxes else ():
-                if j != anchor and not positive[j] and not (negative[j] and label[j] > 0):
-                    continue
+            axis.set_xlim(window[0][0] - 0.5, window[0][1] - 0.5)
+            axis.set_ylim(window[1][1] - 0.5, window[1][0] - 0.5)
+            for j in boxed if boxes else ():
                 y, x = divmod(j, columns)
                 colour = "white" if j == anchor else COLOURS[int(label[j]) % len(COLOURS)]
                 style = "-" if j == anchor or positive[j] else "--"
                 box = Rectangle((x * patch, y * patch), patch - 1, patch - 1, fill=False, edgecolor=colour)
-                box.set(linestyle=style, linewidth=2.5 if j == anchor else 1.3)
+                box.set(linestyle=style, linewidth=2.5 if j == anchor else 1.0)
                 axis.add_patch(box)
         return figures
 
