@@ -40,6 +40,7 @@ DATASETS: dict[str, tuple[str, dict[str, Any]]] = {
             "steps": 1000,
             "warmup": 250,
             "batch_size": 4,
+            "contrast_weight": 0.1,
         },
     ),
 }
