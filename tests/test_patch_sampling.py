@@ -191,9 +191,14 @@ def test_one_patch_and_no_patch_reach_the_loss(count: int) -> None:
 
 def test_compiles_whole() -> None:
     features, weights = torch.randn(2, 4, 16, 16), torch.randn(2, 3, 16, 16).softmax(1)
-    function = torch.compile(lambda f, w: patch_embeddings(f, w, 8, coverage=0.3), fullgraph=True, backend="aot_eager")
-    for a, b in zip(function(features, weights), patch_embeddings(features, weights, 8, coverage=0.3)):
-        torch.testing.assert_close(a, b)
+    for select in (None, lambda rows: rows.limited(2, rows.entropy)):
+
+        def function(f: Tensor, w: Tensor, select=select) -> PatchBatch:
+            return patch_embeddings(f, w, 8, coverage=0.3, select=select)
+
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for a, b in zip(compiled(features, weights), function(features, weights)):
+            torch.testing.assert_close(a, b)
 
 
 def test_coverage_is_that_of_the_statistics() -> None:
