@@ -115,6 +115,10 @@ def process_group(device: torch.device) -> Iterator[Any]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield None
         return
+    # The optimizer's first step imports this, which then keeps the group that it finds, and with it threads that still
+    # run while the interpreter is taken down, which now and then abort it. Imported before, it finds none.
+    import torch._dynamo  # noqa: F401
+
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield dist.group.WORLD
@@ -301,6 +305,7 @@ class Training:
     def run(self) -> None:
         with process_group(self.device) as group:
             self._run(group)
+            self.contrast = None  # it holds the group, whose threads end with its last holder
 
     def _run(self, group: Any) -> None:
         config = self.config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import torch
 from pglcl import train
 from pglcl.errors import UserError
 from pglcl.files import load_tensors, save_tensors
-from pglcl.train import Interrupted, Training, evaluate_run, read_metrics
+from pglcl.train import Interrupted, Training, evaluate_run, process_group, read_metrics
 
 from tests.conftest import ROOT
 from tests.pglcl.folders import TINY, decathlon, plain, save, tiny
@@ -217,6 +218,25 @@ def torchrun(folder: Path, run: Path, *more: str, **changes) -> subprocess.Compl
     return subprocess.run(
         [*launcher, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
+
+
+def leave_no_thread(rank: int) -> None:
+    os.environ.update(WORLD_SIZE="2", RANK=str(rank), MASTER_ADDR="localhost")
+    with process_group(torch.device("cpu")):
+        layer = torch.nn.Linear(2, 1)
+        layer(torch.ones(1, 2)).sum().backward()
+        torch.optim.AdamW(layer.parameters()).step()
+    threads = [comm.read_text().strip() for comm in Path("/proc/self/task").glob("*/comm")]
+    assert not [name for name in threads if "gloo" in name], threads
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_a_process_group_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that outlives the interpreter aborts it, now and then."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    torch.multiprocessing.spawn(leave_no_thread, nprocs=2)
 
 
 @pytest.mark.parametrize("options", [{}, {"queue_length": 0}, {"loss": "gaussian"}], ids=str)
