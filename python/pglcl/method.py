@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -177,8 +178,13 @@ def halved(x: Tensor) -> Tensor:
     return x
 
 
-def random_priority(batch: PatchBatch, generator: torch.Generator) -> Tensor:
-    return torch.rand(len(batch.labels), generator=generator).to(batch.labels.device)
+def at_most(rows: PatchBatch, per_class: int, hardest: bool, generator: torch.Generator) -> PatchBatch:
+    """Those that qualify, `per_class` (0: all) of a class: the least certain, or a random sample."""
+    rows = rows.compact()  # the losses leave out the others; projecting them would be for nothing
+    if not per_class:
+        return rows
+    priority = rows.entropy if hardest else torch.rand(len(rows.labels), generator=generator).to(rows.labels.device)
+    return rows.limited(per_class, priority).compact()
 
 
 # --- the contrast ---------------------------------------------------------------------------------------------------
@@ -303,12 +309,7 @@ class PatchContrast(nn.Module):
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Embeddings, labels and entropies of the teacher's patches, which are queued."""
-
-        def choose(rows: PatchBatch) -> PatchBatch:
-            count = self.config.keys_per_class
-            rows = rows.compact()
-            return rows.limited(count, random_priority(rows, generator)).compact() if count else rows
-
+        choose = partial(at_most, per_class=self.config.keys_per_class, hardest=False, generator=generator)
         batch = self.patches(teacher, features, weights, prediction, images, choose=choose)
         keys = teacher.projection(batch.embeddings)
         if self.config.loss == "gaussian":
@@ -328,13 +329,8 @@ class PatchContrast(nn.Module):
         generator: torch.Generator,
     ) -> Tensor:
         """The contrastive loss of the student's patches against the queue, or against `keys` without one."""
-
-        def choose(rows: PatchBatch) -> PatchBatch:
-            rows = rows.compact()  # the losses leave out rows that do not qualify; projecting them would be for nothing
-            count, hard = self.config.anchors_per_class, self.config.hard_anchors
-            priority = rows.entropy if hard else random_priority(rows, generator)
-            return rows.limited(count, priority).compact() if count else rows
-
+        count, hardest = self.config.anchors_per_class, self.config.hard_anchors
+        choose = partial(at_most, per_class=count, hardest=hardest, generator=generator)
         batch = self.patches(student, features, weights, prediction, images, choose=choose, observe=True)
         anchors = student.projection(batch.embeddings)
         if self.config.loss == "gaussian":
