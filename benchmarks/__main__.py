@@ -1,27 +1,35 @@
 """python -m benchmarks [questions] [--sizes 512,4096] [--device cpu|cuda]
 
 Measures, prints the tables, and writes benchmarks/results/<question>.json with every sample, the table and the plot
-beside it. Without questions all but `segmentation` are answered, which trains networks for hours and resumes what was
-interrupted.
+beside it, and the sections of README that come from them. With --sizes they go to build/benchmarks instead, and README
+stays as it is. Without questions all but `segmentation` are answered, which trains networks for hours and resumes what
+was interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import shlex
 import sys
+import time
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.runner import machine, save
+from benchmarks import pages, plots
+from benchmarks.runner import RESULTS, machine, save
 
-QUESTIONS = ("loss", "statistics", "gaussian", "scaling", "peers", "segmentation")
+MEASURED = ("loss", "statistics", "gaussian", "scaling", "peers")
+WITH_SIZES = ("loss", "gaussian", "scaling", "peers")
+ON_CUDA = ("loss", "statistics", "gaussian")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("questions", nargs="*", help=", ".join(QUESTIONS))
-    parser.add_argument("--sizes", default="", help="patches, e.g. 512,4096, for loss and peers")
+    parser.add_argument("questions", nargs="*", help=", ".join((*MEASURED, "segmentation")))
+    parser.add_argument("--sizes", default="", help=f"numbers of patches, e.g. 512,4096, for {', '.join(WITH_SIZES)}")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument("--data", default="", help="segmentation: the folder with ACDC/ and Task04_Hippocampus/")
@@ -31,74 +39,44 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e6, help="segmentation: start no run after these")
     arguments = parser.parse_args()
     for question in arguments.questions:
-        if question not in QUESTIONS:
-            parser.error(f"questions are {', '.join(QUESTIONS)}, got {question}")
+        if question not in (*MEASURED, "segmentation"):
+            parser.error(f"questions are {', '.join((*MEASURED, 'segmentation'))}, got {question}")
+    try:
+        sizes = tuple(int(n) for n in arguments.sizes.split(",") if n)
+    except ValueError:
+        parser.error(f"--sizes takes numbers with commas between them, got {arguments.sizes}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("benchmarks: no GPU is visible to torch")
     torch.set_num_threads(arguments.threads)
-    command = "python -m benchmarks " + shlex.join(sys.argv[1:])
-    suffix = "" if arguments.device == "cpu" else "_cuda"
+    folder = Path("build/benchmarks") if sizes else RESULTS
+    command = ("python -m benchmarks " + shlex.join(sys.argv[1:])).strip()
     info = machine()
-    print(
-        f"{info['processor']}, {info['threads']} threads, {info['cpu_instruction_set']}, torch {info['torch_running']}"
-    )
-    on_device = [q for q in QUESTIONS[:-1] if arguments.device == "cpu" or q in ("loss", "statistics", "gaussian")]
-    for question in arguments.questions or on_device:
+    isa, running = info["cpu_instruction_set"], info["torch_running"]
+    print(f"{info['processor']}, {info['threads']} threads, {isa}, torch {running}")
+    for question in arguments.questions or (MEASURED if arguments.device == "cpu" else ON_CUDA):
+        start = time.monotonic()
         if question == "segmentation":
             if not arguments.data:
                 parser.error("segmentation needs --data")
             from benchmarks import segmentation
 
-            segmentation.main(
-                arguments.data,
-                arguments.runs,
-                arguments.only,
-                arguments.jobs,
-                arguments.threads,
-                arguments.minutes,
-                command.strip(),
-            )
-            continue
-        results, table = answer(question, arguments)
-        save(question + suffix, command.strip(), results, table)
-        if not suffix and question in ("peers", "scaling"):
-            from benchmarks import plots
-
-            getattr(plots, question)()
-        print(f"\n{question}\n\n{table}", flush=True)
-
-
-def answer(question: str, arguments: argparse.Namespace) -> tuple[list[dict], str]:
-    sizes = [int(n) for n in arguments.sizes.split(",") if n]
-    device, threads = arguments.device, arguments.threads
-    if question == "loss":
-        from benchmarks import loss
-
-        return loss.run(sizes=sizes or [128, 1024, 4096, 16384], device=device)
-    if question == "statistics":
-        from benchmarks import statistics
-
-        return statistics.run(device=device)
-    if question == "gaussian":
-        from benchmarks import gaussian
-
-        return gaussian.run(device=device)
-    if question == "scaling":
-        from benchmarks import scaling
-
-        return scaling.run(threads=threads)
-    from benchmarks import peers
-
-    results, table = peers.run(
-        sizes=sizes or [128, 512, 2048, 8192, 65536], depths=[128], dtypes=["float32"], threads=threads
-    )
-    more, other = peers.run(
-        sizes=sizes or [512, 4096], depths=[64, 256], dtypes=["float32"], threads=threads, repetitions=3
-    )
-    low, lowest = peers.run(
-        sizes=sizes or [512, 4096], depths=[128], dtypes=["bfloat16"], threads=threads, repetitions=3
-    )
-    return results + more + low, "\n\n".join([table, other, lowest])
+            budget = {name: getattr(arguments, name) for name in ("only", "jobs", "threads", "minutes")}
+            results, table = segmentation.run(arguments.data, arguments.runs, **budget)
+            took = None  # of this call, which may have found every run ended
+        else:
+            options: dict[str, Any] = {"threads": arguments.threads}
+            options |= {"sizes": sizes} if question in WITH_SIZES else {}
+            options |= {"device": arguments.device} if question in ON_CUDA else {}
+            results, table = importlib.import_module(f"benchmarks.{question}").run(**options)
+            took = time.monotonic() - start
+        name = question if arguments.device == "cpu" else f"{question}_{arguments.device}"
+        if results:
+            save(folder, name, command, results, table, took)
+        print(f"\n{question}\n\n{table or 'nothing has ended'}", flush=True)
+        if results and name in ("peers", "scaling"):
+            getattr(plots, name)(folder)
+    if folder == RESULTS:
+        pages.write()
 
 
 if __name__ == "__main__":

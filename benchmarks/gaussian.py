@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.runner import compare, markdown, median, milliseconds
+from benchmarks.runner import Calls, cell, find, markdown, measure, passes, ratio, times
 from pglcl_ext import EmbeddingQueue, gaussian_contrast_loss, reference
 
-TEMPERATURE, SCALE, WEIGHT = 0.2, 4.0, 4096.0
+TEMPERATURE, SCALE, WEIGHT = 0.2, 4.0, 4096.0  # the defaults of gaussian_contrast_loss
+CLASSES = 4
+VALUES_AT = (TEMPERATURE, 0.01)
+CONTENDERS = ("pglcl_ext", "authors' formulas", "eager reference", "torch.compile")
+SIZES = (128, 512, 2048)
 
 
-def authors(t: Tensor, y: Tensor, means: Tensor, covariances: Tensor, counts: Tensor) -> Tensor:
+def authors(
+    anchors: Tensor, y: Tensor, means: Tensor, covariances: Tensor, counts: Tensor, temperature: float = TEMPERATURE
+) -> Tensor:
     """METHOD section 6, the quadratic form as the diagonal of an N x N product, exponentials before the logarithm."""
+    t = anchors.float()
     k = len(counts)
     logits, spreads = [], []
     for j in range(k):
-        logits.append(t @ means[j] / TEMPERATURE)
-        spreads.append(torch.diag(t @ covariances[j] @ t.t()) * SCALE / (2 * TEMPERATURE**2))
+        logits.append(t @ means[j] / temperature)
+        spreads.append(torch.diag(t @ covariances[j] @ t.t()) * SCALE / (2 * temperature**2))
     logit, exponent = torch.stack(logits, dim=1), torch.stack(logits, dim=1) + torch.stack(spreads, dim=1)
     own = F.one_hot(y, k).bool()
     weight = torch.where(own, 1.0, WEIGHT / k)
@@ -30,74 +36,64 @@ def authors(t: Tensor, y: Tensor, means: Tensor, covariances: Tensor, counts: Te
     return (denominator.log() - logit[own]).mean()
 
 
-def problem(n: int, depth: int, classes: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def problem(N: int, D: int, dtype: str, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Anchors, their labels, and means, covariances and counts of full queues of 4096 embeddings a class."""
     g = torch.Generator().manual_seed(0)
-    queue = EmbeddingQueue(classes, depth, 4096)
-    labels = torch.arange(4096 * classes) % classes
-    centres = torch.randn(classes, depth, generator=g)
-    queue.enqueue(F.normalize(centres[labels] + torch.randn(len(labels), depth, generator=g), dim=1), labels)
-    anchors = F.normalize(torch.randn(n, depth, generator=g), dim=1)
-    y = torch.randint(0, classes, (n,), generator=g)
-    return tuple(t.to(device) for t in (anchors, y, *queue.statistics(), queue.counts))  # type: ignore[return-value]
+    queue = EmbeddingQueue(CLASSES, D, 4096)
+    labels = torch.arange(4096 * CLASSES) % CLASSES
+    centres = torch.randn(CLASSES, D, generator=g)
+    queue.enqueue(F.normalize(centres[labels] + torch.randn(len(labels), D, generator=g), dim=1), labels)
+    anchors = F.normalize(torch.randn(N, D, generator=g), dim=1).to(device, getattr(torch, dtype))
+    rest = (torch.randint(0, CLASSES, (N,), generator=g), *queue.statistics(), queue.counts)
+    return (anchors, *(x.to(device) for x in rest))  # type: ignore[return-value]
 
 
-def run(
-    *, device: str = "cpu", repetitions: int = 15, sizes: tuple[int, ...] = (128, 512, 2048)
-) -> tuple[list[dict], str]:
+def make(N: int, D: int, dtype: str, device: str) -> Calls:
+    anchors, *rest = problem(N, D, dtype, device)
+    anchors.requires_grad_()
+    eager = reference.gaussian_contrast_loss
+    functions = (gaussian_contrast_loss, authors, eager, torch.compile(eager, dynamic=False))
+    return {c: passes(f, (anchors, *rest), (anchors,)) for c, f in zip(CONTENDERS, functions)}
+
+
+def run(*, threads: int, device: str = "cpu", sizes: tuple[int, ...] = ()) -> tuple[list[dict], str]:
     results: list[dict[str, Any]] = []
+    for n in sizes or SIZES:
+        for depth, dtype in ((64, "float32"), (128, "float32"), (256, "float32"), (128, "bfloat16")):
+            case = {"N": n, "D": depth, "dtype": dtype, "device": device}
+            contenders = CONTENDERS if depth == 128 else CONTENDERS[:-1]
+            rows = measure(make, case, contenders, threads=threads, warm={"N": 64}, repetitions=15)
+            inputs = problem(**case)
+            for temperature in VALUES_AT:
+                values = gaussian_contrast_loss(*inputs, temperature=temperature), authors(*inputs, temperature)
+                ours, theirs = (float(v) for v in values)
+                # A number that JSON knows, or its name.
+                defined = math.isfinite(theirs)
+                same = math.isclose(ours, theirs, rel_tol=1e-4) if defined else None
+                value = {"temperature": temperature, "value": ours, "authors": theirs if defined else str(theirs)}
+                rows[0].setdefault("values", []).append({**value, "same": same})
+            results += rows
+    return results, table(results)
+
+
+def table(results: list[dict[str, Any]]) -> str:
     rows = []
-    compiled = torch.compile(reference.gaussian_contrast_loss, dynamic=False)
-    for n in sizes:
-        for depth in (64, 128, 256):
-            for dtype in (torch.float32, torch.bfloat16):
-                if dtype == torch.bfloat16 and depth != 128:
-                    continue
-                anchors, *rest = problem(n, depth, 4, device)
-                t = anchors.to(dtype).requires_grad_()
-                wide = anchors.detach().to(dtype).float().requires_grad_()
-
-                def both(function: Callable[..., Tensor], x: Tensor, rest: Any = rest) -> Callable[[], Any]:
-                    return lambda: torch.autograd.grad(function(x, *rest), x)
-
-                value, theirs = gaussian_contrast_loss(t, *rest).item(), authors(wide, *rest).item()
-                same = math.isclose(value, theirs, rel_tol=1e-4)
-                contenders = {
-                    "fused": both(gaussian_contrast_loss, t),
-                    "eager": both(reference.gaussian_contrast_loss, t),
-                    "authors": both(authors, wide),
-                }
-                if depth == 128 and dtype == torch.float32:
-                    contenders["compiled"] = both(compiled, t)
-                samples = compare(contenders, repetitions=repetitions)
-                results.append(
-                    {
-                        "N": n,
-                        "D": depth,
-                        "K": 4,
-                        "dtype": str(dtype),
-                        "seconds": samples,
-                        "value": value,
-                        "authors": theirs,
-                        "same": same,
-                    }
-                )
-                ours = median(samples["fused"])
-                rows.append(
-                    [
-                        f"{n}, {depth}, {str(dtype)[6:]}",
-                        milliseconds(samples["fused"]),
-                        f"{median(samples['authors']) / ours:.1f}x",
-                        f"{median(samples['eager']) / ours:.1f}x",
-                        f"{median(samples['compiled']) / ours:.1f}x" if "compiled" in samples else "-",
-                        f"{value:.4f} / {theirs:.4f}",
-                    ]
-                )
-    head = [
-        "N, D (K = 4)",
-        "forward+backward ms",
-        "vs authors' formulas",
-        "vs eager",
-        "vs torch.compile",
-        "value / theirs",
-    ]
-    return results, markdown(head, rows)
+    for n, depth, dtype in dict.fromkeys((row["N"], row["D"], row["dtype"]) for row in results):
+        case = {"N": n, "D": depth, "dtype": dtype}
+        row = [f"{n}, {depth}, {dtype}"]
+        for which in ("forward", "forward+backward"):
+            row.append(cell(find(results, contender="pglcl_ext", passes=which, **case), "seconds"))
+            row += [times(ratio(results, c, "pglcl_ext", which, **case)) for c in CONTENDERS[1:]]
+            some = [find(results, contender=c, passes=which, **case) for c in CONTENDERS[:2]]
+            row.append(" / ".join(cell(x, "bytes") for x in some))
+        first = find(results, contender="pglcl_ext", passes="forward", **case)
+        assert first is not None
+        for found in first["values"]:
+            theirs = found["authors"] if isinstance(found["authors"], str) else f"{found['authors']:.4f}"
+            row.append(f"{found['value']:.4f} / {theirs}")
+        rows.append(row)
+    columns = ["{} ms", "authors' / ours", "eager / ours", "compiled / ours", "MiB: ours / authors'"]
+    head = [f"N, D (K = {CLASSES})", *(c.format("forward") for c in columns), *(c.format("both") for c in columns)]
+    head += [f"value / theirs at temperature {t:g}" for t in VALUES_AT]
+    note = "Time with its quartiles, ratios of medians, peak memory beyond the inputs. A value of theirs that is not a "
+    return f"{note}finite number is an overflow of their exponentials.\n\n" + markdown(head, rows)

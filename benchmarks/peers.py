@@ -1,28 +1,38 @@
-"""The loss beside what a user would otherwise take, time and peak memory, each peer in a process of its own.
+"""The loss beside what a user would otherwise take: time and peak memory, forward and with the backward pass.
 
-A peer that needs more than `LIMIT_SECONDS` a call, or runs out of memory, is shown as such and not tried on more
-patches.
+A peer that needs over a minute a call, or runs out of memory, is shown as such and not tried on more patches.
 """
 
 from __future__ import annotations
 
-import json
-import resource
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.runner import compare, markdown, median, peak_growth
+from benchmarks.runner import LIMIT_BYTES, Call, Calls, cell, find, markdown, measure, passes
+from pglcl_ext import patch_contrast_loss, reference
 
-LIMIT_SECONDS = 60.0
-LIMIT_BYTES = 12 * 2**30
 TEMPERATURE = 0.1
+CONTENDERS = (
+    "pglcl_ext",
+    "eager reference",
+    "torch.compile",
+    "pytorch-metric-learning",
+    "plain SupCon",
+    "MONAI",
+    "torch.mm alone",
+)
+# Depth, dtype and sizes. The first is the plot of the README.
+GRID: tuple[tuple[int, str, tuple[int, ...]], ...] = (
+    (128, "float32", (128, 512, 2048, 8192, 65536)),
+    (64, "float32", (128, 512, 4096, 65536)),
+    (256, "float32", (128, 512, 4096, 65536)),
+    (128, "bfloat16", (128, 512, 4096, 65536)),
+)
+BLOCK = 1024
 
 
 def supcon(z: Tensor, y: Tensor) -> Tensor:
@@ -37,118 +47,82 @@ def supcon(z: Tensor, y: Tensor) -> Tensor:
     return losses.sum() / (count > 0).sum()
 
 
-def monai_contrastive(z: Tensor, y: Tensor) -> Tensor:
-    """MONAI's loss knows two views of each sample and no labels: half of the patches against the other half."""
+def products(anchors: Tensor, keys: Tensor | None = None) -> dict[str, Call]:
+    """The matrix products of the loss and nothing else, by torch.mm on blocks: the similarities, and with the backward
+    pass what each block, as the weights of its pairs, adds to both of its ends. Where the anchors are the keys, only
+    blocks on and above the diagonal, as their mirror images hold the same numbers."""
+    mine = keys is None
+    rows, columns = anchors.split(BLOCK), (anchors if keys is None else keys).split(BLOCK)
+    buffer = anchors.new_empty(len(rows[0]), len(columns[0]))
+
+    def call(to_rows: Sequence[Tensor], to_columns: Sequence[Tensor]) -> None:
+        for i, z in enumerate(rows):
+            for j in range(i if mine else 0, len(columns)):
+                k = columns[j]
+                weights = torch.mm(z, k.t(), out=buffer[: len(z), : len(k)])
+                if to_rows:
+                    to_rows[i].addmm_(weights, k)
+                    if not mine or j > i:
+                        to_columns[j].addmm_(weights.t(), z)
+
+    def both() -> None:
+        to_anchors = torch.zeros_like(anchors).split(BLOCK)
+        call(to_anchors, to_anchors if keys is None else torch.zeros_like(keys).split(BLOCK))
+
+    return {"forward": lambda: call((), ()), "forward+backward": both}
+
+
+def make(N: int, D: int, dtype: str) -> Calls:
     from monai.losses import ContrastiveLoss
+    from pytorch_metric_learning.losses import SupConLoss
 
-    half = len(z) // 2
-    return ContrastiveLoss(temperature=TEMPERATURE)(z[:half], z[half:])
+    g = torch.Generator().manual_seed(0)
+    z = F.normalize(torch.randn(N, D, generator=g), dim=1).to(getattr(torch, dtype)).requires_grad_()
+    y = torch.randint(0, 4, (N,), generator=g)
+    monai = ContrastiveLoss(temperature=TEMPERATURE)
 
+    def guided(z: Tensor, y: Tensor) -> Tensor:
+        return reference.patch_contrast_loss(z, y, temperature=TEMPERATURE)
 
-def contenders() -> dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]]:
-    """Made when asked for: a peer's imports and compilation are its own."""
-
-    def ours() -> Callable[[Tensor, Tensor], Tensor]:
-        from pglcl_ext import patch_contrast_loss
-
-        return lambda z, y: patch_contrast_loss(z, y, temperature=TEMPERATURE)
-
-    def reference() -> Callable[[Tensor, Tensor], Tensor]:
-        from pglcl_ext import reference
-
-        return lambda z, y: reference.patch_contrast_loss(z, y, temperature=TEMPERATURE)
-
-    def metric_learning() -> Callable[[Tensor, Tensor], Tensor]:
-        from pytorch_metric_learning.losses import SupConLoss
-
-        return SupConLoss(temperature=TEMPERATURE)
+    def views(z: Tensor, y: Tensor) -> Tensor:
+        # MONAI's loss knows two views of each sample and no labels: half of the patches against the other half.
+        return monai(z[: N // 2], z[N // 2 :])
 
     return {
-        "pglcl_ext": ours,
-        "eager reference": reference,
-        "torch.compile": lambda: torch.compile(reference(), dynamic=False),
-        "pytorch-metric-learning": metric_learning,
-        "plain SupCon": lambda: supcon,
-        "MONAI": lambda: monai_contrastive,
-        "torch.mm alone": lambda: lambda z, y: (z @ z.t()).sum(),
+        "pglcl_ext": passes(patch_contrast_loss, (z, y), (z,), temperature=TEMPERATURE),
+        "eager reference": passes(guided, (z, y), (z,)),
+        "torch.compile": passes(torch.compile(guided, dynamic=False), (z, y), (z,)),
+        "pytorch-metric-learning": passes(SupConLoss(temperature=TEMPERATURE), (z, y), (z,)),
+        "plain SupCon": passes(supcon, (z, y), (z,)),
+        "MONAI": passes(views, (z, y), (z,)),
+        "torch.mm alone": products(z.detach()),
     }
 
 
-def patches(n: int, depth: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(0)
-    z = F.normalize(torch.randn(n, depth, generator=g), dim=1).to(dtype).requires_grad_()
-    return z, torch.randint(0, 4, (n,), generator=g)
+def run(*, threads: int, sizes: tuple[int, ...] = ()) -> tuple[list[dict], str]:
+    results: list[dict[str, Any]] = []
+    for depth, dtype, usual in GRID:
+        beaten: set[str] = set()
+        for n in sizes or usual:
+            left = [c for c in CONTENDERS if c not in beaten]
+            rows = measure(make, {"N": n, "D": depth, "dtype": dtype}, left, threads=threads, warm={"N": 64})
+            beaten |= {row["contender"] for row in rows if "problem" in row}
+            results += rows
+    return results, table(results)
 
 
-def measure_here(name: str, n: int, depth: int, dtype: str, threads: int, repetitions: int) -> dict[str, Any]:
-    """In this process: seconds of the forward and of both passes, and bytes by which memory grew at most."""
-    torch.set_num_threads(threads)
-    resource.setrlimit(resource.RLIMIT_DATA, (LIMIT_BYTES, LIMIT_BYTES))
-    z, y = patches(n, depth, getattr(torch, dtype))
-    small_z, small_y = patches(64, depth, getattr(torch, dtype))
-    function = contenders()[name]()
-    if name != "torch.compile":  # which compiles for each size
-        torch.autograd.grad(function(small_z, small_y), small_z)
-
-    def forward() -> Any:
-        with torch.no_grad():
-            return function(z, y)
-
-    def both() -> Any:
-        return torch.autograd.grad(function(z, y), z)
-
-    start = time.perf_counter()
-    grown = peak_growth(both)
-    first = time.perf_counter() - start
-    if first > LIMIT_SECONDS and name != "torch.compile":
-        return {"seconds": {"forward+backward": [first]}, "bytes": grown, "problem": "over a minute"}
-    few = max(1, min(repetitions, int(4 / max(first, 1e-4))))
-    return {"seconds": compare({"forward": forward, "forward+backward": both}, repetitions=few), "bytes": grown}
-
-
-def measure(name: str, n: int, depth: int, dtype: str, threads: int, repetitions: int) -> dict[str, Any]:
-    arguments = json.dumps([name, n, depth, dtype, threads, repetitions])
-    code = "import json, sys; from benchmarks.peers import measure_here; "
-    code += "print(json.dumps(measure_here(*json.loads(sys.argv[1]))))"
-    case = {"peer": name, "N": n, "D": depth, "dtype": dtype}
-    try:
-        result = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code, arguments], capture_output=True, text=True, timeout=150
-        )
-    except subprocess.TimeoutExpired:
-        return {**case, "problem": "over a minute"}
-    if result.returncode:
-        last = result.stderr.strip().splitlines()[-1:] or ["killed"]
-        memory = "memory" in last[0].lower() or "alloc" in last[0].lower() or result.returncode < 0
-        return {**case, "problem": "out of memory" if memory else last[0][:200]}
-    return {**case, **json.loads(result.stdout.strip().splitlines()[-1])}
-
-
-def run(
-    *, sizes: list[int], depths: list[int], dtypes: list[str], threads: int, repetitions: int = 9
-) -> tuple[list[dict], str]:
-    results: list[dict] = []
-    rows = []
-    beaten: set[tuple[str, int, str]] = set()
-    for dtype in dtypes:
-        for depth in depths:
-            for n in sizes:
-                case: dict[str, dict] = {}
-                for name in contenders():
-                    if (name, depth, dtype) in beaten or (name == "torch.compile" and (depth != 128 or n > 4096)):
-                        continue
-                    case[name] = measure(name, n, depth, dtype, threads, repetitions)
-                    results.append(case[name])
-                    if "problem" in case[name]:
-                        beaten.add((name, depth, dtype))
-                rows.append([f"{n}, {depth}, {dtype}", *(_cell(case.get(name)) for name in contenders())])
-    head = ["N, D, dtype", *contenders()]
-    return results, "forward+backward in ms; memory beyond the inputs in MiB\n\n" + markdown(head, rows)
-
-
-def _cell(case: dict | None) -> str:
-    if case is None:
-        return "-"
-    if "problem" in case:
-        return case["problem"]
-    return f"{1e3 * median(case['seconds']['forward+backward']):.3g} ms, {case['bytes'] / 2**20:.0f}"
+def table(results: list[dict[str, Any]]) -> str:
+    texts = [
+        f"Milliseconds, with the quartiles; memory in MiB beyond the inputs, of at most {LIMIT_BYTES / 2**30:.0f} GiB. "
+        "`-`: fewer patches were already too many."
+    ]
+    for depth, dtype, _ in GRID:
+        own = [row for row in results if row["D"] == depth and row["dtype"] == dtype]
+        for what, title in (("seconds", "ms"), ("bytes", "peak memory, MiB")):
+            for which in ("forward", "forward+backward"):
+                body = [
+                    [str(n), *(cell(find(own, N=n, contender=c, passes=which), what) for c in CONTENDERS)]
+                    for n in dict.fromkeys(row["N"] for row in own)
+                ]
+                texts.append(f"D = {depth}, {dtype}, {which}, {title}\n\n" + markdown(["N", *CONTENDERS], body))
+    return "\n\n".join(texts)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
-from benchmarks.runner import RESULTS, median
+from benchmarks.runner import LIMIT_BYTES, RESULTS, median
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -21,61 +22,69 @@ STYLES = {
 }
 
 
-def peers() -> Path:
-    """Time and memory against the number of patches, D = 128, float32."""
-    content = json.loads((RESULTS / "peers.json").read_text())
-    cases = [c for c in content["results"] if c["D"] == 128 and c["dtype"] == "float32"]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+def axes_of_patches(axis: Any, title: str, sizes: list[int]) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(sizes, [f"{n:,}" for n in sizes], fontsize=8)
+    axis.set_title(title, fontsize=11)
+    axis.set_xlabel("patches N (D = 128, float32)")
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def save(figure: Any, path: Path, info: dict[str, Any]) -> None:
+    where = f"{info['processor']}, {info['threads']} threads, torch {info['torch_running']}"
+    figure.text(0.01, 0.01, where, fontsize=7, color="#555555")
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".partial"), format="png", dpi=130)
+    path.with_suffix(".partial").replace(path)
+    plt.close(figure)
+
+
+def peers(folder: Path = RESULTS) -> None:
+    """Time and memory against the number of patches, D = 128, float32, both passes."""
+    content = json.loads((folder / "peers.json").read_text())
+    wanted = {"D": 128, "dtype": "float32", "passes": "forward+backward"}
+    cases = [c for c in content["results"] if all(c[k] == v for k, v in wanted.items())]
+    sizes = sorted({c["N"] for c in cases})
+    figure, (time, memory) = plt.subplots(1, 2, figsize=(10, 4))
     for name, (colour, marker) in STYLES.items():
-        own = sorted((c for c in cases if c["peer"] == name), key=lambda c: c["N"])
+        own = sorted((c for c in cases if c["contender"] == name), key=lambda c: c["N"])
         done = [c for c in own if "problem" not in c]
         width = 2.5 if name == "pglcl_ext" else 1.3
         options = {"color": colour, "marker": marker, "markersize": 5, "linewidth": width, "label": name}
-        axes[0].plot([c["N"] for c in done], [1e3 * median(c["seconds"]["forward+backward"]) for c in done], **options)
-        grown = [c for c in done if c["bytes"] > 2**20]
-        axes[1].plot([c["N"] for c in grown], [c["bytes"] / 2**20 for c in grown], **options)
+        time.plot([c["N"] for c in done], [1e3 * median(c["seconds"]) for c in done], **options)
+        memory.plot([c["N"] for c in done], [c["bytes"] / 2**20 for c in done], **options)
         for case in own:
-            if "problem" in case and done:
+            if case.get("problem") == "out of memory" and done:  # on its way to the limit
                 last = done[-1]
-                where = (last["N"], 1e3 * median(last["seconds"]["forward+backward"]))
-                axes[0].annotate(
-                    case["problem"], where, fontsize=7, color=colour, xytext=(4, 4), textcoords="offset points"
-                )
-    for axis, title in zip(axes, ("forward + backward [ms]", "memory beyond the inputs [MiB]")):
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        axis.set_title(title, fontsize=11)
-        axis.set_xlabel("patches N (D = 128, float32)")
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(fontsize=8, frameon=False)
-    info = content["machine"]
-    figure.text(
-        0.01, 0.005, f"{info['processor']}, {info['threads']} threads, torch {info['torch_running']}", fontsize=7
-    )
-    figure.tight_layout()
-    path = RESULTS / "peers.png"
-    figure.savefig(path.with_suffix(".partial"), format="png", dpi=130)
-    path.with_suffix(".partial").replace(path)
-    plt.close(figure)
-    return path
+                ends = [last["bytes"] / 2**20, LIMIT_BYTES / 2**20]
+                memory.plot([last["N"], case["N"]], ends, ":", color=colour, linewidth=1.0)
+                memory.plot([case["N"]], [ends[1]], "x", color=colour, markersize=8)
+    limit = LIMIT_BYTES / 2**20
+    memory.axhline(limit, color="#555555", linewidth=0.8)
+    text = f"out of {LIMIT_BYTES / 2**30:.0f} GiB"
+    memory.annotate(text, (sizes[0], limit), xytext=(0, -10), textcoords="offset points", fontsize=8, color="#555555")
+    axes_of_patches(time, "forward + backward [ms]", sizes)
+    axes_of_patches(memory, "memory beyond the inputs [MiB]", sizes)
+    time.legend(fontsize=8, frameon=False)
+    save(figure, folder / "peers.png", content["machine"])
 
 
-def scaling() -> Path:
-    content = json.loads((RESULTS / "scaling.json").read_text())
-    cases = [c for c in content["results"] if c["question"] == "N"]
-    figure, axis = plt.subplots(figsize=(5, 3.6))
+def scaling(folder: Path = RESULTS) -> None:
+    """Time and memory of the loss against the number of patches, each beside the slope that it should have."""
+    content = json.loads((folder / "scaling.json").read_text())
+    cases = [c for c in content["results"] if c["question"] == "N" and c["passes"] == "forward+backward"]
     sizes = [c["N"] for c in cases]
-    times = [1e3 * median(c["seconds"]) for c in cases]
-    axis.loglog(sizes, times, marker="o", color="#D55E00", label="measured")
-    axis.loglog(sizes, [times[-1] * (n / sizes[-1]) ** 2 for n in sizes], "--", color="#777777", label="slope 2")
-    axis.set_xlabel("patches N (D = 128, float32)")
-    axis.set_title("forward + backward [ms]", fontsize=11)
-    axis.legend(frameon=False, fontsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    path = RESULTS / "scaling.png"
-    figure.savefig(path.with_suffix(".partial"), format="png", dpi=130)
-    path.with_suffix(".partial").replace(path)
-    plt.close(figure)
-    return path
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
+    curves = (
+        ("forward + backward [ms]", [1e3 * median(c["seconds"]) for c in cases], 2),
+        ("memory beyond the inputs [MiB]", [c["bytes"] / 2**20 for c in cases], 1),
+    )
+    for axis, (title, values, power) in zip(axes, curves):
+        axis.plot(sizes, values, marker="o", color="#D55E00", label="measured")
+        line = [values[-1] * (n / sizes[-1]) ** power for n in sizes]
+        axis.plot(sizes, line, "--", color="#777777", label=f"slope {power}")
+        axes_of_patches(axis, title, sizes)
+        axis.legend(frameon=False, fontsize=8)
+    save(figure, folder / "scaling.png", content["machine"])

@@ -1,25 +1,46 @@
-"""Times contenders side by side: interleaved repetitions after warm-up, every sample kept, medians compared."""
+"""Times contenders side by side: interleaved repetitions after warm-up, every sample kept, medians compared.
+
+A question makes its contenders with a function `make(**case)`, which returns for each contender its passes, usually
+"forward" and "forward+backward", as calls without arguments. `measure` times them all in one process, in turns, and
+finds the peak memory of each in a process of its own.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import json
+import multiprocessing
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from pglcl_ext import build_info
 
 RESULTS = Path(__file__).parent / "results"
+LIMIT_SECONDS = 60.0
+LIMIT_BYTES = 12 * 2**30
+
+Call = Callable[[], Any]
+Calls = dict[str, dict[str, Call]]
+
+# Children are forked from a process that has imported everything and computed nothing: they start at once, and no
+# thread is lost in the fork.
+CONTEXT = multiprocessing.get_context("forkserver")
+PRELOAD = ("benchmarks.runner", "torch._dynamo", "torch._inductor.compile_fx", "monai.losses")
+CONTEXT.set_forkserver_preload([*PRELOAD, "pytorch_metric_learning.losses"])
 
 
 def machine() -> dict[str, Any]:
@@ -41,23 +62,51 @@ def machine() -> dict[str, Any]:
     }
 
 
-def compare(contenders: dict[str, Callable[[], Any]], *, repetitions: int, threads: int = 0) -> dict[str, list[float]]:
-    """Seconds per call of each contender, `repetitions` samples each, taken in turns."""
+def passes(function: Callable[..., Any], arguments: Sequence[Any], inputs: Sequence[Tensor], **options: Any) -> dict:
+    """Forward without, and forward and backward with autograd; the gradient of ones to `inputs`."""
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return function(*arguments, **options)
+
+    def both() -> Any:
+        outputs = function(*arguments, **options)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        return torch.autograd.grad(outputs, inputs, [torch.ones_like(o) for o in outputs])
+
+    return {"forward": forward, "forward+backward": both}
+
+
+def compare(
+    contenders: dict[str, Call], *, repetitions: int, threads: int = 0, seconds: float = 10.0
+) -> dict[str, list[float]]:
+    """Seconds per call of each contender, taken in turns after a warm-up: `repetitions` samples each, fewer where they
+    would take more than `seconds` in all, but two at least."""
     threads = threads or torch.get_num_threads()
     timers = {n: Timer("f()", globals={"f": f}, num_threads=threads) for n, f in contenders.items()}
     counts = {}
+    whole = 0.0
     for name, timer in timers.items():
-        first = timer.timeit(2).mean
+        first = timer.timeit(1).mean
+        first = first if first > 0.02 else timer.timeit(2).mean
         counts[name] = max(1, min(100, int(0.02 / max(first, 1e-7))))  # about 20 ms a sample, so that ticks do not show
+        whole += first * counts[name]
     samples: dict[str, list[float]] = {name: [] for name in timers}
-    for _ in range(repetitions):
+    for _ in range(max(2, min(repetitions, int(seconds / whole)))):
         for name, timer in timers.items():
             samples[name].append(timer.timeit(counts[name]).mean)
     return samples
 
 
-def peak_growth(function: Callable[[], Any]) -> int:
-    """Bytes by which the resident memory of this process grows at most while `function` runs, looked at every 2 ms."""
+def peak_growth(function: Call, device: str = "cpu") -> int:
+    """Bytes by which memory grows at most while `function` runs: of the GPU, or the resident memory of this process,
+    looked at every 2 ms."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
     process, done, peak = psutil.Process(), threading.Event(), [0]
 
     def watch() -> None:
@@ -68,12 +117,117 @@ def peak_growth(function: Callable[[], Any]) -> int:
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        function()
+        result = function()
         peak[0] = max(peak[0], process.memory_info().rss)
+        del result
     finally:
         done.set()
         watcher.join()
     return max(0, peak[0] - before)
+
+
+def _child(answers: Connection, device: str, function: Callable[..., Any], arguments: tuple) -> None:
+    if device == "cpu":
+        resource.setrlimit(resource.RLIMIT_DATA, (LIMIT_BYTES, LIMIT_BYTES))
+    try:
+        answers.send(("answer", function(*arguments)))
+    except Exception as error:
+        short = isinstance(error, MemoryError) or "memory" in str(error) or "bad_alloc" in str(error)
+        answers.send(("problem", "out of memory") if short else ("error", f"{type(error).__name__}: {error}"))
+
+
+def in_child(function: Callable[..., Any], *arguments: Any, device: str = "cpu", seconds: float = 600.0) -> Any:
+    """function(*arguments) in a process of its own, with `LIMIT_BYTES` of memory; a text where it ran out of it."""
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=_child, args=(sender, device, function, arguments), daemon=False)
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(seconds):
+            return "over a minute" if seconds <= LIMIT_SECONDS else f"over {seconds:.0f} s"
+        kind, value = receiver.recv()
+        process.join(10)
+    except EOFError:
+        # A thread that finds no memory ends the process.
+        return "out of memory"
+    finally:
+        process.kill()
+        process.join()
+    if kind == "error":
+        raise RuntimeError(value)
+    return value
+
+
+def _alone(make: Callable[..., Calls], case: dict, contender: str, which: str, warm: dict, threads: int) -> int:
+    torch.set_num_threads(threads)
+    make(**warm)[contender][which]()  # what is allocated once: threads, handles, compiled code
+    call = make(**case)[contender][which]
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)  # else memory that the warm-up has returned is used again and does not show
+    return peak_growth(call, case.get("device", "cpu"))
+
+
+def _together(make: Callable[..., Calls], case: dict, names: list[tuple[str, str]], threads: int, options: dict) -> Any:
+    torch.set_num_threads(threads)
+    calls = make(**case)
+    found = compare({f"{c}|{w}": calls[c][w] for c, w in names}, threads=threads, **options)
+    return {tuple(name.split("|")): samples for name, samples in found.items()}
+
+
+def measure(
+    make: Callable[..., Calls],
+    case: dict[str, Any],
+    contenders: Iterable[str],
+    *,
+    threads: int,
+    warm: dict[str, Any] | None = None,
+    compiled: str = "torch.compile",
+    repetitions: int = 9,
+) -> list[dict[str, Any]]:
+    """A row per contender and pass: the case, seconds of every sample, bytes of peak memory beyond the inputs, and
+    the problem of one that ran out of memory or of time, in place of both.
+
+    `warm` replaces parts of the case for the warm-up before memory is measured (one that is `compiled` compiles for its
+    shapes, and warms up on the case itself).
+    """
+    device = case.get("device", "cpu")
+    rows = []
+    for contender in contenders:
+        small = case if contender == compiled else {**case, **(warm or {})}
+        problem = None
+        for which in ("forward", "forward+backward"):
+            if problem is None:
+                # Compilation is not a call: it gets time of its own.
+                limit = LIMIT_SECONDS * (3 if contender == compiled else 1)
+                grown = in_child(_alone, make, case, contender, which, small, threads, device=device, seconds=limit)
+                problem = grown if isinstance(grown, str) else None
+            found = {"problem": problem} if problem else {"bytes": grown}
+            rows.append({**case, "contender": contender, "passes": which, **found})
+    well = [(row["contender"], row["passes"]) for row in rows if "problem" not in row]
+    if not well:
+        return rows
+    timed = in_child(_together, make, case, well, threads, {"repetitions": repetitions}, device=device)
+    if isinstance(timed, str):
+        raise RuntimeError(f"{case}: {timed} while the contenders were timed")
+    for row in rows:
+        if "problem" not in row:
+            row["seconds"] = timed[row["contender"], row["passes"]]
+    return rows
+
+
+def find(results: Iterable[dict[str, Any]], **wanted: Any) -> dict[str, Any] | None:
+    """The first row with these fields."""
+    return next((row for row in results if all(row.get(k) == v for k, v in wanted.items())), None)
+
+
+def ratio(results: Iterable[dict[str, Any]], over: str, under: str, which: str, **case: Any) -> float | None:
+    """Median time of one contender over that of another; None where one has none."""
+    results = list(results)
+    rows = [find(results, contender=c, passes=which, **case) for c in (over, under)]
+    if any(row is None or "seconds" not in row for row in rows):
+        return None
+    return median(rows[0]["seconds"]) / median(rows[1]["seconds"])  # type: ignore[index]
 
 
 def median(samples: list[float]) -> float:
@@ -82,8 +236,30 @@ def median(samples: list[float]) -> float:
 
 def milliseconds(samples: list[float]) -> str:
     """Median and, in brackets, the quartiles."""
-    low, _, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else samples * 3
-    return f"{median(samples) * 1e3:.3g} ({low * 1e3:.3g}-{high * 1e3:.3g})"
+    low, _, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
+    return f"{significant(median(samples) * 1e3)} ({significant(low * 1e3)}-{significant(high * 1e3)})"
+
+
+def significant(value: float) -> str:
+    """Three figures, without an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def mebibytes(count: int) -> str:
+    return f"{count / 2**20:.0f}" if count >= 10 * 2**20 else f"{count / 2**20:.1f}"
+
+
+def times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}x"
+
+
+def cell(row: dict[str, Any] | None, what: str) -> str:
+    """Of a table: milliseconds or MiB of a row, its problem, or "-" where it was not measured."""
+    if row is None:
+        return "-"
+    if "problem" in row:
+        return str(row["problem"])
+    return milliseconds(row["seconds"]) if what == "seconds" else mebibytes(row["bytes"])
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -91,11 +267,15 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def save(question: str, command: str, results: list[dict[str, Any]], table: str) -> None:
-    """results/<question>.json with every sample, and the table beside it; both are written whole or not at all."""
-    RESULTS.mkdir(exist_ok=True)
-    content = json.dumps({"command": command, "machine": machine(), "results": results}, indent=1)
-    for name, text in ((f"{question}.json", content), (f"{question}.md", table)):
-        partial = RESULTS / f"{name}.partial"
+def save(
+    folder: Path, question: str, command: str, results: list[dict[str, Any]], table: str, took: float | None = None
+) -> None:
+    """<question>.json with every sample, and the table beside it; both are written whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"command": command, "machine": machine(), "results": results}
+    if took is not None:
+        content["took_seconds"] = round(took, 1)
+    for name, text in ((f"{question}.json", json.dumps(content, indent=1)), (f"{question}.md", table)):
+        partial = folder / f"{name}.partial"
         partial.write_text(text + "\n")
-        partial.replace(RESULTS / name)
+        partial.replace(folder / name)

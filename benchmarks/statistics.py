@@ -2,61 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from benchmarks.runner import compare, markdown, median, milliseconds
+from benchmarks.runner import Calls, cell, find, markdown, measure, passes, ratio, times
 from pglcl_ext import patch_statistics, reference
 
-CASES = [((16, 4, 256, 256), 16, None), ((16, 4, 256, 256), 16, 8), ((2, 4, 64, 64, 64), 8, None)]
+CONTENDERS = ("pglcl_ext", "eager reference", "torch.compile")
+CASES = (((16, 4, 256, 256), 16, 16), ((16, 4, 256, 256), 16, 8), ((2, 4, 64, 64, 64), 8, 8))
 
 
-def run(*, device: str = "cpu", repetitions: int = 21) -> tuple[list[dict], str]:
+def make(shape: tuple[int, ...], patch: int, stride: int, dtype: str, device: str) -> Calls:
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, getattr(torch, dtype))
+    logits.requires_grad_()
+    eager = reference.patch_statistics
+    functions = (patch_statistics, eager, torch.compile(eager, dynamic=False))
+    return {c: passes(f, (logits, patch, stride), (logits,)) for c, f in zip(CONTENDERS, functions)}
+
+
+def run(*, threads: int, device: str = "cpu") -> tuple[list[dict], str]:
     results: list[dict[str, Any]] = []
-    rows = []
-    compiled = torch.compile(reference.patch_statistics, dynamic=False)
     for shape, patch, stride in CASES:
-        # PyTorch has no avg_pool3d of bfloat16 on the CPU.
-        for dtype in (torch.float32, torch.bfloat16) if len(shape) == 4 or device != "cpu" else (torch.float32,):
-            x = torch.randn(shape).to(device, dtype).requires_grad_()
-            grads = [torch.ones_like(t) for t in patch_statistics(x, patch, stride)]
+        for dtype in ("float32", "bfloat16"):
+            if dtype == "bfloat16" and len(shape) == 5 and device == "cpu":
+                continue  # PyTorch has no avg_pool3d of bfloat16 on the CPU
+            case = {"shape": shape, "patch": patch, "stride": stride, "dtype": dtype, "device": device}
+            warm = {"shape": (1, 4, *[2 * patch] * (len(shape) - 2))}
+            results += measure(make, case, CONTENDERS, threads=threads, warm=warm, repetitions=15)
+    return results, table(results)
 
-            def forward(function: Any, x: Any = x, patch: Any = patch, stride: Any = stride) -> Callable[[], Any]:
-                def call() -> Any:
-                    with torch.no_grad():
-                        return function(x, patch, stride)
 
-                return call
-
-            def both(
-                function: Any, x: Any = x, patch: Any = patch, stride: Any = stride, grads: Any = grads
-            ) -> Callable[[], Any]:
-                return lambda: torch.autograd.grad(function(x, patch, stride), x, grads)
-
-            samples = compare(
-                {
-                    "fused forward": forward(patch_statistics),
-                    "eager forward": forward(reference.patch_statistics),
-                    "fused forward+backward": both(patch_statistics),
-                    "eager forward+backward": both(reference.patch_statistics),
-                    "compiled forward+backward": both(compiled),
-                },
-                repetitions=repetitions,
-            )
-            case = {"shape": shape, "patch": patch, "stride": stride or patch, "dtype": str(dtype), "seconds": samples}
-            results.append(case)
-            ours = median(samples["fused forward+backward"])
-            rows.append(
-                [
-                    f"{'x'.join(map(str, shape))}, patch {patch}, stride {stride or patch}, {str(dtype)[6:]}",
-                    milliseconds(samples["fused forward"]),
-                    milliseconds(samples["fused forward+backward"]),
-                    f"{median(samples['eager forward']) / median(samples['fused forward']):.1f}x",
-                    f"{median(samples['eager forward+backward']) / ours:.1f}x",
-                    f"{median(samples['compiled forward+backward']) / ours:.1f}x",
-                ]
-            )
-    head = ["input", "forward ms", "forward+backward ms", "vs eager, forward", "vs eager, both", "vs compiled, both"]
-    return results, markdown(head, rows)
+def table(results: list[dict[str, Any]]) -> str:
+    rows = []
+    for shape, patch, stride, dtype in dict.fromkeys(
+        (tuple(row["shape"]), row["patch"], row["stride"], row["dtype"]) for row in results
+    ):
+        own = [r for r in results if (tuple(r["shape"]), r["stride"], r["dtype"]) == (shape, stride, dtype)]
+        row = [f"{'x'.join(map(str, shape))}, patch {patch}, stride {stride}, {dtype}"]
+        for which in ("forward", "forward+backward"):
+            row.append(cell(find(own, contender="pglcl_ext", passes=which), "seconds"))
+            row += [times(ratio(own, c, "pglcl_ext", which)) for c in CONTENDERS[1:]]
+            row.append(" / ".join(cell(find(own, contender=c, passes=which), "bytes") for c in CONTENDERS))
+        rows.append(row)
+    columns = ["{} ms", "eager / ours", "compiled / ours", "MiB: ours / eager / compiled"]
+    head = ["logits", *(c.format("forward") for c in columns), *(c.format("both passes") for c in columns)]
+    return "Time with its quartiles, ratios of medians, peak memory beyond the inputs.\n\n" + markdown(head, rows)

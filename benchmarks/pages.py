@@ -1,0 +1,111 @@
+"""Sections of the README that come from benchmarks/results: what stands between `<!-- benchmarks: name -->` and
+`<!-- end -->`. A test compares them, so that README claims what the committed results hold."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks.runner import RESULTS, find, markdown, mebibytes, median, ratio, significant
+from benchmarks.scaling import slopes
+
+README = Path(__file__).parents[1] / "README.md"
+SHOWN = ("pglcl_ext", "pytorch-metric-learning", "plain SupCon", "eager reference", "torch.mm alone")
+BOTH = "forward+backward"
+
+
+def results(question: str) -> list[dict[str, Any]]:
+    return json.loads((RESULTS / f"{question}.json").read_text())["results"]
+
+
+def peers() -> str:
+    own = [r for r in results("peers") if r["D"] == 128 and r["dtype"] == "float32" and r["passes"] == BOTH]
+
+    def cell(row: dict[str, Any] | None) -> str:
+        if row is None:
+            return "-"
+        if "problem" in row:
+            return row["problem"]
+        return f"{significant(1e3 * median(row['seconds']))} ms, {mebibytes(row['bytes'])} MiB"
+
+    sizes = list(dict.fromkeys(r["N"] for r in own))[1:]
+    return markdown(["N", *SHOWN], [[str(n), *(cell(find(own, N=n, contender=c)) for c in SHOWN)] for n in sizes])
+
+
+def segmentation() -> str:
+    lines = (RESULTS / "segmentation.md").read_text().strip().splitlines()
+    return "\n".join(line for line in lines if "| not run |" not in line)
+
+
+def figures() -> str:
+    def against(question: str, contender: str, which: str, **case: Any) -> str:
+        value = ratio(results(question), contender, "pglcl_ext", which, **case)
+        return "-" if value is None else f"{significant(value)}x"
+
+    loss = {"N": 4096, "D": 128, "keys": False, "dtype": "float32"}
+    pixels = {"shape": [16, 4, 256, 256], "stride": 16, "dtype": "float32"}
+    gauss = {"N": 512, "D": 128, "dtype": "float32"}
+    values = find(results("gaussian"), contender="pglcl_ext", passes="forward", **gauss)["values"]  # type: ignore[index]
+    same = "the same value" if values[0]["same"] else "ANOTHER VALUE"
+    time, memory = slopes(results("scaling"))
+    threads = [find(results("scaling"), question="threads", threads=n, passes=BOTH) for n in (1, 2)]
+    gain = median(threads[0]["seconds"]) / median(threads[1]["seconds"])  # type: ignore[index]
+    eager, theirs = "eager reference", "authors' formulas"
+    rows = [
+        [
+            "guided loss against eager PyTorch, N = 4096, D = 128",
+            f"{against('loss', eager, 'forward', **loss)} forward, {against('loss', eager, BOTH, **loss)} both passes",
+            "loss",
+        ],
+        [
+            "the same against `torch.compile`",
+            f"{against('loss', 'torch.compile', 'forward', **loss)}, {against('loss', 'torch.compile', BOTH, **loss)}",
+            "loss",
+        ],
+        [
+            "patch statistics against eager PyTorch, 16x4x256x256, patch 16",
+            f"{against('statistics', eager, 'forward', **pixels)}, {against('statistics', eager, BOTH, **pixels)}",
+            "statistics",
+        ],
+        [
+            "Gaussian loss against the authors' formulas, N = 512, K = 4, D = 128",
+            f"{against('gaussian', theirs, 'forward', **gauss)}, {against('gaussian', theirs, BOTH, **gauss)}, {same}",
+            "gaussian",
+        ],
+        [
+            "growth with N, on a log-log plot from 2048 patches on",
+            f"time {time:.2f}, memory {memory:.2f}",
+            "scaling",
+        ],
+        ["two threads against one, N = 4096, both passes", f"{significant(gain)}x", "scaling"],
+        ["all peers, D = 64 to 256, float32 and bfloat16", "", "peers"],
+        ["segmentation", "", "segmentation"],
+    ]
+    return markdown(
+        ["question", "answer", "table"],
+        [[*row[:2], f"[{row[2]}](benchmarks/results/{row[2]}.md)"] for row in rows],
+    )
+
+
+SECTIONS = {"peers": peers, "segmentation": segmentation, "figures": figures}
+
+
+def rendered(text: str) -> str:
+    """The page with its sections as the results have them now."""
+
+    def section(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{SECTIONS[match[2]]()}\n<!-- end -->"
+
+    return re.sub(r"(<!-- benchmarks: (\w+) -->).*?<!-- end -->", section, text, flags=re.DOTALL)
+
+
+def write() -> None:
+    partial = README.with_suffix(".partial")
+    partial.write_text(rendered(README.read_text()))
+    partial.replace(README)
+
+
+if __name__ == "__main__":
+    write()

@@ -1,0 +1,169 @@
+"""The benchmarks measure what they say, and README says what they measured."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.benchmark.utils.timer import timer
+
+pytest.importorskip("psutil")
+pytest.importorskip("matplotlib")
+
+from benchmarks import gaussian, pages, peers, runner, scaling, segmentation
+from pglcl_ext import gaussian_contrast_loss
+
+
+def allocate(mebibytes: int, seconds: float = 0.0) -> runner.Calls:
+    def touch() -> None:
+        bytes_ = torch.ones(mebibytes * 2**20, dtype=torch.uint8)
+        assert bytes_[-1] == 1
+        end = timer() + seconds
+        while timer() < end:
+            pass
+
+    return {"some": {"forward": touch, "forward+backward": touch}}
+
+
+def test_compare_takes_turns() -> None:
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    samples = runner.compare(calls, repetitions=3)
+    assert {name: len(s) for name, s in samples.items()} == {"a": 3, "b": 3}
+    turns = "".join(x for i, x in enumerate(order) if i == 0 or x != order[i - 1])
+    assert turns == "abababab"  # the warm-up, and one turn per repetition
+
+
+def test_compare_is_short_of_time() -> None:
+    calls = allocate(1, seconds=0.05)["some"]
+    assert len(runner.compare(calls, repetitions=9, seconds=0.3)["forward"]) in (2, 3)
+
+
+def test_measure_finds_memory_and_what_runs_out_of_it() -> None:
+    rows = runner.measure(allocate, {"mebibytes": 100}, ["some"], threads=1, warm={"mebibytes": 1}, repetitions=2)
+    assert [row["passes"] for row in rows] == ["forward", "forward+backward"]
+    for row in rows:
+        assert 95 < row["bytes"] / 2**20 < 115
+        assert len(row["seconds"]) == 2
+    too_much = 2 * runner.LIMIT_BYTES // 2**20
+    rows = runner.measure(allocate, {"mebibytes": too_much}, ["some"], threads=1, warm={"mebibytes": 1})
+    assert [row["problem"] for row in rows] == ["out of memory"] * 2
+    assert runner.cell(rows[0], "seconds") == runner.cell(rows[0], "bytes") == "out of memory"
+
+
+def wrong() -> None:
+    raise RuntimeError("not a shortage")
+
+
+def test_other_errors_are_not_taken_for_a_shortage() -> None:
+    with pytest.raises(RuntimeError, match="not a shortage"):
+        runner.in_child(wrong)
+
+
+def test_ratio_and_find() -> None:
+    rows = [
+        {"contender": c, "passes": "forward", "N": 8, "seconds": s} for c, s in (("a", [1.0, 3.0, 2.0]), ("b", [4.0]))
+    ]
+    assert runner.ratio(rows, "b", "a", "forward", N=8) == 2.0
+    assert runner.ratio(rows, "b", "a", "forward", N=9) is None
+    assert runner.find(rows, contender="b") is rows[1]
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.12345, "0.123"), (99.4, "99.4"), (1234.5, "1234")])
+def test_figures_have_no_exponent(value: float, text: str) -> None:
+    assert runner.significant(value) == text
+
+
+def test_peers_compute_the_same_loss() -> None:
+    pytest.importorskip("pytorch_metric_learning")
+    pytest.importorskip("monai")
+    calls = peers.make(96, 16, "float32")
+    ours = calls["pglcl_ext"]["forward"]()
+    for name in ("eager reference", "pytorch-metric-learning", "plain SupCon"):
+        torch.testing.assert_close(calls[name]["forward"](), ours, rtol=1e-5, atol=1e-5)
+        mine, theirs = (calls[c]["forward+backward"]()[0] for c in ("pglcl_ext", name))
+        if name == "pytorch-metric-learning":  # which normalises once more: no gradient along an embedding of norm 1
+            z = F.normalize(torch.randn(96, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+            mine = mine - (mine * z).sum(dim=1, keepdim=True) * z
+        torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("with_keys", [False, True])
+def test_products_are_those_of_the_loss(with_keys: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every pair is met: with the similarities as weights the gradients are S K and S' A."""
+    monkeypatch.setattr(peers, "BLOCK", 7)
+    monkeypatch.setattr(torch, "zeros_like", lambda x: made.append(x.new_zeros(x.shape)) or made[-1])
+    made: list[torch.Tensor] = []
+    anchors, keys = torch.randn(20, 4), torch.randn(17, 4)
+    peers.products(anchors, keys if with_keys else None)["forward+backward"]()
+    if with_keys:
+        torch.testing.assert_close(made[0], anchors @ keys.t() @ keys)
+        torch.testing.assert_close(made[1], (anchors @ keys.t()).t() @ anchors)
+    else:
+        torch.testing.assert_close(made[0], anchors @ anchors.t() @ anchors)
+
+
+def test_authors_formulas_where_they_are_defined() -> None:
+    inputs = gaussian.problem(64, 32, "float32", "cpu")
+    for temperature in (0.5, gaussian.TEMPERATURE):
+        torch.testing.assert_close(
+            gaussian_contrast_loss(*inputs, temperature=temperature),
+            gaussian.authors(*inputs, temperature),
+            rtol=1e-4,
+            atol=0,
+        )
+    assert not torch.isfinite(gaussian.authors(*inputs, 0.005))
+    assert torch.isfinite(gaussian_contrast_loss(*inputs, temperature=0.005))
+
+
+def test_slope() -> None:
+    assert scaling.slope([1.0, 2.0, 4.0], [3.0, 12.0, 48.0]) == pytest.approx(2.0)
+
+
+def test_every_run_has_a_place_of_its_own() -> None:
+    runs = list(segmentation.matrix())
+    assert (
+        len({run.folder(Path("runs")) for run in runs})
+        == len(runs)
+        == len(segmentation.SEEDS) * sum(len(segmentation.methods(dataset)) for dataset in segmentation.DATASETS)
+    )
+    first = runs[: len(segmentation.SEEDS) * len(segmentation.DATASETS) * 4]
+    assert {run.method for run in first if run.dataset == "acdc"} == {
+        "supervised",
+        "copy-paste",
+        "copy-paste + patchcl",
+        "fully supervised",
+    }
+    assert [run.seed for run in segmentation.matrix("acdc/supervised/")] == list(segmentation.SEEDS)
+
+
+def test_paired_interval() -> None:
+    rng = np.random.default_rng(0)
+    patients = [f"p{i}" for i in range(12)]
+    base = [{p: float(rng.normal(0.7, 0.1)) for p in patients} for _ in range(3)]
+    ahead = [{p: v + 0.02 for p, v in seed.items()} for seed in base]
+    assert segmentation.paired_interval(ahead, base) == pytest.approx((0.02, 0.02, 0.02))
+    noisy = [{p: v + 0.01 + float(rng.normal(0, 0.02)) for p, v in seed.items()} for seed in base]
+    mean, low, high = segmentation.paired_interval(noisy, base)
+    assert low < mean < high
+    assert high - low < 0.04
+
+
+def test_readme_has_the_figures_of_the_results() -> None:
+    text = pages.README.read_text()
+    assert text.count("<!-- benchmarks: ") == len(pages.SECTIONS)
+    assert pages.rendered(text) == text, "python -m benchmarks.pages brings README up to date"
+
+
+@pytest.mark.parametrize("question", ["loss", "statistics", "gaussian", "scaling", "peers", "segmentation"])
+def test_tables_are_those_of_the_results(question: str) -> None:
+    content = json.loads((runner.RESULTS / f"{question}.json").read_text())
+    assert {"processor", "commit", "torch_running"} <= set(content["machine"])
+    if question != "segmentation":  # whose table is made from the runs
+        module = importlib.import_module(f"benchmarks.{question}")
+        assert module.table(content["results"]) + "\n" == (runner.RESULTS / f"{question}.md").read_text()
