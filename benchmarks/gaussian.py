@@ -61,7 +61,7 @@ def run(*, threads: int, device: str = "cpu", sizes: tuple[int, ...] = ()) -> tu
     for n in sizes or SIZES:
         for depth, dtype in ((64, "float32"), (128, "float32"), (256, "float32"), (128, "bfloat16")):
             case = {"N": n, "D": depth, "dtype": dtype, "device": device}
-            contenders = CONTENDERS if depth == 128 else CONTENDERS[:-1]
+            contenders = CONTENDERS if (depth, dtype) == (128, "float32") else CONTENDERS[:-1]
             rows = measure(make, case, contenders, threads=threads, warm={"N": 64}, repetitions=15)
             inputs = problem(**case)
             for temperature in VALUES_AT:

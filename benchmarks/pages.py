@@ -35,7 +35,11 @@ def peers() -> str:
 
 
 def segmentation() -> str:
-    lines = (RESULTS / "segmentation.md").read_text().strip().splitlines()
+    """Without the classes, and without what has not been run."""
+    blocks = (RESULTS / "segmentation.md").read_text().strip().split("\n\n")
+    lead, tables = blocks[0], list(zip(blocks[1::2], blocks[2::2]))
+    kept = [f"{title}\n\n{body}" for title, body in tables if not title.endswith("by class")]
+    lines = "\n\n".join([*kept, lead]).splitlines()
     return "\n".join(line for line in lines if "| not run |" not in line)
 
 

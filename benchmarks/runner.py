@@ -16,7 +16,9 @@ import platform
 import resource
 import statistics
 import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -78,7 +80,7 @@ def passes(function: Callable[..., Any], arguments: Sequence[Any], inputs: Seque
 
 
 def compare(
-    contenders: dict[str, Call], *, repetitions: int, threads: int = 0, seconds: float = 10.0
+    contenders: dict[str, Call], *, repetitions: int, threads: int = 0, seconds: float = 6.0
 ) -> dict[str, list[float]]:
     """Seconds per call of each contender, taken in turns after a warm-up: `repetitions` samples each, fewer where they
     would take more than `seconds` in all, but two at least."""
@@ -192,6 +194,7 @@ def measure(
     shapes, and warms up on the case itself).
     """
     device = case.get("device", "cpu")
+    start = time.monotonic()
     rows = []
     for contender in contenders:
         small = case if contender == compiled else {**case, **(warm or {})}
@@ -213,6 +216,7 @@ def measure(
     for row in rows:
         if "problem" not in row:
             row["seconds"] = timed[row["contender"], row["passes"]]
+    print(", ".join(f"{k} {v}" for k, v in case.items()), f"({time.monotonic() - start:.0f} s)", file=sys.stderr)
     return rows
 
 
