@@ -1,8 +1,12 @@
-"""Sections of the README that come from benchmarks/results: what stands between `<!-- benchmarks: name -->` and
-`<!-- end -->`. A test compares them, so that README claims what the committed results hold."""
+"""Pages that come from benchmarks/results/*.json: the tables beside them, and of the README what stands between
+`<!-- benchmarks: name -->` and `<!-- end -->`. Tests compare them: README claims what the committed results hold.
+
+    python -m benchmarks.pages
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -12,6 +16,7 @@ from benchmarks.runner import RESULTS, find, markdown, mebibytes, median, ratio,
 from benchmarks.scaling import slopes
 
 README = Path(__file__).parents[1] / "README.md"
+QUESTIONS = ("loss", "statistics", "gaussian", "scaling", "peers", "segmentation")
 SHOWN = ("pglcl_ext", "pytorch-metric-learning", "plain SupCon", "eager reference", "torch.mm alone")
 BOTH = "forward+backward"
 
@@ -106,9 +111,17 @@ def rendered(text: str) -> str:
 
 
 def write() -> None:
-    partial = README.with_suffix(".partial")
-    partial.write_text(rendered(README.read_text()))
-    partial.replace(README)
+    """Every table, and README, anew from the committed results."""
+    for question in QUESTIONS:
+        table = importlib.import_module(f"benchmarks.{question}").table(results(question))
+        replace(RESULTS / f"{question}.md", table + "\n")
+    replace(README, rendered(README.read_text()))
+
+
+def replace(path: Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 if __name__ == "__main__":

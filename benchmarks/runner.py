@@ -80,23 +80,26 @@ def passes(function: Callable[..., Any], arguments: Sequence[Any], inputs: Seque
 
 
 def compare(
-    contenders: dict[str, Call], *, repetitions: int, threads: int = 0, seconds: float = 6.0
+    contenders: dict[str, Call], *, repetitions: int, threads: int = 0, seconds: float = 6.0, long: float = 2.0
 ) -> dict[str, list[float]]:
     """Seconds per call of each contender, taken in turns after a warm-up: `repetitions` samples each, fewer where they
-    would take more than `seconds` in all, but two at least."""
+    would take more than `seconds` in all, but two at least. A call of over `long` seconds is its own warm-up."""
     threads = threads or torch.get_num_threads()
     timers = {n: Timer("f()", globals={"f": f}, num_threads=threads) for n, f in contenders.items()}
     counts = {}
+    samples: dict[str, list[float]] = {}
     whole = 0.0
     for name, timer in timers.items():
         first = timer.timeit(1).mean
+        samples[name] = [first] if first > long else []
         first = first if first > 0.02 else timer.timeit(2).mean
         counts[name] = max(1, min(100, int(0.02 / max(first, 1e-7))))  # about 20 ms a sample, so that ticks do not show
         whole += first * counts[name]
-    samples: dict[str, list[float]] = {name: [] for name in timers}
-    for _ in range(max(2, min(repetitions, int(seconds / whole)))):
+    rounds = max(2, min(repetitions, int(seconds / whole)))
+    for _ in range(rounds):
         for name, timer in timers.items():
-            samples[name].append(timer.timeit(counts[name]).mean)
+            if len(samples[name]) < rounds:
+                samples[name].append(timer.timeit(counts[name]).mean)
     return samples
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,8 +46,19 @@ def test_compare_is_short_of_time() -> None:
     assert len(runner.compare(calls, repetitions=9, seconds=0.3)["forward"]) in (2, 3)
 
 
+def test_a_long_call_is_its_own_warm_up() -> None:
+    called: list[str] = []
+    calls = {"long": lambda: (called.append("long"), time.sleep(0.2)), "short": lambda: called.append("short")}
+    samples = runner.compare(calls, repetitions=2, long=0.1)
+    assert {name: len(s) for name, s in samples.items()} == {"long": 2, "short": 2}
+    assert called.count("long") == 2
+    assert called.count("short") > 2
+
+
 def test_measure_finds_memory_and_what_runs_out_of_it() -> None:
-    rows = runner.measure(allocate, {"mebibytes": 100}, ["some"], threads=1, warm={"mebibytes": 1}, repetitions=2)
+    rows = runner.measure(
+        allocate, {"mebibytes": 100, "seconds": 0.05}, ["some"], threads=1, warm={"mebibytes": 1}, repetitions=2
+    )
     assert [row["passes"] for row in rows] == ["forward", "forward+backward"]
     for row in rows:
         assert 95 < row["bytes"] / 2**20 < 115
@@ -154,13 +167,25 @@ def test_paired_interval() -> None:
     assert high - low < 0.04
 
 
+def test_goals_are_judged() -> None:
+    def method(dice: float, minus_base: tuple[float, float, float] | None = None) -> dict[str, Any]:
+        return {"dice": [dice], "minus_base": minus_base}
+
+    own = {"supervised": method(60.0), "fully supervised": method(80.0), "b": method(69.5)}
+    assert segmentation.goal("b", own) == "not measured"
+    own["b + patchcl"] = method(71.0, (0.015, 0.001, 0.03))
+    assert segmentation.goal("b", own).count("met") == 2
+    own["b + patchcl"] = method(69.9, (0.015, -0.001, 0.03))
+    assert segmentation.goal("b", own).count("missed") == 2
+
+
 def test_readme_has_the_figures_of_the_results() -> None:
     text = pages.README.read_text()
     assert text.count("<!-- benchmarks: ") == len(pages.SECTIONS)
     assert pages.rendered(text) == text, "python -m benchmarks.pages brings README up to date"
 
 
-@pytest.mark.parametrize("question", ["loss", "statistics", "gaussian", "scaling", "peers", "segmentation"])
+@pytest.mark.parametrize("question", pages.QUESTIONS)
 def test_tables_are_those_of_the_results(question: str) -> None:
     content = json.loads((runner.RESULTS / f"{question}.json").read_text())
     assert {"processor", "commit", "torch_running"} <= set(content["machine"])
