@@ -83,7 +83,8 @@ def compare(
     contenders: dict[str, Call], *, repetitions: int, threads: int = 0, seconds: float = 6.0, long: float = 2.0
 ) -> dict[str, list[float]]:
     """Seconds per call of each contender, taken in turns after a warm-up: `repetitions` samples each, fewer where they
-    would take more than `seconds` in all, but two at least. A call of over `long` seconds is its own warm-up."""
+    would take more than `seconds` in all, but two at least. Timer itself calls twice before each sample: a call of over
+    `long` seconds has no other warm-up."""
     threads = threads or torch.get_num_threads()
     timers = {n: Timer("f()", globals={"f": f}, num_threads=threads) for n, f in contenders.items()}
     counts = {}
