@@ -19,16 +19,16 @@ from typing import Any
 import torch
 
 from benchmarks import pages, plots
+from benchmarks.pages import MEASURED, QUESTIONS
 from benchmarks.runner import RESULTS, machine, save
 
-MEASURED = ("loss", "statistics", "gaussian", "scaling", "peers")
 WITH_SIZES = ("loss", "gaussian", "scaling", "peers")
 ON_CUDA = ("loss", "statistics", "gaussian")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("questions", nargs="*", help=", ".join((*MEASURED, "segmentation")))
+    parser.add_argument("questions", nargs="*", help=", ".join(QUESTIONS))
     parser.add_argument("--sizes", default="", help=f"numbers of patches, e.g. 512,4096, for {', '.join(WITH_SIZES)}")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
@@ -39,8 +39,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e6, help="segmentation: start no run after these")
     arguments = parser.parse_args()
     for question in arguments.questions:
-        if question not in (*MEASURED, "segmentation"):
-            parser.error(f"questions are {', '.join((*MEASURED, 'segmentation'))}, got {question}")
+        if question not in QUESTIONS:
+            parser.error(f"questions are {', '.join(QUESTIONS)}, got {question}")
+    if "segmentation" in arguments.questions and not arguments.data:
+        parser.error("segmentation needs --data")
     try:
         sizes = tuple(int(n) for n in arguments.sizes.split(",") if n)
     except ValueError:
@@ -56,8 +58,6 @@ def main() -> None:
     for question in arguments.questions or (MEASURED if arguments.device == "cpu" else ON_CUDA):
         start = time.monotonic()
         if question == "segmentation":
-            if not arguments.data:
-                parser.error("segmentation needs --data")
             from benchmarks import segmentation
 
             budget = {name: getattr(arguments, name) for name in ("only", "jobs", "threads", "minutes")}

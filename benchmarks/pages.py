@@ -12,11 +12,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.runner import RESULTS, find, markdown, mebibytes, median, ratio, significant
+from benchmarks.runner import RESULTS, find, markdown, mebibytes, median, ratio, replace, significant
 from benchmarks.scaling import slopes
 
 README = Path(__file__).parents[1] / "README.md"
-QUESTIONS = ("loss", "statistics", "gaussian", "scaling", "peers", "segmentation")
+MEASURED = ("loss", "statistics", "gaussian", "scaling", "peers")
+QUESTIONS = (*MEASURED, "segmentation")
 SHOWN = ("pglcl_ext", "pytorch-metric-learning", "plain SupCon", "eager reference", "torch.mm alone")
 BOTH = "forward+backward"
 
@@ -116,12 +117,6 @@ def write() -> None:
         table = importlib.import_module(f"benchmarks.{question}").table(results(question))
         replace(RESULTS / f"{question}.md", table + "\n")
     replace(README, rendered(README.read_text()))
-
-
-def replace(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -41,8 +42,15 @@ Calls = dict[str, dict[str, Call]]
 # Children are forked from a process that has imported everything and computed nothing: they start at once, and no
 # thread is lost in the fork.
 CONTEXT = multiprocessing.get_context("forkserver")
-PRELOAD = ("benchmarks.runner", "torch._dynamo", "torch._inductor.compile_fx", "monai.losses")
-CONTEXT.set_forkserver_preload([*PRELOAD, "pytorch_metric_learning.losses"])
+CONTEXT.set_forkserver_preload(
+    [
+        "benchmarks.runner",
+        "torch._dynamo",
+        "torch._inductor.compile_fx",
+        "monai.losses",
+        "pytorch_metric_learning.losses",
+    ]
+)
 
 
 def machine() -> dict[str, Any]:
@@ -154,8 +162,10 @@ def in_child(function: Callable[..., Any], *arguments: Any, device: str = "cpu",
         kind, value = receiver.recv()
         process.join(10)
     except EOFError:
-        # A thread that finds no memory ends the process.
-        return "out of memory"
+        process.join()
+        if process.exitcode not in (-signal.SIGABRT, -signal.SIGKILL):
+            raise RuntimeError(f"the process ended with {process.exitcode}") from None
+        return "out of memory"  # of a thread, whose bad_alloc ends the process, or of the machine, which kills it
     finally:
         process.kill()
         process.join()
@@ -278,12 +288,17 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 def save(
     folder: Path, question: str, command: str, results: list[dict[str, Any]], table: str, took: float | None = None
 ) -> None:
-    """<question>.json with every sample, and the table beside it; both are written whole or not at all."""
+    """<question>.json with every sample, and the table beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"command": command, "machine": machine(), "results": results}
     if took is not None:
         content["took_seconds"] = round(took, 1)
-    for name, text in ((f"{question}.json", json.dumps(content, indent=1)), (f"{question}.md", table)):
-        partial = folder / f"{name}.partial"
-        partial.write_text(text + "\n")
-        partial.replace(folder / name)
+    replace(folder / f"{question}.json", json.dumps(content, indent=1) + "\n")
+    replace(folder / f"{question}.md", table + "\n")
+
+
+def replace(path: Path, text: str) -> None:
+    """Written to another name first: a file is whole, or it is the old one."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)

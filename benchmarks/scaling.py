@@ -33,7 +33,9 @@ SIZES = (512, 1024, 2048, 4096, 8192, 16384)
 
 
 def slope(xs: list[float], ys: list[float]) -> float:
-    """Of the line through the logarithms."""
+    """Of the line through the logarithms; NaN of fewer than two points."""
+    if len(xs) < 2:
+        return math.nan
     a, b = [math.log(x) for x in xs], [math.log(y) for y in ys]
     ma, mb = sum(a) / len(a), sum(b) / len(b)
     return sum((x - ma) * (y - mb) for x, y in zip(a, b)) / sum((x - ma) ** 2 for x in a)

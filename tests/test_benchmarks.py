@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,12 @@ def test_other_errors_are_not_taken_for_a_shortage() -> None:
         runner.in_child(wrong)
 
 
+def test_a_crash_is_not_taken_for_a_shortage() -> None:
+    with pytest.raises(RuntimeError, match="ended with -11"):
+        runner.in_child(signal.raise_signal, signal.SIGSEGV)
+    assert runner.in_child(signal.raise_signal, signal.SIGKILL) == "out of memory"
+
+
 def test_ratio_and_find() -> None:
     rows = [
         {"contender": c, "passes": "forward", "N": 8, "seconds": s} for c, s in (("a", [1.0, 3.0, 2.0]), ("b", [4.0]))
@@ -136,6 +144,8 @@ def test_authors_formulas_where_they_are_defined() -> None:
 
 def test_slope() -> None:
     assert scaling.slope([1.0, 2.0, 4.0], [3.0, 12.0, 48.0]) == pytest.approx(2.0)
+    assert math.isnan(scaling.slope([1.0], [3.0]))
+    assert math.isnan(scaling.slope([], []))
 
 
 def test_every_run_has_a_place_of_its_own() -> None:
