@@ -9,7 +9,7 @@
 #include <cmath>
 #include <optional>
 
-#include "kernels/patch_grid.h"
+#include "shared/patch_grid.h"
 #include "ops.h"
 
 namespace pglcl {

@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
-#include "kernels/cpu/kernel_table.h"
+#include "cpu/isa/kernel_table.h"
 
 // The inputs of the fused contrastive loss, shared by its forward and backward op.
 #define PGLCL_CONTRAST_SCHEMA                                                                          \

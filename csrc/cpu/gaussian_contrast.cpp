@@ -1,6 +1,6 @@
 // CPU implementation of the op gaussian_contrast: check, allocate, call the kernel, reduce. Its backward op is a
 // product by then, the same on every device.
-#include "../kernels/cpu/gaussian_contrast.h"
+#include "gaussian_contrast_kernel.h"
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
@@ -8,7 +8,7 @@
 #include <torch/library.h>
 
 #include "../checks.h"
-#include "parallel.h"
+#include "torch_threads.h"
 
 namespace pglcl {
 namespace {

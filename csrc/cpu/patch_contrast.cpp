@@ -1,5 +1,5 @@
 // CPU implementation of the op patch_contrast: check, allocate, call the kernel, reduce.
-#include "../kernels/cpu/patch_contrast.h"
+#include "patch_contrast_kernel.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/scalar_tensor.h>
@@ -7,7 +7,7 @@
 #include <torch/library.h>
 
 #include "../checks.h"
-#include "parallel.h"
+#include "torch_threads.h"
 
 namespace pglcl {
 namespace {

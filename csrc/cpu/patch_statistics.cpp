@@ -1,5 +1,5 @@
 // CPU implementation of the op patch_statistics: check, allocate, call the kernel.
-#include "../kernels/cpu/patch_statistics.h"
+#include "patch_statistics_kernel.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -7,7 +7,7 @@
 
 #include "../checks.h"
 #include "huge_pages.h"
-#include "parallel.h"
+#include "torch_threads.h"
 
 namespace pglcl {
 namespace {

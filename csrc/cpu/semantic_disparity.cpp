@@ -1,11 +1,11 @@
 // CPU implementation of the ops semantic_disparity and disparity_bounds: check, allocate, call the kernel.
-#include "../kernels/cpu/semantic_disparity.h"
+#include "semantic_disparity_kernel.h"
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "../checks.h"
-#include "parallel.h"
+#include "torch_threads.h"
 
 namespace pglcl {
 namespace {

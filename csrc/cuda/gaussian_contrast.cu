@@ -1,5 +1,5 @@
 // CUDA implementation of the op gaussian_contrast: check, allocate, launch. Nothing here waits for the device.
-#include "../kernels/cuda/gaussian_contrast.cuh"
+#include "kernels/gaussian_contrast.cuh"
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/argsort.h>

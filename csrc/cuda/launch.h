@@ -6,7 +6,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include "../kernels/cuda/device.h"
+#include "kernels/device.h"
 
 namespace pglcl {
 

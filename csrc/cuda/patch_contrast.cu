@@ -1,5 +1,5 @@
 // CUDA implementation of the op patch_contrast: check, allocate, launch. Nothing here waits for the device.
-#include "../kernels/cuda/patch_contrast_launch.cuh"
+#include "kernels/patch_contrast_launch.cuh"
 
 #include <ATen/Context.h>
 #include <ATen/ops/empty.h>

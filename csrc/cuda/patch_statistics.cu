@@ -1,5 +1,5 @@
 // CUDA implementation of the op patch_statistics: check, allocate, launch.
-#include "../kernels/cuda/patch_statistics.cuh"
+#include "kernels/patch_statistics.cuh"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>

@@ -1,5 +1,5 @@
 // CUDA implementation of the ops semantic_disparity and disparity_bounds: check, allocate, launch.
-#include "../kernels/cuda/semantic_disparity.cuh"
+#include "kernels/semantic_disparity.cuh"
 
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>

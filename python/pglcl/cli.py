@@ -187,7 +187,8 @@ def predict(
 ) -> None:
     """Writes a mask for every image, in its geometry. A broken file is skipped, and the exit code is not 0."""
     from pglcl.files import check_writable
-    from pglcl.predict import group_inputs, load_model, predict_case, write_prediction
+    from pglcl.model import load_model
+    from pglcl.predict import group_inputs, predict_case, write_prediction
 
     out = console()
     model = load_model(run, device)
@@ -217,8 +218,7 @@ def evaluate(
     device: DeviceOption = "auto",
 ) -> None:
     """Scores the run's model: Dice, HD95 and average surface distance, per class and patient, as CSV and table."""
-    from pglcl.evaluate import table
-    from pglcl.train import evaluate_run
+    from pglcl.evaluate import evaluate_run, table
 
     if part not in ("test", "validation", "labelled", "unlabelled", "all"):
         raise UserError(f"--part must be test, validation, labelled, unlabelled or all, got {part}")

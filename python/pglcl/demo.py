@@ -10,10 +10,10 @@ import numpy as np
 from rich.console import Console
 
 from pglcl.config import TrainConfig
-from pglcl.evaluate import table
+from pglcl.evaluate import evaluate_run, table
 from pglcl.files import replacing, write_json
 from pglcl.report import write_report
-from pglcl.train import Training, evaluate_run
+from pglcl.train import Training
 
 # Slabs of the brain stand in for patients.
 SLAB = 6

@@ -8,13 +8,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance
 from torch import Tensor
 
-from pglcl.files import write_json, write_text
+from pglcl.cases import Case, cases_of, distance_unit, open_folder
+from pglcl.errors import UserError
+from pglcl.files import read_json, write_json, write_text
+from pglcl.model import TrainedModel, load_model
+from pglcl.predict import probabilities
+from pglcl.prepare import prepare
+from pglcl.volumes import read_label
 
 METRICS = ("dice", "hd95", "asd")
 
@@ -168,3 +175,39 @@ def save_scores(scores: Sequence[Score], class_names: dict[int, str], unit: str,
     write_text(folder / f"{name}.md", table(rows) + "\n")
     write_json(folder / f"{name}.json", {"summary": rows, "scores": [vars(s) for s in scores]})
     return rows
+
+
+def score_case(model: TrainedModel, case: Case, *, distances: bool = True) -> list[Score]:
+    prepared = prepare(case, model.config, model.num_classes, model.slice_axis, label=False)
+    p = probabilities(model.network, prepared, model.config, model.slice_axis)
+    assert case.label is not None
+    truth = torch.from_numpy(read_label(case.label, case.images[0], model.num_classes))
+    return score_volume(
+        p.argmax(dim=0),
+        truth,
+        model.num_classes,
+        prepared.volume.spacing,
+        patient=case.patient,
+        case=case.name,
+        distances=distances,
+    )
+
+
+def evaluate_run(
+    run: Path, root: Path, *, part: str = "test", device: str = "auto", progress: Any = None
+) -> list[dict]:
+    """Scores the model of `run` on a part of its split, or on every labelled volume (``part="all"``)."""
+    model = load_model(run, device)
+    folder = open_folder(root)
+    if part == "all":
+        cases = [case for case in folder.cases if case.label is not None]
+    else:
+        cases = cases_of(folder, read_json(run / "split.json")[part], with_label=True)
+    if not cases:
+        raise UserError(f"{root}: no labelled volume in the part {part!r}")
+    scores: list[Score] = []
+    for case in cases:
+        scores += score_case(model, case)
+        if progress:
+            progress(case.name)
+    return save_scores(scores, model.class_names, distance_unit(folder), run, f"scores_{part}")

@@ -3,81 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from monai.inferers import sliding_window_inference
 from torch import Tensor
 
-from pglcl.batches import Prepared, prepare
 from pglcl.cases import Case, stem
 from pglcl.config import TrainConfig
 from pglcl.errors import UserError
-from pglcl.files import load_tensors
-from pglcl.model import SegmentationNetwork, build
+from pglcl.model import TrainedModel
+from pglcl.prepare import Prepared, prepare
 from pglcl.volumes import write_like
 
 SLICES_AT_ONCE = 16
-
-
-@dataclass
-class TrainedModel:
-    """A network with what it needs to know of the data: its own part of a run."""
-
-    network: SegmentationNetwork
-    config: TrainConfig
-    num_classes: int
-    channels: int
-    slice_axis: int | None
-    class_names: dict[int, str]
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "network": {name: t.cpu() for name, t in self.network.state_dict().items()},
-            "arguments": self.network.arguments,
-            "config": vars(self.config).copy(),
-            "num_classes": self.num_classes,
-            "channels": self.channels,
-            "slice_axis": self.slice_axis,
-            "class_names": self.class_names,
-        }
-
-
-def load_model(run: Path, device: str = "auto") -> TrainedModel:
-    """The teacher of a run: of its end, or of its last checkpoint when it has not ended."""
-    path = run / "model.pt" if (run / "model.pt").exists() else run / "checkpoint.pt"
-    if not path.exists():
-        raise UserError(f"{run}: no trained model there (neither model.pt nor checkpoint.pt)")
-    state = load_tensors(path)
-    state = state.get("model", state)
-    try:
-        config = TrainConfig(**state["config"])
-        network = build(state["arguments"])
-        network.load_state_dict(state["network"])
-        return TrainedModel(
-            network.to(choose_device(device)).eval(),
-            config,
-            state["num_classes"],
-            state["channels"],
-            state["slice_axis"],
-            state["class_names"],
-        )
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path}: not a model of this version of pglcl: {str(error).splitlines()[0]}") from error
-
-
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not available: {str(error).splitlines()[0]}") from error
-    return device
 
 
 @torch.no_grad()

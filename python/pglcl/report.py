@@ -15,14 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pglcl.batches import Prepared, prepare
+from pglcl.bases import one_hot
 from pglcl.cases import Case, cases_of, distance_unit, open_folder
 from pglcl.errors import UserError
-from pglcl.evaluate import METRICS
+from pglcl.evaluate import METRICS, evaluate_run
 from pglcl.files import read_json, write_text
-from pglcl.method import one_hot
-from pglcl.predict import TrainedModel, entropy_map, load_model, network_output, probabilities
-from pglcl.train import evaluate_run, read_metrics
+from pglcl.model import TrainedModel, load_model
+from pglcl.predict import entropy_map, network_output, probabilities
+from pglcl.prepare import Prepared, prepare
+from pglcl.record import read_metrics
 from pglcl.volumes import read_label
 from pglcl_ext import patch_embeddings, patch_statistics, semantic_disparity
 

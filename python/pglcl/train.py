@@ -1,16 +1,13 @@
-"""A training run: folders, checkpoints, many devices, and the loop."""
+"""A training run: folders, checkpoints, and the loop."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import dataclasses
-import json
 import math
 import os
-import platform
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import pglcl_ext
-from pglcl.batches import Prepared, StepBatches, choose_slice_axis, loader, prepare
+from pglcl.batches import StepBatches, loader
 from pglcl.cases import (
     Case,
     DataFolder,
@@ -35,13 +31,16 @@ from pglcl.cases import (
     split_patients,
 )
 from pglcl.config import TrainConfig, flag
+from pglcl.contrast import PatchContrast
 from pglcl.errors import UserError
-from pglcl.evaluate import Score, patient_means, save_scores, score_volume
+from pglcl.evaluate import Score, patient_means, score_case
 from pglcl.files import check_writable, load_tensors, read_json, save_tensors, write_json
-from pglcl.method import PatchContrast, Step
-from pglcl.model import SegmentationNetwork, update_teacher
-from pglcl.predict import TrainedModel, choose_device, probabilities
+from pglcl.model import SegmentationNetwork, TrainedModel, choose_device, update_teacher
+from pglcl.prepare import Prepared, choose_slice_axis, prepare
 from pglcl.progress import Progress
+from pglcl.ranks import _agree, _any, average_gradients, process_group, rank_of
+from pglcl.record import Profile, _Log, environment
+from pglcl.step import Step
 from pglcl.volumes import read_label
 
 # What may differ when a run is resumed: it changes no weight.
@@ -104,112 +103,6 @@ def load_data(root: Path, config: TrainConfig, split: Split | None = None, *, pr
     if len(channels) > 1:
         raise UserError(f"{root}: volumes have different numbers of channels: {sorted(channels)}")
     return Data(folder, split, num_classes, channels.pop(), slice_axis, pools[0], pools[1], validation)
-
-
-# --- one rank among many --------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def process_group(device: torch.device) -> Iterator[Any]:
-    """The group that torchrun started, or None."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield None
-        return
-    # The optimizer's first step imports this, which then keeps the group that it finds, and with it threads that still
-    # run while the interpreter is taken down, which now and then abort it. Imported before, it finds none.
-    import torch._dynamo  # noqa: F401
-
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield dist.group.WORLD
-        dist.barrier()  # no rank leaves while another still talks to it
-    finally:
-        dist.destroy_process_group()
-
-
-def rank_of(group: Any) -> int:
-    return 0 if group is None else dist.get_rank(group)
-
-
-def average_gradients(network: nn.Module, group: Any) -> None:
-    """As DistributedDataParallel does, in one message; a parameter that a rank did not use counts as zero there."""
-    if group is None:
-        return
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-    dist.all_reduce(flat, group=group)
-    flat /= dist.get_world_size(group)
-    offset = 0
-    for p in parameters:
-        assert p.grad is not None
-        p.grad.copy_(flat[offset : offset + p.numel()].view_as(p))
-        offset += p.numel()
-
-
-# --- where a step's time goes ---------------------------------------------------------------------------------------
-
-
-class Profile:
-    """Seconds of each section of the steps."""
-
-    def __init__(self, device: torch.device, enabled: bool) -> None:
-        self.device, self.enabled = device, enabled
-        self.seconds: dict[str, list[float]] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        if not self.enabled:
-            yield
-            return
-        self._wait()
-        start = time.perf_counter()
-        yield
-        self._wait()
-        self.seconds.setdefault(name, []).append(time.perf_counter() - start)
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def rows(self, steps: int) -> list[tuple[str, float, float]]:
-        """(section, milliseconds a step, share of the step), of the last `steps` steps."""
-        means = {name: float(np.sum(v[-steps:])) / steps for name, v in self.seconds.items()}
-        total = sum(means.values()) or 1.0
-        return [(name, 1e3 * seconds, seconds / total) for name, seconds in means.items()]
-
-
-# --- the run --------------------------------------------------------------------------------------------------------
-
-
-def git_state(folder: Path) -> dict[str, Any] | None:
-    def git(*arguments: str) -> str:
-        result = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
-        return result.stdout.strip() if result.returncode == 0 else ""
-
-    try:
-        commit = git("rev-parse", "HEAD")
-        return {"commit": commit, "changed": bool(git("status", "--porcelain"))} if commit else None
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def environment() -> dict[str, Any]:
-    import monai
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "monai": monai.__version__,
-        "pglcl_ext": pglcl_ext.build_info(),
-        "machine": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "git": git_state(Path(__file__).parent),
-    }
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -469,97 +362,3 @@ class Training:
         total = torch.tensor([sum(means), float(len(means))], dtype=torch.float64, device=self.device)
         dist.all_reduce(total, group=group)
         return float(total[0] / total[1]) if total[1] else math.nan
-
-
-def _agree(problem: list[str], group: Any) -> None:
-    """Every rank stops when one has something to say."""
-    if group is not None:
-        everyone: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(everyone, problem, group=group)
-        problem = next((p for p in everyone if p), [])
-    if problem:
-        raise UserError(*problem)
-
-
-def _any(flagged: bool, group: Any, device: torch.device) -> bool:
-    value = torch.tensor([int(flagged)], device=device)
-    dist.all_reduce(value, group=group)
-    return bool(value.item())
-
-
-class _Log:
-    """metrics.jsonl and tensorboard; what a resumed run will meet again is taken out first."""
-
-    def __init__(self, output: Path, first: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.path = output / "metrics.jsonl"
-        kept = [row for row in read_metrics(output) if row["step"] <= first]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (closed with the run)
-        self.board = SummaryWriter(str(output / "tensorboard"), purge_step=first + 1 if first else None)
-
-    def write(self, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        for name, value in row.items():
-            if name != "step":
-                self.board.add_scalar(name, value, row["step"])
-
-    def close(self) -> None:
-        self.file.close()
-        self.board.close()
-
-
-def read_metrics(output: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a last line cut off by a kill is left out."""
-    path = output / "metrics.jsonl"
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
-
-
-# --- scores of a model ----------------------------------------------------------------------------------------------
-
-
-def score_case(model: TrainedModel, case: Case, *, distances: bool = True) -> list[Score]:
-    prepared = prepare(case, model.config, model.num_classes, model.slice_axis, label=False)
-    p = probabilities(model.network, prepared, model.config, model.slice_axis)
-    assert case.label is not None
-    truth = torch.from_numpy(read_label(case.label, case.images[0], model.num_classes))
-    return score_volume(
-        p.argmax(dim=0),
-        truth,
-        model.num_classes,
-        prepared.volume.spacing,
-        patient=case.patient,
-        case=case.name,
-        distances=distances,
-    )
-
-
-def evaluate_run(
-    run: Path, root: Path, *, part: str = "test", device: str = "auto", progress: Any = None
-) -> list[dict]:
-    """Scores the model of `run` on a part of its split, or on every labelled volume (``part="all"``)."""
-    from pglcl.predict import load_model
-
-    model = load_model(run, device)
-    folder = open_folder(root)
-    if part == "all":
-        cases = [case for case in folder.cases if case.label is not None]
-    else:
-        cases = cases_of(folder, read_json(run / "split.json")[part], with_label=True)
-    if not cases:
-        raise UserError(f"{root}: no labelled volume in the part {part!r}")
-    scores: list[Score] = []
-    for case in cases:
-        scores += score_case(model, case)
-        if progress:
-            progress(case.name)
-    return save_scores(scores, model.class_names, distance_unit(folder), run, f"scores_{part}")
-
-
-__all__ = ["Data", "Interrupted", "Training", "evaluate_run", "load_data", "read_metrics", "score_case"]

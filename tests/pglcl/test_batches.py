@@ -7,7 +7,8 @@ from pathlib import Path
 import nibabel as nib
 import pytest
 import torch
-from pglcl.batches import StepBatches, loader, normalise
+from pglcl.batches import StepBatches, loader
+from pglcl.prepare import normalise
 from pglcl.train import Data, Training, load_data
 
 from tests.pglcl.folders import decathlon, plain, tiny

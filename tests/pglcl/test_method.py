@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from pglcl import method
-from pglcl.method import PatchContrast, Step, copy_paste, one_hot, random_box, segmentation_loss, weak_to_strong
+from pglcl.bases import copy_paste, one_hot, random_box, segmentation_loss, weak_to_strong
+from pglcl.contrast import PatchContrast
 from pglcl.model import SegmentationNetwork
+from pglcl.step import Step
 from torch import Tensor
 
 from tests.pglcl.folders import tiny

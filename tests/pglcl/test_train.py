@@ -15,8 +15,11 @@ import pytest
 import torch
 from pglcl import train
 from pglcl.errors import UserError
+from pglcl.evaluate import evaluate_run
 from pglcl.files import load_tensors, save_tensors
-from pglcl.train import Interrupted, Training, evaluate_run, process_group, read_metrics
+from pglcl.ranks import process_group
+from pglcl.record import read_metrics
+from pglcl.train import Interrupted, Training
 
 from tests.conftest import ROOT
 from tests.pglcl.folders import TINY, decathlon, plain, save, tiny

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 HERE = Path(__file__).parent
-KERNELS = HERE.parent.parent / "csrc" / "kernels"
+CSRC = HERE.parent.parent / "csrc"
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -32,13 +32,13 @@ def library(name: str) -> ctypes.CDLL:
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("the emulator needs a C++ compiler: neither g++ nor clang++ is on the path")
-    sources = sorted([*HERE.glob("*.h"), *HERE.glob("*.cpp"), *KERNELS.glob("*.h"), *KERNELS.glob("cuda/*")])
+    sources = sorted([*HERE.glob("*.h"), *HERE.glob("*.cpp"), *CSRC.glob("shared/*"), *CSRC.glob("cuda/kernels/*")])
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     built = Path(tempfile.gettempdir()) / f"pglcl_simt_{name}_{digest}.so"
     if not built.exists():
         command = [compiler, "-std=c++20", "-O2", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-I", str(HERE)]
         partial = built.with_suffix(f".{id(command)}")
-        subprocess.run([*command, "-I", str(KERNELS), "-o", str(partial), str(HERE / f"{name}.cpp")], check=True)
+        subprocess.run([*command, "-I", str(CSRC), "-o", str(partial), str(HERE / f"{name}.cpp")], check=True)
         partial.rename(built)
     return ctypes.CDLL(str(built))
 

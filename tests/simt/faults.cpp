@@ -2,7 +2,7 @@
 // pass.
 #include <string>
 
-#include "cuda/device.h"
+#include "cuda/kernels/device.h"
 
 namespace {
 

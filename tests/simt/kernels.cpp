@@ -2,10 +2,10 @@
 // or the emulator's message.
 #include <string>
 
-#include "cuda/gaussian_contrast.cuh"
-#include "cuda/patch_contrast_launch.cuh"
-#include "cuda/patch_statistics.cuh"
-#include "cuda/semantic_disparity.cuh"
+#include "cuda/kernels/gaussian_contrast.cuh"
+#include "cuda/kernels/patch_contrast_launch.cuh"
+#include "cuda/kernels/patch_statistics.cuh"
+#include "cuda/kernels/semantic_disparity.cuh"
 
 namespace {
 

@@ -11,7 +11,7 @@
 //   - a read of what cp.async has not delivered: its data appears only when the thread that issued it waits.
 //
 // Kernels are written against the names below, which a small header maps to CUDA when nvcc compiles them (device.h in
-// csrc/kernels/cuda). One launch at a time; not thread-safe, and needs none.
+// csrc/cuda/kernels). One launch at a time; not thread-safe, and needs none.
 #pragma once
 
 #include <ucontext.h>

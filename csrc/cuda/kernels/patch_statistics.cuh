@@ -2,7 +2,7 @@
 // they add up meets in warp reductions; there is no shared memory and no atomic.
 #pragma once
 
-#include "../patch_grid.h"
+#include "../../shared/patch_grid.h"
 #include "device.h"
 
 namespace pglcl::cuda {

@@ -1,8 +1,8 @@
 // The Gaussian contrastive loss on the CPU (METHOD section 6), free of torch.
 #pragma once
 
-#include "../dtype.h"
-#include "parallel.h"
+#include "../shared/dtype.h"
+#include "threads.h"
 
 namespace pglcl {
 

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-#include "../dtype.h"
-#include "contrast_tile.h"
-#include "parallel.h"
+#include "../shared/dtype.h"
+#include "isa/contrast_tile.h"
+#include "threads.h"
 
 namespace pglcl {
 

@@ -1,11 +1,11 @@
-#include "semantic_disparity.h"
+#include "semantic_disparity_kernel.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
-#include "../disparity_search.h"
+#include "../shared/disparity_search.h"
 
 namespace pglcl {
 namespace {

@@ -1,7 +1,7 @@
 // Semantic disparity and the bounds taken from it on the GPU (METHOD sections 3 and 4).
 #pragma once
 
-#include "../disparity_search.h"
+#include "../../shared/disparity_search.h"
 #include "device.h"
 
 namespace pglcl::cuda {

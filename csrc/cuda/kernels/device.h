@@ -234,7 +234,7 @@ using PglclStream = int;
 
 #endif
 
-#include "../dtype.h"
+#include "../../shared/dtype.h"
 
 namespace pglcl {
 

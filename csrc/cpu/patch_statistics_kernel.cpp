@@ -1,11 +1,11 @@
-#include "patch_statistics.h"
+#include "patch_statistics_kernel.h"
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
 #include "buffer.h"
-#include "kernel_table.h"
+#include "isa/kernel_table.h"
 
 namespace pglcl {
 namespace {

@@ -1,13 +1,13 @@
 // Schedules the tiles of the Gaussian contrastive loss: anchors are grouped by class, so that a tile needs the
 // statistics of one row of the (classes, classes) table only, and one that is the same for all its anchors.
-#include "gaussian_contrast.h"
+#include "gaussian_contrast_kernel.h"
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
 #include "buffer.h"
-#include "kernel_table.h"
+#include "isa/kernel_table.h"
 
 namespace pglcl {
 namespace {

@@ -1,9 +1,9 @@
 // Patch statistics on the CPU (METHOD section 2), free of torch.
 #pragma once
 
-#include "../dtype.h"
-#include "../patch_grid.h"
-#include "parallel.h"
+#include "../shared/dtype.h"
+#include "../shared/patch_grid.h"
+#include "threads.h"
 
 namespace pglcl {
 

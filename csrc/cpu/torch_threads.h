@@ -3,8 +3,8 @@
 
 #include <ATen/Parallel.h>
 
-#include "../kernels/cpu/parallel.h"
-#include "../kernels/dtype.h"
+#include "threads.h"
+#include "../shared/dtype.h"
 
 namespace pglcl {
 

@@ -1,4 +1,4 @@
-#include "patch_contrast.h"
+#include "patch_contrast_kernel.h"
 
 #include <algorithm>
 #include <atomic>
@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "buffer.h"
-#include "kernel_table.h"
+#include "isa/kernel_table.h"
 
 namespace pglcl {
 namespace {

@@ -1,0 +1,109 @@
+"""What a run writes down: its environment, where its time goes, its metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import pglcl_ext
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    def git(*arguments: str) -> str:
+        result = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
+        return result.stdout.strip() if result.returncode == 0 else ""
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return {"commit": commit, "changed": bool(git("status", "--porcelain"))} if commit else None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def environment() -> dict[str, Any]:
+    import monai
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "monai": monai.__version__,
+        "pglcl_ext": pglcl_ext.build_info(),
+        "machine": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "git": git_state(Path(__file__).parent),
+    }
+
+
+class Profile:
+    """Seconds of each section of the steps."""
+
+    def __init__(self, device: torch.device, enabled: bool) -> None:
+        self.device, self.enabled = device, enabled
+        self.seconds: dict[str, list[float]] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        if not self.enabled:
+            yield
+            return
+        self._wait()
+        start = time.perf_counter()
+        yield
+        self._wait()
+        self.seconds.setdefault(name, []).append(time.perf_counter() - start)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def rows(self, steps: int) -> list[tuple[str, float, float]]:
+        """(section, milliseconds a step, share of the step), of the last `steps` steps."""
+        means = {name: float(np.sum(v[-steps:])) / steps for name, v in self.seconds.items()}
+        total = sum(means.values()) or 1.0
+        return [(name, 1e3 * seconds, seconds / total) for name, seconds in means.items()]
+
+
+class _Log:
+    """metrics.jsonl and tensorboard; what a resumed run will meet again is taken out first."""
+
+    def __init__(self, output: Path, first: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = output / "metrics.jsonl"
+        kept = [row for row in read_metrics(output) if row["step"] <= first]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (closed with the run)
+        self.board = SummaryWriter(str(output / "tensorboard"), purge_step=first + 1 if first else None)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        for name, value in row.items():
+            if name != "step":
+                self.board.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()
+
+
+def read_metrics(output: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; a last line cut off by a kill is left out."""
+    path = output / "metrics.jsonl"
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
