@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pglcl import method
+from pglcl import bases
 from pglcl.bases import copy_paste, one_hot, random_box, segmentation_loss, weak_to_strong
 from pglcl.contrast import PatchContrast
 from pglcl.model import SegmentationNetwork
@@ -50,7 +50,7 @@ def gradient_of(step: Step, batch: dict[str, Tensor], number: int = 6) -> tuple[
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("patches", ["pooled", "crop"])
 @pytest.mark.parametrize("loss", ["infonce", "gaussian"])
-@pytest.mark.parametrize("consistency", list(method.BASES))
+@pytest.mark.parametrize("consistency", list(bases.BASES))
 def test_every_combination_steps(consistency: str, loss: str, patches: str, dims: int) -> None:
     size = "32" if dims == 2 else "16"
     options = {"consistency": consistency, "loss": loss, "patches": patches, "spatial_dims": dims, "image_size": size}
@@ -201,7 +201,7 @@ def test_copy_paste_mixes_everything_alike() -> None:
         assert torch.equal(target[place], batch["label"][place])
         assert torch.equal(target[~place], pseudo[~place])
         assert own in (0, 1)
-    assert torch.all(views.weight[~annotated] == method.UNLABELLED_SHARE)
+    assert torch.all(views.weight[~annotated] == bases.UNLABELLED_SHARE)
 
 
 def test_weak_to_strong_counts_sure_pixels_alone() -> None:
