@@ -168,12 +168,21 @@ def scores_csv(scores: Sequence[Score], class_names: dict[int, str], unit: str) 
     return out.getvalue()
 
 
+def without_nan(value: Any) -> Any:
+    """The same lists and dictionaries with None for NaN and infinity, as JSON asks for."""
+    if isinstance(value, dict):
+        return {name: without_nan(v) for name, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def save_scores(scores: Sequence[Score], class_names: dict[int, str], unit: str, folder: Path, name: str) -> list[dict]:
     """<name>.csv, <name>.md and <name>.json; returns the summary."""
     rows = summarise(scores, class_names, unit)
     write_text(folder / f"{name}.csv", scores_csv(scores, class_names, unit))
     write_text(folder / f"{name}.md", table(rows) + "\n")
-    write_json(folder / f"{name}.json", {"summary": rows, "scores": [vars(s) for s in scores]})
+    write_json(folder / f"{name}.json", without_nan({"summary": rows, "scores": [vars(s) for s in scores]}))
     return rows
 
 

@@ -17,7 +17,8 @@ from pglcl.errors import UserError
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name with the suffix of `path`, which takes its place when the block ends well."""
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    # Only the end of a long name: with what is put before it, the whole would be longer than file systems allow.
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name[-40:]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -35,7 +36,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    """Raises ValueError for NaN and infinity, which JSON does not have: the caller writes None for them."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -43,7 +45,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: not found") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from error
 
 

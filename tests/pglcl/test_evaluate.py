@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from pglcl.evaluate import bootstrap_interval, patient_means, score_volume, scores_csv, summarise, table
+from pglcl.evaluate import bootstrap_interval, patient_means, save_scores, score_volume, scores_csv, summarise, table
+from pglcl.files import read_json, write_json
 
 
 def ball(centre: tuple[int, int, int], radius: float, shape: tuple[int, int, int] = (24, 24, 24)) -> torch.Tensor:
@@ -71,6 +74,28 @@ def test_summary_counts_and_means() -> None:
     assert len(rows) == 6
     assert rows[1]["dice"] == ""
     assert rows[1]["status"] == "absent"
+
+
+def test_scores_are_json(tmp_path: Path) -> None:
+    """A class without a score is null: NaN is no JSON."""
+    truth = ball((10, 12, 12), 6).long()
+    save_scores(score_volume(truth, truth, 3, (1.0, 1.0, 1.0), patient="p", case="c"), {}, "mm", tmp_path, "scores")
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    content = json.loads((tmp_path / "scores.json").read_text(), parse_constant=refuse)
+    assert content["scores"][1]["dice"] is None
+    assert content["summary"][1]["dice_interval"] == [None, None]
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "other.json", {"x": math.nan})
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".partial")] == []
+
+
+def test_a_long_name_can_be_written(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 240 + ".json")
+    write_json(path, 1)
+    assert read_json(path) == 1
 
 
 def test_bootstrap_covers_the_mean() -> None:
