@@ -1,9 +1,8 @@
-"""What is in a data folder: cases, their patients, their labels; how they are split; what is wrong with them."""
+"""How the cases of a data folder are split by patient, and what is wrong with them."""
 
 from __future__ import annotations
 
 import random
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,109 +13,8 @@ import numpy as np
 from pglcl.config import TrainConfig
 from pglcl.errors import UserError
 from pglcl.files import read_json
+from pglcl.layouts import Case, DataFolder
 from pglcl.volumes import open_image, orientation_of, read_label, read_volume
-
-SUFFIXES = (".nii.gz", ".nii")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One volume. images: one file each channel, or one file with channels along the fourth axis."""
-
-    name: str
-    patient: str
-    images: tuple[Path, ...]
-    label: Path | None
-
-
-@dataclass
-class DataFolder:
-    """The cases of a folder, sorted by name. layout: acdc, decathlon or plain."""
-
-    root: Path
-    layout: str
-    cases: list[Case]
-    class_names: dict[int, str] = field(default_factory=dict)
-
-    @property
-    def patients(self) -> list[str]:
-        return sorted({case.patient for case in self.cases})
-
-
-def stem(path: Path) -> str:
-    for suffix in SUFFIXES:
-        if path.name.endswith(suffix):
-            return path.name[: -len(suffix)]
-    return path.name
-
-
-def _nifti_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.name.endswith(SUFFIXES) and not p.name.startswith("."))
-
-
-def open_folder(root: Path) -> DataFolder:
-    """Recognises the official ACDC folder, a Decathlon task, and `images/` beside `labels/`."""
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder")
-    if (root / "dataset.json").is_file():
-        data = _decathlon(root)
-    elif (root / "images").is_dir():
-        data = _plain(root)
-    else:
-        data = _acdc(root)
-    if not data.cases:
-        raise UserError(
-            f"{root}: no volumes found. Expected patientXXX/patientXXX_frameYY.nii.gz (ACDC), a Decathlon task with "
-            "dataset.json, or the folders images/ and labels/"
-        )
-    data.cases.sort(key=lambda case: case.name)
-    names = Counter(case.name for case in data.cases)
-    twice = [name for name, count in names.items() if count > 1]
-    if twice:
-        raise UserError(f"{root}: volumes of the same name: {', '.join(twice[:5])}")
-    return data
-
-
-def _acdc(root: Path) -> DataFolder:
-    cases = []
-    pattern = re.compile(r"(patient\d+)_frame\d+\.nii(\.gz)?$")
-    for path in sorted(root.rglob("patient*_frame*.nii*")):
-        match = pattern.match(path.name)
-        if match:
-            label = next((p for s in SUFFIXES if (p := path.with_name(f"{stem(path)}_gt{s}")).exists()), None)
-            cases.append(Case(stem(path), match[1], (path,), label))
-    names = {0: "background", 1: "right ventricle", 2: "myocardium", 3: "left ventricle"}
-    return DataFolder(root, "acdc", cases, names)
-
-
-def _decathlon(root: Path) -> DataFolder:
-    content = read_json(root / "dataset.json")
-    cases = []
-    try:
-        for entry in content.get("training", []):
-            image = root / entry["image"]
-            cases.append(Case(stem(image), stem(image), (image,), root / entry["label"]))
-        for entry in content.get("test", []):
-            image = root / (entry["image"] if isinstance(entry, dict) else entry)
-            if image.exists():  # the official test images have no labels: they are unlabelled volumes
-                cases.append(Case(stem(image), stem(image), (image,), None))
-        names = {int(k): str(v) for k, v in content.get("labels", {}).items()}
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise UserError(f"{root / 'dataset.json'}: not a Decathlon description: {error!r}") from error
-    return DataFolder(root, "decathlon", cases, names)
-
-
-def _plain(root: Path) -> DataFolder:
-    channels: dict[str, list[Path]] = {}
-    for path in _nifti_files(root / "images"):
-        name = re.sub(r"_\d{4}$", "", stem(path))  # case_0000, case_0001: the channels of `case`
-        channels.setdefault(name, []).append(path)
-    labels = {stem(p): p for p in _nifti_files(root / "labels")} if (root / "labels").is_dir() else {}
-    cases = [Case(name, name, tuple(paths), labels.pop(name, None)) for name, paths in channels.items()]
-    if labels:
-        raise UserError(*(f"{path}: a label without an image in {root / 'images'}" for path in labels.values()))
-    return DataFolder(root, "plain", cases)
-
 
 # --- splits ---------------------------------------------------------------------------------------------------------
 

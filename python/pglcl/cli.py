@@ -44,7 +44,8 @@ def inspect(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="a row for every volume")] = False,
 ) -> None:
     """Lists what is in a data folder and everything that is wrong with it."""
-    from pglcl.cases import inspect_folder, open_folder
+    from pglcl.cases import inspect_folder
+    from pglcl.layouts import open_folder
     from pglcl.progress import print_table
 
     out = console()
@@ -187,8 +188,9 @@ def predict(
 ) -> None:
     """Writes a mask for every image, in its geometry. A broken file is skipped, and the exit code is not 0."""
     from pglcl.files import check_writable
+    from pglcl.layouts import group_inputs
     from pglcl.model import load_model
-    from pglcl.predict import group_inputs, predict_case, write_prediction
+    from pglcl.predict import predict_case, write_prediction
 
     out = console()
     model = load_model(run, device)

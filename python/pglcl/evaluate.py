@@ -15,9 +15,10 @@ import torch
 from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance
 from torch import Tensor
 
-from pglcl.cases import Case, cases_of, distance_unit, open_folder
+from pglcl.cases import cases_of, distance_unit
 from pglcl.errors import UserError
 from pglcl.files import read_json, write_json, write_text
+from pglcl.layouts import Case, open_folder
 from pglcl.model import TrainedModel, load_model
 from pglcl.predict import probabilities
 from pglcl.prepare import prepare

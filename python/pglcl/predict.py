@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +9,9 @@ import torch
 from monai.inferers import sliding_window_inference
 from torch import Tensor
 
-from pglcl.cases import Case, stem
 from pglcl.config import TrainConfig
 from pglcl.errors import UserError
+from pglcl.layouts import Case
 from pglcl.model import TrainedModel
 from pglcl.prepare import Prepared, prepare
 from pglcl.volumes import write_like
@@ -54,32 +53,6 @@ def predict_case(model: TrainedModel, case: Case) -> tuple[Tensor, Prepared]:
 def entropy_map(p: Tensor) -> Tensor:
     """(X, Y, Z), nats."""
     return -torch.special.xlogy(p, p).sum(dim=0)
-
-
-def group_inputs(paths: Sequence[Path]) -> list[Case]:
-    """Files and folders to cases; `name_0000`, `name_0001` are channels of one."""
-    from pglcl.cases import SUFFIXES
-
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES))
-            if not found:
-                raise UserError(f"{path}: no NIfTI file in this folder")
-            files += found
-        else:
-            files.append(path)
-    groups: dict[str, list[Path]] = {}
-    for file in files:
-        name = stem(file)
-        head, _, tail = name.rpartition("_")
-        if head and tail.isdigit() and len(tail) == 4 and (file.parent / file.name.replace(tail, "0000")).exists():
-            name = head
-        groups.setdefault(name, []).append(file)
-    for members in groups.values():
-        if len({m.parent for m in members}) > 1:
-            raise UserError(f"files of the same name would overwrite each other: {', '.join(map(str, members))}")
-    return [Case(name, name, tuple(sorted(members)), None) for name, members in groups.items()]
 
 
 def write_prediction(

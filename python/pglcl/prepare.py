@@ -16,8 +16,8 @@ from monai.transforms import (
 )
 from torch import Tensor
 
-from pglcl.cases import Case
 from pglcl.config import TrainConfig
+from pglcl.layouts import Case
 from pglcl.volumes import Geometry, Volume, read_label, read_volume, resize_image, resize_label, resized_shape
 
 

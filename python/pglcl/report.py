@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pglcl.bases import one_hot
-from pglcl.cases import Case, cases_of, distance_unit, open_folder
+from pglcl.cases import cases_of, distance_unit
 from pglcl.errors import UserError
 from pglcl.evaluate import METRICS, evaluate_run
 from pglcl.files import read_json, write_text
+from pglcl.layouts import Case, open_folder
 from pglcl.model import TrainedModel, load_model
 from pglcl.predict import entropy_map, network_output, probabilities
 from pglcl.prepare import Prepared, prepare

@@ -20,14 +20,11 @@ from torch import Tensor, nn
 
 from pglcl.batches import StepBatches, loader
 from pglcl.cases import (
-    Case,
-    DataFolder,
     Split,
     cases_of,
     count_classes,
     distance_unit,
     inspect_case,
-    open_folder,
     split_patients,
 )
 from pglcl.config import TrainConfig, flag
@@ -35,6 +32,7 @@ from pglcl.contrast import PatchContrast
 from pglcl.errors import UserError
 from pglcl.evaluate import Score, patient_means, score_case
 from pglcl.files import check_writable, load_tensors, read_json, save_tensors, write_json
+from pglcl.layouts import Case, DataFolder, open_folder
 from pglcl.model import SegmentationNetwork, TrainedModel, choose_device, update_teacher
 from pglcl.prepare import Prepared, choose_slice_axis, prepare
 from pglcl.progress import Progress

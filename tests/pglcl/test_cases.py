@@ -8,8 +8,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from pglcl.cases import distance_unit, inspect_folder, open_folder, split_patients
+from pglcl.cases import distance_unit, inspect_folder, split_patients
 from pglcl.errors import UserError
+from pglcl.layouts import open_folder
 
 from tests.conftest import data_folder
 from tests.pglcl.folders import OBLIQUE, acdc, decathlon, plain, save, tiny, volume

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from pglcl.cases import Case
+from pglcl.layouts import Case
 from pglcl.prepare import choose_slice_axis, prepare
 from pglcl.volumes import read_label, read_volume, resize_image, resize_label, resized_shape, write_like
 

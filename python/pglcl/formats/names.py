@@ -1,0 +1,81 @@
+"""Which files are inputs, and what they are called: suffixes, compared without case, and names without them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from pglcl.errors import UserError
+
+# The reader of each suffix. A name is compared with the longest first.
+READERS = {
+    ".nii.gz": "nifti",
+    ".nii": "nifti",
+    ".nrrd": "itk",
+    ".mha": "itk",
+    ".mhd": "itk",
+    ".png": "picture",
+    ".bmp": "picture",
+    ".tif": "picture",
+    ".tiff": "picture",
+    ".jpg": "picture",
+    ".jpeg": "picture",
+    ".h5": "hdf5",
+    ".hdf5": "hdf5",
+}
+DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
+DICOM_MAGIC = (128, b"DICM")  # where a DICOM file says that it is one
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix that names the reader, in lower case; empty for a file that is none of ours."""
+    name = path.name.lower()
+    return next((suffix for suffix in READERS if name.endswith(suffix) and len(name) > len(suffix)), "")
+
+
+def stem(path: Path) -> str:
+    """The name without that suffix: `scan.v2.NII.GZ` is `scan.v2`."""
+    return path.name[: len(path.name) - len(suffix_of(path))]
+
+
+def is_hidden(path: Path) -> bool:
+    """Never input: `._*` (macOS), `.partial-*` (left by a kill), and every other name with a dot before it."""
+    return path.name.startswith(".")
+
+
+def list_folder(folder: Path) -> list[Path]:
+    """What a folder holds, sorted by name, without hidden files."""
+    try:
+        return sorted(path for path in folder.iterdir() if not is_hidden(path))
+    except OSError as error:
+        raise UserError(f"{folder}: this folder cannot be read: {error.strerror or error}") from error
+
+
+def is_dicom_folder(folder: Path) -> bool:
+    """Whether a folder holds the slices of a DICOM series itself; they often have no suffix."""
+    return folder.is_dir() and any(_is_dicom_file(path) for path in list_folder(folder))
+
+
+def _is_dicom_file(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    if path.suffix.lower() in DICOM_SUFFIXES:
+        return True
+    if path.suffix and not path.suffix[1:].isdigit():  # names such as 1.2.840.113
+        return False
+    offset, magic = DICOM_MAGIC
+    try:
+        with path.open("rb") as file:
+            return file.read(offset + len(magic))[offset:] == magic
+    except OSError:
+        return False
+
+
+def inputs_in(folder: Path) -> list[Path]:
+    """The images of a folder, sorted: files of a known suffix, and folders of DICOM slices."""
+    found = list_folder(folder)
+    return [path for path in found if (suffix_of(path) and path.is_file()) or is_dicom_folder(path)]
+
+
+def known_suffixes(suffixes: Iterable[str] = READERS) -> str:
+    return ", ".join(suffixes)
