@@ -8,10 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pglcl_ext._arguments import GaussianArguments
+from pglcl_ext._checks import (
+    REDUCTIONS,
+    check_gaussian,
+    check_integer,
+    check_known_labels,
+    check_number,
+    check_positive,
+    check_reduction,
+    check_tensor,
+)
 from pglcl_ext._library import no_double_backward, ops
 from pglcl_ext.embedding_queue import EmbeddingQueue
 from pglcl_ext.hard_negatives import hard_negative_statistics
-from pglcl_ext.patch_contrast import REDUCTIONS, check_positive, check_reduction
 from pglcl_ext.semantic_disparity import accumulate_dtype
 
 __all__ = ["GaussianContrastLoss", "gaussian_contrast_loss"]
@@ -67,21 +77,29 @@ def gaussian_contrast_loss(
         TypeError: wrong dtypes.
     """
     check_reduction(reduction)
-    needs_gradients = anchors.requires_grad and torch.is_grad_enabled()
-    loss, _, _ = ops.gaussian_contrast(
+    for name, t in (("anchors", anchors), ("means", means), ("covariances", covariances)):
+        check_tensor(name, t)
+    x = GaussianArguments(
         anchors,
         labels,
         means.detach(),
         covariances.detach(),
         counts,
-        temperature,
-        covariance_scale,
-        negative_weight,
-        ignore_index,
+        check_number("temperature", temperature),
+        check_number("covariance_scale", covariance_scale),
+        check_number("negative_weight", negative_weight),
+        check_integer("ignore_index", ignore_index),
         REDUCTIONS[reduction],
-        needs_gradients,
+        anchors.requires_grad and torch.is_grad_enabled(),
     )
-    return loss  # type: ignore[no-any-return]
+    check_gaussian(x)
+    if torch.compiler.is_compiling():
+        return ops.gaussian_contrast(*x)[0]  # type: ignore[no-any-return]
+    try:
+        return ops.gaussian_contrast(*x)[0]  # type: ignore[no-any-return]
+    except (RuntimeError, ValueError):  # of labels, which only the kernel reads
+        check_known_labels(labels, counts.shape[0], x.ignore_index)
+        raise
 
 
 class GaussianContrastLoss(nn.Module):
@@ -170,6 +188,7 @@ class GaussianContrastLoss(nn.Module):
 
 @torch.library.register_fake("pglcl_ext::gaussian_contrast")
 def _fake(anchors: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    check_gaussian(GaussianArguments(anchors, *rest))
     reduction, needs_gradients = rest[-2:]
     n, dtype = anchors.shape[0], accumulate_dtype(anchors.dtype)
     return (

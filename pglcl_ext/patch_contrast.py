@@ -9,13 +9,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pglcl_ext._arguments import ContrastArguments
+from pglcl_ext._checks import (
+    REDUCTIONS,
+    check_bound,
+    check_choice,
+    check_choice_of_pairs,
+    check_contrast,
+    check_integer,
+    check_number,
+    check_positive,
+    check_reduction,
+    check_tensor,
+)
 from pglcl_ext._library import no_double_backward, ops
 from pglcl_ext.distributed import GATHERS, all_keys_contrast, first_row, gather_rows, ring_contrast
 from pglcl_ext.semantic_disparity import accumulate_dtype, disparity_bounds
 
 __all__ = ["PatchContrastLoss", "patch_contrast_loss"]
-
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
 def patch_contrast_loss(
@@ -138,10 +149,10 @@ def patch_contrast(
 ) -> tuple[Tensor, Tensor]:
     """:func:`patch_contrast_loss` and the number of anchors it counted, an int64 scalar tensor."""
     check_reduction(reduction)
-    check_gather(gather)
+    check_choice("gather", gather, GATHERS)
     if group is not None and (positive_mask is not None or negative_mask is not None):
         raise ValueError("positive_mask and negative_mask cannot be given with a process group")
-    check_options(
+    check_choice_of_pairs(
         descriptors,
         max_positive_disparity,
         min_negative_disparity,
@@ -150,12 +161,20 @@ def patch_contrast(
         positive_mask,
         negative_mask,
     )
-    if keys is not None and keys.dtype != anchors.dtype and torch.is_autocast_enabled(anchors.device.type):
+    temperature = check_number("temperature", temperature)
+    negative_weight = check_number("negative_weight", negative_weight)
+    ignore_index = check_integer("ignore_index", ignore_index)
+    check_tensor("anchors", anchors)
+    if isinstance(keys, Tensor) and keys.dtype != anchors.dtype and torch.is_autocast_enabled(anchors.device.type):
         wide = torch.promote_types(anchors.dtype, keys.dtype)
         anchors, keys = anchors.to(wide), keys.to(wide)
 
-    positive_bound, positive_bounds = _bound(max_positive_disparity, math.inf)
-    negative_bound, negative_bounds = _bound(min_negative_disparity, 0.0)
+    positive_bound, positive_bounds = _bound("max_positive_disparity", max_positive_disparity, math.inf)
+    negative_bound, negative_bounds = _bound("min_negative_disparity", min_negative_disparity, 0.0)
+    sides = (anchors, labels, descriptors, keys, key_labels, key_descriptors)
+    choice = (positive_bounds, negative_bounds, positive_mask, negative_mask)
+    numbers = (temperature, positive_bound, negative_bound, negative_weight, ignore_index, -1, REDUCTIONS[reduction])
+    check_contrast(ContrastArguments.of((*sides, *choice, *numbers)))
     if num_positives is not None or num_negatives is not None:
         side: tuple[Tensor | None, Tensor | None, Tensor | None] = (keys, key_labels, key_descriptors)
         self_offset = -1
@@ -213,60 +232,13 @@ def patch_contrast(
     return loss, num_valid
 
 
-def check_reduction(reduction: str) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-
-
-def check_gather(gather: str) -> None:
-    if gather not in GATHERS:
-        raise ValueError(f"gather must be one of {', '.join(GATHERS)}, got {gather!r}")
-
-
-def check_positive(name: str, value: float, *, or_zero: bool = False) -> None:
-    if not (math.isfinite(value) and (value > 0 or (or_zero and value == 0))):
-        raise ValueError(f"{name} must be a finite number {'>= 0' if or_zero else '> 0'}, got {value}")
-
-
-def check_options(
-    descriptors: Tensor | None,
-    max_positive_disparity: float | Tensor | None,
-    min_negative_disparity: float | Tensor | None,
-    num_positives: int | None,
-    num_negatives: int | None,
-    positive_mask: Tensor | None = None,
-    negative_mask: Tensor | None = None,
-) -> None:
-    """Which options go together; what each tensor must look like is checked by the op."""
-    rule = {
-        "max_positive_disparity": max_positive_disparity,
-        "min_negative_disparity": min_negative_disparity,
-        "num_positives": num_positives,
-        "num_negatives": num_negatives,
-    }
-    given = [name for name, value in rule.items() if value is not None]
-    if (positive_mask is not None or negative_mask is not None) and given:
-        raise ValueError(f"positive_mask and negative_mask replace the rule and exclude {', '.join(given)}")
-    for bound, count in (("max_positive_disparity", "num_positives"), ("min_negative_disparity", "num_negatives")):
-        if rule[bound] is not None and rule[count] is not None:
-            raise ValueError(f"{bound} and {count} exclude each other, got both")
-    for name in ("num_positives", "num_negatives"):
-        value = rule[name]
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if given and descriptors is None:
-        raise ValueError(f"{', '.join(given)} compare descriptors, but descriptors is None")
-
-
-def _bound(value: float | Tensor | None, default: float) -> tuple[float, Tensor | None]:
+def _bound(name: str, value: float | Tensor | None, default: float) -> tuple[float, Tensor | None]:
     """A bound as (number, tensor or None); the tensor, where there is one, is what applies."""
     if value is None:
         return default, None
     if isinstance(value, Tensor):
         return default, value.detach()
-    return float(value), None
+    return check_bound(name, value), None
 
 
 def _counted_bounds(
@@ -343,9 +315,9 @@ class PatchContrastLoss(nn.Module):
         check_positive("temperature", temperature)
         check_positive("negative_weight", negative_weight, or_zero=True)
         check_reduction(reduction)
-        check_gather(gather)
+        check_choice("gather", gather, GATHERS)
         placeholder = torch.empty(0)  # whether descriptors come is known at the call only
-        check_options(placeholder, max_positive_disparity, min_negative_disparity, num_positives, num_negatives)
+        check_choice_of_pairs(placeholder, max_positive_disparity, min_negative_disparity, num_positives, num_negatives)
         self.temperature = temperature
         self.normalize = normalize
         self.max_positive_disparity = max_positive_disparity
@@ -404,7 +376,8 @@ class PatchContrastLoss(nn.Module):
 
 
 @torch.library.register_fake("pglcl_ext::patch_contrast")
-def _fake(anchors: Tensor, labels: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake(anchors: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_contrast(ContrastArguments.of((anchors, *rest)))
     reduction = rest[-1]
     n, dtype = anchors.shape[0], accumulate_dtype(anchors.dtype)
     loss = anchors.new_empty((n,) if reduction == REDUCTIONS["none"] else (), dtype=dtype)
@@ -429,6 +402,8 @@ def _fake_backward(
     keys: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
+    inputs = (anchors, labels, descriptors, keys, *rest[:-2])
+    check_contrast(ContrastArguments.of(inputs))
     needs_anchors, needs_keys = rest[-2:]
     return (
         anchors.new_empty(anchors.shape if needs_anchors else (0,)),

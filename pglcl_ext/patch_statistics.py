@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pglcl_ext._arguments import StatisticsArguments
+from pglcl_ext._checks import check_statistics, check_tensor, per_dimension
 from pglcl_ext._library import no_double_backward, ops
 
 __all__ = ["PatchStatistics", "patch_entropy", "patch_statistics"]
@@ -21,19 +23,14 @@ class PatchStatistics(NamedTuple):
     class_entropy: Tensor  # (B, K, *g)
 
 
-def _per_dimension(value: int | Sequence[int], dims: int, name: str) -> list[int]:
-    if isinstance(value, bool) or not isinstance(value, (int, Sequence)) or isinstance(value, str):
-        raise TypeError(f"{name} must be an int or a sequence of ints, got {type(value).__name__}")
-    return [value] * dims if isinstance(value, int) else list(value)
-
-
 def patch_grid_arguments(
     input: Tensor, patch_size: int | Sequence[int], stride: int | Sequence[int] | None
 ) -> tuple[list[int], list[int]]:
     """`patch_size` and `stride` with one entry per spatial dimension of `input` (B, K, *S)."""
+    check_tensor("input", input)
     dims = max(input.dim() - 2, 0)
-    patch = _per_dimension(patch_size, dims, "patch_size")
-    return patch, patch if stride is None else _per_dimension(stride, dims, "stride")
+    patch = per_dimension("patch_size", patch_size, dims)
+    return patch, patch if stride is None else per_dimension("stride", stride, dims)
 
 
 def patch_statistics(
@@ -73,7 +70,9 @@ def patch_statistics(
         TypeError: `input` is not floating point.
     """
     patch, step = patch_grid_arguments(input, patch_size, stride)
-    return PatchStatistics(*ops.patch_statistics(input, patch, step, probabilities, normalize))
+    x = StatisticsArguments(input, patch, step, probabilities, normalize)
+    check_statistics(x)
+    return PatchStatistics(*ops.patch_statistics(*x))
 
 
 def patch_entropy(
@@ -95,6 +94,7 @@ def patch_entropy(
 def _fake(
     input: Tensor, patch_size: list[int], stride: list[int], probabilities: bool, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_statistics(StatisticsArguments(input, patch_size, stride, probabilities, normalize))
     batch, classes, *image = input.shape
     grid = [(s - p) // t + 1 for s, p, t in zip(image, patch_size, stride)]
     return (
@@ -106,8 +106,15 @@ def _fake(
 
 @torch.library.register_fake("pglcl_ext::patch_statistics_backward")
 def _fake_backward(
-    grad_entropy: Tensor, grad_confidence: Tensor, grad_class_entropy: Tensor, input: Tensor, *rest: Any
+    grad_entropy: Tensor,
+    grad_confidence: Tensor,
+    grad_class_entropy: Tensor,
+    input: Tensor,
+    confidence: Tensor,
+    class_entropy: Tensor,
+    *options: Any,
 ) -> Tensor:
+    check_statistics(StatisticsArguments(input, *options))
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pglcl_ext._checks import check_disparity, check_disparity_bounds
 from pglcl_ext._library import no_double_backward, ops
 
 __all__ = ["semantic_disparity"]
@@ -29,7 +30,9 @@ def semantic_disparity(a: Tensor, b: Tensor | None = None) -> Tensor:
         ValueError: wrong rank, or different numbers of channels or devices.
         TypeError: not floating point, or different dtypes.
     """
-    return ops.semantic_disparity(a, a if b is None else b)  # type: ignore[no-any-return]
+    b = a if b is None else b
+    check_disparity(a, b)
+    return ops.semantic_disparity(a, b)  # type: ignore[no-any-return]
 
 
 def disparity_bounds(
@@ -59,6 +62,7 @@ def disparity_bounds(
     Returns:
         (N,) in float32 (float64 for float64 descriptors); infinity or 0 where there are not more than `count` keys.
     """
+    check_disparity_bounds(descriptors, labels, key_descriptors, key_labels, count, positives)
     return ops.disparity_bounds(  # type: ignore[no-any-return]
         descriptors.detach(), labels, key_descriptors.detach(), key_labels, count, positives, ignore_index, self_offset
     )
@@ -71,16 +75,28 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @torch.library.register_fake("pglcl_ext::semantic_disparity")
 def _fake(a: Tensor, b: Tensor) -> Tensor:
+    check_disparity(a, b)
     return a.new_empty((a.shape[0], b.shape[0]))
 
 
 @torch.library.register_fake("pglcl_ext::semantic_disparity_backward")
 def _fake_backward(grad: Tensor, a: Tensor, b: Tensor, needs_a: bool, needs_b: bool) -> tuple[Tensor, Tensor]:
+    check_disparity(a, b)
     return a.new_empty(a.shape if needs_a else (0,)), b.new_empty(b.shape if needs_b else (0,))
 
 
 @torch.library.register_fake("pglcl_ext::disparity_bounds")
-def _fake_bounds(descriptors: Tensor, *rest: Any) -> Tensor:
+def _fake_bounds(
+    descriptors: Tensor,
+    labels: Tensor,
+    key_descriptors: Tensor,
+    key_labels: Tensor,
+    count: int,
+    positives: bool,
+    ignore_index: int,
+    self_offset: int,
+) -> Tensor:
+    check_disparity_bounds(descriptors, labels, key_descriptors, key_labels, count, positives)
     return descriptors.new_empty((descriptors.shape[0],), dtype=accumulate_dtype(descriptors.dtype))
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.runner import peak_growth
 from pglcl_ext import PatchContrastLoss, patch_contrast_loss, reference
@@ -392,6 +394,28 @@ BAD_CALLS = [
     ("reduction must be", ValueError, {"reduction": "average"}),
     ("descriptors must have shape", ValueError, {"descriptors": NINE}),
     ("descriptors must be float64", TypeError, {"descriptors": torch.zeros(10, dtype=torch.long)}),
+    ("labels must be int64, got int32", TypeError, {"labels": torch.zeros(10, dtype=torch.int32)}),
+    ("labels must be int64, got bool", TypeError, {"labels": torch.zeros(10, dtype=torch.bool)}),
+    ("labels must be a tensor, got list", TypeError, {"labels": [0] * 10}),
+    ("labels must be a tensor, got ndarray", TypeError, {"labels": np.zeros(10, dtype=np.int64)}),
+    ("anchors must be a tensor, got ndarray", TypeError, {"anchors": np.zeros((10, 4))}),
+    ("keys must be a tensor, got list", TypeError, {"keys": [[0.0] * 4], "key_labels": FIVE}),
+    ("descriptors must be a tensor, got list", TypeError, {"descriptors": [0.0] * 10}),
+    ("positive_mask must be a tensor, got list", TypeError, {"positive_mask": [[True]], "negative_mask": MASK}),
+    ("temperature must be a number, got a tensor .* never learn", TypeError, {"temperature": torch.tensor(0.1)}),
+    ("negative_weight must be a number, got a tensor", TypeError, {"negative_weight": nn.Parameter(torch.ones(1))}),
+    ("temperature must be a number, got str", TypeError, {"temperature": "0.1"}),
+    ("temperature must be a number, got NoneType", TypeError, {"temperature": None}),
+    ("temperature must be a finite number > 0, got -0.0", ValueError, {"temperature": -0.0}),
+    ("negative_weight must be a finite number >= 0, got inf", ValueError, {"negative_weight": math.inf}),
+    ("ignore_index must be an int, got NoneType", TypeError, {"ignore_index": None}),
+    ("ignore_index must be an int, got float", TypeError, {"ignore_index": -1.0}),
+    ("ignore_index must be an integer of 64 bits", ValueError, {"ignore_index": 2**63}),
+    ("max_positive_disparity must be at least 0", ValueError, {"descriptors": TEN, "max_positive_disparity": -0.1}),
+    ("min_negative_disparity must be at least 0", ValueError, {"descriptors": TEN, "min_negative_disparity": -1}),
+    ("max_positive_disparity must be .* got str", TypeError, {"descriptors": TEN, "max_positive_disparity": "1"}),
+    ("num_positives must be an int, got bool", TypeError, {"descriptors": TEN, "num_positives": True}),
+    ("reduction must be one of none, mean, sum, got None", ValueError, {"reduction": None}),
     ("descriptors is None", ValueError, {"max_positive_disparity": 0.5}),
     ("exclude each other", ValueError, {"descriptors": TEN, "num_positives": 1, "max_positive_disparity": 1.0}),
     ("exclude each other", ValueError, {"descriptors": TEN, "num_negatives": 1, "min_negative_disparity": 1.0}),
@@ -418,6 +442,36 @@ def test_bad_input(message: str, error: type[Exception], change: dict) -> None:
     call = {"anchors": torch.randn(10, 4), "labels": torch.zeros(10, dtype=torch.long), **change}
     with pytest.raises(error, match=message):
         patch_contrast_loss(**call)
+
+
+@pytest.mark.parametrize(("message", "error", "change"), BAD_CALLS)
+def test_bad_input_is_refused_at_tracing(message: str, error: type[Exception], change: dict) -> None:
+    """Fake tensors get the messages of real ones, so that nothing is compiled or exported that cannot run."""
+    call = {"anchors": torch.randn(10, 4), "labels": torch.zeros(10, dtype=torch.long), **change}
+    with FakeTensorMode() as mode:
+        call = {name: mode.from_tensor(t) if isinstance(t, Tensor) else t for name, t in call.items()}
+        with pytest.raises(error, match=message):
+            patch_contrast_loss(**call)
+
+
+def every_tensor(device: str) -> dict[str, Tensor]:
+    z, y, d = torch.zeros(10, 4), torch.zeros(10, dtype=torch.long), torch.zeros(10)
+    sides = {"anchors": z, "labels": y, "descriptors": d, "keys": z, "key_labels": y, "key_descriptors": d}
+    bounds = {"max_positive_disparity": d, "min_negative_disparity": d}
+    return {name: t.to(device) for name, t in (sides | bounds).items()}
+
+
+@pytest.mark.parametrize("name", [*every_tensor("cpu")])
+def test_other_devices_are_refused(name: str) -> None:
+    cpu, meta = every_tensor("cpu"), every_tensor("meta")
+    patch_contrast_loss(**meta)
+    for call in ({**cpu, name: meta[name]}, {**meta, name: cpu[name]}):
+        with pytest.raises(ValueError, match="must be on the device of"):
+            patch_contrast_loss(**call)
+    masks = {"positive_mask": MASK, "negative_mask": MASK}
+    for mask in masks:
+        with pytest.raises(ValueError, match=f"{mask} must be on the device of anchors, cpu, got meta"):
+            patch_contrast_loss(cpu["anchors"], cpu["labels"], **{**masks, mask: MASK.to("meta")})
 
 
 @pytest.mark.skipif("cuda" not in DEVICES, reason="needs a second device: no GPU is visible")

@@ -1,0 +1,364 @@
+"""What the public functions and the ops accept, once, for every device, in eager mode and while tracing.
+
+Nothing here reads a tensor's elements: that would make a GPU wait. A message names the argument, what was expected and
+what came.
+"""
+
+from __future__ import annotations
+
+import numbers
+import operator
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pglcl_ext._arguments import ContrastArguments, GaussianArguments, Side, StatisticsArguments
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+LARGEST = sys.float_info.max
+MOST_ROWS = 2**31
+LONGEST = 2**63  # of int64
+
+
+# --- numbers and names ----------------------------------------------------------------------------------------------
+
+
+def check_number(name: str, value: Any) -> float:
+    """`value` as Python's own number; a tensor is refused, since no gradient would flow to it."""
+    if type(value) is float or type(value) is int:
+        return value
+    if isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be a number, got a tensor of shape {tuple(value.shape)}: no gradient flows to it, and "
+            f"a parameter would never learn. Pass {name}.item(); a scale to be learnt multiplies the embeddings"
+        )
+    if isinstance(value, (torch.SymFloat, torch.SymInt)):
+        return value  # type: ignore[return-value]
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+def check_positive(name: str, value: Any, *, or_zero: bool = False) -> float:
+    """A finite number above 0, or 0 itself."""
+    number = check_number(name, value)
+    in_range = number >= 0 if or_zero else number > 0
+    if not (in_range and number <= LARGEST):
+        raise ValueError(f"{name} must be a finite number {'>= 0' if or_zero else '> 0'}, got {value}")
+    return number
+
+
+def check_integer(name: str, value: Any, *, least: int = -LONGEST) -> int:
+    """An int of 64 bits, at least `least`."""
+    if type(value) is not int:
+        if isinstance(value, torch.SymInt):
+            return value  # type: ignore[return-value]
+        if isinstance(value, (bool, Tensor)) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        value = operator.index(value)
+    if not least <= value:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    if not value < LONGEST:
+        raise ValueError(f"{name} must be an integer of 64 bits, got {value}")
+    return value  # type: ignore[no-any-return]
+
+
+def check_bound(name: str, value: Any) -> float:
+    """A disparity that bounds the choice of positives or negatives: at least 0, infinity included."""
+    number = check_number(name, value)
+    if number != number:
+        raise ValueError(f"{name} must be a number, got nan")
+    if number < 0:
+        raise ValueError(f"{name} must be at least 0, as disparities are, got {value}")
+    return number
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_reduction(reduction: Any) -> None:
+    check_choice("reduction", reduction, REDUCTIONS)
+
+
+# --- tensors --------------------------------------------------------------------------------------------------------
+
+
+def dtype_name(t: Tensor) -> str:
+    """int64 for torch.int64."""
+    return str(t.dtype).removeprefix("torch.")
+
+
+def check_tensor(name: str, t: Any) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+
+
+def check_floating(name: str, t: Any) -> None:
+    check_tensor(name, t)
+    if t.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {dtype_name(t)}")
+
+
+def check_device(name: str, t: Tensor, like_name: str, like: Tensor) -> None:
+    if t.device != like.device:
+        raise ValueError(f"{name} must be on the device of {like_name}, {like.device}, got {t.device}")
+
+
+def check_same_dtype(name: str, t: Tensor, like_name: str, like: Tensor) -> None:
+    if t.dtype != like.dtype:
+        raise TypeError(f"{name} must have the dtype of {like_name}, {dtype_name(like)}, got {dtype_name(t)}")
+
+
+def check_embeddings(name: str, t: Any, rows: str) -> None:
+    """(rows, D)."""
+    check_floating(name, t)
+    if t.dim() != 2:
+        raise ValueError(f"{name} must have shape ({rows}, D), got {tuple(t.shape)}")
+    if t.shape[0] >= MOST_ROWS:
+        raise ValueError(f"{name} must have fewer than 2^31 rows, got {t.shape[0]}")
+
+
+def check_labels(name: str, t: Any, rows: str, like_name: str, like: Tensor) -> None:
+    """(rows,) int64, as many as `like` has rows."""
+    check_tensor(name, t)
+    if t.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {dtype_name(t)}")
+    if t.dim() != 1 or t.shape[0] != like.shape[0]:
+        raise ValueError(f"{name} must have shape ({rows},) = ({like.shape[0]},), got {tuple(t.shape)}")
+    check_device(name, t, like_name, like)
+
+
+def check_descriptors(name: str, t: Any, rows: str, like_name: str, like: Tensor) -> int:
+    """(rows,) or (rows, C); returns C."""
+    check_floating(name, t)
+    if t.dim() not in (1, 2) or t.shape[0] != like.shape[0]:
+        raise ValueError(
+            f"{name} must have shape ({rows},) or ({rows}, C) with {rows} = {like.shape[0]}, got {tuple(t.shape)}"
+        )
+    if t.dim() == 2 and t.shape[1] == 0:
+        raise ValueError(f"{name} must have at least one channel, got {tuple(t.shape)}")
+    check_device(name, t, like_name, like)
+    return 1 if t.dim() == 1 else t.shape[1]
+
+
+def check_same_channels(name: str, channels: int, like_name: str, like_channels: int) -> None:
+    if channels != like_channels:
+        raise ValueError(f"{name} must have as many channels as {like_name}, {like_channels}, got {channels}")
+
+
+# --- patch_statistics -----------------------------------------------------------------------------------------------
+
+
+def per_dimension(name: str, value: Any, dims: int) -> list[int]:
+    """An int or a sequence of ints with one entry per spatial dimension."""
+    if type(value) is int or (isinstance(value, (torch.SymInt, numbers.Integral)) and not isinstance(value, bool)):
+        return [check_integer(name, value)] * dims
+    if isinstance(value, (bool, str)) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be an int or a sequence of ints, got {type(value).__name__}")
+    return [check_integer(f"every entry of {name}", entry) for entry in value]
+
+
+def check_image(name: str, t: Any, channels: str) -> None:
+    """(B, channels, H, W) or (B, channels, D, H, W)."""
+    check_floating(name, t)
+    if t.dim() not in (4, 5):
+        expected = f"(B, {channels}, H, W) or (B, {channels}, D, H, W)"
+        raise ValueError(f"{name} must have shape {expected}, got {tuple(t.shape)}")
+
+
+def check_patch_grid(image: Sequence[int], patch_size: list[int], stride: list[int]) -> None:
+    """Patches within an image of this size, in pixels."""
+    for name, value in (("patch_size", patch_size), ("stride", stride)):
+        if len(value) != len(image):
+            raise ValueError(f"{name} must have one entry per spatial dimension ({len(image)}), got {value}")
+        for entry in value:
+            if entry <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+    for extent, size in zip(image, patch_size):
+        if size > extent:
+            raise ValueError(f"patch_size must not exceed the image, {tuple(image)}, got {patch_size}")
+
+
+def check_statistics(x: StatisticsArguments) -> None:
+    check_image("input", x.input, "K")
+    if x.input.shape[1] < 2:
+        raise ValueError(f"input must have at least two classes (dimension 1), got {tuple(x.input.shape)}")
+    check_patch_grid(x.input.shape[2:], x.patch_size, x.stride)
+
+
+# --- semantic_disparity ---------------------------------------------------------------------------------------------
+
+
+def check_disparity(a: Any, b: Any, names: tuple[str, str] = ("a", "b")) -> None:
+    channels = []
+    for name, t, rows in zip(names, (a, b), "NM"):
+        check_tensor(name, t)
+        if t.dim() not in (1, 2):
+            check_floating(name, t)
+            raise ValueError(f"{name} must have shape ({rows},) or ({rows}, C), got {tuple(t.shape)}")
+        channels.append(check_descriptors(name, t, rows, name, t))
+    check_device(names[1], b, names[0], a)
+    check_same_channels(names[1], channels[1], names[0], channels[0])
+    check_same_dtype(names[1], b, names[0], a)
+
+
+def check_disparity_bounds(
+    descriptors: Any, labels: Any, key_descriptors: Any, key_labels: Any, count: Any, positives: bool
+) -> None:
+    check_disparity(descriptors, key_descriptors, ("descriptors", "key_descriptors"))
+    check_labels("labels", labels, "N", "descriptors", descriptors)
+    check_labels("key_labels", key_labels, "M", "key_descriptors", key_descriptors)
+    check_integer("num_positives" if positives else "num_negatives", count, least=1)
+
+
+# --- patch_contrast -------------------------------------------------------------------------------------------------
+
+
+def check_choice_of_pairs(
+    descriptors: Any,
+    max_positive_disparity: Any,
+    min_negative_disparity: Any,
+    num_positives: Any,
+    num_negatives: Any,
+    positive_mask: Any = None,
+    negative_mask: Any = None,
+) -> None:
+    """Which options choose the pairs, and that they go together."""
+    rule = {
+        "max_positive_disparity": max_positive_disparity,
+        "min_negative_disparity": min_negative_disparity,
+        "num_positives": num_positives,
+        "num_negatives": num_negatives,
+    }
+    given = [name for name, value in rule.items() if value is not None]
+    if not given and positive_mask is None and negative_mask is None:
+        return
+    if (positive_mask is not None or negative_mask is not None) and given:
+        raise ValueError(f"positive_mask and negative_mask replace the rule and exclude {', '.join(given)}")
+    for bound, count in (("max_positive_disparity", "num_positives"), ("min_negative_disparity", "num_negatives")):
+        if rule[bound] is not None and rule[count] is not None:
+            raise ValueError(f"{bound} and {count} exclude each other, got both")
+        if rule[count] is not None:
+            check_integer(count, rule[count], least=1)
+        if rule[bound] is not None and not isinstance(rule[bound], Tensor):
+            check_bound(bound, rule[bound])
+    if given and descriptors is None:
+        raise ValueError(f"{', '.join(given)} compare descriptors, but descriptors is None")
+
+
+def check_sides(anchors: Side, keys: Side) -> None:
+    """Anchors, and the keys where there are any."""
+    z = anchors.embeddings
+    check_embeddings("anchors", z, "N")
+    assert z is not None
+    check_labels("labels", anchors.labels, "N", "anchors", z)
+    channels = 1
+    if anchors.descriptors is not None:
+        channels = check_descriptors("descriptors", anchors.descriptors, "N", "anchors", z)
+    if (keys.embeddings is None) != (keys.labels is None):
+        got = "key_labels" if keys.embeddings is None else "keys"
+        raise ValueError(f"keys and key_labels must be given together, got {got} alone")
+    k = keys.embeddings
+    if k is None:
+        if keys.descriptors is not None:
+            raise ValueError("key_descriptors need keys, got key_descriptors alone")
+        return
+    check_embeddings("keys", k, "M")
+    if k.shape[1] != z.shape[1]:
+        raise ValueError(f"keys must have shape (M, D) with D = {z.shape[1]}, got {tuple(k.shape)}")
+    check_same_dtype("keys", k, "anchors", z)
+    check_device("keys", k, "anchors", z)
+    check_labels("key_labels", keys.labels, "M", "keys", k)
+    if (anchors.descriptors is None) != (keys.descriptors is None):
+        got = "key_descriptors" if anchors.descriptors is None else "descriptors"
+        raise ValueError(f"descriptors and key_descriptors must be given together when keys are, got {got} alone")
+    if keys.descriptors is not None:
+        others = check_descriptors("key_descriptors", keys.descriptors, "M", "keys", k)
+        check_same_channels("key_descriptors", others, "descriptors", channels)
+
+
+def check_mask(name: str, mask: Any, anchors: Tensor, keys: Tensor) -> None:
+    check_tensor(name, mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be bool, got {dtype_name(mask)}")
+    n, m = anchors.shape[0], keys.shape[0]
+    if mask.dim() != 2 or mask.shape[0] != n or mask.shape[1] != m:
+        raise ValueError(f"{name} must have shape (N, M) = ({n}, {m}), got {tuple(mask.shape)}")
+    check_device(name, mask, "anchors", anchors)
+
+
+def check_bounds(name: str, bounds: Any, anchors: Tensor) -> None:
+    """One bound for each anchor, (N,)."""
+    check_floating(name, bounds)
+    if bounds.dim() != 1 or bounds.shape[0] != anchors.shape[0]:
+        n = anchors.shape[0]
+        raise ValueError(f"{name} must be a number or have shape (N,) = ({n},), got {tuple(bounds.shape)}")
+    check_device(name, bounds, "anchors", anchors)
+
+
+def check_contrast(x: ContrastArguments) -> None:
+    check_sides(x.anchors, x.keys)
+    z = x.anchors.embeddings
+    assert z is not None
+    if x.positive_mask is not None or x.negative_mask is not None:
+        if x.positive_mask is None or x.negative_mask is None:
+            got = "positive_mask" if x.negative_mask is None else "negative_mask"
+            raise ValueError(f"positive_mask and negative_mask must be given together, got {got} alone")
+        k = z if x.keys.embeddings is None else x.keys.embeddings
+        check_mask("positive_mask", x.positive_mask, z, k)
+        check_mask("negative_mask", x.negative_mask, z, k)
+    if x.positive_bounds is not None:
+        check_bounds("max_positive_disparity", x.positive_bounds, z)
+    if x.negative_bounds is not None:
+        check_bounds("min_negative_disparity", x.negative_bounds, z)
+    check_positive("temperature", x.temperature)
+    check_positive("negative_weight", x.negative_weight, or_zero=True)
+    check_bound("max_positive_disparity", x.positive_bound)
+    check_bound("min_negative_disparity", x.negative_bound)
+    check_integer("ignore_index", x.ignore_index)
+
+
+# --- gaussian_contrast ----------------------------------------------------------------------------------------------
+
+
+def check_gaussian(x: GaussianArguments) -> None:
+    check_embeddings("anchors", x.anchors, "N")
+    check_labels("labels", x.labels, "N", "anchors", x.anchors)
+    check_tensor("counts", x.counts)
+    if x.counts.dtype != torch.int64:
+        raise TypeError(f"counts must be int64, got {dtype_name(x.counts)}")
+    if x.counts.dim() != 1 or x.counts.shape[0] == 0:
+        raise ValueError(f"counts must have shape (K,) with at least one class, got {tuple(x.counts.shape)}")
+    check_device("counts", x.counts, "anchors", x.anchors)
+    for name, t in (("means", x.means), ("covariances", x.covariances)):
+        check_floating(name, t)
+        check_device(name, t, "anchors", x.anchors)
+    d, k = x.anchors.shape[1], x.counts.shape[0]
+    lead = (k, k) if x.means.dim() == 3 else (k,)
+    if tuple(x.means.shape) != (*lead, d):
+        raise ValueError(f"means must have shape (K, D) = ({k}, {d}) or (K, K, D), got {tuple(x.means.shape)}")
+    if tuple(x.covariances.shape) != (*lead, d, d):
+        shape = "(K, K, D, D)" if x.means.dim() == 3 else "(K, D, D)"
+        got = tuple(x.covariances.shape)
+        raise ValueError(f"covariances must have shape {shape} as means have {tuple(x.means.shape)}, got {got}")
+    check_positive("temperature", x.temperature)
+    check_positive("covariance_scale", x.covariance_scale, or_zero=True)
+    check_positive("negative_weight", x.negative_weight, or_zero=True)
+    check_integer("ignore_index", x.ignore_index)
+
+
+def check_known_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
+    """That labels lie in [0, K) or are `ignore_index`; this does read them."""
+    bad = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
+    if bad.any():
+        at = int(bad.nonzero()[0])
+        raise ValueError(
+            f"labels must lie in [0, K) = [0, {classes}) or be ignore_index = {ignore_index}, got {int(labels[at])} "
+            f"at {at}"
+        )
