@@ -15,7 +15,7 @@ namespace {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(PGLCL_GAUSSIAN_PARAMETERS) {
   const GaussianContrastArgs x PGLCL_GAUSSIAN_ARGUMENTS;
   check_gaussian_contrast(x);
-  const c10::cuda::CUDAGuard guard(anchors.device());
+  const DeviceGuard guard(anchors);
   const at::ScalarType type = x.accumulate_type();
   const int64_t n = anchors.size(0), depth = anchors.size(1);
   const bool pairwise = means.dim() == 3;
@@ -26,7 +26,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(PGLCL_GAUSSIAN_PARAMETERS
   // A block whose anchors are of one class reads one covariance for all of them.
   const at::Tensor order = pairwise ? at::argsort(classes, /*stable=*/true, 0, false) : at::Tensor();
 
-  const int64_t shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int64_t shared = device_attribute(DeviceAttribute::kSharedBytes);
   const bool fits = type == at::kDouble ? cuda::gaussian_rows_per_block<double>(depth, shared) > 0
                                         : cuda::gaussian_rows_per_block<float>(depth, shared) > 0;
   TORCH_CHECK_VALUE(fits, "anchors must have rows that fit the shared memory of the GPU, ", shared,
@@ -55,14 +55,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(PGLCL_GAUSSIAN_PARAMETERS
     cuda::run_gaussian_contrast<T>(
         inputs, shared, output_of<scalar_t>(lse), output_of<scalar_t>(logit), output_of<int32_t>(count),
         needs_gradients ? output_of<scalar_t>(gradients) : nullptr, reduction == kNone, reduction == kMean,
-        output_of<scalar_t>(loss), output_of<int64_t>(num_valid), c10::cuda::getCurrentCUDAStream());
+        output_of<scalar_t>(loss), output_of<int64_t>(num_valid), current_stream());
   });
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  PGLCL_CHECK_LAUNCH();
   return {loss, gradients, num_valid};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(pglcl_ext, CUDA, m) { m.impl("gaussian_contrast", forward); }
+TORCH_LIBRARY_IMPL(pglcl_ext, PGLCL_CUDA_KEY, m) { m.impl("gaussian_contrast", forward); }
 
 }  // namespace pglcl

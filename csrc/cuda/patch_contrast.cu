@@ -17,8 +17,8 @@ at::Tensor converted(const std::optional<at::Tensor>& t, at::ScalarType type) {
 
 cuda::DeviceLimits limits() {
   return {
-      device_attribute(cudaDevAttrComputeCapabilityMajor) * 10 + device_attribute(cudaDevAttrComputeCapabilityMinor),
-      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), at::globalContext().allowTF32CuBLAS()};
+      device_attribute(DeviceAttribute::kCapabilityMajor) * 10 + device_attribute(DeviceAttribute::kCapabilityMinor),
+      device_attribute(DeviceAttribute::kSharedBytes), at::globalContext().allowTF32CuBLAS()};
 }
 
 // The inputs as the kernels read them, and the tensors that keep them alive.
@@ -77,7 +77,7 @@ struct Arguments {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(PGLCL_CONTRAST_PARAMETERS) {
   const PatchContrastArgs x PGLCL_CONTRAST_ARGUMENTS;
   check_patch_contrast(x);
-  const c10::cuda::CUDAGuard guard(anchors.device());
+  const DeviceGuard guard(anchors);
   const Arguments arguments(x);
   const int64_t n = anchors.size(0);
   const at::TensorOptions options = anchors.options().dtype(x.accumulate_type());
@@ -90,9 +90,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(P
     cuda::run_contrast_forward<T>(arguments.get<T>(), limits(), output_of<scalar_t>(lse),
                                   output_of<scalar_t>(positive_logit), output_of<int32_t>(num_positives),
                                   reduction == kNone, reduction == kMean, output_of<scalar_t>(loss),
-                                  output_of<int64_t>(num_valid), c10::cuda::getCurrentCUDAStream());
+                                  output_of<int64_t>(num_valid), current_stream());
   });
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  PGLCL_CHECK_LAUNCH();
   return {loss, lse, positive_logit, num_positives, num_valid};
 }
 
@@ -101,7 +101,7 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Te
                                             PGLCL_CONTRAST_PARAMETERS, bool needs_anchors, bool needs_keys) {
   const PatchContrastArgs x PGLCL_CONTRAST_ARGUMENTS;
   check_patch_contrast(x);
-  const c10::cuda::CUDAGuard guard(anchors.device());
+  const DeviceGuard guard(anchors);
   const Arguments arguments(x);
   needs_keys = needs_keys && !arguments.symmetric;
   const at::Tensor wide_grad = grad.to(x.accumulate_type()).contiguous();
@@ -115,20 +115,20 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Te
     const cuda::ContrastGradients<scalar_t> gradients{input_of<scalar_t>(wide_grad), reduction == kNone,
                                                       reduction == kMean ? input_of<int64_t>(num_valid) : nullptr,
                                                       input_of<scalar_t>(saved_lse), input_of<int32_t>(saved_count)};
-    const auto stream = c10::cuda::getCurrentCUDAStream();
+    const auto stream = current_stream();
     if (needs_anchors)
       cuda::run_contrast_backward<T>(inputs, gradients, limits(), output_of<T>(grad_anchors), true, arguments.symmetric,
                                      stream);
     if (needs_keys)
       cuda::run_contrast_backward<T>(inputs, gradients, limits(), output_of<T>(grad_keys), false, true, stream);
   });
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  PGLCL_CHECK_LAUNCH();
   return {grad_anchors, grad_keys};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(pglcl_ext, CUDA, m) {
+TORCH_LIBRARY_IMPL(pglcl_ext, PGLCL_CUDA_KEY, m) {
   m.impl("patch_contrast", forward);
   m.impl("patch_contrast_backward", backward);
 }

@@ -16,7 +16,7 @@ namespace {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& input, at::IntArrayRef patch_size,
                                                        at::IntArrayRef stride, bool probabilities, bool normalize) {
   const PatchGrid grid = check_patch_grid(input, patch_size, stride);
-  const c10::cuda::CUDAGuard guard(input.device());
+  const DeviceGuard guard(input);
   const at::Tensor contiguous = input.contiguous();
   at::Tensor entropy = at::empty(patch_grid_shape(input, grid, false), contiguous.options());
   at::Tensor confidence = at::empty(patch_grid_shape(input, grid, true), contiguous.options());
@@ -25,9 +25,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& input, 
     cuda::run_statistics_forward<T>(
         {input_of<T>(contiguous), output_of<T>(entropy), output_of<T>(confidence), output_of<T>(class_entropy), grid,
          probabilities, normalize, std::log(double(grid.classes))},
-        c10::cuda::getCurrentCUDAStream());
+        current_stream());
   });
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  PGLCL_CHECK_LAUNCH();
   return {entropy, confidence, class_entropy};
 }
 
@@ -36,7 +36,7 @@ at::Tensor backward(const at::Tensor& grad_entropy, const at::Tensor& grad_confi
                     const at::Tensor& class_entropy, at::IntArrayRef patch_size, at::IntArrayRef stride,
                     bool probabilities, bool normalize) {
   const PatchGrid grid = check_patch_grid(input, patch_size, stride);
-  const c10::cuda::CUDAGuard guard(input.device());
+  const DeviceGuard guard(input);
   const at::Tensor contiguous = input.contiguous();
   at::Tensor grad_input = at::empty_like(contiguous);
   const at::Tensor c = confidence.contiguous(), h = class_entropy.contiguous();
@@ -46,15 +46,15 @@ at::Tensor backward(const at::Tensor& grad_entropy, const at::Tensor& grad_confi
     cuda::run_statistics_backward<T>(
         {input_of<T>(contiguous), input_of<T>(c), input_of<T>(h), input_of<T>(ge), input_of<T>(gc), input_of<T>(gh),
          output_of<T>(grad_input), grid, probabilities, normalize, std::log(double(grid.classes))},
-        c10::cuda::getCurrentCUDAStream());
+        current_stream());
   });
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  PGLCL_CHECK_LAUNCH();
   return grad_input;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(pglcl_ext, CUDA, m) {
+TORCH_LIBRARY_IMPL(pglcl_ext, PGLCL_CUDA_KEY, m) {
   m.impl("patch_statistics", forward);
   m.impl("patch_statistics_backward", backward);
 }

@@ -22,27 +22,27 @@ at::Tensor wide(const at::Tensor& t) { return t.to(accumulate_type(t)).contiguou
 
 at::Tensor forward(const at::Tensor& a, const at::Tensor& b) {
   const int64_t channels = check_disparity(a, b), n = a.size(0), m = b.size(0);
-  const c10::cuda::CUDAGuard guard(a.device());
+  const DeviceGuard guard(a);
   const at::Tensor wide_a = wide(a), wide_b = wide(b);
   at::Tensor out = at::empty({n, m}, wide_a.options());
   const auto run = [&]<typename T>() {
     cuda::run_disparity_forward<T>(input_of<T>(wide_a), input_of<T>(wide_b), output_of<T>(out), n, m, channels,
-                                   c10::cuda::getCurrentCUDAStream());
+                                   current_stream());
   };
   a.scalar_type() == at::kDouble ? run.operator()<double>() : run.operator()<float>();
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  PGLCL_CHECK_LAUNCH();
   return out.to(a.scalar_type());
 }
 
 std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& a, const at::Tensor& b,
                                             bool needs_a, bool needs_b) {
   const int64_t channels = check_disparity(a, b), n = a.size(0), m = b.size(0);
-  const c10::cuda::CUDAGuard guard(a.device());
+  const DeviceGuard guard(a);
   const at::Tensor g = wide(grad), wide_a = wide(a), wide_b = wide(b);
   at::Tensor grad_a = at::empty(needs_a ? a.sizes() : at::IntArrayRef{0}, wide_a.options());
   at::Tensor grad_b = at::empty(needs_b ? b.sizes() : at::IntArrayRef{0}, wide_b.options());
   const auto run = [&]<typename T>() {
-    const auto stream = c10::cuda::getCurrentCUDAStream();
+    const auto stream = current_stream();
     if (needs_a)
       cuda::run_disparity_backward<T>(input_of<T>(g), input_of<T>(wide_a), input_of<T>(wide_b), output_of<T>(grad_a), n,
                                       m, channels, m, 1, stream);
@@ -51,7 +51,7 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Te
                                       n, channels, 1, m, stream);
   };
   a.scalar_type() == at::kDouble ? run.operator()<double>() : run.operator()<float>();
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  PGLCL_CHECK_LAUNCH();
   return {grad_a.to(a.scalar_type()), grad_b.to(b.scalar_type())};
 }
 
@@ -59,7 +59,7 @@ at::Tensor bounds(const at::Tensor& descriptors, const at::Tensor& labels, const
                   const at::Tensor& key_labels, int64_t count, bool positives, int64_t ignore_index,
                   int64_t self_offset) {
   const int64_t channels = check_disparity_bounds(descriptors, labels, key_descriptors, key_labels, count, positives);
-  const c10::cuda::CUDAGuard guard(descriptors.device());
+  const DeviceGuard guard(descriptors);
   const at::Tensor a = wide(descriptors), b = wide(key_descriptors);
   const at::Tensor y = labels.contiguous(), key_y = key_labels.contiguous();
   const int64_t n = a.size(0), m = b.size(0);
@@ -95,7 +95,7 @@ at::Tensor bounds(const at::Tensor& descriptors, const at::Tensor& labels, const
                                        ignore_index,
                                        self_offset,
                                        positives};
-    const auto stream = c10::cuda::getCurrentCUDAStream();
+    const auto stream = current_stream();
     if (channels == 1)
       cuda::run_bounds_sorted<T>(inputs,
                                  {input_of<T>(value), input_of<int64_t>(label), input_of<int64_t>(place),
@@ -105,13 +105,13 @@ at::Tensor bounds(const at::Tensor& descriptors, const at::Tensor& labels, const
       cuda::run_bounds_select<T>(inputs, output_of<T>(out), stream);
   };
   a.scalar_type() == at::kDouble ? run.operator()<double>() : run.operator()<float>();
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  PGLCL_CHECK_LAUNCH();
   return out;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(pglcl_ext, CUDA, m) {
+TORCH_LIBRARY_IMPL(pglcl_ext, PGLCL_CUDA_KEY, m) {
   m.impl("semantic_disparity", forward);
   m.impl("semantic_disparity_backward", backward);
   m.impl("disparity_bounds", bounds);
