@@ -1,11 +1,20 @@
-"""The command line: ``pglcl inspect | train | predict | evaluate | report | demo``."""
+"""The command line: ``pglcl inspect | train | predict | evaluate | report | export | demo``.
+
+Exit codes: 0 done; 1 done, but some images were skipped or problems were found; 2 not done: an option, a file, the disk
+or the memory; 3 a package is missing; 70 a bug; 130 stopped by the user.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.metadata
 import inspect as inspection
+import os
 import sys
+import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +22,9 @@ import typer
 from rich.console import Console
 
 from pglcl.config import TrainConfig, read_toml
-from pglcl.errors import UserError
+from pglcl.errors import UserError, WriteError, explained
+
+SKIPPED, REFUSED, BUG, STOPPED = 1, 2, 70, 130  # exit codes; 0 is done, 3 a missing package
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,24 +42,88 @@ DataArgument = Annotated[
 ]
 RunArgument = Annotated[Path, typer.Argument(help="the folder that pglcl train wrote", show_default=False)]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto: a GPU where there is one")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but errors")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace files that exist")]
+TtaOption = Annotated[
+    str, typer.Option(help="flips: average over mirrored images, where the model was trained with them; none")
+]
+PostprocessOption = Annotated[
+    str, typer.Option(help="largest-component: keep the largest piece of every class, where each is one organ; none")
+]
 
 
-def console() -> Console:
-    return Console(highlight=False, soft_wrap=True, markup=False)
+def console(quiet: bool = False) -> Console:
+    return Console(highlight=False, soft_wrap=True, markup=False, quiet=quiet)
 
 
-@app.command()
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Registers a command of which every error ends as one line, or as a traceback that says that it is a bug."""
+
+    @functools.wraps(function)
+    def guarded(*arguments: Any, **options: Any) -> None:
+        if int(os.environ.get("RANK", "0")) and function is not _train:
+            return  # under torchrun: only a training is shared
+        try:
+            function(*arguments, **options)
+        except KeyboardInterrupt:
+            _complain("pglcl: stopped")
+            raise typer.Exit(STOPPED) from None
+        except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
+            raise
+        except Exception as error:
+            raise typer.Exit(_explain(error)) from None
+
+    app.command(function.__name__.strip("_"))(guarded)
+    return guarded
+
+
+def _explain(error: Exception, what: str = "") -> int:
+    """Prints the lines of an error; returns the exit code."""
+    lines = explained(error)
+    if lines is None:
+        traceback.print_exception(error)
+        _complain(f"pglcl: {what}this is a bug of pglcl: please report it with the lines above")
+        return BUG
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0 or not (isinstance(error, UserError) and error.everywhere):
+        who = "pglcl: " if rank == 0 else f"pglcl, rank {rank}: "
+        for line in lines:
+            _complain(f"{who}{what}{line}")
+    return REFUSED
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            version = importlib.metadata.version("pglcl-ext")
+        except importlib.metadata.PackageNotFoundError:
+            version = "of a source folder that is not installed"
+        print(f"pglcl {version}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options_of_all_commands(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@command
 def inspect(
     data: DataArgument,
     num_classes: Annotated[int, typer.Option(help="classes with background; 0: from dataset.json, or not checked")] = 0,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="a row for every volume")] = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Lists what is in a data folder and everything that is wrong with it."""
     from pglcl.cases import inspect_folder
     from pglcl.layouts import open_folder
     from pglcl.progress import print_table
 
-    out = console()
+    out = console(quiet)
     folder = open_folder(data)
     reports = inspect_folder(folder, num_classes or None)
     labels = sum(r.case.label is not None for r in reports)
@@ -81,7 +156,7 @@ def inspect(
         out.print(f"problem: {line}")
     out.print("no problem found" if not problems else f"{len(problems)} problems")
     if problems:
-        raise typer.Exit(1)
+        raise typer.Exit(SKIPPED)
 
 
 def _train(ctx: typer.Context, data: Path, output: Path, **options: Any) -> None:
@@ -91,11 +166,7 @@ def _train(ctx: typer.Context, data: Path, output: Path, **options: Any) -> None
     config_file, resume = options.pop("config"), options.pop("resume")
     profile, quiet, threads = options.pop("profile"), options.pop("quiet"), options.pop("threads")
     if config_file is not None:
-        given = {
-            n
-            for n in options
-            if ctx.get_parameter_source(n) is not None and ctx.get_parameter_source(n).name != "DEFAULT"
-        }
+        given = {n for n in options if (source := ctx.get_parameter_source(n)) is not None and source.name != "DEFAULT"}
         for name, value in read_toml(config_file).items():
             if name not in given:  # flags win
                 options[name] = value
@@ -103,14 +174,18 @@ def _train(ctx: typer.Context, data: Path, output: Path, **options: Any) -> None
         import torch
 
         torch.set_num_threads(threads)
-    training = Training(data, output, TrainConfig(**options), resume=resume, profile=profile, quiet=quiet)
+    try:
+        settings = TrainConfig(**options)
+    except UserError as error:
+        raise UserError(*error.lines, everywhere=True) from None
+    training = Training(data, output, settings, resume=resume, profile=profile, quiet=quiet)
     try:
         training.run()
     except Interrupted as reason:
-        console().print(f"{output}: {reason}")
-        raise typer.Exit(130) from None
+        console(quiet).print(f"{output}: {reason}")
+        raise typer.Exit(STOPPED) from None
     if training.is_main:
-        console().print(f"{output}: done. Next: pglcl evaluate {output} {data}; pglcl report {output}")
+        console(quiet).print(f"{output}: done. Next: pglcl evaluate {output} {data}; pglcl report {output}")
 
 
 def _train_signature() -> inspection.Signature:
@@ -147,7 +222,7 @@ def _train_signature() -> inspection.Signature:
             "quiet",
             keyword,
             default=False,
-            annotation=Annotated[bool, typer.Option("--quiet", "-q", help="print nothing")],
+            annotation=Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but errors")],
         ),
         parameter(
             "threads",
@@ -170,10 +245,10 @@ def _train_signature() -> inspection.Signature:
 _signature = _train_signature()
 _train.__signature__ = _signature  # type: ignore[attr-defined]
 _train.__annotations__ = {p.name: p.annotation for p in _signature.parameters.values()}
-app.command("train")(_train)
+command(_train)
 
 
-@app.command()
+@command
 def predict(
     run: RunArgument,
     images: Annotated[list[Path], typer.Argument(help="NIfTI files, or folders of them", show_default=False)],
@@ -184,54 +259,86 @@ def predict(
     entropy: Annotated[
         bool, typer.Option("--entropy", help="also write the entropy of the prediction, in nats")
     ] = False,
+    ensemble: Annotated[
+        list[Path] | None,
+        typer.Option(help="another run, whose probabilities are averaged with those of RUN; may be repeated"),
+    ] = None,
+    tta: TtaOption = "none",
+    postprocess: PostprocessOption = "none",
+    overwrite: OverwriteOption = False,
+    quiet: QuietOption = False,
     device: DeviceOption = "auto",
 ) -> None:
     """Writes a mask for every image, in its geometry. A broken file is skipped, and the exit code is not 0."""
-    from pglcl.files import check_writable
     from pglcl.layouts import group_inputs
     from pglcl.model import load_model
-    from pglcl.predict import predict_case, write_prediction
+    from pglcl.predict import Predictor, Writer, data_folders
+    from pglcl.progress import Volumes
 
-    out = console()
-    model = load_model(run, device)
+    models = [load_model(path, device) for path in (run, *(ensemble or []))]
+    predictor = Predictor(models, tta=tta, postprocess=postprocess)
     cases = group_inputs(images)
-    check_writable(output)
-    failed = 0
-    for case in cases:
-        try:
-            p, prepared = predict_case(model, case)
-        except UserError as error:
-            failed += 1
-            for line in error.lines:
-                _complain(f"skipped: {line}")
-            continue
-        written = write_prediction(p, prepared, output, with_probabilities=probabilities, with_entropy=entropy)
-        out.print(str(written[0]))
-    if failed:
-        _complain(f"{failed} of {len(cases)} images skipped")
-        raise typer.Exit(1)
+    writer = Writer(output, probabilities=probabilities, entropy=entropy, overwrite=overwrite)
+    writer.check(cases, data_folders(run, images))
+    for path, model in zip((run, *(ensemble or [])), models):
+        if model.step < model.config.steps and not quiet:
+            _complain(f"pglcl: {path}: unfinished, step {model.step} of {model.config.steps}")
+    out, codes = console(quiet), []
+    with Volumes("predicting", len(cases), quiet=quiet) as progress:
+        for case in cases:
+            try:
+                written = writer.write(*predictor(case, progress.start(case.name)))
+                out.print(str(written[0]))
+            except WriteError:
+                raise
+            except Exception as error:
+                codes.append(_explain(error, f"skipped {case.name}: "))
+    if codes:
+        _complain(f"pglcl: {len(codes)} of {len(cases)} images skipped")
+        raise typer.Exit(BUG if BUG in codes else SKIPPED)
 
 
-@app.command()
+@command
 def evaluate(
     run: RunArgument,
     data: DataArgument,
     part: Annotated[str, typer.Option(help="part of the run's split: test, validation, labelled; or all")] = "test",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="folder of the score files; default: the run")
+    ] = None,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="score the patients that are there, though others are missing")
+    ] = False,
+    tta: TtaOption = "none",
+    postprocess: PostprocessOption = "none",
+    overwrite: OverwriteOption = False,
+    quiet: QuietOption = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Scores the run's model: Dice, HD95 and average surface distance, per class and patient, as CSV and table."""
-    from pglcl.evaluate import evaluate_run, table
+    """Scores the run's model: Dice, HD95 and average surface distance, per class and patient, as CSV and table.
 
-    if part not in ("test", "validation", "labelled", "unlabelled", "all"):
-        raise UserError(f"--part must be test, validation, labelled, unlabelled or all, got {part}")
-    rows = evaluate_run(run, data, part=part, device=device)
-    console().print(
-        table(rows, title=f"{run}, {part}: {rows[-1]['volumes']} volumes of {rows[-1]['patients']} patients")
+    Scores of the same run and data are renewed; those of other data are kept unless --overwrite is given.
+    """
+    from pglcl.evaluate import Evaluation, evaluate_run
+
+    found: Evaluation = evaluate_run(
+        run,
+        data,
+        part=part,
+        device=device,
+        output=output,
+        allow_missing=allow_missing,
+        tta=tta,
+        postprocess=postprocess,
+        overwrite=overwrite,
+        quiet=quiet,
     )
-    console().print(f"{run / f'scores_{part}.csv'}")
+    out = console(quiet)
+    out.print(found.table())
+    out.print(str(found.files[0]))
 
 
-@app.command()
+@command
 def report(
     run: RunArgument,
     data: Annotated[
@@ -240,23 +347,27 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="the HTML file; default: report.html in the run")
     ] = None,
+    overwrite: OverwriteOption = False,
+    quiet: QuietOption = False,
     device: DeviceOption = "auto",
 ) -> None:
     """Writes one self-contained HTML file: scores, curves, overlays, entropy and disparity, embeddings, options."""
     from pglcl.report import write_report
 
-    console().print(str(write_report(run, data, output, device)))
+    path = write_report(run, data, output, device, overwrite=overwrite, quiet=quiet)
+    console(quiet).print(str(path))
 
 
-@app.command()
+@command
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="folder of the runs")] = Path("pglcl-demo"),
     steps: Annotated[int, typer.Option(help="training steps of each of the two runs")] = 400,
+    quiet: QuietOption = False,
 ) -> None:
     """Trains on slices of the MNI152 brain template, supervised alone and with patch-wise contrast, and compares."""
     from pglcl.demo import run_demo
 
-    run_demo(output, steps)
+    run_demo(output, steps, quiet=quiet)
 
 
 def _complain(line: str) -> None:
@@ -264,15 +375,17 @@ def _complain(line: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; what a user can mend is printed as one line each."""
+    """Runs a command and returns its exit code; what a user can mend is printed as one line each."""
     # What MONAI says to its own developers.
     warnings.filterwarnings("ignore", category=FutureWarning, module="monai")
     try:
         app(args=arguments, standalone_mode=True)
-    except UserError as error:
-        for line in error.lines:
-            _complain(f"pglcl: {line}")
-        return 2
     except SystemExit as end:
-        return int(end.code or 0) if not isinstance(end.code, str) else 1
-    return 0
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    else:
+        code = 0
+    try:
+        sys.stdout.flush()
+    except OSError as error:  # what was printed never reached its file
+        return _explain(error)
+    return code

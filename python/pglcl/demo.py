@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 from rich.console import Console
 
 from pglcl.config import TrainConfig
-from pglcl.evaluate import evaluate_run, table
+from pglcl.evaluate import evaluate_run
 from pglcl.files import replacing, write_json
 from pglcl.report import write_report
 from pglcl.train import Training
@@ -47,8 +48,8 @@ def write_template(folder: Path) -> dict[str, list[str]]:
     return {"labelled": labelled, "unlabelled": rest[::2], "validation": validation, "test": rest[1::2]}
 
 
-def run_demo(output: Path, steps: int) -> None:
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+def run_demo(output: Path, steps: int, *, quiet: bool = False) -> None:
+    console = Console(quiet=quiet, highlight=False, soft_wrap=True, markup=False)
     start = time.perf_counter()
     console.print(
         "The MNI152 T1 template (an average of 152 brains, shipped with nilearn), cut into slabs of six slices; two "
@@ -59,7 +60,7 @@ def run_demo(output: Path, steps: int) -> None:
     split = write_template(data)
     split_file = output / "split.json"
     write_json(split_file, split)
-    common = {
+    common: dict[str, Any] = {
         "split_file": str(split_file),
         "steps": steps,
         "warmup": steps // 4,
@@ -70,8 +71,7 @@ def run_demo(output: Path, steps: int) -> None:
         run = output / method
         config = TrainConfig(method=method, **common)
         Training(data, run, config, resume=(run / "config.json").exists()).run()
-        rows = evaluate_run(run, data)
-        console.print(table(rows, title=f"\n{method}: {rows[-1]['volumes']} test slabs"))
+        console.print("\n" + evaluate_run(run, data).table())
     report = write_report(output / "patchcl", data)
     console.print(f"\nReport: {report}")
     console.print(f"Masks of any image: pglcl predict {output / 'patchcl'} {data / 'imagesTr'} --output masks")

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance
-from torch import Tensor
+from monai.metrics.hausdorff_distance import compute_hausdorff_distance
+from monai.metrics.meandice import compute_dice
+from monai.metrics.surface_distance import compute_average_surface_distance
+from torch import Tensor, nn
 
 from pglcl.cases import cases_of, distance_unit
 from pglcl.errors import UserError
 from pglcl.files import read_json, write_json, write_text
-from pglcl.layouts import Case, open_folder
+from pglcl.layouts import Case, DataFolder, open_folder
 from pglcl.model import TrainedModel, load_model
-from pglcl.predict import probabilities
-from pglcl.prepare import prepare
+from pglcl.outputs import check_outputs
+from pglcl.predict import Predictor, Report
+from pglcl.progress import Volumes
 from pglcl.volumes import read_label
 
 METRICS = ("dice", "hd95", "asd")
+# A row of the summary: class, label, counts, and of every metric its mean, deviation and interval.
+Row = dict[str, Any]
 
 
 @dataclass
@@ -44,11 +50,6 @@ class Score:
     false_positive_voxels: int = 0
 
 
-def one_hot_volume(y: Tensor, num_classes: int) -> Tensor:
-    """(X, Y, Z) to (1, K, X, Y, Z)."""
-    return torch.stack([y == k for k in range(num_classes)])[None].float()
-
-
 def score_volume(
     prediction: Tensor,
     truth: Tensor,
@@ -64,25 +65,57 @@ def score_volume(
     A class that the truth lacks has no score (MONAI's convention: NaN, left out of means) and is counted as absent. A
     class that is there and was not predicted has Dice 0 and, as distances, the diagonal of the volume: the worst that
     could be.
+
+    Args:
+        prediction: (X, Y, Z) whole numbers.
+        truth: (X, Y, Z) whole numbers.
+        num_classes: K, with background.
+        spacing: of the three axes; it gives the unit of the distances.
+        patient: whom the volume is of.
+        case: the name of the volume.
+        distances: whether HD95 and ASD are computed, which takes most of the time.
     """
-    p, t = one_hot_volume(prediction, num_classes), one_hot_volume(truth, num_classes)
-    dice = compute_dice(p, t, include_background=False, ignore_empty=True)[0]
     diagonal = math.sqrt(sum((n * s) ** 2 for n, s in zip(truth.shape, spacing)))
     scores = []
     for k in range(1, num_classes):
-        predicted, present = bool(p[0, k].any()), bool(t[0, k].any())
+        p, t = prediction == k, truth == k
+        predicted, present = bool(p.any()), bool(t.any())
         if not present:
-            scores.append(Score(patient, case, k, math.nan, math.nan, math.nan, "absent", int(p[0, k].sum())))
+            scores.append(Score(patient, case, k, math.nan, math.nan, math.nan, "absent", int(p.sum())))
             continue
+        if not predicted:
+            worst = diagonal if distances else math.nan
+            scores.append(Score(patient, case, k, 0.0, worst, worst, "missed"))
+            continue
+        pair, place = _around(p, t)
+        dice = float(compute_dice(*pair, include_background=True))
         hd95 = asd = math.nan
-        if distances and predicted:
-            pair = (p[:, [0, k]], t[:, [0, k]])
-            hd95 = float(compute_hausdorff_distance(*pair, percentile=95, spacing=list(spacing)))
-            asd = float(compute_average_surface_distance(*pair, symmetric=True, spacing=list(spacing)))
-        elif distances:
-            hd95 = asd = diagonal
-        scores.append(Score(patient, case, k, float(dice[k - 1]), hd95, asd, "ok" if predicted else "missed"))
+        if distances:
+            kept = [spacing[axis] for axis in place]
+            options: dict[str, Any] = {"include_background": True, "spacing": kept}
+            hd95 = float(compute_hausdorff_distance(*pair, percentile=95, **options))
+            asd = float(compute_average_surface_distance(*pair, symmetric=True, **options))
+        scores.append(Score(patient, case, k, dice, hd95, asd, "ok"))
     return scores
+
+
+def _around(p: Tensor, t: Tensor) -> tuple[tuple[Tensor, Tensor], list[int]]:
+    """The box around two masks (X, Y, Z), one voxel wider, as (1, 1, ...) float32; and the axes that are left.
+
+    Scores are the same as in the whole volume, for less memory. An axis of a single voxel is left out: every pixel of
+    an image would otherwise lie on a surface.
+    """
+    either = p | t
+    box, kept = [], []
+    for axis in range(either.ndim):
+        rows = either.movedim(axis, 0).flatten(1).any(dim=1).nonzero()
+        box.append(slice(max(0, int(rows[0]) - 1), int(rows[-1]) + 2))
+        if either.shape[axis] > 1:
+            kept.append(axis)
+    kept = kept if len(kept) > 1 else list(range(either.ndim))
+    dropped = [axis for axis in range(either.ndim) if axis not in kept]
+    first, second = (mask[tuple(box)].squeeze(dropped)[None, None].float() for mask in (p, t))
+    return (first, second), kept
 
 
 def patient_means(scores: Sequence[Score], metric: str, label: int | None = None) -> dict[str, float]:
@@ -105,13 +138,13 @@ def bootstrap_interval(values: Sequence[float], *, draws: int = 10000, seed: int
     return float(low), float(high)
 
 
-def summarise(scores: Sequence[Score], class_names: dict[int, str], unit: str) -> list[dict]:
+def summarise(scores: Sequence[Score], class_names: dict[int, str], unit: str) -> list[Row]:
     """A row per class and one for their mean: mean, deviation and interval over patients of each metric."""
     rows = []
     labels = sorted({score.label for score in scores})
     for label in [*labels, None]:
         own = [s for s in scores if label is None or s.label == label]
-        row: dict = {
+        row: Row = {
             "class": "mean" if label is None else class_names.get(label, f"class {label}"),
             "label": label,
             "patients": len({s.patient for s in own}),
@@ -129,20 +162,24 @@ def summarise(scores: Sequence[Score], class_names: dict[int, str], unit: str) -
     return rows
 
 
-def table(rows: Sequence[dict], *, title: str = "") -> str:
-    """Markdown."""
+def _cell(value: float, digits: int) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def table(rows: Sequence[Row], *, title: str = "") -> str:
+    """Markdown. What has no value is a dash."""
     unit = rows[0]["unit"] if rows else ""
     head = ["class", "Dice", "95 %", f"HD95 [{unit}]", "95 %", f"ASD [{unit}]", "absent", "missed"]
     lines = [*([title, ""] if title else []), "| " + " | ".join(head) + " |", "| --- " + "| ---: " * 7 + "|"]
     for row in rows:
-        cells = [row["class"]]
+        cells = [row["class"].replace("|", "\\|")]
         for metric, digits in (("dice", 3), ("hd95", 2)):
             low, high = row[f"{metric}_interval"]
             cells += [
-                f"{row[metric]:.{digits}f} ± {row[f'{metric}_std']:.{digits}f}",
-                f"{low:.{digits}f}-{high:.{digits}f}",
+                f"{_cell(row[metric], digits)} ± {_cell(row[f'{metric}_std'], digits)}",
+                f"{_cell(low, digits)}-{_cell(high, digits)}",
             ]
-        cells += [f"{row['asd']:.2f} ± {row['asd_std']:.2f}", str(row["absent"]), str(row["missed"])]
+        cells += [f"{_cell(row['asd'], 2)} ± {_cell(row['asd_std'], 2)}", str(row["absent"]), str(row["missed"])]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -178,46 +215,276 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def save_scores(scores: Sequence[Score], class_names: dict[int, str], unit: str, folder: Path, name: str) -> list[dict]:
-    """<name>.csv, <name>.md and <name>.json; returns the summary."""
-    rows = summarise(scores, class_names, unit)
-    write_text(folder / f"{name}.csv", scores_csv(scores, class_names, unit))
-    write_text(folder / f"{name}.md", table(rows) + "\n")
-    write_json(folder / f"{name}.json", without_nan({"summary": rows, "scores": [vars(s) for s in scores]}))
-    return rows
-
-
 def score_case(model: TrainedModel, case: Case, *, distances: bool = True) -> list[Score]:
-    prepared = prepare(case, model.config, model.num_classes, model.slice_axis, label=False)
-    p = probabilities(model.network, prepared, model.config, model.slice_axis)
+    """The scores of one labelled case by one model."""
+    return _score(Predictor([model]), case, distances=distances)
+
+
+def _score(predictor: Predictor, case: Case, *, distances: bool = True, report: Report | None = None) -> list[Score]:
     assert case.label is not None
+    model = predictor.models[0]
+    prediction, prepared = predictor(case, report)
+    spacing = prepared.volume.spacing
+    mask = prediction.mask()
+    del prediction, prepared  # before the truth is read: both may be large
     truth = torch.from_numpy(read_label(case.label, case.images[0], model.num_classes))
     return score_volume(
-        p.argmax(dim=0),
-        truth,
-        model.num_classes,
-        prepared.volume.spacing,
-        patient=case.patient,
-        case=case.name,
-        distances=distances,
+        mask, truth, model.num_classes, spacing, patient=case.patient, case=case.name, distances=distances
     )
 
 
-def evaluate_run(
-    run: Path, root: Path, *, part: str = "test", device: str = "auto", progress: Any = None
-) -> list[dict]:
-    """Scores the model of `run` on a part of its split, or on every labelled volume (``part="all"``)."""
-    model = load_model(run, device)
-    folder = open_folder(root)
-    if part == "all":
-        cases = [case for case in folder.cases if case.label is not None]
-    else:
-        cases = cases_of(folder, read_json(run / "split.json")[part], with_label=True)
+# --- what scores belong to ------------------------------------------------------------------------------------------
+
+PARTS = ("labelled", "unlabelled", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What was asked to be scored: a model, patients and their files, and how.
+
+    Scores say what they belong to, and are shown only beside the same.
+
+    Attributes:
+        run: the folder of the run.
+        model: SHA-256 of the weights.
+        step: that the weights are of. steps: of the whole run.
+        part: of the run's split, or "all".
+        data: the folder that was scored.
+        files: SHA-256 of every image and label file, by case.
+        patients: that are scored. missing: that the split names and `data` has not.
+        tta, postprocess: as :class:`pglcl.predict.Predictor` takes them.
+    """
+
+    run: str
+    model: str
+    step: int
+    steps: int
+    part: str
+    data: str
+    files: dict[str, list[str]]
+    patients: list[str]
+    missing: list[str]
+    tta: str = "none"
+    postprocess: str = "none"
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.steps
+
+    def differences(self, other: Subject) -> list[str]:
+        """What sets the scores of `other` apart from those of this; nothing where they may be shown."""
+        names = {
+            "model": "other weights",
+            "part": f"the part {other.part!r}",
+            "files": f"other files ({other.data})",
+            "patients": "other patients",
+            "tta": f"--tta {other.tta}",
+            "postprocess": f"--postprocess {other.postprocess}",
+        }
+        found = [text for name, text in names.items() if getattr(self, name) != getattr(other, name)]
+        if self.step != other.step:
+            found.insert(0, f"step {other.step} instead of {self.step}")
+        return found
+
+    def title(self) -> str:
+        """One line for people; an unfinished run and missing patients are named."""
+        text = f"{self.run}, {self.part}: {len(self.files)} volumes of {len(self.patients)} patients, step {self.step}"
+        if not self.finished:
+            text += f" of {self.steps}: UNFINISHED"
+        if self.missing:
+            text += f"; WITHOUT {len(self.missing)} missing patients: {', '.join(self.missing)}"
+        return text
+
+
+def weights_hash(network: nn.Module) -> str:
+    """SHA-256 of all parameters and buffers with their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file; of the files in it for a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        try:
+            with open(file, "rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
+    return digest.hexdigest()
+
+
+def read_split(run: Path) -> dict[str, list[str]]:
+    """The patients of each part, as the run wrote them."""
+    path = run / "split.json"
+    content = read_json(path)
+    lists = [content.get(part) if isinstance(content, dict) else None for part in PARTS]
+    if not all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in lists):
+        raise UserError(f"{path}: must be an object with lists of patients: {', '.join(PARTS)}")
+    return {part: names for part, names in zip(PARTS, lists) if names is not None}
+
+
+def subject_of(
+    run: Path,
+    predictor: Predictor,
+    folder: DataFolder,
+    part: str = "test",
+    *,
+    allow_missing: bool = False,
+) -> tuple[Subject, list[Case]]:
+    """What is to be scored, and its cases.
+
+    Raises:
+        UserError: no case to score, or patients of the split that `folder` does not have, unless `allow_missing`.
+    """
+    if part not in (*PARTS, "all"):
+        raise UserError(f"--part must be {', '.join(PARTS)} or all, got {part}")
+    patients = folder.patients if part == "all" else read_split(run)[part]
+    cases = cases_of(folder, patients, with_label=True)
+    there = {case.patient for case in cases}
+    missing = [p for p in patients if p not in there] if part not in ("all", "unlabelled") else []
+    if missing and not allow_missing:
+        some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise UserError(
+            f"{folder.root}: has no labelled volume of {len(missing)} of the {len(patients)} patients of the part "
+            f"{part!r}: {some}; add --allow-missing to score the others"
+        )
     if not cases:
-        raise UserError(f"{root}: no labelled volume in the part {part!r}")
+        raise UserError(f"{folder.root}: no labelled volume in the part {part!r}")
+    model = predictor.models[0]
+    files = {case.name: [file_hash(path) for path in (*case.images, case.label) if path is not None] for case in cases}
+    return Subject(
+        run=run.name or str(run),
+        model=weights_hash(model.network),
+        step=model.step,
+        steps=model.config.steps,
+        part=part,
+        data=str(folder.root.resolve()),
+        files=files,
+        patients=sorted(there),
+        missing=missing,
+        tta=predictor.tta,
+        postprocess=predictor.postprocess,
+    ), cases
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores with what they belong to. unit: of the distances, mm or voxel. files: where they are kept, CSV first."""
+
+    subject: Subject
+    scores: list[Score]
+    class_names: dict[int, str]
+    unit: str
+    files: tuple[Path, ...] = ()
+
+    @property
+    def summary(self) -> list[Row]:
+        """A row per class and one for their mean."""
+        return summarise(self.scores, self.class_names, self.unit)
+
+    def table(self) -> str:
+        """Markdown, under a title that says what was scored."""
+        return table(self.summary, title=self.subject.title())
+
+    def save(self, files: Sequence[Path]) -> Evaluation:
+        """Writes the CSV, Markdown and JSON file."""
+        as_csv, as_text, as_json = files
+        write_text(as_csv, scores_csv(self.scores, self.class_names, self.unit))
+        write_text(as_text, self.table() + "\n")
+        content = {
+            "format": FORMAT,
+            "subject": {**vars(self.subject), "finished": self.subject.finished},
+            "unit": self.unit,
+            "class_names": {str(k): name for k, name in self.class_names.items()},
+            "summary": self.summary,
+            "scores": [vars(s) for s in self.scores],
+        }
+        write_json(as_json, without_nan(content))
+        return replace(self, files=tuple(files))
+
+
+FORMAT = "pglcl scores 1"
+
+
+def score_files(folder: Path, part: str) -> tuple[Path, Path, Path]:
+    """CSV, Markdown and JSON."""
+    return folder / f"scores_{part}.csv", folder / f"scores_{part}.md", folder / f"scores_{part}.json"
+
+
+def read_scores(path: Path) -> Evaluation | None:
+    """Scores as :meth:`Evaluation.save` wrote them; None for a file that is missing, damaged or another's."""
+    try:
+        content = read_json(path)
+        if content["format"] != FORMAT:
+            return None
+        known = {field.name for field in fields(Subject)}
+        subject = Subject(**{name: value for name, value in content["subject"].items() if name in known})
+        rows: list[dict[str, Any]] = content["scores"]
+        scores = [Score(**{n: math.nan if v is None else v for n, v in row.items()}) for row in rows]
+        names = {int(k): str(name) for k, name in content["class_names"].items()}
+        found = Evaluation(subject, scores, names, str(content["unit"]), score_files(path.parent, subject.part))
+        _ = found.summary  # fails on values of other types
+        return found
+    except (UserError, KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def may_renew(files: Sequence[Path], subject: Subject) -> Callable[[Path], bool]:
+    """Whether score files are earlier ones of the same run and data: these are renewed unasked."""
+    old = read_scores(files[-1])
+    same_data = old is not None and (old.subject.data == subject.data or old.subject.files == subject.files)
+    mine = old is not None and old.subject.run == subject.run and same_data
+    return lambda path: mine
+
+
+def evaluate_run(
+    run: Path,
+    root: Path,
+    *,
+    part: str = "test",
+    device: str = "auto",
+    output: Path | None = None,
+    allow_missing: bool = False,
+    tta: str = "none",
+    postprocess: str = "none",
+    overwrite: bool = False,
+    quiet: bool = True,
+) -> Evaluation:
+    """Scores the model of `run` on a part of its split and saves scores_<part>.csv, .md and .json.
+
+    Args:
+        run: the folder that training wrote.
+        root: the data folder.
+        part: of the run's split: labelled, unlabelled, validation or test; or "all", every labelled volume.
+        device: as for training.
+        output: the folder of the score files; default: the run.
+        allow_missing: score the patients that `root` has, though the split names others.
+        tta, postprocess: as :class:`pglcl.predict.Predictor` takes them.
+        overwrite: replace files that are no earlier scores of this run and data.
+        quiet: show no progress.
+
+    Raises:
+        UserError: nothing to score, patients missing, files in the way, data that does not fit the model.
+    """
+    predictor = Predictor([load_model(run, device)], tta=tta, postprocess=postprocess)
+    folder = open_folder(root)
+    subject, cases = subject_of(run, predictor, folder, part, allow_missing=allow_missing)
+    files = score_files(output or run, part)
+    check_outputs(files, overwrite=overwrite, renewed=may_renew(files, subject))
+    return score_cases(predictor, subject, cases, distance_unit(folder), quiet=quiet).save(files)
+
+
+def score_cases(
+    predictor: Predictor, subject: Subject, cases: Sequence[Case], unit: str, *, quiet: bool = True
+) -> Evaluation:
+    """Scores without saving them."""
     scores: list[Score] = []
-    for case in cases:
-        scores += score_case(model, case)
-        if progress:
-            progress(case.name)
-    return save_scores(scores, model.class_names, distance_unit(folder), run, f"scores_{part}")
+    with Volumes("scoring", len(cases), quiet=quiet) as progress:
+        for case in cases:
+            scores += _score(predictor, case, report=progress.start(case.name))
+    return Evaluation(subject, scores, predictor.models[0].class_names, unit)

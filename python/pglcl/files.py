@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pglcl.errors import UserError
+from pglcl.errors import UserError, WriteError
 
 
 @contextlib.contextmanager
@@ -24,7 +24,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         os.replace(partial, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise WriteError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -32,7 +32,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        # A file name may hold bytes that are no text; they are spelled out.
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:

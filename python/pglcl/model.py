@@ -95,7 +95,7 @@ def update_teacher(teacher: nn.Module, student: nn.Module, decay: float, step: i
 
 @dataclass
 class TrainedModel:
-    """A network with what it needs to know of the data: its own part of a run."""
+    """A network with what it needs to know of the data: its own part of a run. step: that the weights are of."""
 
     network: SegmentationNetwork
     config: TrainConfig
@@ -103,6 +103,7 @@ class TrainedModel:
     channels: int
     slice_axis: int | None
     class_names: dict[int, str]
+    step: int = 0
 
     def state(self) -> dict[str, Any]:
         return {
@@ -113,6 +114,7 @@ class TrainedModel:
             "channels": self.channels,
             "slice_axis": self.slice_axis,
             "class_names": self.class_names,
+            "step": self.step,
         }
 
 
@@ -121,8 +123,8 @@ def load_model(run: Path, device: str = "auto") -> TrainedModel:
     path = run / "model.pt" if (run / "model.pt").exists() else run / "checkpoint.pt"
     if not path.exists():
         raise UserError(f"{run}: no trained model there (neither model.pt nor checkpoint.pt)")
-    state = load_tensors(path)
-    state = state.get("model", state)
+    whole = load_tensors(path)
+    state = whole.get("model", whole)
     try:
         config = TrainConfig(**state["config"])
         network = build(state["arguments"])
@@ -134,6 +136,7 @@ def load_model(run: Path, device: str = "auto") -> TrainedModel:
             state["channels"],
             state["slice_axis"],
             state["class_names"],
+            int(whole.get("step", state["config"]["steps"])),
         )
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: not a model of this version of pglcl: {str(error).splitlines()[0]}") from error

@@ -2,38 +2,250 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from monai.inferers import sliding_window_inference
-from torch import Tensor
+import torch.nn.functional as F
+from monai.inferers.utils import sliding_window_inference
+from torch import Tensor, nn
 
 from pglcl.config import TrainConfig
 from pglcl.errors import UserError
+from pglcl.files import read_json
 from pglcl.layouts import Case
 from pglcl.model import TrainedModel
+from pglcl.outputs import check_outputs, check_outside_data
+from pglcl.postprocess import POSTPROCESS, keep_largest
 from pglcl.prepare import Prepared, prepare
-from pglcl.volumes import write_like
+from pglcl.volumes import Geometry, write_like
 
 SLICES_AT_ONCE = 16
+SLAB_ELEMENTS = 1 << 24  # probabilities that are held at once while a volume is restored: 64 MiB
+TTA = ("none", "flips")
+
+# Called with the share of a volume that is done, 0 to 1.
+Report = Callable[[float], None]
+
+
+class FlipAverage(nn.Module):
+    """A network that sees its input mirrored along every set of axes, and answers with the average.
+
+    The answer is the logarithm of the mean probability, so that its softmax is that mean.
+    """
+
+    def __init__(self, network: nn.Module, spatial_dims: int) -> None:
+        super().__init__()
+        self.network = network
+        axes = range(2, 2 + spatial_dims)
+        self.flips = [chosen for n in range(spatial_dims + 1) for chosen in itertools.combinations(axes, n)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *S) to (B, K, *S)."""
+        total: Tensor | None = None
+        for axes in self.flips:
+            p = self.network(x.flip(axes)).float().softmax(dim=1).flip(axes)
+            total = p if total is None else total.add_(p)
+        assert total is not None
+        return (total / len(self.flips)).clamp_(min=1e-12).log_()
 
 
 @torch.no_grad()
-def network_output(network: torch.nn.Module, image: Tensor, config: TrainConfig) -> Tensor:
-    """Logits (K, X, Y, Z) of a prepared image (C, X, Y, Z)."""
+def network_output(network: nn.Module, image: Tensor, config: TrainConfig, report: Report | None = None) -> Tensor:
+    """Logits (K, X, Y, Z), float32 on the CPU, of a prepared image (C, X, Y, Z)."""
     device = next(network.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
         if config.spatial_dims == 2:
-            slices = image.movedim(-1, 0)
-            parts = [network(part.to(device)).float().cpu() for part in slices.split(SLICES_AT_ONCE)]
-            return torch.cat(parts).movedim(0, -1)
-        size = tuple(config.size)
-        logits = sliding_window_inference(image[None].to(device), size, 4, network, overlap=0.5, mode="gaussian")
-        return logits[0].float().cpu()
+            return _slice_by_slice(network, image, device, report)
+        return _window_by_window(network, image, tuple(config.size), device, report)
 
 
-def probabilities(network: torch.nn.Module, prepared: Prepared, config: TrainConfig, slice_axis: int | None) -> Tensor:
+def _slice_by_slice(network: nn.Module, image: Tensor, device: torch.device, report: Report | None) -> Tensor:
+    slices = image.movedim(-1, 0)
+    logits: Tensor | None = None
+    for first in range(0, len(slices), SLICES_AT_ONCE):
+        part = network(slices[first : first + SLICES_AT_ONCE].to(device)).float().cpu()
+        if logits is None:
+            logits = part.new_empty(len(slices), *part.shape[1:])
+        logits[first : first + len(part)] = part
+        if report:
+            report((first + len(part)) / len(slices))
+    assert logits is not None
+    return logits.movedim(0, -1)
+
+
+def _window_by_window(
+    network: nn.Module, image: Tensor, size: tuple[int, ...], device: torch.device, report: Report | None
+) -> Tensor:
+    step = [max(1, n // 2) for n in size]
+    windows = int(np.prod([1 + max(0, -(-(n - s) // t)) for n, s, t in zip(image.shape[1:], size, step)]))
+    done = 0
+
+    def counted(x: Tensor) -> Tensor:
+        nonlocal done
+        done += len(x)
+        if report:
+            report(min(1.0, done / windows))
+        answer: Tensor = network(x).float()
+        return answer
+
+    logits = sliding_window_inference(
+        image[None], size, 4, counted, overlap=0.5, mode="gaussian", sw_device=device, device=torch.device("cpu")
+    )
+    assert isinstance(logits, Tensor)
+    return logits[0]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one model says of a volume, on its own grid.
+
+    p: probabilities (K, X', Y', Z') in canonical axes. geometry: the way back to the volume.
+    """
+
+    p: Tensor
+    geometry: Geometry
+
+
+class Prediction:
+    """Probabilities of a volume, restored to its own resolution slab by slab.
+
+    A whole volume of probabilities is held only by who asks for it: six classes of 512 x 512 x 300 voxels are 1.9 GB.
+    """
+
+    def __init__(self, parts: Sequence[Part], change: Callable[[Tensor], Tensor]) -> None:
+        self.parts, self.change = parts, change
+        self.shape = tuple(parts[0].geometry.shape)
+        self.num_classes = len(parts[0].p)
+
+    def slabs(self) -> Iterator[tuple[slice, Tensor]]:
+        """Places along the first axis, and the probabilities (K, x, Y, Z) there, which sum to 1."""
+        rows = max(1, SLAB_ELEMENTS // (self.num_classes * self.shape[1] * self.shape[2]))
+        for first in range(0, self.shape[0], rows):
+            place = slice(first, min(first + rows, self.shape[0]))
+            total = restore_rows(self.parts[0], place)
+            for part in self.parts[1:]:
+                total = total + restore_rows(part, place)
+            yield place, total / total.sum(dim=0, keepdim=True).clamp(min=1e-12)
+
+    def mask(self) -> Tensor:
+        """The most probable class (X, Y, Z), uint8 (int32 above 256 classes), after post-processing."""
+        return self.change(self.plain_mask())
+
+    def plain_mask(self) -> Tensor:
+        """The most probable class (X, Y, Z) without post-processing."""
+        mask = torch.empty(self.shape, dtype=torch.uint8 if self.num_classes <= 256 else torch.int32)
+        for place, p in self.slabs():
+            mask[place] = p.argmax(dim=0)
+        return mask
+
+    def probabilities(self) -> Tensor:
+        """(K, X, Y, Z) float32."""
+        whole = torch.empty(self.num_classes, *self.shape)
+        for place, p in self.slabs():
+            whole[:, place] = p
+        return whole
+
+    def entropy(self) -> Tensor:
+        """(X, Y, Z) float32, nats."""
+        whole = torch.empty(self.shape)
+        for place, p in self.slabs():
+            whole[place] = entropy_map(p)
+        return whole
+
+
+def restore_rows(part: Part, place: slice) -> Tensor:
+    """(K, x, Y, Z): what ``part.geometry.restore(part.p)`` has at `place` of its first axis."""
+    p, geometry = part.p, part.geometry
+    inside = [slice(0, n) for n in geometry.resized[1:]]
+    before, after = geometry.resized[0], geometry.shape[0]
+    if before == after:
+        rows = p[:, place][(slice(None), slice(None), *inside)]
+    else:  # linear between the centres of voxels, as torch interpolates
+        centre = ((torch.arange(place.start, place.stop) + 0.5) * (before / after) - 0.5).clamp(min=0)
+        low = centre.floor().long().clamp(max=before - 1)
+        weight = (centre - low).to(p.dtype)[:, None, None]
+        p = p[(slice(None), slice(None), *inside)]
+        rows = torch.lerp(p[:, low], p[:, (low + 1).clamp(max=before - 1)], weight)
+    if tuple(rows.shape[2:]) == tuple(geometry.shape[1:]):
+        return rows
+    return F.interpolate(rows, tuple(geometry.shape[1:]), mode="bilinear", align_corners=False)
+
+
+def entropy_map(p: Tensor) -> Tensor:
+    """Entropy (X, Y, Z) in nats of probabilities (K, X, Y, Z)."""
+    entropy: Tensor = torch.special.entr(p).sum(dim=0)
+    return entropy
+
+
+class Predictor:
+    """One trained model, or several whose probabilities are averaged.
+
+    Args:
+        models: of the same classes and channels. Each sees the volume prepared in its own way.
+        tta: "flips" averages over mirrored images too; refused for a model that never saw one.
+        postprocess: what is done to the masks, one of :data:`POSTPROCESS`.
+    """
+
+    def __init__(self, models: Sequence[TrainedModel], *, tta: str = "none", postprocess: str = "none") -> None:
+        self.models = list(models)
+        for name, value, choices in (("--tta", tta, TTA), ("--postprocess", postprocess, POSTPROCESS)):
+            if value not in choices:
+                raise UserError(f"{name} must be one of {', '.join(choices)}, got {value}")
+        first = self.models[0]
+        for number, other in enumerate(self.models[1:], start=2):
+            for name in ("num_classes", "channels", "class_names"):
+                ours, theirs = getattr(first, name), getattr(other, name)
+                if ours != theirs:
+                    what = name.replace("_", " ")
+                    raise UserError(
+                        f"runs that are averaged must agree: {what} of run 1 is {ours}, of run {number} {theirs}"
+                    )
+        if tta == "flips" and any(model.config.flips == "none" for model in self.models):
+            raise UserError("--tta flips: the model was trained without mirrored images (--flips none)")
+        self.tta, self.postprocess = tta, postprocess
+        self.networks: list[nn.Module] = [
+            FlipAverage(model.network, model.config.spatial_dims) if tta == "flips" else model.network
+            for model in self.models
+        ]
+
+    def __call__(self, case: Case, report: Report | None = None) -> tuple[Prediction, Prepared]:
+        """The prediction of a case, and the case as the first model saw it."""
+        parts: list[Part] = []
+        first: Prepared | None = None
+        for number, (model, network) in enumerate(zip(self.models, self.networks)):
+            prepared = prepare(case, model.config, None, model.slice_axis, label=False)
+            if len(prepared.image) != model.channels:
+                raise UserError(f"{case.images[0]}: must have {model.channels} channels, got {len(prepared.image)}")
+            parts.append(self._part(model, network, prepared, self._share_of(report, number)))
+            first = first or prepared
+        assert first is not None
+        return Prediction(parts, self._changed), first
+
+    def _part(self, model: TrainedModel, network: nn.Module, prepared: Prepared, report: Report | None) -> Part:
+        p = network_output(network, prepared.image, model.config, report)
+        step = max(1, SLAB_ELEMENTS // p[:, 0].numel())
+        for first in range(0, p.shape[1], step):
+            rows = p[:, first : first + step]
+            rows.copy_(rows.softmax(dim=0))  # in place: the logits are not needed again
+        if model.slice_axis is not None:
+            p = p.movedim(-1, model.slice_axis + 1)
+        return Part(p, prepared.geometry)
+
+    def _share_of(self, report: Report | None, number: int) -> Report | None:
+        return None if report is None else lambda share: report((number + share) / len(self.models))
+
+    def _changed(self, mask: Tensor) -> Tensor:
+        if self.postprocess == "largest-component":
+            return keep_largest(mask, range(1, self.models[0].num_classes))
+        return mask
+
+
+def probabilities(network: nn.Module, prepared: Prepared, config: TrainConfig, slice_axis: int | None) -> Tensor:
     """(K, X, Y, Z) at the volume's own resolution, in canonical axes."""
     logits = network_output(network, prepared.image, config)
     if slice_axis is not None:
@@ -42,30 +254,47 @@ def probabilities(network: torch.nn.Module, prepared: Prepared, config: TrainCon
     return p / p.sum(dim=0, keepdim=True).clamp(min=1e-12)
 
 
-def predict_case(model: TrainedModel, case: Case) -> tuple[Tensor, Prepared]:
-    """Probabilities (K, X, Y, Z) in canonical axes."""
-    prepared = prepare(case, model.config, None, model.slice_axis, label=False)
-    if len(prepared.image) != model.channels:
-        raise UserError(f"{case.images[0]}: must have {model.channels} channels, got {len(prepared.image)}")
-    return probabilities(model.network, prepared, model.config, model.slice_axis), prepared
+def data_folders(run: Path, inputs: Sequence[Path]) -> list[Path]:
+    """Folders whose images and labels must stay what they are: that of the run, and those that inputs come from."""
+    found = []
+    with contextlib.suppress(UserError, KeyError, TypeError):  # a model without its run
+        found.append(Path(read_json(run / "config.json")["data"]))
+    folders = [path if path.is_dir() else path.parent for path in inputs]
+    return [*found, *dict.fromkeys(f.resolve().parent for f in folders if f.resolve().name.startswith("images"))]
 
 
-def entropy_map(p: Tensor) -> Tensor:
-    """(X, Y, Z), nats."""
-    return -torch.special.xlogy(p, p).sum(dim=0)
+@dataclass(frozen=True)
+class Writer:
+    """Where the files of a prediction go, and which there are of each case."""
 
+    folder: Path
+    probabilities: bool = False
+    entropy: bool = False
+    overwrite: bool = False
 
-def write_prediction(
-    p: Tensor, prepared: Prepared, folder: Path, *, with_probabilities: bool, with_entropy: bool
-) -> list[Path]:
-    name, source = prepared.case.name, prepared.volume.source
-    mask = p.argmax(dim=0).numpy().astype(np.uint8 if len(p) <= 256 else np.uint16)
-    written = [folder / f"{name}.nii.gz"]
-    write_like(mask, source, written[0])
-    if with_probabilities:
-        written.append(folder / f"{name}_probabilities.nii.gz")
-        write_like(p.movedim(0, -1).numpy().astype(np.float32), source, written[-1])
-    if with_entropy:
-        written.append(folder / f"{name}_entropy.nii.gz")
-        write_like(entropy_map(p).numpy().astype(np.float32), source, written[-1])
-    return written
+    def files(self, case: Case) -> list[Path]:
+        """The mask first."""
+        endings = ["", *["_probabilities"] * self.probabilities, *["_entropy"] * self.entropy]
+        return [self.folder / f"{case.name}{ending}.nii.gz" for ending in endings]
+
+    def check(self, cases: Sequence[Case], roots: Sequence[Path] = ()) -> None:
+        """Raises UserError where a file would be lost, or taken for one of the data folders `roots`."""
+        for root in roots:
+            check_outside_data(self.folder, root)
+        outputs = [path for case in cases for path in self.files(case)]
+        read = [path for case in cases for path in case.images]
+        check_outputs(outputs, inputs=read, overwrite=self.overwrite)
+
+    def write(self, prediction: Prediction, prepared: Prepared) -> list[Path]:
+        """The files of one case, in the axes and geometry of its image."""
+        case, source = prepared.case, prepared.volume.source
+        paths = self.files(case)
+        self.check([case])  # once more: the batch was checked a while ago
+        mask = prediction.mask().numpy()
+        write_like(mask if mask.dtype == np.uint8 else mask.astype(np.uint16), source, paths[0])
+        rest = iter(paths[1:])
+        if self.probabilities:
+            write_like(prediction.probabilities().movedim(0, -1).numpy(), source, next(rest))
+        if self.entropy:
+            write_like(prediction.entropy().numpy(), source, next(rest))
+        return paths

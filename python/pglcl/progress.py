@@ -4,11 +4,43 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
 
 import rich.progress
 from rich.console import Console
 from rich.table import Table
+
+LINE_EVERY = 15.0  # seconds between lines of progress where there is no terminal
+
+
+def duration(seconds: float) -> str:
+    """As people say it: 42 s, 3 min 10 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+class _Lines:
+    """Says when the next line is due."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.monotonic()
+
+    def due(self) -> bool:
+        now = time.monotonic()
+        if now - self.last < LINE_EVERY:
+            return False
+        self.last = now
+        return True
+
+    def left(self, share: float) -> float:
+        """Seconds that the rest takes if it goes on as it went."""
+        return (time.monotonic() - self.start) * (1 - share) / share if share > 0 else math.inf
 
 
 class Progress:
@@ -34,12 +66,15 @@ class Progress:
             disable=not self.live,
         )
         self.task: rich.progress.TaskID | None = None
+        self.first = 0
+        self.lines = _Lines()
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
 
     def start(self, first: int, text: str) -> None:
         self.say(text)
+        self.first, self.lines = first, _Lines()
         self.task = self.bar.add_task("training", total=self.steps, completed=first, numbers="")
         self.bar.start()
 
@@ -48,6 +83,9 @@ class Progress:
             numbers = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
             numbers += "" if math.isnan(self.dice) else f"  Dice {self.dice:.3f}"
             self.bar.update(self.task, completed=done, numbers=numbers)
+            if not self.live and self.lines.due():
+                left = duration(self.lines.left((done - self.first) / max(1, self.steps - self.first)))
+                self.say(f"step {done} of {self.steps}  {numbers}  {left} left")
 
     def validated(self, done: int, dice: float) -> None:
         self.dice = dice
@@ -59,6 +97,53 @@ class Progress:
 
     def table(self, title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print_table(self.console, title, head, rows)
+
+
+class Volumes:
+    """Progress over volumes, and within each.
+
+    Args:
+        what: is done with them, for example "predicting".
+        count: of volumes.
+        quiet: nothing at all.
+    """
+
+    def __init__(self, what: str, count: int, *, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, markup=False)
+        self.what, self.count, self.done = what, count, 0
+        self.live = not quiet and sys.stderr.isatty()
+        self.lines = _Lines()
+        self.bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}", markup=False),
+            rich.progress.BarColumn(),
+            rich.progress.TaskProgressColumn(),
+            rich.progress.TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.live,
+            transient=True,
+        )
+        self.task = self.bar.add_task(what, total=max(1, count))
+
+    def __enter__(self) -> Volumes:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def start(self, name: str) -> Callable[[float], None]:
+        """Begins the next volume; returns what is to be called with the share of it that is done, 0 to 1."""
+        before, self.done = self.done, self.done + 1
+
+        def report(share: float) -> None:
+            self.bar.update(self.task, completed=before + share, description=f"{self.what} {name}")
+            if not self.live and self.lines.due():
+                self.console.print(f"{self.what} {name}, {before + 1} of {self.count}: {share:.0%}")
+
+        report(0.0)
+        return report
 
 
 def print_table(console: Console, title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

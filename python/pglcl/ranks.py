@@ -61,7 +61,7 @@ def _agree(problem: list[str], group: Any) -> None:
         dist.all_gather_object(everyone, problem, group=group)
         problem = next((p for p in everyone if p), [])
     if problem:
-        raise UserError(*problem)
+        raise UserError(*problem, everywhere=True)
 
 
 def _any(flagged: bool, group: Any, device: torch.device) -> bool:

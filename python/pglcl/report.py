@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pglcl.bases import one_hot
-from pglcl.cases import cases_of, distance_unit
+from pglcl.cases import distance_unit
 from pglcl.errors import UserError
-from pglcl.evaluate import METRICS, evaluate_run
+from pglcl.evaluate import (
+    METRICS,
+    Evaluation,
+    Row,
+    Subject,
+    may_renew,
+    read_scores,
+    score_cases,
+    score_files,
+    subject_of,
+)
 from pglcl.files import read_json, write_text
 from pglcl.layouts import Case, open_folder
 from pglcl.model import TrainedModel, load_model
-from pglcl.predict import entropy_map, network_output, probabilities
+from pglcl.outputs import check_outputs
+from pglcl.predict import Predictor, entropy_map, network_output, probabilities
 from pglcl.prepare import Prepared, prepare
 from pglcl.record import read_metrics
 from pglcl.volumes import read_label
@@ -34,6 +47,7 @@ from matplotlib.patches import Rectangle
 
 # Told apart by most who see colours differently (Okabe and Ito).
 COLOURS = ["#999999", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F0E442"]
+GENERATOR = "<meta name=generator content=pglcl>"
 FIGURE_VOLUMES = 6  # test volumes that embeddings are taken from
 
 STYLE = """
@@ -49,29 +63,42 @@ td:first-child, th:first-child { text-align: left; }
 p.note { color: GrayText; margin: .25rem 0 .5rem; }
 .key span { display: inline-block; margin-right: 1rem; } .key i { display: inline-block; width: .9em; height: .9em;
   border-radius: 2px; margin-right: .3em; vertical-align: -.1em; }
+p.warning { border-left: 4px solid #D55E00; padding: .3rem .8rem; background: var(--soft); }
 details summary { cursor: pointer; }
 """
 
 
-def write_report(run: Path, data: Path | None = None, output: Path | None = None, device: str = "auto") -> Path:
+def write_report(
+    run: Path,
+    data: Path | None = None,
+    output: Path | None = None,
+    device: str = "auto",
+    *,
+    overwrite: bool = False,
+    quiet: bool = True,
+) -> Path:
     """The report of a run, on its test volumes; scores them first where that was not done."""
-    model = load_model(run, device)
+    path = output or run / "report.html"
+    mine = output is None and _is_report(path)
+    predictor = Predictor([load_model(run, device)])
+    model = predictor.models[0]
     config = read_json(run / "config.json")
     root = data or Path(config["data"])
     folder = open_folder(root)
-    cases = cases_of(folder, read_json(run / "split.json")["test"], with_label=True)
-    if not cases:
-        raise UserError(f"{run}: its split has no test volume to report on")
-    if not (run / "scores_test.json").exists() or _older(run / "scores_test.json", run / "model.pt"):
-        evaluate_run(run, root, device=device)
-    scores = read_json(run / "scores_test.json")
-    unit = distance_unit(folder)
+    subject, cases = subject_of(run, predictor, folder)
+    inputs = [file for case in cases for file in (*case.images, case.label) if file is not None]
+    check_outputs([path], inputs=inputs, overwrite=overwrite, renewed=lambda path: mine)
+    found = _scores(run, predictor, subject, cases, distance_unit(folder), quiet=quiet)
+    unit = found.unit
+    scores: dict[str, Any] = {"summary": found.summary, "scores": [vars(s) for s in found.scores]}
     viewed = [View(model, case) for case in _worst_median_best(cases, scores)]
     title = f"{run.name}: {config['method']}"
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         f"<p class=note>{html.escape(_subtitle(config, run, folder.root.name))}</p>",
+        *([] if subject.finished else [_warning(f"This run is unfinished: step {subject.step} of {subject.steps}.")]),
         "<h2>Scores on the test volumes</h2>",
+        f"<p class=note>{html.escape(subject.title())}</p>",
         _score_table(scores["summary"], unit),
         "<h2>Training</h2>",
         _image(curves(read_metrics(run)), "Losses and validation Dice by step"),
@@ -96,16 +123,36 @@ def write_report(run: Path, data: Path | None = None, output: Path | None = None
     ]
     page = (
         "<!doctype html><html lang=en><meta charset=utf-8>"
+        f"{GENERATOR}"
         '<meta name=viewport content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style><body>{''.join(parts)}</body></html>\n"
     )
-    path = output or run / "report.html"
     write_text(path, page)
     return path
 
 
-def _older(a: Path, b: Path) -> bool:
-    return b.exists() and a.stat().st_mtime < b.stat().st_mtime
+def _is_report(path: Path) -> bool:
+    """Whether an earlier report is there."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return GENERATOR in file.read(1000)
+    except OSError:
+        return False
+
+
+def _scores(
+    run: Path, predictor: Predictor, subject: Subject, cases: Sequence[Case], unit: str, *, quiet: bool
+) -> Evaluation:
+    """Those that the run keeps, where they belong to what is shown; new ones otherwise."""
+    files = score_files(run, subject.part)
+    kept = read_scores(files[-1])
+    if kept is not None and not subject.differences(kept.subject):
+        return kept
+    found = score_cases(predictor, subject, cases, unit, quiet=quiet)
+    with contextlib.suppress(UserError):  # scores of other data, or another's files, stay as they are
+        check_outputs(files, renewed=may_renew(files, subject))
+        return found.save(files)
+    return found
 
 
 def _subtitle(config: dict[str, Any], run: Path, data: str) -> str:
@@ -116,11 +163,15 @@ def _subtitle(config: dict[str, Any], run: Path, data: str) -> str:
     return f"{data}: {counts} patients{base}{contrast}, {config['steps']} steps, seed {config['seed']}"
 
 
+def _warning(text: str) -> str:
+    return f"<p class=warning role=alert>{html.escape(text)}</p>"
+
+
 def _number(value: float | None, digits: int) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
-def _score_table(rows: list[dict], unit: str) -> str:
+def _score_table(rows: list[Row], unit: str) -> str:
     names = {"dice": "Dice", "hd95": f"HD95 [{unit}]", "asd": f"ASD [{unit}]"}
     head = "".join(f"<th>{names[m]}<th>95 %" for m in METRICS)
     body = ""

@@ -164,16 +164,16 @@ class Training:
         write_json(self.output / "environment.json", environment())
         write_json(self.output / "config.json", {**dataclasses.asdict(self.config), "data": str(self.root.resolve())})
 
-    def _model(self, data: Data) -> TrainedModel:
+    def _model(self, data: Data, step: int) -> TrainedModel:
         names = data.folder.class_names or {0: "background"}
-        return TrainedModel(self.teacher, self.config, data.num_classes, data.channels, data.slice_axis, names)
+        return TrainedModel(self.teacher, self.config, data.num_classes, data.channels, data.slice_axis, names, step)
 
     def _checkpoint(self, data: Data, step: int) -> None:
         state: dict[str, Any] = {
             "step": step,
             "student": self.student.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "model": self._model(data).state(),
+            "model": self._model(data, step).state(),
         }
         if self.contrast is not None:
             state["contrast"] = self.contrast.state_dict()
@@ -229,7 +229,7 @@ class Training:
         if first >= config.steps:
             progress.say(f"{self.output}: this run has ended; nothing to resume")
             if main and not (self.output / "model.pt").exists():
-                save_tensors(self.output / "model.pt", self._model(data).state())
+                save_tensors(self.output / "model.pt", self._model(data, config.steps).state())
             return
 
         if main and state is None:
@@ -249,7 +249,7 @@ class Training:
             if log:
                 log.close()
         if main:
-            save_tensors(self.output / "model.pt", self._model(data).state())
+            save_tensors(self.output / "model.pt", self._model(data, config.steps).state())
             write_json(self.output / "finished.json", {"steps": config.steps, "unit": distance_unit(data.folder)})
             if self.profile.enabled:
                 rows = self.profile.rows(max(1, config.steps - max(first, config.warmup)))
@@ -353,7 +353,7 @@ class Training:
         rank, world = rank_of(group), 1 if group is None else dist.get_world_size(group)
         scores: list[Score] = []
         for case in data.validation[rank::world]:
-            scores += score_case(self._model(data), case, distances=False)
+            scores += score_case(self._model(data, 0), case, distances=False)
         means = list(patient_means(scores, "dice").values())
         if group is None:
             return float(np.mean(means)) if means else math.nan

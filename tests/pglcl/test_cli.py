@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -14,18 +16,11 @@ import pytest
 from pglcl.cli import main
 from pglcl.config import TrainConfig, read_toml
 from pglcl.errors import UserError
+from pglcl.train import Interrupted, Training
 
 from tests.conftest import ROOT
 from tests.pglcl.folders import plain, tiny
 from tests.pglcl.test_train import flags
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    root = plain(tmp_path_factory.mktemp("plain"))
-    run = tmp_path_factory.mktemp("runs") / "run"
-    assert main(["train", str(root), "--output", str(run), "--quiet", *flags(steps=40, warmup=15)]) == 0
-    return root, run
 
 
 @pytest.mark.parametrize("name", ["inspect", "train", "predict", "evaluate", "report", "demo"])
@@ -97,10 +92,157 @@ def test_bad_options(options: list[str], message: str, tmp_path: Path, capsys: p
     assert message in capsys.readouterr().err
 
 
-def test_evaluate(trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def copied(trained: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
+    """The data folder, and a run that a test may change."""
     root, run = trained
+    return root, Path(shutil.copytree(run, tmp_path / "run"))
+
+
+def test_version_and_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("pglcl ")
+    assert main(["--nonsense"]) == 2
+    assert main(["nonsense"]) == 2
+
+
+def test_errors_and_their_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is expected is one line; what is not keeps its traceback and says that it is a bug."""
+    for error, code, text in (
+        (UserError("a", "b"), 2, "pglcl: a\npglcl: b\n"),
+        (OSError(28, "No space left on device", "file"), 2, "pglcl: file: No space left on device\n"),
+        (PermissionError(13, "Permission denied", "folder"), 2, "pglcl: folder: Permission denied\n"),
+        (MemoryError(), 2, "pglcl: out of memory: an allocation failed\n"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "pglcl: out of memory: CUDA out of memory"),
+        (KeyboardInterrupt(), 130, "pglcl: stopped\n"),
+        (EOFError("x"), 70, "Traceback"),
+        (KeyError("x"), 70, "Traceback"),
+    ):
+
+        def fail(*arguments: Any, error: BaseException = error, **options: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("pglcl.layouts.open_folder", fail)
+        assert main(["inspect", "folder"]) == code
+        captured = capsys.readouterr()
+        assert captured.err.startswith(text)
+        assert ("this is a bug of pglcl" in captured.err) == (code == 70)
+        assert captured.out == ""
+
+
+def test_output_that_nobody_can_take(trained: tuple[Path, Path]) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "pglcl", "inspect", str(trained[0])], cwd=ROOT, stdout=full, stderr=subprocess.PIPE
+        )
+    assert result.returncode == 2
+    assert b"No space left on device" in result.stderr
+    assert b"Traceback" not in result.stderr
+
+
+def test_only_the_first_rank_speaks(
+    trained: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Under torchrun every rank runs the command; other than a training, the first one does the work."""
+    root, run = trained
+    monkeypatch.setenv("RANK", "1")
+    assert main(["evaluate", str(run), str(root), "-o", str(tmp_path)]) == 0
+    assert main(["train", str(root), "-o", str(tmp_path / "run"), "--steps", "0"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_quiet(copied: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, run = copied
+    scan = str(root / "images" / "case00.nii.gz")
+    for command in (
+        ["inspect", str(root)], ["train", str(root), "-o", str(tmp_path / "new"), *flags(steps=2, warmup=1)],
+        ["predict", str(run), scan, "-o", str(tmp_path / "masks")], ["evaluate", str(run), str(root)],
+        ["report", str(run)],
+    ):  # fmt: skip
+        assert main([*command, "--quiet"]) == 0
+        captured = capsys.readouterr()
+        assert captured.out == captured.err == ""
+
+
+def test_evaluate_says_when_patients_are_missing(
+    copied: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, run = copied
+    data = Path(shutil.copytree(root, tmp_path / "data"))
+    gone = json.loads((run / "split.json").read_text())["test"][0]
+    (data / "labels" / f"{gone}.nii.gz").unlink()
+    assert main(["evaluate", str(run), str(data)]) == 2
+    assert f"has no labelled volume of 1 of the 2 patients of the part 'test': {gone}" in capsys.readouterr().err
+    assert main(["evaluate", str(run), str(data), "--allow-missing"]) == 0
+    assert f"WITHOUT 1 missing patients: {gone}" in capsys.readouterr().out
+    content = json.loads((run / "scores_test.json").read_text())
+    assert content["subject"]["missing"] == [gone]
+    assert content["summary"][-1]["patients"] == 1
+    assert main(["report", str(run), "--data", str(data)]) == 2  # a report is about all of them
+    assert main(["report", str(run)]) == 0  # the scores of one patient are not those of two: both are scored anew
+    assert "2 patients" in (run / "report.html").read_text()
+
+
+def test_an_unfinished_run_is_called_so(
+    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, run = trained[0], tmp_path / "run"
+    training = Training(root, run, tiny(), quiet=True)
+    training.stop = True
+    with pytest.raises(Interrupted):
+        training.run()
     assert main(["evaluate", str(run), str(root)]) == 0
-    assert "| mean |" in capsys.readouterr().out
+    assert "step 1 of 8: UNFINISHED" in capsys.readouterr().out
+    assert json.loads((run / "scores_test.json").read_text())["subject"]["finished"] is False
+    assert main(["predict", str(run), str(root / "images"), "-o", str(tmp_path / "masks")]) == 0
+    assert f"{run}: unfinished, step 1 of 8" in capsys.readouterr().err
+    assert main(["report", str(run)]) == 0
+    assert "This run is unfinished: step 1 of 8" in (run / "report.html").read_text()
+    Training(root, run, tiny(), resume=True, quiet=True).run()
+    assert main(["report", str(run)]) == 0
+    assert "unfinished" not in (run / "report.html").read_text()
+    assert json.loads((run / "scores_test.json").read_text())["subject"]["step"] == 8
+
+
+def test_scores_of_other_data_are_kept(
+    copied: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, run = copied
+    assert main(["evaluate", str(run), str(root)]) == 0
+    assert main(["evaluate", str(run), str(root)]) == 0  # renewed
+    first = (run / "scores_test.json").read_bytes()
+    other = Path(shutil.copytree(root, tmp_path / "other"))
+    assert main(["evaluate", str(run), str(other)]) == 0  # the same files in another place
+    for path in (other / "images").iterdir():
+        image = nib.load(path)
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj)[::-1], image.affine), path)
+    assert main(["evaluate", str(run), str(root)]) == 0
+    assert main(["evaluate", str(run), str(other)]) == 2
+    assert "scores_test.json: exists; add --overwrite" in capsys.readouterr().err
+    assert (run / "scores_test.json").read_bytes() == first
+    assert main(["evaluate", str(run), str(other), "-o", str(tmp_path / "scores")]) == 0
+    changed = json.loads((tmp_path / "scores" / "scores_test.json").read_text())
+    assert changed["summary"][-1]["dice"] != json.loads(first)["summary"][-1]["dice"]
+    page = tmp_path / "other.html"
+    assert main(["report", str(run), "--data", str(other), "-o", str(page)]) == 0
+    shown = f"{changed['summary'][-1]['dice']:.3f} ± {changed['summary'][-1]['dice_std']:.3f}"
+    assert shown in page.read_text()
+    assert (run / "scores_test.json").read_bytes() == first
+
+
+def test_evaluate(copied: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    root, run = copied
+    assert main(["evaluate", str(run), str(root)]) == 0
+    out = capsys.readouterr().out
+    assert "| mean |" in out
+    assert "run, test: 2 volumes of 2 patients, step 40" in out
+    assert "UNFINISHED" not in out
+    identity = json.loads((run / "scores_test.json").read_text())["subject"]
+    assert (identity["step"], identity["steps"], identity["finished"]) == (40, 40, True)
     assert (run / "scores_test.csv").read_text().startswith("patient,case,label,class,dice,hd95_mm")
     assert main(["evaluate", str(run), str(root), "--part", "some"]) == 2
 
@@ -143,8 +285,8 @@ def test_predict_skips_a_broken_file_and_says_so(
     assert "no trained model there" in capsys.readouterr().err
 
 
-def test_report_is_one_whole_file(trained: tuple[Path, Path], tmp_path: Path) -> None:
-    root, run = trained
+def test_report_is_one_whole_file(copied: tuple[Path, Path], tmp_path: Path) -> None:
+    root, run = copied
     page = tmp_path / "report.html"
     assert main(["report", str(run), "--data", str(root), "-o", str(page)]) == 0
     text = page.read_text()

@@ -6,12 +6,27 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from pglcl.evaluate import bootstrap_interval, patient_means, save_scores, score_volume, scores_csv, summarise, table
+from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance
+from pglcl.evaluate import (
+    Evaluation,
+    Subject,
+    bootstrap_interval,
+    may_renew,
+    patient_means,
+    read_scores,
+    score_files,
+    score_volume,
+    scores_csv,
+    summarise,
+    table,
+)
 from pglcl.files import read_json, write_json
 
 
@@ -76,20 +91,99 @@ def test_summary_counts_and_means() -> None:
     assert rows[1]["status"] == "absent"
 
 
+def evaluation(run: str = "run", **changes: Any) -> Evaluation:
+    """Of a volume whose second class is absent."""
+    subject = Subject(run, "weights", 3, 3, "test", "/data", {"c": ["1", "2"]}, ["p"], [])
+    truth = ball((10, 12, 12), 6).long()
+    found = score_volume(truth, truth, 3, (1.0, 1.0, 1.0), patient="p", case="c")
+    return Evaluation(replace(subject, **changes), found, {1: "ball"}, "mm")
+
+
 def test_scores_are_json(tmp_path: Path) -> None:
     """A class without a score is null: NaN is no JSON."""
-    truth = ball((10, 12, 12), 6).long()
-    save_scores(score_volume(truth, truth, 3, (1.0, 1.0, 1.0), patient="p", case="c"), {}, "mm", tmp_path, "scores")
+    evaluation().save(score_files(tmp_path, "test"))
 
     def refuse(name: str) -> None:
         raise AssertionError(name)
 
-    content = json.loads((tmp_path / "scores.json").read_text(), parse_constant=refuse)
+    content = json.loads((tmp_path / "scores_test.json").read_text(), parse_constant=refuse)
     assert content["scores"][1]["dice"] is None
     assert content["summary"][1]["dice_interval"] == [None, None]
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "other.json", {"x": math.nan})
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".partial")] == []
+
+
+def test_scores_say_what_they_belong_to(tmp_path: Path) -> None:
+    files = score_files(tmp_path, "test")
+    first = evaluation()
+    first.save(files)
+    again = read_scores(files[-1])
+    assert again is not None
+    assert again.subject == first.subject
+    assert again.table() == first.table()
+    assert first.subject.differences(again.subject) == []
+    for change in ({"step": 2}, {"model": "others"}, {"files": {"c": ["1", "3"]}}, {"patients": ["q"]}):
+        assert len(evaluation(**change).subject.differences(again.subject)) == 1
+    assert "UNFINISHED" in evaluation(step=2).subject.title()
+    assert "UNFINISHED" not in first.subject.title()
+    assert "WITHOUT 1 missing patients: q" in evaluation(missing=["q"]).subject.title()
+
+
+@pytest.mark.parametrize("text", [
+    "", "{", "[]", "null", "3", '{"format": "pglcl scores 1"}', '{"summary": [], "scores": []}', "[" * 100000,
+    '{"format": "pglcl scores 1", "subject": [], "scores": 3, "unit": 1, "class_names": []}',
+], ids=range(9))  # fmt: skip
+def test_a_file_that_holds_no_scores(text: str, tmp_path: Path) -> None:
+    files = score_files(tmp_path, "test")
+    files[-1].write_text(text)
+    assert read_scores(files[-1]) is None
+    assert not may_renew(files, evaluation().subject)(files[-1])
+
+
+def test_scores_with_a_value_of_another_type(tmp_path: Path) -> None:
+    files = score_files(tmp_path, "test")
+    evaluation().save(files)
+    content = json.loads(files[-1].read_text())
+    content["scores"][0]["dice"] = "high"
+    files[-1].write_text(json.dumps(content))
+    assert read_scores(files[-1]) is None
+
+
+def test_earlier_scores_are_renewed_and_others_kept(tmp_path: Path) -> None:
+    files = score_files(tmp_path, "test")
+    evaluation().save(files)
+    assert may_renew(files, evaluation(step=2, model="later").subject)(files[0])
+    assert may_renew(files, evaluation(data="/moved").subject)(files[0])
+    assert may_renew(files, evaluation(files={"c": ["1", "corrected"]}).subject)(files[0])
+    assert not may_renew(files, evaluation(data="/other", files={"c": ["5"]}).subject)(files[0])
+    assert not may_renew(files, evaluation(run="other").subject)(files[0])
+
+
+def test_a_box_around_both_masks_changes_no_score() -> None:
+    """MONAI on the whole volume is the reference; masks touch the border, too."""
+    for centre, shift in (((12, 11, 10), 3), ((2, 3, 20), 1), ((22, 22, 2), -2)):
+        truth = ball(centre, 5)
+        prediction = truth.roll(shift, 1)
+        found = scores(prediction, truth, spacing=(2.0, 1.0, 1.5))[0]
+        pair = [x[None, None].float() for x in (prediction, truth)]
+        options = {"include_background": True, "spacing": [2.0, 1.0, 1.5]}
+        assert found.dice == pytest.approx(float(compute_dice(*pair)))
+        assert found.hd95 == pytest.approx(float(compute_hausdorff_distance(*pair, percentile=95, **options)))
+        assert found.asd == pytest.approx(float(compute_average_surface_distance(*pair, symmetric=True, **options)))
+
+
+def test_distances_in_an_image_are_those_of_its_outline() -> None:
+    """A volume of one slice is an image: the inside of a mask lies on no surface."""
+    truth = torch.zeros(40, 40, 1, dtype=torch.bool)
+    truth[5:35, 5:35] = True
+    prediction = truth.clone()
+    prediction[5:10] = False
+    found = scores(prediction, truth, spacing=(1.0, 1.0, 7.0))[0]
+    flat = [x[None, None, :, :, 0].float() for x in (prediction, truth)]
+    expected = compute_average_surface_distance(*flat, include_background=True, symmetric=True)
+    assert found.asd == pytest.approx(float(expected))
+    assert found.hd95 == 5
 
 
 def test_a_long_name_can_be_written(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_runs_and_scores(options: dict, folder: Path, tmp_path: Path) -> None:
     files = {p.name for p in (tmp_path / "run").iterdir()}
     assert {"config.json", "split.json", "environment.json", "metrics.jsonl", "tensorboard", "model.pt"} <= files
     assert not [name for name in files if name.startswith(".partial")]
-    rows = evaluate_run(tmp_path / "run", folder)
+    rows = evaluate_run(tmp_path / "run", folder).summary
     assert rows[-1]["volumes"] == 2
     assert 0 <= rows[-1]["dice"] <= 1
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
@@ -67,12 +67,12 @@ def test_volumes_and_channels(tmp_path: Path) -> None:
     data = decathlon(tmp_path / "data")
     options = {"spatial_dims": 3, "image_size": "16,16,16", "spacing": "2,2,3", "steps": 5}
     Training(data, tmp_path / "run", tiny(**options), quiet=True).run()
-    assert evaluate_run(tmp_path / "run", data)[0]["class"] == "ball"
+    assert evaluate_run(tmp_path / "run", data).summary[0]["class"] == "ball"
 
 
 def test_learns(folder: Path, tmp_path: Path) -> None:
     run_to_end(folder, tmp_path / "run", steps=150, warmup=60, learning_rate=1e-2)
-    assert evaluate_run(tmp_path / "run", folder)[-1]["dice"] > 0.5
+    assert evaluate_run(tmp_path / "run", folder).summary[-1]["dice"] > 0.5
 
 
 def test_the_same_run_gives_the_same_bits(folder: Path, tmp_path: Path) -> None:

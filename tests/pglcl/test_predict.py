@@ -1,0 +1,208 @@
+"""Predictions: the way back to the volume, averages, post-processing, what is written and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from pglcl import cli
+from pglcl.cli import main
+from pglcl.errors import UserError
+from pglcl.layouts import Case
+from pglcl.model import load_model
+from pglcl.postprocess import keep_largest
+from pglcl.predict import FlipAverage, Part, Prediction, Predictor, entropy_map, restore_rows
+from pglcl.train import Training
+from pglcl.volumes import Geometry
+
+from tests.pglcl.folders import plain, tiny
+
+Trained = tuple[Path, Path]
+
+
+def case(root: Path, number: int = 0) -> Case:
+    return Case(f"case{number:02d}", "p", (root / "images" / f"case{number:02d}.nii.gz",), None)
+
+
+@pytest.mark.parametrize("resized", [(9, 12, 5), (7, 12, 9), (20, 31, 5), (1, 12, 5)])
+def test_rows_are_those_of_the_whole_volume(resized: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Restored slab by slab or at once: the same, up to rounding."""
+    geometry = Geometry((13, 17, 5), resized)
+    p = torch.randn(3, *(n + 2 for n in resized)).softmax(dim=0)
+    whole = geometry.restore(p)
+    for rows in (1, 4, 13):
+        parts = [restore_rows(Part(p, geometry), slice(a, min(13, a + rows))) for a in range(0, 13, rows)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+    monkeypatch.setattr("pglcl.predict.SLAB_ELEMENTS", 3 * 17 * 5 * 2)
+    prediction = Prediction([Part(p, geometry)], lambda mask: mask)
+    assert len(list(prediction.slabs())) == 7
+    torch.testing.assert_close(prediction.probabilities(), whole / whole.sum(dim=0))
+    assert torch.equal(prediction.mask(), prediction.probabilities().argmax(dim=0).to(torch.uint8))
+    torch.testing.assert_close(prediction.entropy(), entropy_map(whole / whole.sum(dim=0)))
+
+
+def test_runs_are_averaged(trained: Trained) -> None:
+    root, run = trained
+    model, other = load_model(run), load_model(run)
+    with torch.no_grad():
+        for p in other.network.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    one, two = (Predictor([m])(case(root))[0].probabilities() for m in (model, other))
+    both = Predictor([model, other])(case(root))[0].probabilities()
+    assert not torch.allclose(one, two, atol=1e-3)
+    torch.testing.assert_close(both, (one + two) / 2)
+    other.num_classes = 4
+    with pytest.raises(UserError, match="must agree: num classes of run 1 is 3, of run 2 4"):
+        Predictor([model, other])
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_flips_are_averaged(dims: int) -> None:
+    """A network that knows its places gives, averaged, what does not depend on the side."""
+    weights = torch.randn(3, *(4,) * dims)
+    network = torch.nn.Module()
+    network.forward = lambda x: x.expand(-1, 3, *x.shape[2:]) * weights  # type: ignore[method-assign]
+    average = FlipAverage(network, dims)
+    assert len(average.flips) == 2**dims
+    x = torch.randn(2, 1, *(4,) * dims)
+    p = average(x).exp()
+    torch.testing.assert_close(p.sum(dim=1), torch.ones(2, *(4,) * dims))
+    torch.testing.assert_close(average(x.flip(2)).exp(), p.flip(2))
+    by_hand = [network(x.flip(axes)).softmax(dim=1).flip(axes) for axes in average.flips]
+    torch.testing.assert_close(p, torch.stack(by_hand).mean(dim=0))
+
+
+def test_flips_where_they_are_allowed(trained: Trained, tmp_path: Path) -> None:
+    root, run = trained
+    model = load_model(run)
+    plainly, flipped = (Predictor([model], tta=tta)(case(root))[0].probabilities() for tta in ("none", "flips"))
+    assert not torch.equal(plainly, flipped)
+    Training(root, tmp_path / "run", tiny(steps=1, warmup=0, method="supervised"), quiet=True).run()
+    with pytest.raises(UserError, match="--tta flips: the model was trained without mirrored images"):
+        Predictor([load_model(tmp_path / "run")], tta="flips")
+    with pytest.raises(UserError, match="--tta must be one of none, flips, got turns"):
+        Predictor([model], tta="turns")
+
+
+def test_the_largest_component_is_kept() -> None:
+    mask = torch.zeros(12, 12, 6, dtype=torch.uint8)
+    mask[1:4, 1:4, 1:4] = 1
+    mask[4, 4, 4] = 1  # touches at a corner
+    mask[8:10, 8:10, 1] = 1
+    mask[9, 9, 4] = 2  # the only one of its class
+    kept = keep_largest(mask, [1, 2, 3])
+    assert int((kept == 1).sum()) == 28
+    assert kept[4, 4, 4] == 1
+    assert kept[9, 9, 4] == 2
+    assert int((mask == 1).sum()) == 32  # a copy
+    assert torch.equal(keep_largest(kept, [1, 2]), kept)
+    assert torch.equal(keep_largest(mask, [2]), mask)
+    two = torch.zeros(5, 5, 5, dtype=torch.int32)
+    two[0, 0, 0] = two[4, 4, 4] = 300
+    assert keep_largest(two, [300]).nonzero().tolist() == [[0, 0, 0]]  # of the same size: the first
+
+
+def test_post_processing_changes_the_mask_alone(trained: Trained, tmp_path: Path) -> None:
+    root, run = trained
+    scan = str(root / "images" / "case00.nii.gz")
+    for name in ("none", "largest-component"):
+        out = str(tmp_path / name)
+        assert main(["predict", str(run), scan, "-o", out, "--postprocess", name, "--probabilities"]) == 0
+    before, after = (nib.load(tmp_path / n / "case00.nii.gz") for n in ("none", "largest-component"))
+    expected = keep_largest(torch.from_numpy(np.asarray(before.dataobj).copy()), [1, 2])
+    np.testing.assert_array_equal(np.asarray(after.dataobj), expected.numpy())
+    one, two = ((tmp_path / n / "case00_probabilities.nii.gz").read_bytes() for n in ("none", "largest-component"))
+    assert one == two
+
+
+def test_predictions_never_replace_their_input(trained: Trained, tmp_path: Path) -> None:
+    run = trained[1]
+    root = plain(tmp_path / "data", 2, unlabelled=0)
+    scan, label = root / "images" / "case00.nii.gz", root / "labels" / "case00.nii.gz"
+    before = {path: path.read_bytes() for path in (scan, label)}
+    (tmp_path / "link").symlink_to(root / "images")
+    for folder in (root / "images", root / "images" / ".." / "images", tmp_path / "link", root / "labels"):
+        for more in ([], ["--overwrite"]):
+            assert main(["predict", str(run), str(scan), "-o", str(folder), *more]) == 2
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(scan, alone / "scan.nii.gz")
+    assert main(["predict", str(run), str(alone / "scan.nii.gz"), "-o", str(alone), "--overwrite"]) == 2
+    assert (alone / "scan.nii.gz").read_bytes() == scan.read_bytes()
+    assert {path: path.read_bytes() for path in before} == before
+    assert len(list((root / "labels").iterdir())) == 2
+
+
+def test_an_earlier_mask_is_kept(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, run = trained
+    scan = str(root / "images" / "case00.nii.gz")
+    mask = tmp_path / "case00.nii.gz"
+    mask.write_text("corrected by hand")
+    assert main(["predict", str(run), scan, "-o", str(tmp_path)]) == 2
+    assert "case00.nii.gz: exists; add --overwrite" in capsys.readouterr().err
+    assert mask.read_text() == "corrected by hand"
+    assert main(["predict", str(run), scan, "-o", str(tmp_path), "--overwrite", "-q"]) == 0
+    assert nib.load(mask).shape
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == ""
+
+
+def test_names_that_meet(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The probabilities of one image would be the mask of another."""
+    root, run = trained
+    for name in ("a.nii.gz", "a_probabilities.nii.gz"):
+        shutil.copy(root / "images" / "case00.nii.gz", tmp_path / name)
+    out = str(tmp_path / "out")
+    assert main(["predict", str(run), str(tmp_path), "-o", out, "--probabilities"]) == 2
+    assert "a_probabilities.nii.gz: would be written twice" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unforeseen_error_does_not_end_the_batch(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each kind of error costs its own image, and no other."""
+    root, run = trained
+    predict = Predictor.__call__
+    errors = {
+        "case01": MemoryError("Unable to allocate 7 GiB"),
+        "case02": OSError(5, "Input/output error", "scan.nii.gz"),
+        "case03": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes"),
+        "case04": ZeroDivisionError("division by zero"),
+    }
+
+    def sometimes(self: Predictor, case: Case, report=None):
+        if case.name in errors:
+            raise errors[case.name]
+        return predict(self, case, report)
+
+    monkeypatch.setattr(Predictor, "__call__", sometimes)
+    assert main(["predict", str(run), str(root / "images"), "-o", str(tmp_path)]) == cli.BUG
+    assert len(list(tmp_path.iterdir())) == 4
+    text = capsys.readouterr().err
+    assert "skipped case01: out of memory: Unable to allocate 7 GiB" in text
+    assert "skipped case02: scan.nii.gz: Input/output error" in text
+    assert "skipped case03: out of memory" in text
+    assert text.count("Traceback") == 1
+    assert "skipped case04: this is a bug of pglcl" in text
+    assert "4 of 8 images skipped" in text
+
+
+def test_a_full_disk_ends_the_batch(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, run = trained
+
+    def full(image, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(nib, "save", full)
+    assert main(["predict", str(run), str(root / "images"), "-o", str(tmp_path)]) == 2
+    text = capsys.readouterr().err
+    assert text == f"pglcl: {tmp_path / 'case00.nii.gz'}: cannot be written: No space left on device\n"
+    assert list(tmp_path.iterdir()) == []
