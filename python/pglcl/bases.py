@@ -1,9 +1,13 @@
-"""The semi-supervised bases (METHOD section 9): what the student is shown, and the loss on it."""
+"""The semi-supervised bases (METHOD section 9): what the student is shown, and the loss on it.
+
+A base is a dataclass, its fields options of :class:`~pglcl.config.TrainConfig` by the same names.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +16,12 @@ from torch import Tensor
 from pglcl.config import TrainConfig
 
 UNLABELLED_SHARE = 0.5  # copy-paste: weight of pasted pseudo-labelled pixels (Bidirectional Copy-Paste's alpha)
+# What the squared distance of mean teacher, at most 2 / K, usually gets beside cross-entropy.
+DISTANCE_WEIGHT = 10
 
 
 @dataclass
-class Views:
+class ViewBatch:
     """What the student sees in a step, and what it should say.
 
     images (B, C, *S). target (B, *S) int64, -1 where nothing is known. weight (B, *S), of each pixel. certainty
@@ -35,6 +41,130 @@ class Views:
         """(B, K, *S): each pixel counts for its class alone, as much as it is certain; `annotated`: or not at all."""
         counts = self.certainty * self.annotated if annotated else self.certainty
         return one_hot(self.target, num_classes) * counts[:, None]
+
+
+class Base(Protocol):
+    """What a step asks of a base.
+
+    `batch` is that of :class:`~pglcl.batches.StepBatches`; `prediction` (L + U, K, *S) the teacher's probabilities of
+    its labelled images and of the weak views of its unlabelled ones; `ramp`, in [0, 1], how far the teacher is trusted.
+    """
+
+    def views(self, batch: dict[str, Tensor], prediction: Tensor, generator: torch.Generator) -> ViewBatch: ...
+
+    def loss(self, logits: Tensor, views: ViewBatch, ramp: float) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class MeanTeacher:
+    """Tarvainen and Valpola 2017: the squared distance from the teacher's probabilities."""
+
+    consistency_weight: float
+
+    def views(self, batch: dict[str, Tensor], prediction: Tensor, generator: torch.Generator) -> ViewBatch:
+        return labelled_and(batch, batch["strong"], prediction)
+
+    def loss(self, logits: Tensor, views: ViewBatch, ramp: float) -> Tensor:
+        n = views.supervised
+        assert views.prediction is not None
+        distance = (logits[n:].float().softmax(1) - views.prediction[n:]).square().mean()
+        supervised = segmentation_loss(logits[:n], views.target[:n])
+        return supervised + DISTANCE_WEIGHT * ramp * self.consistency_weight * distance
+
+
+@dataclass(frozen=True)
+class WeakToStrong:
+    """The teacher's class of the weak view, where it is sure, for the strong one; boxes exchanged as in CutMix."""
+
+    consistency_weight: float
+    confidence: float
+
+    def views(self, batch: dict[str, Tensor], prediction: Tensor, generator: torch.Generator) -> ViewBatch:
+        count = len(batch["strong"])
+        box = random_box(tuple(batch["strong"].shape[2:]), 0.5, generator).to(prediction.device)
+        order = torch.randperm(count, generator=generator).to(prediction.device)
+        labelled, unlabelled = prediction[: len(batch["image"])], prediction[len(batch["image"]) :]
+        strong = torch.where(box > 0, batch["strong"][order], batch["strong"])
+        prediction = torch.cat([labelled, torch.where(box > 0, unlabelled[order], unlabelled)])
+        views = labelled_and(batch, strong, prediction)
+        views.weight[views.supervised :] *= views.certainty[views.supervised :] >= self.confidence
+        return views
+
+    def loss(self, logits: Tensor, views: ViewBatch, ramp: float) -> Tensor:
+        n = views.supervised
+        supervised = segmentation_loss(logits[:n], views.target[:n])
+        unlabelled = segmentation_loss(logits[n:], views.target[n:], views.weight[n:])
+        return supervised + self.consistency_weight * unlabelled
+
+
+@dataclass(frozen=True)
+class CopyPaste:
+    """Labelled images pasted into unlabelled ones and the other way round (Bai et al., CVPR 2023)."""
+
+    consistency_weight: float
+
+    def views(self, batch: dict[str, Tensor], prediction: Tensor, generator: torch.Generator) -> ViewBatch:
+        n = min(len(batch["image"]), len(batch["strong"]))
+        shown = torch.cat([prediction[:n], prediction[len(batch["image"]) :][:n]])
+        labelled = {"image": batch["image"][:n], "label": batch["label"][:n]}
+        views = labelled_and(labelled, batch["strong"][:n], shown)
+        views.weight[n:] *= UNLABELLED_SHARE * self.consistency_weight
+        box = random_box(tuple(views.images.shape[2:]), 2 / 3, generator).to(prediction.device) > 0
+
+        def mixed(x: Tensor) -> Tensor:
+            labelled, unlabelled = x[:n], x[n:]
+            return torch.cat([torch.where(box, unlabelled, labelled), torch.where(box, labelled, unlabelled)])
+
+        return ViewBatch(
+            mixed(views.images),
+            mixed(views.target),
+            mixed(views.weight),
+            mixed(views.certainty),
+            mixed(views.annotated),
+            mixed(shown),
+            supervised=0,
+        )
+
+    def loss(self, logits: Tensor, views: ViewBatch, ramp: float) -> Tensor:
+        n = len(logits) // 2
+        parts = (slice(0, n), slice(n, None))
+        losses = (segmentation_loss(logits[p], views.target[p], views.weight[p]) for p in parts)
+        return sum(losses, logits.new_zeros(()))
+
+
+BASES: dict[str, type[MeanTeacher] | type[WeakToStrong] | type[CopyPaste]] = {
+    "mean-teacher": MeanTeacher,
+    "weak-to-strong": WeakToStrong,
+    "copy-paste": CopyPaste,
+}
+
+
+def make_base(config: TrainConfig) -> Base:
+    """The base that --consistency names, with its options."""
+    kind = BASES[config.consistency]
+    return kind(**{field.name: getattr(config, field.name) for field in dataclasses.fields(kind)})
+
+
+def labelled_alone(batch: dict[str, Tensor], prediction: Tensor | None) -> ViewBatch:
+    """The views of a step without unlabelled images."""
+    ones = torch.ones_like(batch["label"], dtype=batch["image"].dtype)
+    return ViewBatch(batch["image"], batch["label"], ones, ones, ones.bool(), prediction, len(ones))
+
+
+def labelled_and(batch: dict[str, Tensor], unlabelled: Tensor, prediction: Tensor) -> ViewBatch:
+    """Labelled images followed by unlabelled ones (U, C, *S), whose targets are the teacher's pseudo-labels."""
+    n = len(batch["image"])
+    certainty, pseudo = prediction[n:].max(dim=1)
+    target = torch.cat([batch["label"], pseudo])
+    return ViewBatch(
+        torch.cat([batch["image"], unlabelled]),
+        target,
+        torch.ones_like(target, dtype=prediction.dtype),
+        torch.cat([torch.ones_like(batch["label"], dtype=prediction.dtype), certainty]),
+        torch.cat([torch.ones_like(batch["label"], dtype=torch.bool), torch.zeros_like(pseudo, dtype=torch.bool)]),
+        prediction,
+        n,
+    )
 
 
 def one_hot(target: Tensor, num_classes: int) -> Tensor:
@@ -69,83 +199,3 @@ def random_box(size: tuple[int, ...], share: float, generator: torch.Generator) 
         place.append(slice(first, first + length))
     box[tuple(place)] = 1
     return box
-
-
-def mean_teacher(batch: dict[str, Tensor], teacher: Tensor, config: TrainConfig, g: torch.Generator) -> Views:
-    return _labelled_and(batch, batch["strong"], teacher)
-
-
-def mean_teacher_loss(logits: Tensor, views: Views, config: TrainConfig, ramp: float) -> Tensor:
-    """Supervised loss, and the squared distance from the teacher's probabilities (Tarvainen and Valpola 2017)."""
-    n = views.supervised
-    assert views.prediction is not None
-    distance = (logits[n:].float().softmax(1) - views.prediction[n:]).square().mean()
-    # 10: the weight that the squared distance, at most 2 / K, usually gets beside cross-entropy.
-    return segmentation_loss(logits[:n], views.target[:n]) + 10 * ramp * config.consistency_weight * distance
-
-
-def weak_to_strong(batch: dict[str, Tensor], teacher: Tensor, config: TrainConfig, g: torch.Generator) -> Views:
-    """Boxes of the strong views are exchanged between images (CutMix), and the teacher's prediction with them."""
-    count = len(batch["strong"])
-    box = random_box(tuple(batch["strong"].shape[2:]), 0.5, g).to(teacher.device)
-    order = torch.randperm(count, generator=g).to(teacher.device)
-    labelled, unlabelled = teacher[: len(batch["image"])], teacher[len(batch["image"]) :]
-    strong = torch.where(box > 0, batch["strong"][order], batch["strong"])
-    teacher = torch.cat([labelled, torch.where(box > 0, unlabelled[order], unlabelled)])
-    views = _labelled_and(batch, strong, teacher)
-    views.weight[views.supervised :] *= views.certainty[views.supervised :] >= config.confidence
-    return views
-
-
-def weak_to_strong_loss(logits: Tensor, views: Views, config: TrainConfig, ramp: float) -> Tensor:
-    n = views.supervised
-    supervised = segmentation_loss(logits[:n], views.target[:n])
-    return supervised + config.consistency_weight * segmentation_loss(logits[n:], views.target[n:], views.weight[n:])
-
-
-def copy_paste(batch: dict[str, Tensor], teacher: Tensor, config: TrainConfig, g: torch.Generator) -> Views:
-    """Labelled images pasted into unlabelled ones and the other way round (Bai et al., CVPR 2023)."""
-    n = min(len(batch["image"]), len(batch["strong"]))
-    views = _labelled_and(
-        {"image": batch["image"][:n], "label": batch["label"][:n]},
-        batch["strong"][:n],
-        torch.cat([teacher[:n], teacher[len(batch["image"]) :][:n]]),
-    )
-    views.weight[n:] *= UNLABELLED_SHARE * config.consistency_weight
-    box = random_box(tuple(views.images.shape[2:]), 2 / 3, g).to(teacher.device) > 0
-
-    def mixed(x: Tensor) -> Tensor:
-        labelled, unlabelled = x[:n], x[n:]
-        return torch.cat([torch.where(box, unlabelled, labelled), torch.where(box, labelled, unlabelled)])
-
-    tensors = (views.images, views.target, views.weight, views.certainty, views.annotated, views.prediction)
-    return Views(*(mixed(t) for t in tensors if t is not None), supervised=0)
-
-
-def copy_paste_loss(logits: Tensor, views: Views, config: TrainConfig, ramp: float) -> Tensor:
-    n = len(logits) // 2
-    parts = (slice(0, n), slice(n, None))
-    return sum((segmentation_loss(logits[p], views.target[p], views.weight[p]) for p in parts), logits.new_zeros(()))
-
-
-BASES: dict[str, tuple[Callable[..., Views], Callable[..., Tensor]]] = {
-    "mean-teacher": (mean_teacher, mean_teacher_loss),
-    "weak-to-strong": (weak_to_strong, weak_to_strong_loss),
-    "copy-paste": (copy_paste, copy_paste_loss),
-}
-
-
-def _labelled_and(batch: dict[str, Tensor], unlabelled: Tensor, teacher: Tensor) -> Views:
-    """Labelled images followed by unlabelled ones."""
-    n = len(batch["image"])
-    certainty, pseudo = teacher[n:].max(dim=1)
-    target = torch.cat([batch["label"], pseudo])
-    return Views(
-        torch.cat([batch["image"], unlabelled]),
-        target,
-        torch.ones_like(target, dtype=teacher.dtype),
-        torch.cat([torch.ones_like(batch["label"], dtype=teacher.dtype), certainty]),
-        torch.cat([torch.ones_like(batch["label"], dtype=torch.bool), torch.zeros_like(pseudo, dtype=torch.bool)]),
-        teacher,
-        n,
-    )

@@ -78,7 +78,7 @@ class StepBatches(Dataset[dict[str, Tensor]]):
         set_track_meta(False)
         config = self.config
         random = np.random.RandomState(np.random.SeedSequence([config.seed, step, self.rank]).generate_state(4))
-        semi = self.semi and step >= config.warmup
+        semi = self.semi and step >= config.warmup_steps
         count = config.batch_size // 2 if semi else config.batch_size
         images, labels = zip(*(self._labelled(random) for _ in range(count)))
         batch = {"image": torch.stack(images), "label": torch.stack(labels)}

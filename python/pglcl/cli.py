@@ -6,7 +6,6 @@ or the memory; 3 a package is missing; 70 a bug; 130 stopped by the user.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.metadata
 import inspect as inspection
@@ -21,7 +20,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from pglcl.config import TrainConfig, read_toml
+from pglcl.config import DEFAULTS, OPTIONS, TrainConfig, flag, read_toml
 from pglcl.errors import UserError, WriteError, explained
 
 SKIPPED, REFUSED, BUG, STOPPED = 1, 2, 70, 130  # exit codes; 0 is done, 3 a missing package
@@ -184,7 +183,7 @@ def _train(ctx: typer.Context, data: Path, output: Path, **options: Any) -> None
     except Interrupted as reason:
         console(quiet).print(f"{output}: {reason}")
         raise typer.Exit(STOPPED) from None
-    if training.is_main:
+    if training.speaks:
         console(quiet).print(f"{output}: done. Next: pglcl evaluate {output} {data}; pglcl report {output}")
 
 
@@ -231,14 +230,11 @@ def _train_signature() -> inspection.Signature:
             annotation=Annotated[int, typer.Option(help="CPU threads of this process; 0: PyTorch's choice")],
         ),
     ]
-    for field in dataclasses.fields(TrainConfig):
-        text = field.metadata["help"]
-        kind = type(field.default)
-        flag = "--" + field.name.replace("_", "-")
-        names = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
-        extra: dict[str, Any] = {"rich_help_panel": field.metadata["group"]}
-        option = typer.Option(*names, help=text, **extra)
-        parameters.append(parameter(field.name, keyword, default=field.default, annotation=Annotated[kind, option]))
+    for name, described in OPTIONS.items():
+        default = DEFAULTS[name]
+        names = [f"{flag(name)}/--no-{flag(name)[2:]}"] if isinstance(default, bool) else [flag(name)]
+        option = typer.Option(*names, help=described.help, metavar=described.metavar, rich_help_panel=described.group)
+        parameters.append(parameter(name, keyword, default=default, annotation=Annotated[type(default), option]))
     return inspection.Signature(parameters)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pglcl.bases import ViewBatch
 from pglcl.config import TrainConfig
 from pglcl.model import SegmentationNetwork
 from pglcl_ext import (
@@ -19,10 +20,18 @@ from pglcl_ext import (
     PatchBatch,
     PatchContrastLoss,
     class_patches,
-    gaussian_contrast_loss,
-    hard_negative_statistics,
     patch_embeddings,
 )
+
+CROPS_OBSERVED = 8  # of a class and image, to move the coverage threshold by
+
+
+class Keys(NamedTuple):
+    """What anchors are compared with: embeddings (M, D), labels (M,) int64, entropies (M,)."""
+
+    embeddings: Tensor
+    labels: Tensor
+    entropies: Tensor
 
 
 def halved(x: Tensor) -> Tensor:
@@ -33,13 +42,13 @@ def halved(x: Tensor) -> Tensor:
     return x
 
 
-def at_most(rows: PatchBatch, per_class: int, hardest: bool, generator: torch.Generator) -> PatchBatch:
-    """Those that qualify, `per_class` (0: all) of a class: the least certain, or a random sample."""
+def limit_per_class(rows: PatchBatch, count: int, hardest: bool, generator: torch.Generator) -> PatchBatch:
+    """Rows that qualify, `count` (0: all) of a class: the least certain, or a random sample."""
     rows = rows.compact()  # the losses leave out the others; projecting them would be for nothing
-    if not per_class:
+    if not count:
         return rows
     priority = rows.entropy if hardest else torch.rand(len(rows.labels), generator=generator).to(rows.labels.device)
-    return rows.limited(per_class, priority).compact()
+    return rows.limited(count, priority).compact()
 
 
 class PatchContrast(nn.Module):
@@ -47,17 +56,19 @@ class PatchContrast(nn.Module):
 
     Anchors are the student's patches, keys the teacher's, their classes given by annotation or pseudo-label. Patches
     are compared by the entropy of the teacher's prediction inside them.
+
+    Args:
+        config: the options of the run.
+        num_classes: K.
+        process_group: of the ranks that share their keys, or None.
     """
 
     def __init__(self, config: TrainConfig, num_classes: int, process_group: Any = None) -> None:
         super().__init__()
-        self.config, self.num_classes, self.process_group = config, num_classes, process_group
+        self.config, self.num_classes = config, num_classes
         self.threshold = CoverageThreshold(num_classes, target=config.coverage_target)
-        scale = math.log(num_classes)
-        bounds: dict[str, float] = {}
-        if config.guidance:
-            bounds["max_positive_disparity"] = config.max_positive_disparity * scale
-            bounds["min_negative_disparity"] = config.min_negative_disparity * scale
+        self.gaussian: GaussianContrastLoss | None = None
+        self.infonce: PatchContrastLoss | None = None
         self.queue: EmbeddingQueue | None = None
         if config.loss == "gaussian":
             self.gaussian = GaussianContrastLoss(
@@ -68,40 +79,99 @@ class PatchContrast(nn.Module):
                 normalize=False,
                 process_group=process_group,
             )
-        else:
-            if config.queue_length:
-                self.queue = EmbeddingQueue(
-                    num_classes,
-                    config.embedding_dim,
-                    config.queue_length,
-                    descriptor_dim=1,
-                    process_group=process_group,
-                )
-            # Queues of all ranks hold the keys of all ranks; without one, the loss gathers them.
-            self.infonce = PatchContrastLoss(
-                config.temperature,
-                normalize=False,
-                group=None if config.queue_length else process_group,
-                **bounds,
+            return
+        bounds: dict[str, float] = {}
+        if config.guidance:
+            bounds["max_positive_disparity"] = config.max_positive_disparity * math.log(num_classes)
+            bounds["min_negative_disparity"] = config.min_negative_disparity * math.log(num_classes)
+        if config.queue_length:
+            self.queue = EmbeddingQueue(
+                num_classes,
+                config.embedding_dim,
+                config.queue_length,
+                descriptor_dim=1,
+                process_group=process_group,
             )
+        # Queues of all ranks hold the keys of all ranks; without one, the loss gathers them.
+        group = None if config.queue_length else process_group
+        self.infonce = PatchContrastLoss(config.temperature, normalize=False, group=group, **bounds)
+
+    def forward(
+        self,
+        student: SegmentationNetwork,
+        views: ViewBatch,
+        features: Tensor,
+        keys: Keys,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """The contrastive loss of the student's patches against the queue, or against `keys` without one.
+
+        Args:
+            views: what the student saw; with the teacher's prediction.
+            features: of the student, (B, F, *S / 2); gradients flow to them.
+            keys: those of this step, from :meth:`teacher_keys`.
+            generator: of a random sample of anchors and of hard negatives.
+        """
+        count, hardest = self.config.anchors_per_class, self.config.hard_anchors
+        choose = partial(limit_per_class, count=count, hardest=hardest, generator=generator)
+        annotated = self.config.anchors == "labelled"
+        batch = self.patches(student, views, features, annotated=annotated, choose=choose, observe=True)
+        anchors = student.projection(batch.embeddings)
+        if self.gaussian is not None:
+            return self.gaussian(anchors, batch.labels, generator=generator)
+        assert self.infonce is not None
+        if self.queue is not None:
+            held = self.queue.keys()
+            assert held.descriptors is not None
+            keys = Keys(held.keys, held.labels, held.descriptors.squeeze(1))
+        return self.infonce(
+            anchors,
+            batch.labels,
+            batch.entropy.to(anchors.dtype),
+            keys=keys.embeddings,
+            key_labels=keys.labels,
+            key_descriptors=keys.entropies,
+        )
+
+    @torch.no_grad()
+    def teacher_keys(
+        self, teacher: SegmentationNetwork, seen: ViewBatch, features: Tensor, generator: torch.Generator
+    ) -> Keys:
+        """Keys of the teacher's patches, which are queued.
+
+        Args:
+            seen: what the teacher saw.
+            features: of the teacher, (B, F, *S / 2).
+        """
+        choose = partial(limit_per_class, count=self.config.keys_per_class, hardest=False, generator=generator)
+        batch = self.patches(teacher, seen, features, choose=choose)
+        keys = Keys(teacher.projection(batch.embeddings), batch.labels, batch.entropy)
+        if self.gaussian is not None:
+            self.gaussian.enqueue(keys.embeddings, keys.labels)
+        elif self.queue is not None:
+            self.queue.enqueue(*keys)
+        return keys
 
     def patches(
         self,
         network: SegmentationNetwork,
+        views: ViewBatch,
         features: Tensor,
-        weights: Tensor,
-        prediction: Tensor,
-        images: Tensor,
         *,
+        annotated: bool = False,
         choose: Callable[[PatchBatch], PatchBatch] = PatchBatch.compact,
         observe: bool = False,
     ) -> PatchBatch:
         """Class-aware patches with their embeddings, pooled or cropped, those that `choose` leaves.
 
-        `observe` moves the threshold by all of them.
+        Args:
+            annotated: only annotated pixels count.
+            observe: move the threshold by all patches.
         """
+        assert views.prediction is not None
+        weights = views.class_weights(self.num_classes, annotated=annotated)
         if self.config.patches == "crop":
-            return choose(self._cropped(network, weights, prediction, images, observe))
+            return choose(self._cropped(network, weights, views.prediction, views.images, observe))
 
         def select(rows: PatchBatch) -> PatchBatch:
             if observe:
@@ -113,16 +183,15 @@ class PatchContrast(nn.Module):
             halved(weights),
             self.config.patch_size // network.feature_stride,
             coverage=self.threshold.value,
-            prediction=halved(prediction),
+            prediction=halved(views.prediction),
             select=select,
         )
 
     def _cropped(
         self, network: SegmentationNetwork, weights: Tensor, prediction: Tensor, images: Tensor, observe: bool
     ) -> PatchBatch:
-        size = self.config.patch_size
-        least = 2 ** (len(self.config.channel_list) - 1)
-        encoder_size = -(-max(size, 2 * least) // least) * least
+        """Crops of the images, encoded again: one embedding of each, its mean feature."""
+        size, deepest = self.config.patch_size, network.stride
         crops = class_patches(
             images,
             weights,
@@ -130,77 +199,28 @@ class PatchContrast(nn.Module):
             self.num_classes,
             coverage=self.threshold.value,
             max_patches=self.config.crops_per_class,
-            output_size=encoder_size,
+            output_size=-(-max(size, 2 * deepest) // deepest) * deepest,
         )
         if observe:
-            every = class_patches(weights.sum(dim=1, keepdim=True), weights, size, self.num_classes, max_patches=8)
+            space = weights.sum(dim=1, keepdim=True)
+            every = class_patches(space, weights, size, self.num_classes, max_patches=CROPS_OBSERVED)
             self.threshold.update(every.coverage, every.labels)
         if len(crops.labels) == 0:
-            width = 2 * network.arguments["channels"][0]
             nothing = images.new_zeros(0)
-            return PatchBatch(images.new_zeros(0, width), crops.labels, nothing, nothing, crops.index)
+            embeddings = images.new_zeros(0, network.feature_channels)
+            return PatchBatch(embeddings, crops.labels, nothing, nothing, crops.index)
         _, features = network.with_features(crops.images)
-        h = -torch.special.xlogy(prediction, prediction).sum(dim=1)
-        entropy = []
-        for (b, *first), k in zip(crops.index.tolist(), crops.labels.tolist()):
-            place = tuple(slice(f, f + size) for f in first)
-            w = weights[(b, k, *place)]
-            entropy.append((w * h[(b, *place)]).sum() / w.sum())
-        return PatchBatch(
-            features.flatten(2).mean(dim=2), crops.labels, torch.stack(entropy), crops.coverage, crops.index
-        )
+        embeddings = features.flatten(2).mean(dim=2)
+        entropy = _entropy_of_crops(crops.index, crops.labels, weights, prediction, size)
+        return PatchBatch(embeddings, crops.labels, entropy, crops.coverage, crops.index)
 
-    @torch.no_grad()
-    def teacher_keys(
-        self,
-        teacher: SegmentationNetwork,
-        features: Tensor,
-        weights: Tensor,
-        prediction: Tensor,
-        images: Tensor,
-        generator: torch.Generator,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeddings, labels and entropies of the teacher's patches, which are queued."""
-        choose = partial(at_most, per_class=self.config.keys_per_class, hardest=False, generator=generator)
-        batch = self.patches(teacher, features, weights, prediction, images, choose=choose)
-        keys = teacher.projection(batch.embeddings)
-        if self.config.loss == "gaussian":
-            self.gaussian.enqueue(keys, batch.labels)
-        elif self.queue is not None:
-            self.queue.enqueue(keys, batch.labels, batch.entropy)
-        return keys, batch.labels, batch.entropy
 
-    def forward(
-        self,
-        student: SegmentationNetwork,
-        features: Tensor,
-        weights: Tensor,
-        prediction: Tensor,
-        images: Tensor,
-        keys: tuple[Tensor, Tensor, Tensor],
-        generator: torch.Generator,
-    ) -> Tensor:
-        """The contrastive loss of the student's patches against the queue, or against `keys` without one."""
-        count, hardest = self.config.anchors_per_class, self.config.hard_anchors
-        choose = partial(at_most, per_class=count, hardest=hardest, generator=generator)
-        batch = self.patches(student, features, weights, prediction, images, choose=choose, observe=True)
-        anchors = student.projection(batch.embeddings)
-        if self.config.loss == "gaussian":
-            queue = self.gaussian.queue
-            if self.config.hard_negatives:
-                means, covariances = hard_negative_statistics(anchors, batch.labels, queue, generator=generator)
-            else:
-                means, covariances = queue.statistics()
-            return gaussian_contrast_loss(anchors, batch.labels, means, covariances, queue.counts)
-        if self.queue is not None:
-            held = self.queue.keys()
-            assert held.descriptors is not None
-            keys = (held.keys, held.labels, held.descriptors.squeeze(1))
-        return self.infonce(
-            anchors,
-            batch.labels,
-            batch.entropy.to(anchors.dtype),
-            keys=keys[0],
-            key_labels=keys[1],
-            key_descriptors=keys[2],
-        )
+def _entropy_of_crops(index: Tensor, labels: Tensor, weights: Tensor, prediction: Tensor, size: int) -> Tensor:
+    """(N,): the entropy of the prediction, averaged over each crop with the weights of its class."""
+    h = -torch.special.xlogy(prediction, prediction).sum(dim=1)
+    entropy = []
+    for (b, *first), k in zip(index.tolist(), labels.tolist()):
+        place = tuple(slice(f, f + size) for f in first)
+        w = weights[(b, k, *place)]
+        entropy.append((w * h[(b, *place)]).sum() / w.sum())
+    return torch.stack(entropy)

@@ -41,7 +41,7 @@ class SegmentationNetwork(nn.Module):
     """MONAI's UNet with residual units.
 
     The features are what enters its last up-sampling block, at half the resolution: skip connection and decoder side by
-    side, twice the first number of channels.
+    side.
 
     Args:
         spatial_dims: 2 or 3.
@@ -49,6 +49,10 @@ class SegmentationNetwork(nn.Module):
         num_classes: K, with background.
         channels: from the outside in.
         embedding_dim: of the projection.
+
+    Attributes:
+        stride: the sides of an image are multiples of it.
+        feature_stride, feature_channels: of the features.
     """
 
     feature_stride = 2
@@ -65,22 +69,21 @@ class SegmentationNetwork(nn.Module):
             "embedding_dim": embedding_dim,
         }
         strides = [2] * (len(channels) - 1)
+        self.stride = 2 ** len(strides)
+        # Of two numbers the second is the bottom's, whose output is not brought to the width of the first.
+        self.feature_channels = channels[0] + channels[1 if len(channels) == 2 else 0]
         self.unet = UNet(spatial_dims, in_channels, num_classes, channels, strides, num_res_units=2)
-        self.projection = Projection(2 * channels[0], embedding_dim)
+        self.projection = Projection(self.feature_channels, embedding_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *S) to logits (B, K, *S); S a multiple of the network's stride."""
         return self.with_features(x)[0]
 
     def with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, K, *S) and features (B, 2 * channels[0], *S / 2)."""
+        """Logits (B, K, *S) and features (B, feature_channels, *S / 2)."""
         down, inner, up = self.unet.model
         features = inner(down(x))
         return up(features), features
-
-
-def build(arguments: dict[str, Any]) -> SegmentationNetwork:
-    return SegmentationNetwork(**arguments)
 
 
 @torch.no_grad()
@@ -127,7 +130,7 @@ def load_model(run: Path, device: str = "auto") -> TrainedModel:
     state = whole.get("model", whole)
     try:
         config = TrainConfig(**state["config"])
-        network = build(state["arguments"])
+        network = SegmentationNetwork(**state["arguments"])
         network.load_state_dict(state["network"])
         return TrainedModel(
             network.to(choose_device(device)).eval(),

@@ -4,21 +4,87 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor
 
 from pglcl.errors import UserError
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run, as one of them sees them.
+
+    group: what torch.distributed calls them, or None for a single process. device: the tensors that are exchanged are
+    there.
+    """
+
+    group: Any = None
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank is the one that speaks and writes."""
+        return self.rank == 0
+
+    def raise_together(self, lines: Sequence[str]) -> None:
+        """Raises :class:`UserError` on every rank when one of them has `lines` to say, in the order of the ranks."""
+        lines = next((lines for lines in self.gather(list(lines)) if lines), [])
+        if lines:
+            raise UserError(*lines, everywhere=True)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A :class:`UserError` that one rank raises in the block is raised on every rank at its end."""
+        lines: Sequence[str] = ()
+        try:
+            yield
+        except UserError as error:
+            lines = error.lines
+        self.raise_together(lines)
+
+    def is_any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank."""
+        return self.sum([float(flag)])[0] > 0
+
+    def sum(self, numbers: Sequence[float]) -> list[float]:
+        """The sum over the ranks of each number."""
+        if self.group is None:
+            return list(numbers)
+        # float32 where a device has no float64
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        total = torch.tensor(numbers, dtype=dtype, device=self.device)
+        dist.all_reduce(total, group=self.group)
+        return [float(value) for value in total]
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of each rank."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def from_first(self, value: Any) -> Any:
+        """The first rank's `value`."""
+        if self.group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+
 @contextlib.contextmanager
-def process_group(device: torch.device) -> Iterator[Any]:
-    """The group that torchrun started, or None."""
+def launched_ranks(device: torch.device) -> Iterator[Ranks]:
+    """The ranks that torchrun started, or this process alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield None
+        yield Ranks(device=device)
         return
     # The optimizer's first step imports this, which then keeps the group that it finds, and with it threads that still
     # run while the interpreter is taken down, which now and then abort it. Imported before, it finds none.
@@ -26,45 +92,22 @@ def process_group(device: torch.device) -> Iterator[Any]:
 
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield dist.group.WORLD
+        yield Ranks(dist.group.WORLD, dist.get_rank(), dist.get_world_size(), device)
         dist.barrier()  # no rank leaves while another still talks to it
     finally:
         dist.destroy_process_group()
 
 
-def rank_of(group: Any) -> int:
-    return 0 if group is None else dist.get_rank(group)
-
-
-def average_gradients(network: nn.Module, group: Any) -> None:
+def average_gradients(parameters: Sequence[Tensor], ranks: Ranks) -> None:
     """As DistributedDataParallel does, in one message; a parameter that a rank did not use counts as zero there."""
-    if group is None:
+    if ranks.group is None:
         return
-    parameters = [p for p in network.parameters() if p.requires_grad]
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
     flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-    dist.all_reduce(flat, group=group)
-    flat /= dist.get_world_size(group)
-    offset = 0
-    for p in parameters:
+    dist.all_reduce(flat, group=ranks.group)
+    flat /= ranks.size
+    for p, mean in zip(parameters, flat.split([p.numel() for p in parameters])):
         assert p.grad is not None
-        p.grad.copy_(flat[offset : offset + p.numel()].view_as(p))
-        offset += p.numel()
-
-
-def _agree(problem: list[str], group: Any) -> None:
-    """Every rank stops when one has something to say."""
-    if group is not None:
-        everyone: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(everyone, problem, group=group)
-        problem = next((p for p in everyone if p), [])
-    if problem:
-        raise UserError(*problem, everywhere=True)
-
-
-def _any(flagged: bool, group: Any, device: torch.device) -> bool:
-    value = torch.tensor([int(flagged)], device=device)
-    dist.all_reduce(value, group=group)
-    return bool(value.item())
+        p.grad.copy_(mean.view_as(p))

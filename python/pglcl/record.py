@@ -75,8 +75,8 @@ class Profile:
         return [(name, 1e3 * seconds, seconds / total) for name, seconds in means.items()]
 
 
-class _Log:
-    """metrics.jsonl and tensorboard; what a resumed run will meet again is taken out first."""
+class MetricsLog:
+    """metrics.jsonl and tensorboard; rows of steps that a resumed run takes again are taken out first."""
 
     def __init__(self, output: Path, first: int) -> None:
         from torch.utils.tensorboard import SummaryWriter

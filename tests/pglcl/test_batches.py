@@ -9,21 +9,22 @@ import pytest
 import torch
 from pglcl.batches import StepBatches, loader
 from pglcl.prepare import normalise
-from pglcl.train import Data, Training, load_data
+from pglcl.train import Training
+from pglcl.training_data import TrainingData, load_training_data
 
 from tests.pglcl.folders import decathlon, plain, tiny
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    return load_data(plain(tmp_path_factory.mktemp("plain")), tiny())
+def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
+    return load_training_data(plain(tmp_path_factory.mktemp("plain")), tiny())
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_shapes_before_and_after_warm_up(data: Data) -> None:
+def test_shapes_before_and_after_warm_up(data: TrainingData) -> None:
     batches = StepBatches(data.labelled, data.unlabelled, tiny(flips="all"))
     assert {name: tuple(t.shape) for name, t in batches[0].items()} == {"image": (4, 1, 32, 32), "label": (4, 32, 32)}
     after = batches[3]
@@ -38,7 +39,7 @@ def test_shapes_before_and_after_warm_up(data: Data) -> None:
     assert set(after["label"].unique().tolist()) <= {-1, 0, 1, 2}
 
 
-def test_a_batch_depends_on_its_step_alone(data: Data) -> None:
+def test_a_batch_depends_on_its_step_alone(data: TrainingData) -> None:
     first, second = (StepBatches(data.labelled, data.unlabelled, tiny()) for _ in range(2))
     later = [second[step] for step in (7, 2, 5)]  # in another order
     assert same(first[2], later[1])
@@ -49,7 +50,7 @@ def test_a_batch_depends_on_its_step_alone(data: Data) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_workers_change_nothing(data: Data, workers: int) -> None:
+def test_workers_change_nothing(data: TrainingData, workers: int) -> None:
     batches = StepBatches(data.labelled, data.unlabelled, tiny())
     for step, batch in zip(range(2, 8), loader(batches, 2, workers)):
         assert same(batch, batches[step])
@@ -57,7 +58,7 @@ def test_workers_change_nothing(data: Data, workers: int) -> None:
 
 def test_patches_of_volumes_with_channels(tmp_path: Path) -> None:
     config = tiny(spatial_dims=3, image_size="16,16,16")
-    data = load_data(decathlon(tmp_path), config)
+    data = load_training_data(decathlon(tmp_path), config)
     batch = StepBatches(data.labelled, data.unlabelled, config)[4]
     assert batch["image"].shape == (2, 2, 16, 16, 16)
     assert batch["strong"].shape == (2, 2, 16, 16, 16)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from pglcl.cli import main
-from pglcl.config import TrainConfig, read_toml
+from pglcl.config import OPTIONS, flag, read_toml
 from pglcl.errors import UserError
 from pglcl.train import Interrupted, Training
 
@@ -29,9 +28,9 @@ def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "Usage" in text
     if name == "train":
-        for field in dataclasses.fields(TrainConfig):
-            assert "--" + field.name.replace("_", "-") in text
-            assert field.metadata["help"].split()[0] in text
+        for option, described in OPTIONS.items():
+            assert flag(option) in text
+            assert described.help.split()[0] in text
         assert text.count("[default:") >= 30
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pglcl.model import Projection, SegmentationNetwork, build, update_teacher
+from pglcl.model import Projection, SegmentationNetwork, update_teacher
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
@@ -18,15 +18,17 @@ def test_projection_of_any_number_of_patches(count: int) -> None:
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in projection.parameters())
 
 
+@pytest.mark.parametrize("channels", [[4, 8, 8], [4, 8], [4, 6, 8, 10]], ids=str)
 @pytest.mark.parametrize("dims", [2, 3])
-def test_features_are_those_of_the_logits(dims: int) -> None:
-    network = SegmentationNetwork(dims, 2, 3, [4, 8, 8], 5)
+def test_features_are_those_of_the_logits(dims: int, channels: list[int]) -> None:
+    network = SegmentationNetwork(dims, 2, 3, channels, 5)
     x = torch.randn(2, 2, *[16] * dims)
     logits, features = network.with_features(x)
     torch.testing.assert_close(network.unet(x), logits)
     assert logits.shape == (2, 3, *[16] * dims)
-    assert features.shape == (2, 8, *[8] * dims)
-    again = build(network.arguments)
+    assert features.shape == (2, network.feature_channels, *[8] * dims)
+    assert network.projection(features.flatten(2).mean(2)).shape == (2, 5)
+    again = SegmentationNetwork(**network.arguments)
     again.load_state_dict(network.state_dict())
     torch.testing.assert_close(again(x), logits)
 

@@ -1,0 +1,78 @@
+"""One step: every base and contrast together, and that the teacher's word reaches the loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pglcl.bases import BASES, labelled_and
+from pglcl.contrast import PatchContrast
+from pglcl.step import StepLoss
+from torch import Tensor
+
+from tests.pglcl.folders import tiny
+from tests.pglcl.steps import gradient_of, make_batch, networks, predict_class_everywhere
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("patches", ["pooled", "crop"])
+@pytest.mark.parametrize("loss", ["infonce", "gaussian"])
+@pytest.mark.parametrize("consistency", list(BASES))
+def test_every_combination_steps(consistency: str, loss: str, patches: str, dims: int) -> None:
+    size = "32" if dims == 2 else "16"
+    options = {"consistency": consistency, "loss": loss, "patches": patches, "spatial_dims": dims, "image_size": size}
+    config = tiny(**options, hard_negatives=loss == "gaussian")
+    student, teacher = networks(dims)
+    contrast = PatchContrast(config, 3)
+    step = StepLoss(student, teacher, contrast, config)
+    labelled_alone = {name: t for name, t in make_batch(dims).items() if name in ("image", "label")}
+    for number, batch in enumerate((labelled_alone, make_batch(dims, 1), make_batch(dims, 2))):
+        losses, grad = gradient_of(step, batch, number + 2)
+        assert all(torch.isfinite(v) for v in losses.values())
+        assert torch.isfinite(grad).all()
+    assert losses["contrast"] > 0
+    assert student.projection.layers[0].weight.grad.abs().sum() > 0
+
+
+def test_the_teachers_pseudo_labels_reach_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of both losses, and its embeddings the queue."""
+    config = tiny(consistency="copy-paste")
+    student, teacher = networks()
+    batch = make_batch()
+    results = []
+    for said in (0, 2):  # a teacher that sees one class everywhere
+        predict_class_everywhere(teacher, said)
+        contrast = PatchContrast(config, 3)
+        step = StepLoss(student, teacher, contrast, config)
+        seen: list[Tensor] = []
+
+        def recording(*arguments, seen=seen, infonce=contrast.infonce.forward, **options):
+            seen.append(arguments[1])
+            return infonce(*arguments, **options)
+
+        monkeypatch.setattr(contrast.infonce, "forward", recording)
+        losses, _ = gradient_of(step, batch)
+        assert contrast.queue is not None
+        results.append((float(losses["segmentation"]), set(seen[0].tolist()), contrast.queue.counts.tolist()))
+        keys, labels, _ = contrast.queue.keys()
+        with torch.no_grad():  # what is queued is the teacher's, not the student's
+            _, features = teacher.with_features(torch.cat([batch["image"], batch["weak"]]))
+            p = torch.zeros(4, 3, 32, 32)
+            p[:, said] = 1
+            own = contrast.patches(teacher, labelled_and(batch, batch["weak"], p), features)
+            z = teacher.projection(own.embeddings)
+        assert (torch.cdist(keys[labels >= 0], z).min(dim=1).values < 1e-3).all()
+    assert results[0][0] != results[1][0]  # the segmentation loss follows the pseudo-labels
+    assert results[0][2] != results[1][2]  # and so do the classes that are queued
+
+
+def test_semi_is_patchcl_without_the_contrast() -> None:
+    student, teacher = networks()
+    batch = make_batch()
+    _, plain = gradient_of(StepLoss(student, teacher, None, tiny(method="semi")), batch)
+    student.projection.zero_grad(set_to_none=True)
+    config = tiny(method="patchcl", contrast_weight=0.0)
+    contrast = PatchContrast(config, 3)
+    contrast.threshold.value.zero_()
+    losses, grad = gradient_of(StepLoss(student, teacher, contrast, config), batch)
+    assert losses["contrast"] > 0
+    torch.testing.assert_close(grad[: len(plain)], plain)
