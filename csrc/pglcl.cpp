@@ -26,10 +26,15 @@ TORCH_LIBRARY(pglcl_ext, m) {
   m.def(
       "disparity_bounds(Tensor descriptors, Tensor labels, Tensor key_descriptors, Tensor key_labels, int count, "
       "bool positives, int ignore_index, int self_offset) -> Tensor");
+  // Per anchor the logarithm of the denominator is max_logit + log_sum (natural logarithms, -inf both without a pair);
+  // positive_logit is the mean logit of its positives. max_logit is the largest logit, before the weight of negatives,
+  // or a number above it: no logit exceeds it but by rounding, so that the backward pass needs no exponent above 0.
   m.def("patch_contrast(" PGLCL_CONTRAST_SCHEMA
-        ") -> (Tensor loss, Tensor lse, Tensor positive_logit, Tensor num_positives, Tensor num_valid)");
+        ") -> (Tensor loss, Tensor max_logit, Tensor log_sum, Tensor positive_logit, Tensor num_positives, "
+        "Tensor num_valid)");
   m.def(
-      "patch_contrast_backward(Tensor grad, Tensor lse, Tensor num_positives, Tensor num_valid, " PGLCL_CONTRAST_SCHEMA
+      "patch_contrast_backward(Tensor grad, Tensor max_logit, Tensor log_sum, Tensor num_positives, "
+      "Tensor num_valid, " PGLCL_CONTRAST_SCHEMA
       ", bool needs_anchors, bool needs_keys) -> (Tensor grad_anchors, Tensor grad_keys)");
   // gradients: d loss_i / d anchor_i, which the pass over the classes gives with the loss; empty unless asked for.
   m.def(

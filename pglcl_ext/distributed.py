@@ -6,7 +6,7 @@ after another are merged (``gather="ring"``), which holds the keys of two ranks 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -123,7 +123,7 @@ def all_keys_contrast(
     gathered = _GatherKeys.apply(rows, group)
     other_labels, *other = gather_rows(sides, group)
     offset = first_row(len(rows), rows.device, group) if keys is None else -1
-    loss, _, _, _, num_valid = ops.patch_contrast(
+    loss, *_, num_valid = ops.patch_contrast(
         anchors,
         labels,
         descriptors,
@@ -166,6 +166,27 @@ class _Ring:
         return (self.rank - step) % self.world
 
 
+class _AnchorSums(NamedTuple):
+    """What one part of the keys says of each anchor, (N,) each. All logits are kept less `max_logit`."""
+
+    max_logit: Tensor
+    log_sum: Tensor  # log of the sum of e^(logit - max_logit)
+    positive: Tensor  # mean of the positives' logits less max_logit, 0 without a positive
+    count: Tensor  # number of positives
+
+    def merge(self, other: _AnchorSums) -> _AnchorSums:
+        """The same of both parts together."""
+        top = torch.maximum(self.max_logit, other.max_logit)
+        count = self.count + other.count
+        log_sums, positive = [], torch.zeros_like(self.positive)
+        for part in (self, other):
+            lower = torch.where(part.max_logit == top, 0, part.max_logit - top)  # 0 also where both are infinite
+            log_sums.append(part.log_sum + lower)
+            share = part.count.to(positive.dtype) / count.clamp(min=1)
+            positive = positive + torch.where(part.count > 0, share * (part.positive + lower), 0)
+        return _AnchorSums(top, torch.logaddexp(*log_sums), positive, count)
+
+
 class _RingContrast(torch.autograd.Function):
     """Per-anchor losses and counts. Keys, their labels and descriptors travel as one block of bytes."""
 
@@ -187,7 +208,7 @@ class _RingContrast(torch.autograd.Function):
         ring = _Ring(group)
         ctx.sizes = _sizes(len(rows), rows.device, group)
         ctx.ring, ctx.numbers, ctx.own = ring, numbers, own
-        lse = logit = count = None
+        sums = None
         for owner, keys, key_labels, key_descriptors in _RingContrast.visit(ctx, rows, row_labels, row_descriptors):
             part = ops.patch_contrast(
                 anchors,
@@ -204,14 +225,10 @@ class _RingContrast(torch.autograd.Function):
                 0 if own and owner == ring.rank else -1,
                 NONE,
             )
-            part_logit = torch.where(part[3] > 0, part[2] * part[3], 0)
-            if lse is None or logit is None or count is None:
-                lse, logit, count = part[1], part_logit, part[3]
-            else:
-                lse, logit, count = torch.logaddexp(lse, part[1]), logit + part_logit, count + part[3]
-        assert lse is not None
-        assert logit is not None
-        assert count is not None
+            loss, max_logit, log_sum, _, count, _ = part
+            part_sums = _AnchorSums(max_logit, log_sum, torch.where(count > 0, log_sum - loss, 0), count)
+            sums = part_sums if sums is None else sums.merge(part_sums)
+        assert sums is not None
         ctx.save_for_backward(
             anchors,
             rows,
@@ -221,11 +238,12 @@ class _RingContrast(torch.autograd.Function):
             row_descriptors,
             positive_bounds,
             negative_bounds,
-            lse,
-            count,
+            sums.max_logit,
+            sums.log_sum,
+            sums.count,
         )
-        ctx.mark_non_differentiable(count)
-        return torch.where(count > 0, lse - logit / count.clamp(min=1), 0), count
+        ctx.mark_non_differentiable(sums.count)
+        return torch.where(sums.count > 0, sums.log_sum - sums.positive, 0), sums.count
 
     @staticmethod
     def visit(ctx: Any, rows: Tensor, row_labels: Tensor, row_descriptors: Tensor | None) -> Any:
@@ -254,7 +272,8 @@ class _RingContrast(torch.autograd.Function):
             row_descriptors,
             positive_bounds,
             negative_bounds,
-            lse,
+            max_logit,
+            log_sum,
             count,
         ) = ctx.saved_tensors
         needs_anchors, needs_rows = ctx.needs_input_grad[:2]
@@ -266,7 +285,8 @@ class _RingContrast(torch.autograd.Function):
         for owner, keys, key_labels, key_descriptors in _RingContrast.visit(ctx, rows, row_labels, row_descriptors):
             part_anchors, part_keys = ops.patch_contrast_backward(
                 grad,
-                lse,
+                max_logit,
+                log_sum,
                 count,
                 one,
                 anchors,

@@ -210,7 +210,7 @@ def patch_contrast(
             REDUCTIONS[reduction],
             group,
         )
-    loss, _, _, _, num_valid = ops.patch_contrast(
+    loss, *_, num_valid = ops.patch_contrast(
         anchors,
         labels,
         descriptors,
@@ -376,13 +376,14 @@ class PatchContrastLoss(nn.Module):
 
 
 @torch.library.register_fake("pglcl_ext::patch_contrast")
-def _fake(anchors: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake(anchors: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     check_contrast(ContrastArguments.of((anchors, *rest)))
     reduction = rest[-1]
     n, dtype = anchors.shape[0], accumulate_dtype(anchors.dtype)
     loss = anchors.new_empty((n,) if reduction == REDUCTIONS["none"] else (), dtype=dtype)
     return (
         loss,
+        anchors.new_empty((n,), dtype=dtype),
         anchors.new_empty((n,), dtype=dtype),
         anchors.new_empty((n,), dtype=dtype),
         anchors.new_empty((n,), dtype=torch.int32),
@@ -393,7 +394,8 @@ def _fake(anchors: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, 
 @torch.library.register_fake("pglcl_ext::patch_contrast_backward")
 def _fake_backward(
     grad: Tensor,
-    lse: Tensor,
+    max_logit: Tensor,
+    log_sum: Tensor,
     num_positives: Tensor,
     num_valid: Tensor,
     anchors: Tensor,
@@ -415,10 +417,10 @@ _TENSOR_INPUTS = 10  # the arguments of the op before the first number
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, lse, positive_logit, num_positives, num_valid = output
-    ctx.mark_non_differentiable(lse, positive_logit, num_positives, num_valid)
+    _, max_logit, log_sum, positive_logit, num_positives, num_valid = output
+    ctx.mark_non_differentiable(max_logit, log_sum, positive_logit, num_positives, num_valid)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(lse, num_positives, num_valid, *inputs[:_TENSOR_INPUTS])
+    ctx.save_for_backward(max_logit, log_sum, num_positives, num_valid, *inputs[:_TENSOR_INPUTS])
     ctx.options = inputs[_TENSOR_INPUTS:]
 
 
@@ -426,9 +428,9 @@ def _backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | Non
     grads: list[Tensor | None] = [None] * (_TENSOR_INPUTS + len(ctx.options))
     needs_anchors, needs_keys = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
     if grad is not None and (needs_anchors or needs_keys):
-        lse, num_positives, num_valid, *tensors = ctx.saved_tensors
+        # Saved are max_logit, log_sum, num_positives, num_valid and the tensors among the inputs.
         grad_anchors, grad_keys = ops.patch_contrast_backward(
-            grad, lse, num_positives, num_valid, *tensors, *ctx.options, needs_anchors, needs_keys
+            grad, *ctx.saved_tensors, *ctx.options, needs_anchors, needs_keys
         )
         grads[0] = grad_anchors if needs_anchors else None
         grads[3] = grad_keys if needs_keys else None

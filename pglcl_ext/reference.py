@@ -154,6 +154,10 @@ def patch_contrast_loss(
     log_weight = math.log(negative_weight) if negative_weight > 0 else -math.inf
     count = positives.sum(dim=1)
     valid = count > 0
+    # Logits less the largest one of their anchor, which leaves the loss as it is and large logits all their digits.
+    counted = positives | negatives if negative_weight > 0 else positives
+    top = F.pad(torch.where(counted, logits.detach(), -math.inf), (0, 1), value=-math.inf).amax(dim=1, keepdim=True)
+    logits = logits - torch.where(top.isfinite(), top, 0)
     # A pair that does not count is left out before the exponential; where an anchor has no positive at all, 0 stands
     # in for its logits, so that no gradient is NaN.
     positive_logits = torch.where(positives | ~valid[:, None], logits, -math.inf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import time
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from pglcl_ext import EmbeddingQueue, PatchContrastLoss, patch_contrast_loss
+from pglcl_ext import EmbeddingQueue, PatchContrastLoss, distributed, patch_contrast_loss
+from pglcl_ext._library import ops
 
 FEATURES, DEPTH = 6, 5
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -197,3 +199,27 @@ def test_bad_options() -> None:
     mask = torch.ones(4, 4, dtype=torch.bool)
     with pytest.raises(ValueError, match="cannot be given with a process group"):
         patch_contrast_loss(z, y, positive_mask=mask, negative_mask=mask, group=object())
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0**13, 2.0**57])
+def test_sums_of_parts_merge_at_any_size_of_logits(scale: float) -> None:
+    # A part without pairs of an anchor, parts of very different maxima, and equal logits in different parts.
+    g = torch.Generator().manual_seed(0)
+    z, k = (torch.randint(-2, 3, (n, 5), generator=g).float() * scale for n in (40, 90))
+    y, key_labels = (torch.randint(0, 3, (n,), generator=g) for n in (40, 90))
+    key_labels[:30] = -1
+
+    def part(keys: slice) -> distributed._AnchorSums:
+        none = (None,) * 5
+        numbers = (0.5, math.inf, 0.0, 1e3, -1, -1, 0)
+        loss, top, log_sum, _, count, _ = ops.patch_contrast(z, y, None, k[keys], key_labels[keys], *none, *numbers)
+        return distributed._AnchorSums(top, log_sum, torch.where(count > 0, log_sum - loss, 0), count)
+
+    merged = part(slice(0, 30)).merge(part(slice(30, 50))).merge(part(slice(50, 90)))
+    whole = part(slice(0, 90))
+    assert torch.equal(merged.count, whole.count)
+    for a, b in (
+        (merged.max_logit + merged.log_sum, whole.max_logit + whole.log_sum),
+        (merged.log_sum - merged.positive, whole.log_sum - whole.positive),
+    ):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -180,12 +181,13 @@ def test_splitting_keys_and_merging_gives_the_same(device: torch.device) -> None
         numbers = (0.1, math.inf, 0.0, 1.0, -1, -1, 0)
         return ops.patch_contrast(p.anchors, p.labels, None, p.keys[keys], p.key_labels[keys], *none, *numbers)
 
-    _, lse_a, logit_a, count_a, _ = part(slice(0, 60))
-    _, lse_b, logit_b, count_b, _ = part(slice(60, 150))
-    lse, logit, count = torch.logaddexp(lse_a, lse_b), logit_a * count_a + logit_b * count_b, count_a + count_b
+    _, max_a, sum_a, logit_a, count_a, _ = part(slice(0, 60))
+    _, max_b, sum_b, logit_b, count_b, _ = part(slice(60, 150))
+    lse, count = torch.logaddexp(max_a + sum_a, max_b + sum_b), count_a + count_b
+    logit = logit_a * count_a + logit_b * count_b
     merged = torch.where(count > 0, lse - logit / count.clamp(min=1), 0)
-    _, whole, _, whole_count, _ = part(slice(0, 150))
-    torch.testing.assert_close(lse, whole)
+    _, whole_max, whole_sum, _, whole_count, _ = part(slice(0, 150))
+    torch.testing.assert_close(lse, whole_max + whole_sum)
     assert torch.equal(count, whole_count)
     loss = patch_contrast_loss(p.anchors, p.labels, keys=p.keys, key_labels=p.key_labels)
     torch.testing.assert_close(merged.sum() / (count > 0).sum(), loss)
@@ -245,9 +247,9 @@ def test_opcheck(keys: bool, reduction: int, device: torch.device) -> None:
     arguments = op_arguments(device, torch.float32, keys=keys, reduction=reduction)
     torch.library.opcheck(ops.patch_contrast.default, arguments)
     with torch.no_grad():
-        loss, lse, _, count, valid = ops.patch_contrast(*arguments)
+        loss, max_logit, log_sum, _, count, valid = ops.patch_contrast(*arguments)
     detached = tuple(t.detach() if isinstance(t, Tensor) else t for t in arguments)
-    backward = (torch.ones_like(loss), lse, count, valid, *detached, True, keys)
+    backward = (torch.ones_like(loss), max_logit, log_sum, count, valid, *detached, True, keys)
     torch.library.opcheck(ops.patch_contrast_backward.default, backward)
 
 
@@ -358,6 +360,74 @@ def test_extreme_logits_stay_finite(dtype: torch.dtype, device: torch.device) ->
         (grad,) = torch.autograd.grad(loss, z)
         assert torch.isfinite(loss)
         assert torch.isfinite(grad).all()
+
+
+def integer_problem(scale: float, *, m: int | None, **options: Any) -> ContrastProblem:
+    """Embeddings of few whole numbers times `scale`: with powers of two for it and the temperature, logits are exact
+    in every dtype, and many of them are equal."""
+    p = ContrastProblem.random(150, 5, m=m, classes=3, channels=None, **options)
+    g = torch.Generator().manual_seed(1)
+    p.anchors = torch.randint(-2, 3, p.anchors.shape, generator=g).double() * scale
+    if p.keys is not None:
+        p.keys = torch.randint(-2, 3, p.keys.shape, generator=g).double() * scale
+    return p
+
+
+def assert_large_logits_match(problem: ContrastProblem, dtype: torch.dtype) -> None:
+    """Loss and gradients against the reference, which has room for the logits."""
+    ours, oracle = problem.cast(dtype), problem.cast(torch.float64)
+    value, expected = ours.loss(), oracle.loss(reference.patch_contrast_loss)
+    torch.testing.assert_close(value.double(), expected, rtol=4e-6, atol=4e-6)
+    epsilon = max(torch.finfo(dtype).eps, 4e-6)
+    for a, b in zip(ours.gradients(value), oracle.gradients(expected)):
+        floor = epsilon * b.abs().max()
+        torch.testing.assert_close(a.double(), b.to(dtype).double(), rtol=2 * epsilon, atol=float(floor))
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [None, 130], ids=["self", "keys"])
+def test_large_logits(dtype: torch.dtype, m: int | None, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGLCL_CPU_ISA", isa)
+    if build_info()["cpu_instruction_set"] != isa:
+        pytest.skip(f"this processor has no {isa}")
+    for scale in (1.0, 2.0**5, 2.0**13) + (() if dtype == torch.float16 else (2.0**57,)):  # norms up to 3e4, 6e17
+        for temperature in (2.0**-4, 1.0, 16.0):
+            for weight in (0.0, 2.0**-10, 1.0, 1e7):
+                options = {"temperature": temperature, "negative_weight": weight}
+                assert_large_logits_match(integer_problem(scale, m=m, **options), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_certain_anchor_has_no_gradient(dtype: torch.dtype, device: torch.device) -> None:
+    z = torch.tensor([[300.0, 30], [300, 90], [210, 300]], dtype=dtype, device=device)
+    for scale in (1, 100) + (() if dtype == torch.float16 else (1e14,)):
+        anchors = (scale * z).requires_grad_()
+        loss = patch_contrast_loss(anchors, torch.tensor([0, 0, 1], device=device), temperature=0.1)
+        (grad,) = torch.autograd.grad(loss, anchors)
+        assert loss == 0
+        assert torch.all(grad == 0)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_large_upstream_gradient(dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # All logits are the smallest of unit vectors: e^(logit - largest possible logit) is near the end of float32.
+    monkeypatch.setenv("PGLCL_CPU_ISA", isa)
+    if build_info()["cpu_instruction_set"] != isa:
+        pytest.skip(f"this processor has no {isa}")
+    z = torch.tensor([[1.0, 0], [-1, 0], [-1, 0]])
+    for labels in ([0, 0, 0], [0, 0, 1], [0, 1, 1]):
+        for weight in (0.0, 1e-6, 1.0, 1e6, 1e7):
+            grads = []
+            for function, kind in ((patch_contrast_loss, dtype), (reference.patch_contrast_loss, torch.float64)):
+                anchors = z.to(kind).requires_grad_()
+                loss = function(anchors, torch.tensor(labels), temperature=0.0254, negative_weight=weight)
+                (grad,) = torch.autograd.grad(loss * 65536, anchors)
+                grads.append(grad.double())
+            # A gradient of 0 is the difference of terms of size 65536 / temperature.
+            epsilon = max(torch.finfo(dtype).eps, 1e-5)
+            torch.testing.assert_close(grads[0], grads[1], rtol=epsilon, atol=epsilon * 65536 / 0.0254)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

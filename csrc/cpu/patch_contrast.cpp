@@ -21,6 +21,9 @@ const scalar_t* data_or_null(const at::Tensor& t) {
   return t.defined() ? t.const_data_ptr<scalar_t>() : nullptr;
 }
 
+// loss, max_logit, log_sum, positive_logit, num_positives, num_valid
+using ContrastOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
 // The inputs as the kernel reads them, and the tensors that keep them alive.
 template <typename scalar_t>
 struct Arguments {
@@ -71,42 +74,39 @@ struct Arguments {
 };
 
 template <typename scalar_t>
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward_typed(const PatchContrastArgs& x) {
+ContrastOutputs forward_typed(const PatchContrastArgs& x) {
   const Arguments<scalar_t> arguments(x);
   const int64_t n = x.anchors.size(0);
   const at::TensorOptions options = x.anchors.options().dtype(x.accumulate_type());
-  at::Tensor lse = at::empty({n}, options);
+  at::Tensor losses = at::empty({n}, options), max_logit = at::empty({n}, options), log_sum = at::empty({n}, options);
   at::Tensor positive_logit = at::empty({n}, options);
   at::Tensor num_positives = at::empty({n}, options.dtype(at::kInt));
-  scalar_t* lse_data = lse.mutable_data_ptr<scalar_t>();
-  scalar_t* logit_data = positive_logit.mutable_data_ptr<scalar_t>();
-  int32_t* count_data = num_positives.mutable_data_ptr<int32_t>();
-  patch_contrast_forward(arguments.inputs, lse_data, logit_data, count_data, torch_threads());
+  const AnchorSums<scalar_t> sums{losses.mutable_data_ptr<scalar_t>(), max_logit.mutable_data_ptr<scalar_t>(),
+                                  log_sum.mutable_data_ptr<scalar_t>(), positive_logit.mutable_data_ptr<scalar_t>(),
+                                  num_positives.mutable_data_ptr<int32_t>()};
+  patch_contrast_forward(arguments.inputs, sums, torch_threads());
 
   int64_t valid = 0;
   double total = 0;
-  at::Tensor loss = at::empty(x.reduction == kNone ? at::IntArrayRef(n) : at::IntArrayRef{}, options);
-  scalar_t* loss_data = loss.mutable_data_ptr<scalar_t>();
   for (int64_t i = 0; i < n; ++i) {
-    const scalar_t value = count_data[i] > 0 ? lse_data[i] - logit_data[i] : scalar_t(0);
-    if (x.reduction == kNone) loss_data[i] = value;
-    total += double(value);
-    valid += count_data[i] > 0;
+    total += double(sums.loss[i]);
+    valid += sums.num_positives[i] > 0;
   }
-  if (x.reduction == kSum) *loss_data = scalar_t(total);
-  if (x.reduction == kMean) *loss_data = scalar_t(total / double(std::max<int64_t>(valid, 1)));
-  return {loss, lse, positive_logit, num_positives, at::scalar_tensor(valid, options.dtype(at::kLong))};
+  if (x.reduction == kMean) total /= double(std::max<int64_t>(valid, 1));
+  at::Tensor loss = x.reduction == kNone ? losses : at::scalar_tensor(total, options);
+  return {loss, max_logit, log_sum, positive_logit, num_positives, at::scalar_tensor(valid, options.dtype(at::kLong))};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(PGLCL_CONTRAST_PARAMETERS) {
+ContrastOutputs forward(PGLCL_CONTRAST_PARAMETERS) {
   const PatchContrastArgs x PGLCL_CONTRAST_ARGUMENTS;
   return x.accumulate_type() == at::kDouble ? forward_typed<double>(x) : forward_typed<float>(x);
 }
 
 template <typename scalar_t>
-std::tuple<at::Tensor, at::Tensor> backward_typed(const at::Tensor& grad, const at::Tensor& lse,
-                                                  const at::Tensor& num_positives, const at::Tensor& num_valid,
-                                                  const PatchContrastArgs& x, bool needs_anchors, bool needs_keys) {
+std::tuple<at::Tensor, at::Tensor> backward_typed(const at::Tensor& grad, const at::Tensor& max_logit,
+                                                  const at::Tensor& log_sum, const at::Tensor& num_positives,
+                                                  const at::Tensor& num_valid, const PatchContrastArgs& x,
+                                                  bool needs_anchors, bool needs_keys) {
   const Arguments<scalar_t> arguments(x);
   const int64_t n = x.anchors.size(0);
   const at::Tensor wide_grad = grad.to(x.accumulate_type()).contiguous();
@@ -121,19 +121,20 @@ std::tuple<at::Tensor, at::Tensor> backward_typed(const at::Tensor& grad, const 
       needs_anchors ? at::zeros(x.anchors.sizes(), x.anchors.options()) : at::empty({0}, x.anchors.options());
   at::Tensor grad_keys =
       needs_keys ? at::zeros(x.keys->sizes(), x.anchors.options()) : at::empty({0}, x.anchors.options());
-  patch_contrast_backward(arguments.inputs, rows, lse.contiguous().const_data_ptr<scalar_t>(),
-                          num_positives.contiguous().const_data_ptr<int32_t>(),
-                          needs_anchors ? grad_anchors.data_ptr() : nullptr,
-                          needs_keys ? grad_keys.data_ptr() : nullptr, torch_threads());
+  patch_contrast_backward(
+      arguments.inputs, rows, max_logit.contiguous().const_data_ptr<scalar_t>(),
+      log_sum.contiguous().const_data_ptr<scalar_t>(), num_positives.contiguous().const_data_ptr<int32_t>(),
+      needs_anchors ? grad_anchors.data_ptr() : nullptr, needs_keys ? grad_keys.data_ptr() : nullptr, torch_threads());
   return {grad_anchors, grad_keys};
 }
 
-std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& lse,
-                                            const at::Tensor& num_positives, const at::Tensor& num_valid,
-                                            PGLCL_CONTRAST_PARAMETERS, bool needs_anchors, bool needs_keys) {
+std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& max_logit,
+                                            const at::Tensor& log_sum, const at::Tensor& num_positives,
+                                            const at::Tensor& num_valid, PGLCL_CONTRAST_PARAMETERS, bool needs_anchors,
+                                            bool needs_keys) {
   const PatchContrastArgs x PGLCL_CONTRAST_ARGUMENTS;
   const auto run = x.accumulate_type() == at::kDouble ? backward_typed<double> : backward_typed<float>;
-  return run(grad, lse, num_positives, num_valid, x, needs_anchors, needs_keys);
+  return run(grad, max_logit, log_sum, num_positives, num_valid, x, needs_anchors, needs_keys);
 }
 
 }  // namespace

@@ -20,6 +20,9 @@ constexpr double kLn2 = 0.6931471805599453;
 // 2^-2B is a normal float.
 constexpr double kLargestFixedShift = 57.0;
 
+// Of a fixed shift's exponentials: no product with one of them comes near the largest float.
+constexpr double kLargestCoefficient = 1e30;
+
 // Below this many multiply-adds a second thread costs more than it brings.
 constexpr double kSerialWork = 1 << 21;
 
@@ -245,6 +248,18 @@ class Problem {
   int64_t padded() const { return anchors_.view.padded; }
   int32_t index(int64_t i) const { return anchors_.index[i]; }
 
+  double weight_of_sums() const { return weight_of_sums_; }
+
+  // Exponents are measured from a bound of all logits, or from the largest logit of each anchor. The weight of
+  // negatives multiplies the sums where they can bear it: added to a large logit, its logarithm would be rounded away.
+  void measure_exponents(bool fixed_shift) {
+    const double weight = inputs_.negative_weight;
+    const bool moderate = fixed_shift || (weight >= 1e-20 && weight <= 1e20);
+    tile_.fixed_shift = fixed_shift;
+    tile_.log_negative_weight = moderate ? scalar_t(0) : scalar_t(std::log(weight));
+    weight_of_sums_ = moderate ? weight : 1;
+  }
+
   // A descriptor or bound that is not a number leaves it undecided which pairs of an anchor count.
   bool undecided(int64_t i) const {
     if (masked_) return false;
@@ -340,14 +355,14 @@ class Problem {
     tile_.depth = inputs_.depth;
     tile_.depth_bf16 = round_up(inputs_.depth, 2);
     tile_.channels = inputs_.channels;
-    tile_.scale = scalar_t(kLog2E / inputs_.temperature);
     tile_.symmetric = inputs_.symmetric();
     const double longest_key = inputs_.symmetric() ? anchors_.longest : keys_.longest;
     const double bound = anchors_.longest * longest_key / inputs_.temperature * kLog2E;
     const double weight = inputs_.negative_weight;
-    tile_.fixed_shift = bound <= kLargestFixedShift && (weight == 0 || (weight >= 1e-6 && weight <= 1e6));
-    tile_.shift = tile_.fixed_shift ? scalar_t(bound) : scalar_t(0);
-    tile_.log2_negative_weight = tile_.fixed_shift ? scalar_t(0) : scalar_t(std::log2(weight));
+    tile_.scale = scalar_t(kLog2E / inputs_.temperature);
+    tile_.shift = scalar_t(bound);
+    tile_.inverse_temperature = scalar_t(1 / inputs_.temperature);
+    measure_exponents(bound <= kLargestFixedShift && (weight == 0 || (weight >= 1e-6 && weight <= 1e6)));
     if (inputs_.descriptors)
       for (int64_t j = 0; j < tile_.keys.count; ++j) undecided_keys_ += unordered(tile_.keys, j);
   }
@@ -456,6 +471,7 @@ class Problem {
   bool masked_ = false;
   int workers_ = 1;
   int64_t undecided_keys_ = 0;
+  double weight_of_sums_ = 1;
   PackedSide<scalar_t> anchors_, keys_;
   Buffer<scalar_t> positive_bound_, negative_bound_;
   ContrastTile<scalar_t> tile_;
@@ -465,19 +481,22 @@ class Problem {
 }  // namespace
 
 template <typename scalar_t>
-void patch_contrast_forward(const ContrastInputs<scalar_t>& inputs, scalar_t* lse, scalar_t* positive_logit,
-                            int32_t* num_positives, const Parallel& parallel) {
-  const scalar_t infinity = std::numeric_limits<scalar_t>::infinity();
-  std::fill(lse, lse + inputs.anchors.rows, -infinity);
-  std::fill(positive_logit, positive_logit + inputs.anchors.rows, scalar_t(0));
-  std::fill(num_positives, num_positives + inputs.anchors.rows, 0);
+void patch_contrast_forward(const ContrastInputs<scalar_t>& inputs, const AnchorSums<scalar_t>& out,
+                            const Parallel& parallel) {
+  const scalar_t infinity = std::numeric_limits<scalar_t>::infinity(), nan = std::numeric_limits<scalar_t>::quiet_NaN();
+  const int64_t n = inputs.anchors.rows;
+  std::fill_n(out.loss, n, scalar_t(0));
+  std::fill_n(out.max_logit, n, -infinity);
+  std::fill_n(out.log_sum, n, -infinity);
+  std::fill_n(out.positive_logit, n, scalar_t(0));
+  std::fill_n(out.num_positives, n, 0);
 
   Problem<scalar_t> problem(inputs, parallel);
   const int64_t padded = problem.padded();
   ContrastTile<scalar_t>& tile = problem.tile();
-  Buffer<scalar_t> shift(padded, tile.fixed_shift ? tile.shift : -infinity);
+  Buffer<scalar_t> max_logit(padded, -infinity);
   Buffer<scalar_t> sums(4 * padded, 0);
-  tile.state.shift = shift.data();
+  tile.state.max_logit = max_logit.data();
   tile.state.positive_exp = sums.data();
   tile.state.negative_exp = sums.data() + padded;
   tile.state.positive_logit = sums.data() + 2 * padded;
@@ -486,58 +505,92 @@ void patch_contrast_forward(const ContrastInputs<scalar_t>& inputs, scalar_t* ls
   if (!tile.fixed_shift) {
     problem.run(problem.kernels().maximum);
     for (int64_t i = 0; i < padded; ++i)
-      if (shift[i] == -infinity) shift[i] = 0;  // no pair, or none with a weight
+      if (max_logit[i] == -infinity) max_logit[i] = 0;  // no pair, or none with a weight
   }
   problem.run(problem.kernels().sum);
 
-  const double weight = tile.fixed_shift ? inputs.negative_weight : 1.0;  // else part of the exponents
+  // A negative of small weight may lie that much above the logarithm of the denominator.
+  const double lower_weight = inputs.negative_weight > 0 ? std::min(std::log(inputs.negative_weight), 0.0) : 0.0;
   for (int64_t i = 0; i < problem.count(); ++i) {
-    const int64_t out = problem.index(i);
-    const double total = double(tile.state.positive_exp[i]) + weight * double(tile.state.negative_exp[i]);
+    const int64_t row = problem.index(i);
+    const double total =
+        double(tile.state.positive_exp[i]) + problem.weight_of_sums() * double(tile.state.negative_exp[i]);
     const int32_t count = int32_t(tile.state.positive_count[i]);
-    if (total != 0 || count > 0) lse[out] = scalar_t((double(shift[i]) + std::log2(total)) * kLn2);
-    if (count > 0) positive_logit[out] = scalar_t(tile.state.positive_logit[i] / (inputs.temperature * count));
-    num_positives[out] = count;
+    const double positive_sum = double(tile.state.positive_logit[i]);
+    out.num_positives[row] = count;
     if (problem.undecided(i)) {
-      lse[out] = std::numeric_limits<scalar_t>::quiet_NaN();
-      num_positives[out] = std::max(count, 1);
+      out.loss[row] = out.max_logit[row] = out.log_sum[row] = nan;
+      out.num_positives[row] = std::max(count, 1);
+    } else if (tile.fixed_shift) {
+      const double lse = (double(tile.shift) + std::log2(total)) * kLn2;
+      const double positive = count > 0 ? positive_sum / (inputs.temperature * count) : 0;
+      if (total == 0) continue;
+      out.max_logit[row] = scalar_t(lse - lower_weight);
+      out.log_sum[row] = scalar_t(lse - double(out.max_logit[row]));
+      out.positive_logit[row] = scalar_t(positive);
+      if (count > 0) out.loss[row] = scalar_t(lse - positive);
+    } else {
+      // The logits of the positives are known less the maximum: their difference to it is exact however large they are.
+      const double below_maximum = count > 0 ? positive_sum / (kLogitUnit * count) : 0;
+      if (total == 0) continue;
+      out.max_logit[row] = max_logit[i];
+      out.log_sum[row] = scalar_t(std::log(total));
+      if (count == 0) continue;
+      out.positive_logit[row] = scalar_t(double(max_logit[i]) + below_maximum);
+      out.loss[row] = scalar_t(std::log(total) - below_maximum);
     }
   }
 }
 
+// The coefficients of each anchor: dL/ds_ip = g (p_ip - 1 / |P|), dL/ds_in = g p_in, and 1 / temperature goes with g.
 template <typename scalar_t>
-void patch_contrast_backward(const ContrastInputs<scalar_t>& inputs, const scalar_t* grad_rows, const scalar_t* lse,
-                             const int32_t* num_positives, void* grad_anchors, void* grad_keys,
-                             const Parallel& parallel) {
-  Problem<scalar_t> problem(inputs, parallel);
-  const int64_t padded = problem.padded();
-  ContrastTile<scalar_t>& tile = problem.tile();
+struct Coefficients {
+  Buffer<scalar_t> max_logit, positive, negative, mean;
+  double largest = 0;
 
-  // Coefficients of each anchor: dL/ds_ip = g (p_ip - 1 / |P|), dL/ds_in = g p_in; 1 / temperature goes with g.
-  const scalar_t infinity = std::numeric_limits<scalar_t>::infinity();
-  Buffer<scalar_t> shift(padded, infinity);
-  Buffer<scalar_t> coefficients(3 * padded, 0);
-  scalar_t* positive = coefficients.data();
-  scalar_t* negative = coefficients.data() + padded;
-  scalar_t* mean = coefficients.data() + 2 * padded;
-  for (int64_t i = 0; i < problem.count(); ++i) {
-    const int64_t out = problem.index(i);
-    if (num_positives[out] == 0) continue;
-    const double g = double(grad_rows[out]) / inputs.temperature;
-    const double log2_lse = double(lse[out]) * kLog2E;
-    mean[i] = scalar_t(g / num_positives[out]);
-    if (tile.fixed_shift) {
-      positive[i] = scalar_t(g * std::exp2(double(tile.shift) - log2_lse));
-      negative[i] = scalar_t(g * inputs.negative_weight * std::exp2(double(tile.shift) - log2_lse));
-    } else {
-      positive[i] = negative[i] = scalar_t(g);
-      shift[i] = scalar_t(log2_lse);
+  Coefficients(const Problem<scalar_t>& problem, const ContrastInputs<scalar_t>& inputs,
+               const ContrastTile<scalar_t>& tile, const scalar_t* grad_rows, const scalar_t* saved_max_logit,
+               const scalar_t* log_sum, const int32_t* num_positives)
+      : max_logit(problem.padded(), std::numeric_limits<scalar_t>::infinity()),
+        positive(problem.padded(), 0),
+        negative(problem.padded(), 0),
+        mean(problem.padded(), 0) {
+    for (int64_t i = 0; i < problem.count(); ++i) {
+      const int64_t row = problem.index(i);
+      if (num_positives[row] == 0) continue;
+      const double g = double(grad_rows[row]) / inputs.temperature;
+      // What turns the kernel's exponentials into shares.
+      const double base = tile.fixed_shift ? double(tile.shift) * kLn2 - double(saved_max_logit[row]) : 0;
+      const double share = g * std::exp(base - double(log_sum[row]));
+      const double weighted_share = share * problem.weight_of_sums();
+      max_logit[i] = saved_max_logit[row];
+      positive[i] = scalar_t(share);
+      negative[i] = scalar_t(weighted_share);
+      mean[i] = scalar_t(g / num_positives[row]);
+      largest = std::max({largest, std::abs(share), std::abs(weighted_share)});
     }
   }
-  tile.state.shift = shift.data();
-  tile.state.positive_coefficient = positive;
-  tile.state.negative_coefficient = negative;
-  tile.state.mean_coefficient = mean;
+};
+
+template <typename scalar_t>
+void patch_contrast_backward(const ContrastInputs<scalar_t>& inputs, const scalar_t* grad_rows,
+                             const scalar_t* max_logit, const scalar_t* log_sum, const int32_t* num_positives,
+                             void* grad_anchors, void* grad_keys, const Parallel& parallel) {
+  Problem<scalar_t> problem(inputs, parallel);
+  ContrastTile<scalar_t>& tile = problem.tile();
+  const auto coefficients_of = [&] {
+    return Coefficients<scalar_t>(problem, inputs, tile, grad_rows, max_logit, log_sum, num_positives);
+  };
+  Coefficients<scalar_t> coefficients = coefficients_of();
+  if (tile.fixed_shift && coefficients.largest > kLargestCoefficient) {
+    // A large upstream gradient meets an anchor whose logits all lie far below the bound: its own maximum serves it.
+    problem.measure_exponents(false);
+    coefficients = coefficients_of();
+  }
+  tile.state.max_logit = coefficients.max_logit.data();
+  tile.state.positive_coefficient = coefficients.positive.data();
+  tile.state.negative_coefficient = coefficients.negative.data();
+  tile.state.mean_coefficient = coefficients.mean.data();
 
   // Gradients of the accumulating type are summed where they belong, the others in a sorted copy.
   const bool direct = inputs.anchors.dtype == (sizeof(scalar_t) == 8 ? DType::kFloat64 : DType::kFloat32);
@@ -570,17 +623,16 @@ void patch_contrast_backward(const ContrastInputs<scalar_t>& inputs, const scala
   std::vector<scalar_t> unknown(inputs.depth, std::numeric_limits<scalar_t>::quiet_NaN());
   for (int64_t i = 0; i < problem.count(); ++i) {
     const int64_t out = problem.index(i);
-    if (num_positives[out] > 0 && std::isnan(lse[out]))
+    if (num_positives[out] > 0 && std::isnan(log_sum[out]))
       write_elements(unknown.data(), inputs.depth, grad_anchors, inputs.anchors.dtype, out * inputs.depth);
   }
 }
 
-template void patch_contrast_forward<float>(const ContrastInputs<float>&, float*, float*, int32_t*, const Parallel&);
-template void patch_contrast_forward<double>(const ContrastInputs<double>&, double*, double*, int32_t*,
-                                             const Parallel&);
-template void patch_contrast_backward<float>(const ContrastInputs<float>&, const float*, const float*, const int32_t*,
-                                             void*, void*, const Parallel&);
+template void patch_contrast_forward<float>(const ContrastInputs<float>&, const AnchorSums<float>&, const Parallel&);
+template void patch_contrast_forward<double>(const ContrastInputs<double>&, const AnchorSums<double>&, const Parallel&);
+template void patch_contrast_backward<float>(const ContrastInputs<float>&, const float*, const float*, const float*,
+                                             const int32_t*, void*, void*, const Parallel&);
 template void patch_contrast_backward<double>(const ContrastInputs<double>&, const double*, const double*,
-                                              const int32_t*, void*, void*, const Parallel&);
+                                              const double*, const int32_t*, void*, void*, const Parallel&);
 
 }  // namespace pglcl

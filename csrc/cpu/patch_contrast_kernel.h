@@ -39,16 +39,26 @@ struct ContrastInputs {
   bool symmetric() const { return keys.data == nullptr; }
 };
 
-// Per anchor: the log of the denominator (-inf without a pair), the mean logit of the positives, and their number.
+// What the forward pass knows of each anchor. The logarithm of the denominator is max_logit + log_sum, kept in two
+// numbers because their rounded total is off by 6e-8 of the logits; both are minus infinity without a pair.
 template <typename scalar_t>
-void patch_contrast_forward(const ContrastInputs<scalar_t>& inputs, scalar_t* lse, scalar_t* positive_logit,
-                            int32_t* num_positives, const Parallel& parallel);
+struct AnchorSums {
+  scalar_t* loss;            // 0 without a positive
+  scalar_t* max_logit;       // the largest logit, or a number close above it
+  scalar_t* log_sum;         // log of the sum of e^(logit - max_logit)
+  scalar_t* positive_logit;  // mean logit of the positives, 0 without
+  int32_t* num_positives;
+};
+
+template <typename scalar_t>
+void patch_contrast_forward(const ContrastInputs<scalar_t>& inputs, const AnchorSums<scalar_t>& out,
+                            const Parallel& parallel);
 
 // grad_rows (N,) is dL/d(loss of each anchor). The gradients, zero-filled by the caller, are of the inputs' dtype; a
 // null one is not computed. With the anchors as keys grad_anchors holds both parts and grad_keys is null.
 template <typename scalar_t>
-void patch_contrast_backward(const ContrastInputs<scalar_t>& inputs, const scalar_t* grad_rows, const scalar_t* lse,
-                             const int32_t* num_positives, void* grad_anchors, void* grad_keys,
-                             const Parallel& parallel);
+void patch_contrast_backward(const ContrastInputs<scalar_t>& inputs, const scalar_t* grad_rows,
+                             const scalar_t* max_logit, const scalar_t* log_sum, const int32_t* num_positives,
+                             void* grad_anchors, void* grad_keys, const Parallel& parallel);
 
 }  // namespace pglcl

@@ -3,8 +3,8 @@
 
 #include <ATen/Parallel.h>
 
-#include "threads.h"
 #include "../shared/dtype.h"
+#include "threads.h"
 
 namespace pglcl {
 

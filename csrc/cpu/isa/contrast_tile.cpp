@@ -123,8 +123,9 @@ void process_panel(const ContrastTile<scalar_t>& t, const TilePosition& at, int6
   constexpr int kPanel = Simd<scalar_t>::kPanel;
   constexpr bool kPositives = kKind != TileKind::kDifferent;
   constexpr bool kNegatives = kKind != TileKind::kSame;
+  constexpr scalar_t kUnit = kFixed ? 1 : scalar_t(kLogitUnit);
   const ContrastState<scalar_t>& state = t.state;
-  const scalar_t log2_weight = t.log2_negative_weight;
+  const scalar_t log_weight = t.log_negative_weight;
   const bool several_channels = t.channels > 1;
 
   for (int half = 0; half < 2; ++half) {
@@ -132,12 +133,12 @@ void process_panel(const ContrastTile<scalar_t>& t, const TilePosition& at, int6
     const mask key_label = load_integers<scalar_t>(t.keys.label + key);
     const mask key_identity = load_integers<scalar_t>(t.keys.identity + key);
     const vec key_descriptor = load(t.keys.descriptor + key);
-    vec column_positive_bound{}, column_negative_bound{}, column_shift{};
+    vec column_positive_bound{}, column_negative_bound{}, column_max_logit{};
     vec column_positive_coefficient{}, column_negative_coefficient{}, column_mean_coefficient{};
     if constexpr (kColumns) {
       column_positive_bound = load(state.positive_bound + key);
       column_negative_bound = load(state.negative_bound + key);
-      if constexpr (!kFixed) column_shift = load(state.shift + key);
+      if constexpr (!kFixed) column_max_logit = load(state.max_logit + key);
       if constexpr (kPass == Pass::kGradient) {
         column_positive_coefficient = load(state.positive_coefficient + key);
         column_negative_coefficient = load(state.negative_coefficient + key);
@@ -145,7 +146,7 @@ void process_panel(const ContrastTile<scalar_t>& t, const TilePosition& at, int6
       }
     }
     vec column_sums[kRowSums] = {};
-    vec column_maximum = column_shift;
+    vec column_maximum = column_max_logit;
 
     for (int64_t r = 0; r < at.rows; ++r) {
       const int64_t i = at.row + r;
@@ -180,18 +181,19 @@ void process_panel(const ContrastTile<scalar_t>& t, const TilePosition& at, int6
         }
       }
 
-      // Step 2: exponents, in units of log 2.
-      const vec exponent = dot * t.scale;
+      // Step 2: exponentials. Without a fixed shift a logit is rounded before its maximum is taken off, in every pass
+      // alike, so that no difference is above 0 and that of the maximum is 0.
       scalar_t* sums = scratch.row_sums + r * kRowSums * kLanes;
       if constexpr (kPass == Pass::kMaximum) {
         const vec lowest = broadcast<scalar_t>(scalar_t(-__builtin_inf()));
+        const vec logit = rounded(dot * t.inverse_temperature);
         vec row_maximum = load(sums);
         if constexpr (kPositives) {
-          row_maximum = maximum<scalar_t>(row_maximum, pairs.row_positive ? exponent : lowest);
-          column_maximum = maximum<scalar_t>(column_maximum, pairs.column_positive ? exponent : lowest);
+          row_maximum = maximum<scalar_t>(row_maximum, pairs.row_positive ? logit : lowest);
+          column_maximum = maximum<scalar_t>(column_maximum, pairs.column_positive ? logit : lowest);
         }
         if constexpr (kNegatives) {
-          const vec weighted = exponent + log2_weight;
+          const vec weighted = logit + log_weight;
           row_maximum = maximum<scalar_t>(row_maximum, pairs.row_negative ? weighted : lowest);
           column_maximum = maximum<scalar_t>(column_maximum, pairs.column_negative ? weighted : lowest);
         }
@@ -199,26 +201,32 @@ void process_panel(const ContrastTile<scalar_t>& t, const TilePosition& at, int6
         continue;
       }
       vec row_positive_exp, row_negative_exp, column_positive_exp, column_negative_exp;
+      vec row_positive_logit = dot, column_positive_logit = dot;
       if constexpr (kFixed) {
-        row_positive_exp = exp2(exponent - t.shift);
+        row_positive_exp = exp2(dot * t.scale - t.shift);
         row_negative_exp = column_positive_exp = column_negative_exp = row_positive_exp;
       } else {
-        const scalar_t row_shift = state.shift[i];
-        if constexpr (kPositives) row_positive_exp = exp2(exponent - row_shift);
-        if constexpr (kNegatives) row_negative_exp = exp2(exponent + log2_weight - row_shift);
-        if constexpr (kColumns && kPositives) column_positive_exp = exp2(exponent - column_shift);
-        if constexpr (kColumns && kNegatives) column_negative_exp = exp2(exponent + log2_weight - column_shift);
+        const vec logit = rounded(dot * t.inverse_temperature);
+        const vec weighted = logit + log_weight;
+        const scalar_t row_max_logit = state.max_logit[i];
+        row_positive_logit = logit - row_max_logit;
+        column_positive_logit = logit - column_max_logit;
+        if constexpr (kPositives) row_positive_exp = exp_of_nonpositive<scalar_t>(row_positive_logit);
+        if constexpr (kNegatives) row_negative_exp = exp_of_nonpositive<scalar_t>(weighted - row_max_logit);
+        if constexpr (kColumns && kPositives) column_positive_exp = exp_of_nonpositive<scalar_t>(column_positive_logit);
+        if constexpr (kColumns && kNegatives)
+          column_negative_exp = exp_of_nonpositive<scalar_t>(weighted - column_max_logit);
       }
 
       // Step 3: sums, or the weight dL/d(dot) of each pair.
       if constexpr (kPass == Pass::kSum) {
         if constexpr (kPositives) {
           accumulate(sums + kPositiveExp * kLanes, keep<scalar_t>(pairs.row_positive, row_positive_exp));
-          accumulate(sums + kPositiveLogit * kLanes, keep<scalar_t>(pairs.row_positive, dot));
+          accumulate(sums + kPositiveLogit * kLanes, keep<scalar_t>(pairs.row_positive, row_positive_logit) * kUnit);
           accumulate(sums + kPositiveCount * kLanes, keep<scalar_t>(pairs.row_positive, broadcast<scalar_t>(1)));
           if constexpr (kColumns) {
             column_sums[kPositiveExp] += keep<scalar_t>(pairs.column_positive, column_positive_exp);
-            column_sums[kPositiveLogit] += keep<scalar_t>(pairs.column_positive, dot);
+            column_sums[kPositiveLogit] += keep<scalar_t>(pairs.column_positive, column_positive_logit) * kUnit;
             column_sums[kPositiveCount] += keep<scalar_t>(pairs.column_positive, broadcast<scalar_t>(1));
           }
         }
@@ -245,7 +253,7 @@ void process_panel(const ContrastTile<scalar_t>& t, const TilePosition& at, int6
       }
     }
 
-    if constexpr (kPass == Pass::kMaximum && kColumns) store(state.shift + key, column_maximum);
+    if constexpr (kPass == Pass::kMaximum && kColumns) store(state.max_logit + key, column_maximum);
     if constexpr (kPass == Pass::kSum && kColumns) {
       if constexpr (kPositives) {
         accumulate(state.positive_exp + key, column_sums[kPositiveExp]);
@@ -271,7 +279,7 @@ void end_rows(const ContrastTile<scalar_t>& t, const TilePosition& at, const Con
     const int64_t i = at.row + r;
     if constexpr (kPass == Pass::kMaximum) {
       const scalar_t value = horizontal_max<scalar_t>(load(sums));
-      if (value > t.state.shift[i]) t.state.shift[i] = value;
+      if (value > t.state.max_logit[i]) t.state.max_logit[i] = value;
     } else {
       if (at.kind != TileKind::kDifferent) {
         t.state.positive_exp[i] += horizontal_sum<scalar_t>(load(sums + kPositiveExp * kLanes));

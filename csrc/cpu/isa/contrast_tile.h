@@ -36,22 +36,25 @@ struct ContrastSide {
   const int32_t* index;                 // (count,) place in the caller's tensors
 };
 
-// One entry per anchor. Exponents are in units of log 2.
+// One entry per anchor.
 template <typename scalar_t>
 struct ContrastState {
   const scalar_t* positive_bound;
   const scalar_t* negative_bound;
-  scalar_t* shift;  // subtracted from every exponent
+  scalar_t* max_logit;  // where exponents are measured from, unless fixed_shift
   // Forward sums.
   scalar_t* positive_exp;
   scalar_t* negative_exp;
-  scalar_t* positive_logit;
+  scalar_t* positive_logit;  // of dots when fixed_shift, else of logits less max_logit, times kLogitUnit
   scalar_t* positive_count;
-  // Backward coefficients: dL/ds = exp * exp_{positive,negative}, less mean_coefficient for positives.
+  // Backward coefficients: dL/d(dot) = {positive,negative}_coefficient * exp, less mean_coefficient for positives.
   const scalar_t* positive_coefficient;
   const scalar_t* negative_coefficient;
   const scalar_t* mean_coefficient;
 };
+
+// Logits may lie near the largest number: scaled by this, fewer than 2^31 of them can be summed.
+constexpr double kLogitUnit = 1.0 / (int64_t(1) << 32);
 
 struct ContrastMasks {
   const bool* positive;
@@ -75,13 +78,14 @@ struct ContrastTile {
   ContrastSide<scalar_t> anchors, keys;
   ContrastState<scalar_t> state;
   ContrastMasks masks;
-  int64_t depth;                  // D
-  int64_t depth_bf16;             // D rounded up to even
-  int64_t channels;               // descriptor channels
-  scalar_t scale;                 // log2(e) / temperature
-  scalar_t shift;                 // of all anchors, used when fixed_shift
-  bool fixed_shift;               // all exponents are known to lie in [-115, 0] once shifted: no maximum is needed
-  scalar_t log2_negative_weight;  // added to negative exponents unless fixed_shift
+  int64_t depth;                 // D
+  int64_t depth_bf16;            // D rounded up to even
+  int64_t channels;              // descriptor channels
+  bool fixed_shift;              // all exponents are known to lie in [-115, 0] once shifted: no maximum is needed
+  scalar_t scale;                // with fixed_shift, log2(e) / temperature
+  scalar_t shift;                // with fixed_shift, subtracted from every dot * scale
+  scalar_t inverse_temperature;  // without fixed_shift
+  scalar_t log_negative_weight;  // without fixed_shift, added to negatives; 0 for moderate weights
   // Keys are the anchors: each tile above the diagonal serves its rows as anchors and its columns as anchors.
   bool symmetric;
   // Gradients in the caller's order (index applies) or in sorted order.

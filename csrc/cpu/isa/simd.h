@@ -86,6 +86,24 @@ PGLCL_INLINE vec_t<scalar_t> maximum(vec_t<scalar_t> a, vec_t<scalar_t> b) {
   return a > b ? a : b;
 }
 
+// Rounds a product to its type: the compiler must not fuse it with what it is added to.
+template <typename vec>
+PGLCL_INLINE vec rounded(vec product) {
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_assoc_barrier)
+  return __builtin_assoc_barrier(product);
+#endif
+#endif
+#if defined(__x86_64__)
+  __asm__("" : "+v"(product));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(product));
+#else
+#error "rounded() needs a barrier for this processor"
+#endif
+  return product;
+}
+
 template <typename scalar_t>
 PGLCL_INLINE scalar_t horizontal_sum(vec_t<scalar_t> x) {
   // A fixed binary tree, the same on every run.
@@ -130,9 +148,17 @@ PGLCL_INLINE vec_t<float> exp2(vec_t<float> x) {
 // 2^x for x <= 0, down to 0. NaN and minus infinity give NaN.
 PGLCL_INLINE vec_t<float> exp2_to_zero(vec_t<float> x) { return exp2_of_any(x); }
 
-// The larger of x and 0; NaN stays.
+// The same for x down to minus infinity, which gives 0.
+PGLCL_INLINE vec_t<float> exp2_to_zero_of_any(vec_t<float> x) {
+  return exp2_of_any((vec_t<float>)_mm512_max_ps(_mm512_set1_ps(-256.0f), (__m512)x));
+}
+
+// The larger, or the smaller, of x and 0; NaN stays.
 PGLCL_INLINE vec_t<float> at_least_zero(vec_t<float> x) {
   return (vec_t<float>)_mm512_max_ps(_mm512_setzero_ps(), (__m512)x);
+}
+PGLCL_INLINE vec_t<float> at_most_zero(vec_t<float> x) {
+  return (vec_t<float>)_mm512_min_ps(_mm512_setzero_ps(), (__m512)x);
 }
 
 // Natural logarithm of a normal x > 0. NaN gives NaN.
@@ -164,7 +190,9 @@ PGLCL_INLINE vec_t<float> exp2(vec_t<float> x) {
   return exp2_polynomial(x - (shifted - magic)) * scale;
 }
 PGLCL_INLINE vec_t<float> exp2_to_zero(vec_t<float> x) { return x < -126.0f ? vec_t<float>{} : exp2(x); }
+PGLCL_INLINE vec_t<float> exp2_to_zero_of_any(vec_t<float> x) { return exp2_to_zero(x); }
 PGLCL_INLINE vec_t<float> at_least_zero(vec_t<float> x) { return x < 0.0f ? vec_t<float>{} : x; }
+PGLCL_INLINE vec_t<float> at_most_zero(vec_t<float> x) { return x > 0.0f ? vec_t<float>{} : x; }
 #endif
 
 PGLCL_INLINE vec_t<double> exp2(vec_t<double> x) {
@@ -202,7 +230,9 @@ PGLCL_INLINE vec_t<float> log_of_normal(vec_t<float> x) { return log(x); }
 #endif
 
 PGLCL_INLINE vec_t<double> exp2_to_zero(vec_t<double> x) { return exp2(x); }
+PGLCL_INLINE vec_t<double> exp2_to_zero_of_any(vec_t<double> x) { return exp2(x); }
 PGLCL_INLINE vec_t<double> at_least_zero(vec_t<double> x) { return x < 0.0 ? vec_t<double>{} : x; }
+PGLCL_INLINE vec_t<double> at_most_zero(vec_t<double> x) { return x > 0.0 ? vec_t<double>{} : x; }
 
 PGLCL_INLINE vec_t<double> log(vec_t<double> x) {
   vec_t<double> result = x;
@@ -212,5 +242,11 @@ PGLCL_INLINE vec_t<double> log(vec_t<double> x) {
 }
 
 PGLCL_INLINE vec_t<double> log_of_normal(vec_t<double> x) { return log(x); }
+
+// e^x of x <= 0, down to 0 at minus infinity. What is above 0, by rounding or for a pair that does not count, gives 1.
+template <typename scalar_t>
+PGLCL_INLINE vec_t<scalar_t> exp_of_nonpositive(vec_t<scalar_t> x) {
+  return exp2_to_zero_of_any(at_most_zero(x) * scalar_t(1.4426950408889634));
+}
 
 }  // namespace pglcl::PGLCL_ISA
