@@ -1,25 +1,51 @@
 """Print `folder;version;cuda` of the torch to build against, without importing it.
 
-pip isolates a build: the environment's own packages are hidden from it. Their folder still shows in sysconfig, and
-torch's version file says the rest, so that the extension is compiled against the torch it will run with.
+A build is isolated: the packages of the environment that asked for it are hidden. Their folders still show, in
+sysconfig under pip and in environment variables under other front ends, and torch's version file says the rest. So the
+extension is compiled against the torch it will run with, and nothing is downloaded.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import site
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
+OLDEST_TORCH = "2.13"
+TORCH_REQUIREMENT = f"torch>={OLDEST_TORCH}"
 
-def torch_folder(wanted: str | None = None) -> Path | None:
-    """The torch package in `wanted`, the environment's site-packages or on the path, in that order."""
-    places = [Path(wanted)] if wanted else []
-    places += [Path(sysconfig.get_path(name)) / "torch" for name in ("purelib", "platlib")]
-    places += [Path(entry) / "torch" for entry in sys.path if entry]
-    for place in places:
-        if (place / "version.py").is_file() and (place / "include").is_dir():
-            return place
+
+class NoTorch(SystemExit):
+    """Nothing to build against. The message is one line and names a command that works."""
+
+
+def find_torch(wanted: str | None = None) -> Path | None:
+    """The folder of the torch package to build against.
+
+    Args:
+        wanted: the folder that the user names (``PGLCL_TORCH_DIR``). By default the first torch of: the running
+            interpreter's packages, the environments of ``UV_PROJECT_ENVIRONMENT``, ``VIRTUAL_ENV`` and
+            ``CONDA_PREFIX``, the first virtual environment on ``PATH``.
+
+    Returns:
+        The folder, or None where there is no torch.
+
+    Raises:
+        NoTorch: `wanted` is no torch package, or what was found is too old.
+    """
+    if wanted:
+        if not _is_torch(Path(wanted)):
+            raise NoTorch(
+                f"pglcl-ext: PGLCL_TORCH_DIR={wanted} is no folder of a torch package (.../site-packages/torch)"
+            )
+        return _new_enough(Path(wanted).resolve())
+    for place in _package_folders():
+        if _is_torch(place / "torch"):
+            return _new_enough(place / "torch")
     return None
 
 
@@ -33,12 +59,59 @@ def torch_versions(folder: Path) -> tuple[str, str]:
 
     version = value("__version__")
     if version is None:
-        raise SystemExit(f"{folder / 'version.py'} names no version")
+        raise NoTorch(f"pglcl-ext: {folder / 'version.py'} names no version")
     return version, value("cuda") or "none"
 
 
+def _is_torch(folder: Path) -> bool:
+    return (folder / "version.py").is_file() and (folder / "include").is_dir()
+
+
+def _new_enough(folder: Path) -> Path:
+    version, _ = torch_versions(folder)
+    numbers = [int(number) for number in re.findall(r"\d+", version)[:2]]
+    if numbers < [int(number) for number in OLDEST_TORCH.split(".")]:
+        raise NoTorch(
+            f"pglcl-ext: needs {TORCH_REQUIREMENT}, found {version} in {folder}; pip install '{TORCH_REQUIREMENT}'"
+        )
+    return folder
+
+
+def _package_folders() -> Iterator[Path]:
+    """Where the packages of the environment lie that the extension is built for, the likeliest first."""
+    yield from (Path(sysconfig.get_path(name)) for name in ("purelib", "platlib"))
+    yield from (Path(entry) for entry in sys.path if entry)
+    if _sees_system_packages():
+        yield from (Path(entry) for entry in site.getsitepackages([sys.base_prefix]))
+        yield Path(site.getusersitepackages())
+    for prefix in _environments():
+        yield prefix / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+        yield prefix / "Lib" / "site-packages"
+
+
+def _sees_system_packages() -> bool:
+    if sys.prefix == sys.base_prefix:
+        return True
+    settings = Path(sys.prefix) / "pyvenv.cfg"
+    return settings.is_file() and bool(
+        re.search(r"^include-system-site-packages\s*=\s*true\s*$", settings.read_text(), re.MULTILINE | re.IGNORECASE)
+    )
+
+
+def _environments() -> Iterator[Path]:
+    """Environments that the caller named. uv replaces VIRTUAL_ENV, but leaves an activated environment on PATH."""
+    for variable in ("UV_PROJECT_ENVIRONMENT", "VIRTUAL_ENV", "CONDA_PREFIX"):
+        if os.environ.get(variable):
+            yield Path(os.environ[variable])
+    for entry in os.environ.get("PATH", "").split(os.pathsep):
+        prefix = Path(entry).parent
+        if (prefix / "pyvenv.cfg").is_file() and prefix != Path(sys.prefix):
+            yield prefix
+            return
+
+
 if __name__ == "__main__":
-    found = torch_folder(sys.argv[1] if len(sys.argv) > 1 else None)
+    found = find_torch(sys.argv[1] if len(sys.argv) > 1 else None)
     if found is None:
-        sys.exit(1)
+        raise NoTorch("pglcl-ext: no torch found to build against: install it, or set PGLCL_TORCH_DIR to its folder")
     print(";".join([str(found), *torch_versions(found)]))
