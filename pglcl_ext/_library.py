@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,15 +18,35 @@ def _load() -> None:
     try:
         from pglcl_ext import _build_config
     except ImportError as error:
-        raise ImportError(
-            "pglcl_ext is not built here (no _build_config beside it). From the source folder run: pip install ."
-        ) from error
+        raise ImportError(_why_not_built()) from error
+    if not Path(__file__).with_name("_build_config.py").exists():  # an editable install lends that of another checkout
+        raise ImportError(_why_not_built())
     if _build_config.torch_version != torch.__version__:
         raise ImportError(
             f"pglcl_ext was built against torch {_build_config.torch_version}, but torch {torch.__version__} is "
             f"running. Rebuild it from its source folder: {REBUILD}"
         )
-    import pglcl_ext._C  # noqa: F401
+    try:
+        import pglcl_ext._C  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ImportError(_why_not_built()) from error
+
+
+def _why_not_built() -> str:
+    """Why there is no compiled module beside this file, and what to do."""
+    here = Path(__file__).resolve().parent
+    editable = f"pip install --editable {here.parent}"
+    built = sorted(path.name for path in here.glob("_C.*"))
+    if built:
+        return f"pglcl_ext in {here} is built for another Python ({built[0]}). Build it for this one: {editable}"
+    for entry in sys.path:
+        installed = Path(entry or ".").resolve() / "pglcl_ext"
+        if installed != here and (installed / "_build_config.py").is_file():
+            return (
+                f"import pglcl_ext finds the sources in {here}, which hold no compiled module, before the installed "
+                f"package in {installed}. Start Python in another folder, or build in place: {editable}"
+            )
+    return f"pglcl_ext in {here} is not built. Install it from its source folder: pip install {here.parent}"
 
 
 _load()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch
 import pglcl_ext
 from pglcl_ext import build_info
 from pglcl_ext._library import INSTRUCTION_SETS
+from tests.conftest import ROOT
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -35,6 +38,37 @@ def test_another_torch_is_refused_by_name() -> None:
     assert message.startswith("ImportError")
     assert f"built against torch {torch.__version__}, but torch 9.9.9 is running" in message
     assert "pip install" in message
+
+
+def copy_of_the_sources(folder: Path) -> Path:
+    ignored = shutil.ignore_patterns("_C*", "_build_config.py", "__pycache__")
+    return shutil.copytree(ROOT / "pglcl_ext", folder / "pglcl_ext", ignore=ignored)
+
+
+def import_from(folder: Path, *path: Path) -> str:
+    """The last line of what `import pglcl_ext` says in `folder`, with `path` behind it."""
+    places = os.pathsep.join(map(str, [folder, *path]))
+    result = subprocess.run(
+        [sys.executable, "-c", "import pglcl_ext"],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": places},
+    )
+    assert result.returncode != 0
+    return result.stderr.strip().splitlines()[-1]
+
+
+def test_sources_without_a_module_say_what_to_do(tmp_path: Path) -> None:
+    here, installed = copy_of_the_sources(tmp_path / "checkout"), copy_of_the_sources(tmp_path / "installed")
+    (installed / "_build_config.py").touch()
+    message = import_from(here.parent, installed.parent)
+    assert message.startswith("ImportError")
+    assert f"finds the sources in {here}" in message
+    assert f"the installed package in {installed}" in message
+    assert f"pip install --editable {here.parent}" in message
+    (here / "_C.cpython-36m-x86_64-linux-gnu.so").touch()
+    assert "built for another Python (_C.cpython-36m-x86_64-linux-gnu.so)" in import_from(here.parent)
 
 
 def test_instruction_set_is_chosen_by_the_environment() -> None:
