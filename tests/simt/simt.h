@@ -493,6 +493,13 @@ class Shared {
     *at += value;
     return before;
   }
+  // As ldmatrix has it for four 8 x 8 matrices of 16-bit elements: lane l names row l % 8 of matrix l / 8.
+  void load_matrices(int64_t i, uint32_t (&out)[4], Location where = Location::current()) const {
+    matrices(i, out, false, where);
+  }
+  void load_matrices_transposed(int64_t i, uint32_t (&out)[4], Location where = Location::current()) const {
+    matrices(i, out, true, where);
+  }
   // 16 bytes from global memory, or zeros; they appear when this thread waits.
   template <typename U>
   void copy_async(int64_t i, const Global<U>& from, int64_t j, bool fill_zero,
@@ -503,6 +510,30 @@ class Shared {
   }
 
  private:
+  void matrices(int64_t i, uint32_t (&out)[4], bool transposed, const Location& where) const {
+    static_assert(sizeof(T) == 2);
+    struct Payload {
+      uint16_t row[8];
+      uint32_t* out;
+    } mine;
+    std::memcpy(mine.row, touch(i, 16, Access::kRead, where), 16);
+    mine.out = out;
+    Block::current().collective(
+        "ldmatrix", 0xffffffffu, &mine,
+        [transposed](void** lanes) {
+          const auto element = [&](int matrix, int row, int column) {
+            return uint32_t(static_cast<Payload*>(lanes[8 * matrix + row])->row[column]);
+          };
+          for (int lane = 0; lane < kWarp; ++lane)
+            for (int matrix = 0; matrix < 4; ++matrix) {
+              const int one = lane / 4, two = lane % 4 * 2;
+              static_cast<Payload*>(lanes[lane])->out[matrix] =
+                  transposed ? element(matrix, two, one) | element(matrix, two + 1, one) << 16
+                             : element(matrix, one, two) | element(matrix, one, two + 1) << 16;
+            }
+        },
+        where);
+  }
   void* touch(int64_t i, size_t bytes, Access access, const Location& where) const {
     if (i < 0) Block::current().fail("negative index into shared memory", where);
     Block::current().touch_shared(at_ + i * sizeof(T), bytes, at_ + count_ * sizeof(T), access, where);

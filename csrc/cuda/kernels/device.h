@@ -6,6 +6,9 @@
 
 #if defined(__CUDACC__)
 
+#include <stdexcept>
+#include <string>
+
 #define PGLCL_KERNEL __global__ void
 #define PGLCL_DEVICE __device__ __forceinline__
 
@@ -73,13 +76,33 @@ class Shared {
   }
   PGLCL_DEVICE T atomic_add(int i, T value) const { return atomicAdd(data_ + i, value); }
 
+  // Four 8 x 8 matrices of 16-bit elements. Lane l names row l % 8 of matrix l / 8, 16 bytes aligned to 16, and gets two
+  // neighbours of row l / 4 in each matrix; transposed, of column l / 4 (ldmatrix in the PTX ISA).
+  PGLCL_DEVICE void load_matrices(int i, uint32_t (&out)[4]) const {
+    static_assert(sizeof(T) == 2);
+    const unsigned from = unsigned(__cvta_generic_to_shared(data_ + i));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(from)
+                 : "memory");
+  }
+  PGLCL_DEVICE void load_matrices_transposed(int i, uint32_t (&out)[4]) const {
+    static_assert(sizeof(T) == 2);
+    const unsigned from = unsigned(__cvta_generic_to_shared(data_ + i));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(from)
+                 : "memory");
+  }
+
   // 16 bytes from global memory, or zeros; there once the copies are waited for.
   template <typename U>
   PGLCL_DEVICE void copy_async(int i, const Global<U>& from, int64_t j, bool fill_zero) const {
 #if __CUDA_ARCH__ >= 800
     const unsigned to = unsigned(__cvta_generic_to_shared(data_ + i));
     const int bytes = fill_zero ? 0 : 16;  // the rest of the 16 is filled with zeros
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from.data() + j), "r"(bytes));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from.data() + j), "r"(bytes)
+                 : "memory");
 #else
     *reinterpret_cast<uint4*>(data_ + i) =
         fill_zero ? make_uint4(0, 0, 0, 0) : *reinterpret_cast<const uint4*>(from.data() + j);
@@ -111,19 +134,33 @@ class SharedMemory {
 
 PGLCL_DEVICE void commit_copies() {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;\n" ::);
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
 #endif
 }
 template <int kLeft>
 PGLCL_DEVICE void wait_copies() {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;\n" ::"n"(kLeft));
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kLeft) : "memory");
 #endif
 }
 
 PGLCL_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 PGLCL_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
-PGLCL_DEVICE float exp2_fast(float x) { return exp2f(x); }
+// 2^x by the special function unit; 0 where the result is below the normal range.
+PGLCL_DEVICE float exp2_fast(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));
+  return result;
+}
+// One rounding, whatever the flags: both passes of the loss rely on the same bits.
+PGLCL_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+PGLCL_DEVICE double multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
+// Of two numbers; of a number and NaN, the number.
+PGLCL_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
+PGLCL_DEVICE double maximum(double a, double b) { return fmax(a, b); }
+PGLCL_DEVICE float minimum(float a, float b) { return fminf(a, b); }
+PGLCL_DEVICE double minimum(double a, double b) { return fmin(a, b); }
+PGLCL_DEVICE int count_bits(uint32_t x) { return __popc(x); }
 
 // D += A B on the tensor cores of a warp, operands and result as mma.sync lays them out.
 PGLCL_DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -132,6 +169,8 @@ PGLCL_DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  __trap();
 #endif
 }
 PGLCL_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -140,6 +179,8 @@ PGLCL_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t 
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  __trap();
 #endif
 }
 PGLCL_DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -148,29 +189,89 @@ PGLCL_DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  __trap();
 #endif
 }
 // Rounded to TF32's 10 bits of mantissa, ties away from zero.
 PGLCL_DEVICE uint32_t to_tf32(float x) {
-  uint32_t bits = float_bits(x);
 #if __CUDA_ARCH__ >= 800
+  uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(bits) : "f"(x));
-#endif
   return bits;
+#else
+  __trap();
+  return 0;
+#endif
+}
+// Two numbers rounded to 16 bits each, ties to even.
+PGLCL_DEVICE uint32_t pack_bf16(float low, float high) {
+#if __CUDA_ARCH__ >= 800
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  __trap();
+  return 0;
+#endif
+}
+PGLCL_DEVICE uint32_t pack_f16(float low, float high) {
+#if __CUDA_ARCH__ >= 800
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  __trap();
+  return 0;
+#endif
+}
+
+}  // namespace pglcl
+
+using PglclStream = cudaStream_t;
+
+namespace pglcl {
+
+// CUDA's word for what went wrong, as an exception.
+inline void check_cuda(cudaError_t result, const char* what) {
+  if (result != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(result));
+}
+
+// A grid has up to 2^31 - 1 blocks in x and 65535 in y.
+inline dim3 checked_grid(int64_t x, int64_t y) {
+  if (x > 0x7fffffff || y > 65535)
+    throw std::runtime_error("the input needs a grid of " + std::to_string(x) + " x " + std::to_string(y) +
+                             " blocks; CUDA has up to 2147483647 x 65535");
+  return dim3(unsigned(x), unsigned(y));
+}
+
+// More than 48 KiB of dynamic shared memory has to be asked for, kernel by kernel. All that the device has is asked for,
+// every time the same: host threads that launch a kernel at once cannot take it from each other.
+template <typename Kernel>
+void allow_shared(Kernel kernel, int64_t bytes, int64_t device_bytes) {
+  if (bytes <= 48 * 1024) return;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(device_bytes)),
+             "shared memory of a kernel");
+}
+
+// The compute capability that the code of a kernel was compiled for, e.g. 80: of its PTX, when it was translated for a
+// newer device.
+template <typename Kernel>
+int compiled_for(Kernel kernel) {
+  cudaFuncAttributes attributes;
+  check_cuda(cudaFuncGetAttributes(&attributes, kernel), "attributes of a kernel");
+  return attributes.ptxVersion;
 }
 
 }  // namespace pglcl
 
 #define PGLCL_LAUNCH(kernel, grid_x, grid_y, threads, shared_bytes, stream, ...) \
-  kernel<<<dim3(unsigned(grid_x), unsigned(grid_y)), threads, shared_bytes, stream>>>(__VA_ARGS__)
-using PglclStream = cudaStream_t;
-
-// More than 48 KiB of dynamic shared memory has to be asked for, kernel by kernel.
-#define PGLCL_ALLOW_SHARED(kernel, bytes) \
-  if ((bytes) > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes))
+  kernel<<<pglcl::checked_grid(grid_x, grid_y), threads, shared_bytes, stream>>>(__VA_ARGS__)
+#define PGLCL_ALLOW_SHARED(kernel, bytes, device_bytes) pglcl::allow_shared(kernel, bytes, device_bytes)
 
 #else  // the emulator
 
+#include <bit>
 #include <cmath>
 
 #include "simt.h"
@@ -205,6 +306,19 @@ inline uint32_t float_bits(float x) {
 }
 inline float bits_float(uint32_t x) { return simt::bits_to_float(x); }
 inline float exp2_fast(float x) { return std::exp2(x); }
+template <typename T>
+T multiply_add(T a, T b, T c) {
+  return std::fma(a, b, c);
+}
+template <typename T>
+T maximum(T a, T b) {
+  return std::fmax(a, b);
+}
+template <typename T>
+T minimum(T a, T b) {
+  return std::fmin(a, b);
+}
+inline int count_bits(uint32_t x) { return std::popcount(x); }
 
 inline float decode_bf16(uint32_t word, int half) { return bits_float(half ? word & 0xffff0000u : word << 16); }
 float decode_f16(uint32_t word, int half);
@@ -223,6 +337,8 @@ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
   simt::mma<8>(d, a, b, decode_tf32, where);
 }
 inline uint32_t to_tf32(float x) { return (float_bits(x) + 0x1000u) & 0xffffe000u; }
+uint32_t pack_bf16(float low, float high);
+uint32_t pack_f16(float low, float high);
 
 }  // namespace pglcl
 
@@ -230,7 +346,7 @@ inline uint32_t to_tf32(float x) { return (float_bits(x) + 0x1000u) & 0xffffe000
   simt::launch(#kernel, {int(grid_x), int(grid_y), 1}, {int(threads), 1, 1}, size_t(shared_bytes), \
                [=] { kernel(__VA_ARGS__); })
 using PglclStream = int;
-#define PGLCL_ALLOW_SHARED(kernel, bytes)
+#define PGLCL_ALLOW_SHARED(kernel, bytes, device_bytes)
 
 #endif
 
@@ -251,20 +367,33 @@ PGLCL_DEVICE double widen(double x) { return x; }
 PGLCL_DEVICE float widen(BFloat16 x) { return bits_float(uint32_t(x.bits) << 16); }
 PGLCL_DEVICE float widen(Float16 x) { return float16_to_float(x.bits); }
 
+template <typename T, typename U>
+struct SameType {
+  static constexpr bool value = false;
+};
 template <typename T>
-PGLCL_DEVICE T narrow(double x) {
-  return T(x);
-}
-template <>
-PGLCL_DEVICE BFloat16 narrow<BFloat16>(double x) {
-  return {float_to_bfloat16(float(x))};
-}
-template <>
-PGLCL_DEVICE Float16 narrow<Float16>(double x) {
-  return {float_to_float16(float(x))};
+struct SameType<T, T> {
+  static constexpr bool value = true;
+};
+
+// From the type that sums are kept in.
+template <typename T, typename U>
+PGLCL_DEVICE T narrow(U x) {
+  if constexpr (SameType<T, BFloat16>::value)
+    return {float_to_bfloat16(x)};
+  else if constexpr (SameType<T, Float16>::value)
+    return {float_to_float16(x)};
+  else
+    return T(x);
 }
 
 #if !defined(__CUDACC__)
+inline uint32_t pack_bf16(float low, float high) {
+  return float_to_bfloat16(low) | uint32_t(float_to_bfloat16(high)) << 16;
+}
+inline uint32_t pack_f16(float low, float high) {
+  return float_to_float16(low) | uint32_t(float_to_float16(high)) << 16;
+}
 inline float decode_f16(uint32_t word, int half) { return float16_to_float(uint16_t(half ? word >> 16 : word)); }
 #endif
 

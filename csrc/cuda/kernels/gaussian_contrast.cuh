@@ -199,7 +199,7 @@ void run_gaussian_contrast(const GaussianArguments<T>& x, int64_t shared_bytes, 
   if (x.n > 0) {
     const int rows = gaussian_rows_per_block<scalar_t>(x.depth, shared_bytes);
     const int64_t bytes = gaussian_shared_bytes<scalar_t>(rows, x.depth);
-    PGLCL_ALLOW_SHARED(gaussian_contrast_rows<T>, bytes);
+    PGLCL_ALLOW_SHARED(gaussian_contrast_rows<T>, bytes, shared_bytes);
     PGLCL_LAUNCH(gaussian_contrast_rows<T>, (x.n + rows - 1) / rows, 1, kGaussianThreads, bytes, stream, x, lse, logit,
                  count, gradients, rows);
   }

@@ -13,10 +13,19 @@ constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 constexpr int kContrastThreads = 128;
 
+// 2^x, and e^x of a number that is at most 0: differences to a maximum, for which results below the normal range are 0.
 PGLCL_DEVICE float power2(float x) { return exp2_fast(x); }
 PGLCL_DEVICE double power2(double x) { return exp2(x); }
+template <typename scalar_t>
+PGLCL_DEVICE scalar_t power_e(scalar_t x) {
+  return power2(x * scalar_t(kLog2E));
+}
 PGLCL_DEVICE float logarithm2(float x) { return log2f(x); }
 PGLCL_DEVICE double logarithm2(double x) { return log2(x); }
+
+// The lowest finite number: as the maximum of nothing it needs no special case, unlike minus infinity.
+template <typename scalar_t>
+constexpr scalar_t kLowest = sizeof(scalar_t) == 8 ? scalar_t(-1.7976931348623157e308) : scalar_t(-3.402823466e38f);
 
 // T: element type of the embeddings; scalar_t: of everything that is summed.
 template <typename T>
@@ -31,10 +40,19 @@ struct ContrastArguments {
   const scalar_t *positive_bounds, *negative_bounds;  // (n,), null: the scalars apply
   const uint8_t *positive_mask, *negative_mask;       // null: the rule applies
   int64_t positive_stride[2], negative_stride[2];
-  scalar_t scale;  // log2(e) / temperature
-  scalar_t temperature, negative_weight;
+  scalar_t inverse_temperature;
+  scalar_t log_weight;  // log(negative_weight); -inf, for a weight of 0: negatives do not count
+  scalar_t log_both;    // log(1 + negative_weight), of a pair that masks call positive and negative
   int64_t ignore_index;
   int64_t self_offset;  // anchor i and key i + self_offset are the same patch; negative: none is
+};
+
+// What the forward pass writes for each anchor. The sum over its pairs is e^(max_logit + log_sum), and the two are kept
+// apart: added, they would be rounded, and backward would exponentiate the error.
+template <typename scalar_t>
+struct ContrastSums {
+  scalar_t *max_logit, *log_sum, *positive_logit;
+  int32_t* num_positives;
 };
 
 // What the backward pass knows of an anchor besides.
@@ -43,24 +61,27 @@ struct ContrastGradients {
   const scalar_t* grad;  // dL/d(loss): one number, or one per anchor
   bool grad_per_anchor;
   const int64_t* num_valid;  // null unless the loss is a mean
-  const scalar_t* lse;
+  const scalar_t *max_logit, *log_sum;
   const int32_t* num_positives;
 };
 
-// An anchor or key as a pair sees it.
+// An anchor or key as a pair sees it. Where there is none, or it is ignored, its descriptor is no number, so that no
+// comparison holds.
 template <typename scalar_t>
 struct Patch {
-  int64_t index;  // -1: beyond the end
   int64_t label;
   scalar_t descriptor;
+  bool counts;
 };
 
-// What a pair needs of its anchor. Exponents are in units of log 2.
+// What a pair needs of its anchor. The bounds of an anchor that does not count are no numbers: no comparison holds.
 template <typename scalar_t>
 struct AnchorTerms {
   scalar_t positive_bound, negative_bound;
-  scalar_t shift;              // log2 of the denominator
+  scalar_t max_logit, log_sum;
   scalar_t coefficient, mean;  // dL/d(dot): coefficient (p - 1 / |P|) = coefficient p - mean
+  bool counts;
+  bool undecided;  // a bound is no number
 };
 
 struct PairKind {
@@ -69,56 +90,76 @@ struct PairKind {
 
 template <typename T, typename scalar_t = typename Accumulate<T>::type>
 PGLCL_DEVICE Patch<scalar_t> load_patch(const ContrastArguments<T>& x, int64_t i, bool as_anchor) {
-  Patch<scalar_t> patch{-1, x.ignore_index, 0};
+  Patch<scalar_t> patch{0, scalar_t(NAN), false};
   if (i >= (as_anchor ? x.n : x.m)) return patch;
-  patch.index = i;
   patch.label = Global<const int64_t>(as_anchor ? x.labels : x.key_labels).load(i);
+  if (patch.label == x.ignore_index) return patch;
+  patch.counts = true;
+  patch.descriptor = 0;
   if (x.descriptors && x.channels == 1)
     patch.descriptor = Global<const scalar_t>(as_anchor ? x.descriptors : x.key_descriptors).load(i);
   return patch;
 }
 
 template <typename T, typename scalar_t = typename Accumulate<T>::type>
-PGLCL_DEVICE AnchorTerms<scalar_t> load_terms(const ContrastArguments<T>& x, int64_t i) {
-  // An anchor that does not count: 2^(s - inf) = 0 times 0.
-  AnchorTerms<scalar_t> terms{x.positive_bound, x.negative_bound, scalar_t(INFINITY), 0, 0};
-  if (i >= x.n) return terms;
-  if (x.positive_bounds) terms.positive_bound = Global<const scalar_t>(x.positive_bounds).load(i);
-  if (x.negative_bounds) terms.negative_bound = Global<const scalar_t>(x.negative_bounds).load(i);
+PGLCL_DEVICE AnchorTerms<scalar_t> no_terms() {
+  return {scalar_t(NAN), scalar_t(NAN), 0, 0, 0, 0, false, false};
+}
+
+template <typename T, typename scalar_t = typename Accumulate<T>::type>
+PGLCL_DEVICE AnchorTerms<scalar_t> load_terms(const ContrastArguments<T>& x, int64_t i, const Patch<scalar_t>& anchor) {
+  AnchorTerms<scalar_t> terms = no_terms<T>();
+  if (!anchor.counts) return terms;
+  terms.counts = true;
+  terms.positive_bound = x.positive_bounds ? Global<const scalar_t>(x.positive_bounds).load(i) : x.positive_bound;
+  terms.negative_bound = x.negative_bounds ? Global<const scalar_t>(x.negative_bounds).load(i) : x.negative_bound;
+  terms.undecided = terms.positive_bound != terms.positive_bound || terms.negative_bound != terms.negative_bound;
+  if (x.log_weight == -scalar_t(INFINITY)) terms.negative_bound = scalar_t(INFINITY);
   return terms;
 }
 
-// The same for the backward pass.
+// The same for the backward pass. An anchor without a positive has no part in the loss.
 template <typename T, typename scalar_t = typename Accumulate<T>::type>
 PGLCL_DEVICE AnchorTerms<scalar_t> load_terms(const ContrastArguments<T>& x, const ContrastGradients<scalar_t>& g,
-                                              int64_t i) {
-  AnchorTerms<scalar_t> terms = load_terms<T>(x, i);
-  if (i >= x.n) return terms;
+                                              int64_t i, const Patch<scalar_t>& anchor) {
+  if (!anchor.counts) return no_terms<T>();
   const int32_t count = Global<const int32_t>(g.num_positives).load(i);
-  if (count == 0) return terms;
+  if (count == 0) return no_terms<T>();
+  AnchorTerms<scalar_t> terms = load_terms<T>(x, i, anchor);
   scalar_t upstream = Global<const scalar_t>(g.grad).load(g.grad_per_anchor ? i : 0);
   if (g.num_valid) {
     const int64_t valid = Global<const int64_t>(g.num_valid).load(0);
     upstream /= scalar_t(valid > 1 ? valid : 1);
   }
-  terms.shift = Global<const scalar_t>(g.lse).load(i) * scalar_t(kLog2E);
-  terms.coefficient = upstream / x.temperature;
+  terms.max_logit = Global<const scalar_t>(g.max_logit).load(i);
+  terms.log_sum = Global<const scalar_t>(g.log_sum).load(i);
+  terms.coefficient = upstream * x.inverse_temperature;
   terms.mean = terms.coefficient / scalar_t(count);
   return terms;
 }
 
-// Whether key j is a positive or negative of anchor i (METHOD section 4).
+// Whether key j is a positive or negative of anchor i, by label and one descriptor (METHOD section 4). Two comparisons
+// decide: what does not count has a descriptor or bounds that fail both.
+template <typename scalar_t>
+PGLCL_DEVICE PairKind decide_by_rule(const Patch<scalar_t>& a, const Patch<scalar_t>& b, scalar_t positive_bound,
+                                     scalar_t negative_bound) {
+  const scalar_t delta = a.descriptor - b.descriptor;
+  const scalar_t size = delta < 0 ? -delta : delta;
+  const bool same = a.label == b.label;
+  return {same && size <= positive_bound, !same && size >= negative_bound, false};
+}
+
+// The same with masks or several channels, and with whether the pair could be decided at all.
 template <typename T, typename scalar_t = typename Accumulate<T>::type>
-PGLCL_DEVICE PairKind decide(const ContrastArguments<T>& x, const Patch<scalar_t>& anchor, const Patch<scalar_t>& key,
-                             scalar_t positive_bound, scalar_t negative_bound) {
+PGLCL_DEVICE PairKind decide(const ContrastArguments<T>& x, int64_t i, const Patch<scalar_t>& anchor, int64_t j,
+                             const Patch<scalar_t>& key, const AnchorTerms<scalar_t>& terms) {
   PairKind kind{false, false, false};
-  if (anchor.index < 0 || key.index < 0 || anchor.label == x.ignore_index || key.label == x.ignore_index) return kind;
-  if (x.self_offset >= 0 && key.index == anchor.index + x.self_offset) return kind;
+  if (!terms.counts || !key.counts) return kind;
+  if (x.self_offset >= 0 && j == i + x.self_offset) return kind;
   if (x.positive_mask) {
-    kind.positive = Global<const uint8_t>(x.positive_mask)
-                        .load(anchor.index * x.positive_stride[0] + key.index * x.positive_stride[1]);
-    kind.negative = Global<const uint8_t>(x.negative_mask)
-                        .load(anchor.index * x.negative_stride[0] + key.index * x.negative_stride[1]);
+    kind.positive = Global<const uint8_t>(x.positive_mask).load(i * x.positive_stride[0] + j * x.positive_stride[1]);
+    kind.negative = Global<const uint8_t>(x.negative_mask).load(i * x.negative_stride[0] + j * x.negative_stride[1]);
+    if (x.log_weight == -scalar_t(INFINITY)) kind.negative = false;
     return kind;
   }
   scalar_t delta = anchor.descriptor - key.descriptor;
@@ -127,87 +168,131 @@ PGLCL_DEVICE PairKind decide(const ContrastArguments<T>& x, const Patch<scalar_t
     const Global<const scalar_t> a(x.descriptors), b(x.key_descriptors);
     delta = 0;
     for (int64_t c = 0; c < x.channels; ++c) {
-      const scalar_t d = a.load(anchor.index * x.channels + c) - b.load(key.index * x.channels + c);
+      const scalar_t d = a.load(i * x.channels + c) - b.load(j * x.channels + c);
       delta += d < 0 ? -d : d;
     }
     delta /= scalar_t(x.channels);
   }
   // Neither a descriptor nor a bound that is not a number says which pairs count.
-  kind.undecided =
-      !(delta < scalar_t(INFINITY)) || positive_bound != positive_bound || negative_bound != negative_bound;
+  kind.undecided = !(delta < scalar_t(INFINITY)) || terms.undecided;
   const bool same = anchor.label == key.label;
-  kind.positive = same && delta <= positive_bound;
-  kind.negative = !same && delta >= negative_bound;
+  kind.positive = same && delta <= terms.positive_bound;
+  kind.negative = !same && delta >= terms.negative_bound;
   return kind;
 }
+
+// The logit of a pair that counts: that of a negative carries its weight.
+template <typename T, typename scalar_t = typename Accumulate<T>::type>
+PGLCL_DEVICE scalar_t pair_logit(const ContrastArguments<T>& x, const PairKind& kind, scalar_t dot) {
+  const scalar_t of_positive = kind.negative ? x.log_both : scalar_t(0);
+  return multiply_add(dot, x.inverse_temperature, kind.positive ? of_positive : x.log_weight);
+}
+
+// What a whole set of keys says about whether an anchor's pairs can be decided: as decide() has it pair by pair.
+template <typename scalar_t>
+struct KeyScan {
+  int32_t counted = 0;  // keys that count
+  int32_t unknown = 0;  // whether a descriptor of theirs is not finite
+  scalar_t lowest = scalar_t(INFINITY), highest = -scalar_t(INFINITY);  // of the others
+
+  PGLCL_DEVICE void add(const Patch<scalar_t>& key) {
+    if (!key.counts) return;
+    ++counted;
+    const bool finite = key.descriptor - key.descriptor == 0;
+    unknown |= !finite;
+    lowest = minimum(lowest, finite ? key.descriptor : lowest);
+    highest = maximum(highest, finite ? key.descriptor : highest);
+  }
+  PGLCL_DEVICE void merge(const KeyScan& other) {
+    counted += other.counted;
+    unknown |= other.unknown;
+    lowest = minimum(lowest, other.lowest);
+    highest = maximum(highest, other.highest);
+  }
+  // `itself`: whether the anchor is among the keys that count. A key that spoils an anchor of finite descriptor is
+  // another one.
+  PGLCL_DEVICE bool undecided(const Patch<scalar_t>& anchor, const AnchorTerms<scalar_t>& terms, bool itself) const {
+    if (!terms.counts || counted == int32_t(itself)) return false;
+    const scalar_t a = anchor.descriptor;
+    const bool finite = a - a == 0 && !(a - lowest == scalar_t(INFINITY)) && !(highest - a == scalar_t(INFINITY));
+    return terms.undecided || unknown || !finite;
+  }
+};
 
 // Sums of one anchor over the keys it has met, with a running maximum.
 template <typename scalar_t>
 struct RunningSums {
-  scalar_t highest = -scalar_t(INFINITY), sum = 0;  // of 2^exponent, less the maximum
-  scalar_t positive_dot = 0;
+  scalar_t highest = kLowest<scalar_t>;  // of the logits met
+  scalar_t sum = 0;                      // of e^(logit - highest)
+  scalar_t spread = 0;                   // of logit - highest over the positives: no large number is summed
   int32_t positives = 0;
   bool undecided = false;
 
-  PGLCL_DEVICE void add(scalar_t exponent) {
-    if (exponent > highest) {
-      // exponent - exponent: NaN, where an infinite logit leaves no answer.
-      sum = sum * power2(highest - exponent) + power2(exponent - exponent);
-      highest = exponent;
-    } else {
-      sum += power2(exponent - highest);
-    }
+  // Everything is counted from a new maximum.
+  PGLCL_DEVICE void raise(scalar_t top) {
+    const scalar_t step = highest - top;
+    sum *= power_e(step);
+    if (positives > 0) spread += scalar_t(positives) * step;
+    highest = top;
   }
 
-  template <typename T>
-  PGLCL_DEVICE void meet(const ContrastArguments<T>& x, const PairKind& kind, scalar_t dot) {
-    undecided = undecided || kind.undecided;
-    if (kind.positive) {
-      add(dot * x.scale);
-      positive_dot += dot;
-      ++positives;
+  // Logits of pairs that do not count are minus infinity; bit k of `positive` says what logit k is.
+  template <int kCount>
+  PGLCL_DEVICE void add(const scalar_t (&logits)[kCount], uint32_t positive) {
+    scalar_t top = highest;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) top = maximum(top, logits[k]);  // of numbers; NaN shows in the sum
+    raise(top);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const scalar_t below = logits[k] - highest;  // NaN, where an infinite logit leaves no answer
+      sum += power_e(below);
+      if (positive >> k & 1) spread += below;
     }
-    if (kind.negative && x.negative_weight > 0) add(dot * x.scale + logarithm2(x.negative_weight));
+    positives += count_bits(positive);
   }
 
-  // What the neighbour at `lane_mask` has met is met here as well.
+  // What the neighbour at `lane_mask` has met is met here as well. Addition commutes, so both lanes get the same bits.
   PGLCL_DEVICE void merge(int lane_mask) {
-    const scalar_t other_highest = shuffle_xor(highest, lane_mask), other_sum = shuffle_xor(sum, lane_mask);
-    positive_dot += shuffle_xor(positive_dot, lane_mask);
-    positives += shuffle_xor(positives, lane_mask);
-    undecided = shuffle_xor(int(undecided), lane_mask) || undecided;
-    const scalar_t top = other_highest > highest ? other_highest : highest;
-    if (top > -scalar_t(INFINITY)) {
-      // Addition commutes, so both lanes get the same bits.
-      sum = sum * power2(highest - top) + other_sum * power2(other_highest - top);
-      highest = top;
-    } else {
-      sum += other_sum;  // 0, or the NaN of a logit that is none
-    }
+    RunningSums other;
+    other.highest = shuffle_xor(highest, lane_mask);
+    other.sum = shuffle_xor(sum, lane_mask);
+    other.spread = shuffle_xor(spread, lane_mask);
+    other.positives = shuffle_xor(positives, lane_mask);
+    other.undecided = shuffle_xor(int(undecided), lane_mask);
+    merge(other);
+  }
+  PGLCL_DEVICE void merge(RunningSums other) {
+    const scalar_t top = maximum(highest, other.highest);
+    raise(top);
+    other.raise(top);
+    sum += other.sum;
+    spread += other.spread;
+    positives += other.positives;
+    undecided = undecided || other.undecided;
   }
 
-  template <typename T>
-  PGLCL_DEVICE void write(const ContrastArguments<T>& x, int64_t i, Global<scalar_t> lse, Global<scalar_t> logit,
-                          Global<int32_t> count) const {
+  PGLCL_DEVICE void write(int64_t i, const ContrastSums<scalar_t>& out) const {
     const bool met = sum != scalar_t(0) || positives > 0;
-    scalar_t value = met ? (highest + logarithm2(sum)) * scalar_t(kLn2) : -scalar_t(INFINITY);
-    if (undecided) value = scalar_t(NAN);
-    lse.store(i, value);
-    logit.store(i, positives ? positive_dot / (x.temperature * scalar_t(positives)) : scalar_t(0));
-    count.store(i, undecided && positives == 0 ? 1 : positives);
+    const scalar_t none = undecided ? scalar_t(NAN) : scalar_t(0);
+    Global<scalar_t>(out.max_logit).store(i, met ? highest + none : none - scalar_t(INFINITY));
+    Global<scalar_t>(out.log_sum).store(i, met ? logarithm2(sum) * scalar_t(kLn2) + none : none);
+    Global<scalar_t>(out.positive_logit).store(i, positives ? highest + spread / scalar_t(positives) : scalar_t(0));
+    Global<int32_t>(out.num_positives).store(i, undecided && positives == 0 ? 1 : positives);
   }
 };
 
-// dL/d(dot) of a pair, from its anchor's side.
+// dL/d(dot) of a pair, from its anchor's side. No exponent is above 0 and no share above 1: the maximum bounds the
+// logit, whatever the rounding, and the sum holds the maximum's own 1.
 template <typename T, typename scalar_t = typename Accumulate<T>::type>
 PGLCL_DEVICE scalar_t pair_weight(const ContrastArguments<T>& x, const PairKind& kind,
                                   const AnchorTerms<scalar_t>& terms, scalar_t dot) {
-  scalar_t weight = 0;
-  if (!kind.positive && !kind.negative) return weight;
-  const scalar_t p = power2(dot * x.scale - terms.shift);
-  if (kind.positive) weight += terms.coefficient * p - terms.mean;
-  if (kind.negative && x.negative_weight > 0) weight += terms.coefficient * (x.negative_weight * p);
-  return weight;
+  const scalar_t below = minimum(pair_logit(x, kind, dot) - terms.max_logit, scalar_t(0));
+  const scalar_t share = power_e(below - terms.log_sum);
+  // An infinite dot is no number times 0, and so is the gradient of who uses it.
+  const scalar_t rest = multiply_add(dot, scalar_t(0), kind.positive ? -terms.mean : scalar_t(0));
+  const scalar_t weight = multiply_add(terms.coefficient, share, rest);
+  return kind.positive || kind.negative ? weight : scalar_t(0);
 }
 
 template <typename T, typename scalar_t = typename Accumulate<T>::type>
@@ -220,20 +305,22 @@ PGLCL_DEVICE scalar_t warp_dot(Global<const T> a, int64_t i, Global<const T> b, 
 
 // One warp per anchor meets every key.
 template <typename T>
-PGLCL_KERNEL contrast_forward_plain(ContrastArguments<T> x, typename Accumulate<T>::type* lse,
-                                    typename Accumulate<T>::type* logit, int32_t* count) {
+PGLCL_KERNEL contrast_forward_plain(ContrastArguments<T> x, ContrastSums<typename Accumulate<T>::type> out) {
   using scalar_t = typename Accumulate<T>::type;
   const int64_t i = int64_t(block_index()) * (kContrastThreads / 32) + thread_index() / 32;
   if (i >= x.n) return;  // the whole warp
   const Patch<scalar_t> anchor = load_patch(x, i, true);
-  const AnchorTerms<scalar_t> terms = load_terms<T>(x, i);
+  const AnchorTerms<scalar_t> terms = load_terms<T>(x, i, anchor);
   RunningSums<scalar_t> sums;
   for (int64_t j = 0; j < x.m; ++j) {
-    const PairKind kind = decide(x, anchor, load_patch(x, j, false), terms.positive_bound, terms.negative_bound);
-    if (!kind.positive && !kind.negative && !kind.undecided) continue;  // the same in all lanes
-    sums.meet(x, kind, warp_dot<T>(x.anchors, i, x.keys, j, x.depth));
+    const PairKind kind = decide(x, i, anchor, j, load_patch(x, j, false), terms);
+    sums.undecided = sums.undecided || kind.undecided;
+    if (!kind.positive && !kind.negative) continue;  // the same in all lanes
+    const scalar_t dot = warp_dot<T>(x.anchors, i, x.keys, j, x.depth);
+    sums.add({pair_logit(x, kind, dot)}, kind.positive);
+    if (kind.positive && kind.negative) sums.spread -= x.log_both;
   }
-  if (thread_index() % 32 == 0) sums.write(x, i, lse, logit, count);
+  if (thread_index() % 32 == 0) sums.write(i, out);
 }
 
 constexpr int kPlainDepth = 512;  // columns of the gradient summed at once: 4 warps x 512 x 8 bytes = 16 KiB
@@ -254,8 +341,8 @@ PGLCL_KERNEL contrast_backward_plain(ContrastArguments<T> x, ContrastGradients<t
   const Global<T> grad(grad_data);
   const int64_t others = own_anchor ? x.m : x.n;
   const Patch<scalar_t> own = load_patch(x, row, own_anchor);
-  const AnchorTerms<scalar_t> own_terms = load_terms<T>(x, g, own_anchor ? row : x.n);
-  const bool unknown = own_anchor && own_terms.shift != own_terms.shift;
+  const AnchorTerms<scalar_t> own_terms = own_anchor ? load_terms<T>(x, g, row, own) : no_terms<T>();
+  const bool unknown = own_terms.log_sum != own_terms.log_sum;
 
   for (int64_t first = 0; first < x.depth; first += kPlainDepth) {
     const int64_t width = x.depth - first < kPlainDepth ? x.depth - first : kPlainDepth;
@@ -263,10 +350,10 @@ PGLCL_KERNEL contrast_backward_plain(ContrastArguments<T> x, ContrastGradients<t
       sums.store(warp * kPlainDepth + d, unknown ? scalar_t(NAN) : scalar_t(0));
     for (int64_t j = 0; j < others; ++j) {
       const Patch<scalar_t> other = load_patch(x, j, !own_anchor);
-      const AnchorTerms<scalar_t> other_terms = load_terms<T>(x, g, own_key ? j : x.n);
+      const AnchorTerms<scalar_t> other_terms = own_key ? load_terms<T>(x, g, j, other) : no_terms<T>();
       PairKind as_anchor{}, as_key{};
-      if (own_anchor) as_anchor = decide(x, own, other, own_terms.positive_bound, own_terms.negative_bound);
-      if (own_key) as_key = decide(x, other, own, other_terms.positive_bound, other_terms.negative_bound);
+      if (own_anchor) as_anchor = decide(x, row, own, j, other, own_terms);
+      if (own_key) as_key = decide(x, j, other, row, own, other_terms);
       if (!as_anchor.positive && !as_anchor.negative && !as_key.positive && !as_key.negative) continue;
       const scalar_t dot = warp_dot<T>(own_rows, row, other_rows, j, x.depth);
       const scalar_t weight = pair_weight(x, as_anchor, own_terms, dot) + pair_weight(x, as_key, other_terms, dot);
@@ -284,10 +371,10 @@ constexpr int kReduceThreads = 256;
 
 // The loss from the sums of its anchors: one block, in a fixed order. loss holds n numbers, or one.
 template <typename scalar_t>
-PGLCL_KERNEL contrast_reduce(const scalar_t* lse_data, const scalar_t* logit_data, const int32_t* count_data, int64_t n,
-                             bool per_anchor, bool mean, scalar_t* loss_data, int64_t* num_valid_data) {
-  const Global<const scalar_t> lse(lse_data), logit(logit_data);
-  const Global<const int32_t> count(count_data);
+PGLCL_KERNEL contrast_reduce(ContrastSums<scalar_t> sums, int64_t n, bool per_anchor, bool mean, scalar_t* loss_data,
+                             int64_t* num_valid_data) {
+  const Global<const scalar_t> max_logit(sums.max_logit), log_sum(sums.log_sum), logit(sums.positive_logit);
+  const Global<const int32_t> count(sums.num_positives);
   const Global<scalar_t> loss(loss_data);
   PGLCL_STATIC_SHARED(double, totals, kReduceThreads);
   PGLCL_STATIC_SHARED(int64_t, counted, kReduceThreads);
@@ -296,7 +383,7 @@ PGLCL_KERNEL contrast_reduce(const scalar_t* lse_data, const scalar_t* logit_dat
   int64_t valid = 0;
   for (int64_t i = thread; i < n; i += kReduceThreads) {
     const bool counts = count.load(i) > 0;
-    const scalar_t value = counts ? lse.load(i) - logit.load(i) : scalar_t(0);
+    const scalar_t value = counts ? (max_logit.load(i) - logit.load(i)) + log_sum.load(i) : scalar_t(0);
     if (per_anchor) loss.store(i, value);
     total += double(value);
     valid += counts;

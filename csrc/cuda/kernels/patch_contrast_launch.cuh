@@ -1,72 +1,136 @@
 // Which kernel of the fused contrastive loss runs, and how it is launched: the same choice under CUDA and the emulator.
 #pragma once
 
-#include "patch_contrast_tiles.cuh"
+#include "patch_contrast_mma.cuh"
 
 namespace pglcl::cuda {
 
 // What the choice depends on besides the problem.
 struct DeviceLimits {
-  int capability;        // e.g. 80
+  int compiled_for;      // compute capability that the running code was compiled for, e.g. 80; never above the device's
   int64_t shared_bytes;  // most that a block can ask for
   bool allow_tf32;       // PyTorch's own switch for float32 products
 };
 
-// Stages of the key pipeline that fit: 2, 1, or 0 when only the plain kernel can run.
-template <typename T>
-int tile_stages(const ContrastArguments<T>& x, const DeviceLimits& device) {
-  if constexpr (sizeof(T) == 8) return 0;
-  const bool aligned = x.depth * sizeof(T) % 16 == 0 && reinterpret_cast<uintptr_t>(x.anchors) % 16 == 0 &&
-                       reinterpret_cast<uintptr_t>(x.keys) % 16 == 0;
-  if (!aligned || x.depth == 0 || x.depth > kMaxDepth) return 0;
-  for (int stages = 2; stages > 0; --stages)
-    if (tile_shared_bytes<T>(x.depth, stages) <= device.shared_bytes) return stages;
-  return 0;
-}
+enum class Path { kPlain, kFfma, kTf32, kMma };
+
+// The kernel, and the stages of its pipeline that fit: 2 or 1.
+struct Choice {
+  Path path;
+  int stages;
+};
 
 template <typename T>
-bool use_tensor_cores(const DeviceLimits& device) {
-  return device.capability >= 80 && (sizeof(T) == 2 || device.allow_tf32);
+Choice choose_path(const ContrastArguments<T>& x, const DeviceLimits& device) {
+  const bool aligned = x.depth * sizeof(T) % 16 == 0 && reinterpret_cast<uintptr_t>(x.anchors) % 16 == 0 &&
+                       reinterpret_cast<uintptr_t>(x.keys) % 16 == 0;
+  if (sizeof(T) == 8 || !aligned || x.depth == 0 || x.depth > kMaxDepth) return {Path::kPlain, 0};
+  const bool tensor = device.compiled_for >= 80;
+  for (int stages = 2; stages > 0; --stages) {
+    if constexpr (sizeof(T) == 2) {
+      const int64_t bytes = x.depth <= 128 ? mma_shared_bytes<128>(stages) : mma_shared_bytes<256>(stages);
+      if (tensor && bytes <= device.shared_bytes) return {Path::kMma, stages};
+    }
+    if (sizeof(T) == 2 && tensor) continue;
+    if (tile_shared_bytes<T>(x.depth, stages) <= device.shared_bytes)
+      return {tensor && device.allow_tf32 ? Path::kTf32 : Path::kFfma, stages};
+  }
+  return {Path::kPlain, 0};
+}
+
+// Calls body.operator()<general>(): whether masks or several channels decide which pairs count.
+template <typename T, typename Body>
+void with_rule(const ContrastArguments<T>& x, Body body) {
+  if (x.positive_mask || (x.descriptors && x.channels > 1))
+    body.template operator()<true>();
+  else
+    body.template operator()<false>();
 }
 
 inline int64_t blocks_of(int64_t rows, int64_t per_block) { return (rows + per_block - 1) / per_block; }
 
 template <typename T, Math kMath>
-void launch_forward_tiles(const ContrastArguments<T>& x, float* lse, float* logit, int32_t* count, int stages,
-                          PglclStream stream) {
-  const int64_t bytes = tile_shared_bytes<T>(x.depth, stages);
-  PGLCL_ALLOW_SHARED((contrast_forward_tiles<T, kMath>), bytes);
-  PGLCL_LAUNCH((contrast_forward_tiles<T, kMath>), blocks_of(x.n, kRows), 1, kContrastThreads, bytes, stream, x, lse,
-               logit, count, stages);
+void launch_forward_tiles(const ContrastArguments<T>& x, const DeviceLimits& device, const ContrastSums<float>& out,
+                          int stages, PglclStream stream) {
+  with_rule(x, [&]<bool kGeneral>() {
+    constexpr auto kernel = contrast_forward_tiles<T, kMath, kGeneral>;
+    const int64_t bytes = tile_shared_bytes<T>(x.depth, stages);
+    PGLCL_ALLOW_SHARED(kernel, bytes, device.shared_bytes);
+    PGLCL_LAUNCH(kernel, blocks_of(x.n, kRows), 1, kContrastThreads, bytes, stream, x, out, stages);
+  });
+}
+
+template <typename T, int kDepth>
+void launch_forward_mma(const ContrastArguments<T>& x, const DeviceLimits& device, const ContrastSums<float>& out,
+                        int stages, PglclStream stream) {
+  with_rule(x, [&]<bool kGeneral>() {
+    constexpr auto kernel = contrast_forward_mma<T, kDepth, kGeneral>;
+    const int64_t bytes = mma_shared_bytes<kDepth>(stages);
+    PGLCL_ALLOW_SHARED(kernel, bytes, device.shared_bytes);
+    PGLCL_LAUNCH(kernel, blocks_of(x.n, kMmaRows), 1, kContrastThreads, bytes, stream, x, out, stages);
+  });
 }
 
 template <typename T, typename scalar_t = typename Accumulate<T>::type>
-void run_contrast_forward(const ContrastArguments<T>& x, const DeviceLimits& device, scalar_t* lse, scalar_t* logit,
-                          int32_t* count, bool per_anchor, bool mean, scalar_t* loss, int64_t* num_valid,
-                          PglclStream stream) {
+void run_contrast_forward(const ContrastArguments<T>& x, const DeviceLimits& device, const ContrastSums<scalar_t>& out,
+                          bool per_anchor, bool mean, scalar_t* loss, int64_t* num_valid, PglclStream stream) {
   if (x.n > 0) {
-    const int stages = tile_stages(x, device);
-    if constexpr (sizeof(T) < 8) {
-      if (stages > 0 && use_tensor_cores<T>(device))
-        launch_forward_tiles<T, Math::kTensor>(x, lse, logit, count, stages, stream);
-      else if (stages > 0)
-        launch_forward_tiles<T, Math::kFfma>(x, lse, logit, count, stages, stream);
+    const Choice choice = choose_path(x, device);
+    if constexpr (sizeof(T) == 2) {
+      if (choice.path == Path::kMma && x.depth <= 128)
+        launch_forward_mma<T, 128>(x, device, out, choice.stages, stream);
+      else if (choice.path == Path::kMma)
+        launch_forward_mma<T, 256>(x, device, out, choice.stages, stream);
     }
-    if (stages == 0)
+    if constexpr (sizeof(T) == 4)
+      if (choice.path == Path::kTf32)
+        launch_forward_tiles<T, Math::kTensor>(x, device, out, choice.stages, stream);
+    if constexpr (sizeof(T) < 8)
+      if (choice.path == Path::kFfma) launch_forward_tiles<T, Math::kFfma>(x, device, out, choice.stages, stream);
+    if (choice.path == Path::kPlain)
       PGLCL_LAUNCH(contrast_forward_plain<T>, blocks_of(x.n, kContrastThreads / 32), 1, kContrastThreads, 0, stream, x,
-                   lse, logit, count);
+                   out);
   }
-  PGLCL_LAUNCH(contrast_reduce<scalar_t>, 1, 1, kReduceThreads, 0, stream, lse, logit, count, x.n, per_anchor, mean,
-               loss, num_valid);
+  PGLCL_LAUNCH(contrast_reduce<scalar_t>, 1, 1, kReduceThreads, 0, stream, out, x.n, per_anchor, mean, loss, num_valid);
 }
 
-template <typename T, Math kMath, int kDepth>
-void launch_backward_tiles(const ContrastArguments<T>& x, const ContrastGradients<float>& g, T* grad, bool own_anchor,
-                           bool own_key, int stages, PglclStream stream) {
-  const int64_t bytes = tile_shared_bytes<T>(x.depth, stages);
-  PGLCL_ALLOW_SHARED((contrast_backward_tiles<T, kMath, kDepth>), bytes);
-  PGLCL_LAUNCH((contrast_backward_tiles<T, kMath, kDepth>), blocks_of(own_anchor ? x.n : x.m, kRows), 1,
-               kContrastThreads, bytes, stream, x, g, grad, own_anchor, own_key, stages);
+template <typename T, Math kMath>
+void launch_backward_tiles(const ContrastArguments<T>& x, const ContrastGradients<float>& g,
+                           const DeviceLimits& device, T* grad, bool own_anchor, bool own_key, int stages,
+                           PglclStream stream) {
+  with_rule(x, [&]<bool kGeneral>() {
+    const auto launch = [&]<int kDepth>() {
+      constexpr auto kernel = contrast_backward_tiles<T, kMath, kDepth, kGeneral>;
+      const int64_t bytes = tile_shared_bytes<T>(x.depth, stages);
+      PGLCL_ALLOW_SHARED(kernel, bytes, device.shared_bytes);
+      PGLCL_LAUNCH(kernel, blocks_of(own_anchor ? x.n : x.m, kRows), 1, kContrastThreads, bytes, stream, x, g, grad,
+                   own_anchor, own_key, stages);
+    };
+    x.depth > 128 ? launch.template operator()<256>() : launch.template operator()<128>();
+  });
+}
+
+template <typename T, int kDepth, Owner kOwner>
+void launch_backward_mma(const ContrastArguments<T>& x, const ContrastGradients<float>& g, const DeviceLimits& device,
+                         T* grad, int stages, PglclStream stream) {
+  with_rule(x, [&]<bool kGeneral>() {
+    constexpr auto kernel = contrast_backward_mma<T, kDepth, kOwner, kGeneral>;
+    const int64_t bytes = mma_shared_bytes<kDepth>(stages);
+    PGLCL_ALLOW_SHARED(kernel, bytes, device.shared_bytes);
+    PGLCL_LAUNCH(kernel, blocks_of(kOwner == Owner::kKeys ? x.m : x.n, kMmaRows), 1, kContrastThreads, bytes, stream, x,
+                 g, grad, stages);
+  });
+}
+
+template <typename T, int kDepth>
+void launch_backward_mma(const ContrastArguments<T>& x, const ContrastGradients<float>& g, const DeviceLimits& device,
+                         T* grad, bool own_anchor, bool own_key, int stages, PglclStream stream) {
+  if (own_anchor && own_key)
+    launch_backward_mma<T, kDepth, Owner::kBoth>(x, g, device, grad, stages, stream);
+  else if (own_anchor)
+    launch_backward_mma<T, kDepth, Owner::kAnchors>(x, g, device, grad, stages, stream);
+  else
+    launch_backward_mma<T, kDepth, Owner::kKeys>(x, g, device, grad, stages, stream);
 }
 
 // The gradient of the anchors (own_anchor), of the keys (own_key), or of both at once when they are the same.
@@ -75,17 +139,19 @@ void run_contrast_backward(const ContrastArguments<T>& x, const ContrastGradient
                            const DeviceLimits& device, T* grad, bool own_anchor, bool own_key, PglclStream stream) {
   const int64_t rows = own_anchor ? x.n : x.m;
   if (rows == 0 || x.depth == 0) return;
-  const int stages = tile_stages(x, device);
-  if constexpr (sizeof(T) < 8) {
-    if (stages > 0) {
-      const bool tensor = use_tensor_cores<T>(device), deep = x.depth > 128;
-      if (tensor && deep)
-        return launch_backward_tiles<T, Math::kTensor, 256>(x, g, grad, own_anchor, own_key, stages, stream);
-      if (tensor) return launch_backward_tiles<T, Math::kTensor, 128>(x, g, grad, own_anchor, own_key, stages, stream);
-      if (deep) return launch_backward_tiles<T, Math::kFfma, 256>(x, g, grad, own_anchor, own_key, stages, stream);
-      return launch_backward_tiles<T, Math::kFfma, 128>(x, g, grad, own_anchor, own_key, stages, stream);
-    }
+  const Choice choice = choose_path(x, device);
+  if constexpr (sizeof(T) == 2) {
+    if (choice.path == Path::kMma && x.depth <= 128)
+      return launch_backward_mma<T, 128>(x, g, device, grad, own_anchor, own_key, choice.stages, stream);
+    if (choice.path == Path::kMma)
+      return launch_backward_mma<T, 256>(x, g, device, grad, own_anchor, own_key, choice.stages, stream);
   }
+  if constexpr (sizeof(T) == 4)
+    if (choice.path == Path::kTf32)
+      return launch_backward_tiles<T, Math::kTensor>(x, g, device, grad, own_anchor, own_key, choice.stages, stream);
+  if constexpr (sizeof(T) < 8)
+    if (choice.path == Path::kFfma)
+      return launch_backward_tiles<T, Math::kFfma>(x, g, device, grad, own_anchor, own_key, choice.stages, stream);
   const int64_t bytes = kContrastThreads / 32 * kPlainDepth * sizeof(scalar_t);
   PGLCL_LAUNCH(contrast_backward_plain<T>, blocks_of(rows, kContrastThreads / 32), 1, kContrastThreads, bytes, stream,
                x, g, grad, own_anchor, own_key);

@@ -1,4 +1,5 @@
-// The fast kernels of the fused contrastive loss: float32, bfloat16 and float16, depth up to 256.
+// Tiles of the fused contrastive loss in shared memory: float32, with TF32 or FFMA, and 16-bit types where there are no
+// tensor cores; depth up to 256. 16-bit types on tensor cores: patch_contrast_mma.cuh.
 //
 // A block owns kRows rows (anchors, or keys for their gradient) and streams tiles of the others through shared memory,
 // copied asynchronously, the next one while this one is worked on. The steps of a tile:
@@ -12,8 +13,7 @@
 
 namespace pglcl::cuda {
 
-// FFMA everywhere, or tensor cores: TF32 for float32, 16-bit operands for the others. Gradients of 16-bit inputs go
-// through TF32, which holds them exactly and keeps the weights' range.
+// FFMA everywhere, or tensor cores with TF32.
 enum class Math { kFfma, kTensor };
 
 // 32 rows: with 128 threads the gradient of 32 x 256 takes 64 registers each.
@@ -36,60 +36,199 @@ PGLCL_HOST_DEVICE constexpr int row_stride(int64_t depth) {
   return padded_depth<T>(depth) + 16 / int(sizeof(T));
 }
 
-// The anchors of a tile's columns, or its keys.
-template <typename scalar_t>
-struct ColumnSide {
-  Shared<int64_t> label;
-  Shared<scalar_t> descriptor, positive_bound, negative_bound, shift, coefficient, mean;
+constexpr int64_t rounded_to_16(int64_t bytes) { return (bytes + 15) / 16 * 16; }
+
+// The anchors of a tile's columns, or its keys, in shared memory; those of two tiles where kTurns is 2.
+template <int kCount, int kTurns = 1>
+class ColumnSide {
+ public:
+  PGLCL_DEVICE explicit ColumnSide(SharedMemory& memory)
+      : label_(memory.take<int64_t>(kTurns * kCount)),
+        number_(memory.take<float>(kNumbers * kTurns * kCount)),
+        flags_(memory.take<int>(kTurns * kCount)) {}
+
+  static constexpr int64_t bytes() {
+    return rounded_to_16(kTurns * kCount * sizeof(int64_t)) + rounded_to_16(kNumbers * kTurns * kCount * sizeof(float)) +
+           rounded_to_16(kTurns * kCount * sizeof(int));
+  }
+  // That of one tile of the two.
+  PGLCL_DEVICE ColumnSide of_turn(int turn) const {
+    ColumnSide side = *this;
+    side.first_ = turn * kCount;
+    return side;
+  }
+
+  PGLCL_DEVICE void store(int c, const Patch<float>& patch) const {
+    label_.store(first_ + c, patch.label);
+    store_number(kDescriptor, c, patch.descriptor);
+    flags_.store(first_ + c, patch.counts);
+  }
+  PGLCL_DEVICE void store(int c, const Patch<float>& patch, const AnchorTerms<float>& terms) const {
+    label_.store(first_ + c, patch.label);
+    store_number(kDescriptor, c, patch.descriptor);
+    store_number(kPositiveBound, c, terms.positive_bound);
+    store_number(kNegativeBound, c, terms.negative_bound);
+    store_number(kMaxLogit, c, terms.max_logit);
+    store_number(kLogSum, c, terms.log_sum);
+    store_number(kCoefficient, c, terms.coefficient);
+    store_number(kMean, c, terms.mean);
+    flags_.store(first_ + c, int(patch.counts) | int(terms.counts) << 1 | int(terms.undecided) << 2);
+  }
+
+  // kGroup columns beginning with c, at once. What only decide() asks for is left out by kGeneral = false.
+  template <int kGroup, bool kGeneral>
+  PGLCL_DEVICE void patches(int c, Patch<float> (&out)[kGroup]) const {
+    const auto label = label_.template load_vector<kGroup>(first_ + c);
+    const auto descriptor = numbers<kGroup>(kDescriptor, c);
+#pragma unroll
+    for (int k = 0; k < kGroup; ++k)
+      out[k] = {label.at[k], descriptor.at[k], !kGeneral || bool(flags_.load(first_ + c + k) & 1)};
+  }
+  template <int kGroup, bool kGeneral>
+  PGLCL_DEVICE void terms(int c, AnchorTerms<float> (&out)[kGroup]) const {
+    const auto positive_bound = numbers<kGroup>(kPositiveBound, c), negative_bound = numbers<kGroup>(kNegativeBound, c);
+    const auto max_logit = numbers<kGroup>(kMaxLogit, c), log_sum = numbers<kGroup>(kLogSum, c);
+    const auto coefficient = numbers<kGroup>(kCoefficient, c), mean = numbers<kGroup>(kMean, c);
+#pragma unroll
+    for (int k = 0; k < kGroup; ++k) {
+      const int flags = kGeneral ? flags_.load(first_ + c + k) : 2;
+      out[k] = {positive_bound.at[k], negative_bound.at[k], max_logit.at[k],  log_sum.at[k],
+                coefficient.at[k],    mean.at[k],           bool(flags & 2), bool(flags & 4)};
+    }
+  }
+
+ private:
+  enum { kDescriptor, kPositiveBound, kNegativeBound, kMaxLogit, kLogSum, kCoefficient, kMean, kNumbers };
+
+  PGLCL_DEVICE void store_number(int which, int c, float value) const {
+    number_.store(which * kTurns * kCount + first_ + c, value);
+  }
+  template <int kGroup>
+  PGLCL_DEVICE Vector<float, kGroup> numbers(int which, int c) const {
+    return number_.template load_vector<kGroup>(which * kTurns * kCount + first_ + c);
+  }
+
+  Shared<int64_t> label_;
+  Shared<float> number_;
+  Shared<int> flags_;  // for decide(): bit 0, the patch counts; 1, its terms do; 2, they are undecided
+  int first_ = 0;
 };
+
+// What the threads of a block know of the keys, put together.
+class ScanMemory {
+ public:
+  static constexpr int kWarps = kContrastThreads / 32;
+  PGLCL_DEVICE explicit ScanMemory(SharedMemory& memory)
+      : counts_(memory.take<int>(2 * kWarps)), range_(memory.take<float>(2 * kWarps)) {}
+  static constexpr int64_t bytes() { return 2 * rounded_to_16(2 * kWarps * sizeof(float)); }
+
+  PGLCL_DEVICE KeyScan<float> merged(KeyScan<float> scan) const {
+    for (int lane = 16; lane > 0; lane /= 2) {
+      KeyScan<float> other;
+      other.counted = shuffle_xor(scan.counted, lane);
+      other.unknown = shuffle_xor(scan.unknown, lane);
+      other.lowest = shuffle_xor(scan.lowest, lane);
+      other.highest = shuffle_xor(scan.highest, lane);
+      scan.merge(other);
+    }
+    if (thread_index() % 32 == 0) {
+      const int at = thread_index() / 32 * 2;
+      counts_.store(at, scan.counted);
+      counts_.store(at + 1, scan.unknown);
+      range_.store(at, scan.lowest);
+      range_.store(at + 1, scan.highest);
+    }
+    sync_threads();
+    KeyScan<float> all;
+    for (int at = 0; at < 2 * kWarps; at += 2)
+      all.merge({counts_.load(at), counts_.load(at + 1), range_.load(at), range_.load(at + 1)});
+    return all;
+  }
+
+ private:
+  Shared<int> counts_;
+  Shared<float> range_;
+};
+
+// Whether the anchor's own row is among the keys, and counts there.
+template <typename T>
+PGLCL_DEVICE bool is_its_own_key(const ContrastArguments<T>& x, int64_t anchor, int64_t first_key, int64_t last_key) {
+  const int64_t key = anchor + x.self_offset;
+  return x.self_offset >= 0 && key >= first_key && key < last_key && load_patch(x, key, false).counts;
+}
 
 template <typename T>
 constexpr int64_t tile_shared_bytes(int64_t depth, int stages) {
-  const auto rounded = [](int64_t bytes) { return (bytes + 15) / 16 * 16; };
-  return rounded(int64_t(kRows) * row_stride<T>(depth) * sizeof(T)) +
-         rounded(int64_t(stages) * kColumns<T> * row_stride<T>(depth) * sizeof(T)) +
-         rounded(int64_t(kRows) * kWeightStride<T> * sizeof(float)) + rounded(kColumns<T> * sizeof(int64_t)) +
-         6 * rounded(kColumns<T> * sizeof(float));
+  return rounded_to_16(int64_t(kRows) * row_stride<T>(depth) * sizeof(T)) +
+         rounded_to_16(int64_t(stages) * kColumns<T> * row_stride<T>(depth) * sizeof(T)) +
+         rounded_to_16(int64_t(kRows) * kWeightStride<T> * sizeof(float)) + ColumnSide<kColumns<T>>::bytes() +
+         ScanMemory::bytes() + rounded_to_16(sizeof(int));
 }
 
 // --- copies
 // ------------------------------------------------------------------------------------------------------------------
 
+// Which 16 bytes of a tile this thread copies, one after another: found once, so that no copy divides.
+struct CopyPlan {
+  int row, chunk, rows_on, chunks_on, chunks;
+
+  // A tile has `all` chunks of 16 bytes per row.
+  PGLCL_DEVICE explicit CopyPlan(int all)
+      : row(thread_index() / all),
+        chunk(thread_index() % all),
+        rows_on(kContrastThreads / all),
+        chunks_on(kContrastThreads % all),
+        chunks(all) {}
+
+  PGLCL_DEVICE void advance(int& r, int& c) const {
+    r += rows_on;
+    c += chunks_on;
+    if (c >= chunks) {
+      c -= chunks;
+      ++r;
+    }
+  }
+};
+
 // `count` rows starting at `first` of a (total, depth) matrix; rows and columns past its end become zeros.
 template <typename T>
-PGLCL_DEVICE void copy_rows(Shared<T> to, int at, Global<const T> from, int64_t first, int count, int64_t total,
-                            int64_t depth) {
+PGLCL_DEVICE void copy_rows(const CopyPlan& plan, const Shared<T>& to, int at, int stride, const Global<const T>& from,
+                            int64_t first, int count, int64_t total, int64_t depth) {
   constexpr int kElements = 16 / sizeof(T);
-  const int stride = row_stride<T>(depth), chunks = padded_depth<T>(depth) / kElements;
-  for (int chunk = thread_index(); chunk < count * chunks; chunk += kContrastThreads) {
-    const int r = chunk / chunks, d = chunk % chunks * kElements;
-    const bool beyond = first + r >= total || d >= depth;
+  const int rows_left = int(total - first < count ? total - first : count);
+  int r = plan.row, c = plan.chunk;
+  while (r < count) {
+    const int d = c * kElements;
+    const bool beyond = r >= rows_left || d >= depth;
     to.copy_async(at + r * stride + d, from, beyond ? 0 : (first + r) * depth + d, beyond);
+    plan.advance(r, c);
   }
 }
 
-template <typename T>
-PGLCL_DEVICE void load_columns(const ContrastArguments<T>& x, int64_t first, bool as_anchors,
-                               const ColumnSide<float>& columns) {
-  for (int c = thread_index(); c < kColumns<T>; c += kContrastThreads) {
-    const Patch<float> patch = load_patch(x, first + c, as_anchors);
-    columns.label.store(c, patch.label);
-    columns.descriptor.store(c, patch.descriptor);
+// The columns of a tile that this thread loads: keys for the forward pass, anchors with their terms for the gradient of
+// keys.
+template <typename T, int kCount>
+PGLCL_DEVICE void load_columns(const ContrastArguments<T>& x, int64_t first, const ColumnSide<kCount>& columns,
+                               KeyScan<float>& scan) {
+  for (int c = thread_index(); c < kCount; c += kContrastThreads) {
+    const Patch<float> patch = load_patch(x, first + c, false);
+    scan.add(patch);
+    columns.store(c, patch);
+  }
+}
+template <typename T, int kCount>
+PGLCL_DEVICE void load_columns(const ContrastArguments<T>& x, const ContrastGradients<float>& g, int64_t first,
+                               bool are_anchors, bool have_terms, const ColumnSide<kCount>& columns) {
+  for (int c = thread_index(); c < kCount; c += kContrastThreads) {
+    const Patch<float> patch = load_patch(x, first + c, are_anchors);
+    columns.store(c, patch, have_terms ? load_terms<T>(x, g, first + c, patch) : no_terms<T>());
   }
 }
 
-template <typename T>
-PGLCL_DEVICE void load_column_terms(const ContrastArguments<T>& x, const ContrastGradients<float>& g, int64_t first,
-                                    bool as_anchors, const ColumnSide<float>& columns) {
-  for (int c = thread_index(); c < kColumns<T>; c += kContrastThreads) {
-    // Only anchors have terms; those of keys are never looked at.
-    const AnchorTerms<float> terms = load_terms<T>(x, g, as_anchors ? first + c : x.n);
-    columns.positive_bound.store(c, terms.positive_bound);
-    columns.negative_bound.store(c, terms.negative_bound);
-    columns.shift.store(c, terms.shift);
-    columns.coefficient.store(c, terms.coefficient);
-    columns.mean.store(c, terms.mean);
-  }
+// Which column of a tile is the row's own patch; -1: none.
+PGLCL_DEVICE int own_column(int64_t row, int64_t shift, int64_t first, int count) {
+  const int64_t c = row + shift - first;
+  return c >= 0 && c < count ? int(c) : -1;
 }
 
 // --- step 1: dots
@@ -123,61 +262,30 @@ PGLCL_DEVICE void dots_ffma(const Shared<T>& rows, const Shared<T>& columns, int
     for (int c = 0; c < kPerThread; ++c) out.store((row + r) * kWeightStride<T> + column + 8 * c, sums[r][c]);
 }
 
-// Fragments of an operand whose depth is contiguous: rows r, r + 8 and two depths per register for 16-bit elements, one
-// for TF32 (the layouts of mma.sync in the PTX ISA).
-template <typename T>
-struct Fragments;
-
-template <>
-struct Fragments<float> {
-  static constexpr int kDepth = 8;
-  PGLCL_DEVICE static uint32_t word(const Shared<float>& s, int i, int within) { return to_tf32(s.load(i + within)); }
-  static constexpr int kNext = 4;  // from the first to the second half of the depth
-  PGLCL_DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_tf32(d, a, b); }
-};
-template <typename T>
-struct Fragments16 {
-  static constexpr int kDepth = 16;
-  static constexpr int kNext = 8;
-  PGLCL_DEVICE static uint32_t word(const Shared<T>& s, int i, int within) {
-    const Vector<T, 2> pair = s.template load_vector<2>(i + 2 * within);
-    return pair.at[0].bits | uint32_t(pair.at[1].bits) << 16;
-  }
-};
-template <>
-struct Fragments<BFloat16> : Fragments16<BFloat16> {
-  PGLCL_DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_bf16(d, a, b); }
-};
-template <>
-struct Fragments<Float16> : Fragments16<Float16> {
-  PGLCL_DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_f16(d, a, b); }
-};
-
-// Tensor cores: a warp has all rows and a quarter of the columns.
-template <typename T>
-PGLCL_DEVICE void dots_tensor(const Shared<T>& rows, const Shared<T>& columns, int column_at, int64_t depth,
+// Tensor cores, TF32: a warp has all rows and a quarter of the columns. Fragments are laid out as mma.sync has them in the
+// PTX ISA.
+PGLCL_DEVICE void dots_tensor(const Shared<float>& rows, const Shared<float>& columns, int column_at, int64_t depth,
                               const Shared<float>& out) {
-  using F = Fragments<T>;
-  constexpr int kTiles = kColumns<T> / 4 / 8;  // of 8 columns, per warp
-  const int stride = row_stride<T>(depth), steps = padded_depth<T>(depth);
+  constexpr int kTiles = kColumns<float> / 4 / 8;  // of 8 columns, per warp
+  const int stride = row_stride<float>(depth), steps = padded_depth<float>(depth);
   const int lane = thread_index() % 32, group = lane / 4, within = lane % 4;
-  const int first_column = thread_index() / 32 * (kColumns<T> / 4);
+  const int first_column = thread_index() / 32 * (kColumns<float> / 4);
   float sums[2][kTiles][4] = {};
-  for (int d = 0; d < steps; d += F::kDepth) {
+  for (int d = 0; d < steps; d += 8) {
     uint32_t a[2][4];
 #pragma unroll
     for (int m = 0; m < 2; ++m)
 #pragma unroll
       for (int w = 0; w < 4; ++w)
-        a[m][w] = F::word(rows, (16 * m + group + 8 * (w % 2)) * stride + d + F::kNext * (w / 2), within);
+        a[m][w] = to_tf32(rows.load((16 * m + group + 8 * (w % 2)) * stride + d + 4 * (w / 2) + within));
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       uint32_t b[2];
 #pragma unroll
       for (int w = 0; w < 2; ++w)
-        b[w] = F::word(columns, column_at + (first_column + 8 * n + group) * stride + d + F::kNext * w, within);
-      F::mma(sums[0][n], a[0], b);
-      F::mma(sums[1][n], a[1], b);
+        b[w] = to_tf32(columns.load(column_at + (first_column + 8 * n + group) * stride + d + 4 * w + within));
+      mma_tf32(sums[0][n], a[0], b);
+      mma_tf32(sums[1][n], a[1], b);
     }
   }
 #pragma unroll
@@ -186,7 +294,7 @@ PGLCL_DEVICE void dots_tensor(const Shared<T>& rows, const Shared<T>& columns, i
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        out.store((16 * m + group + 8 * (i / 2)) * kWeightStride<T> + first_column + 8 * n + 2 * within + i % 2,
+        out.store((16 * m + group + 8 * (i / 2)) * kWeightStride<float> + first_column + 8 * n + 2 * within + i % 2,
                   sums[m][n][i]);
 }
 
@@ -194,13 +302,20 @@ template <typename T, Math kMath>
 PGLCL_DEVICE void compute_dots(const Shared<T>& rows, const Shared<T>& columns, int column_at, int64_t depth,
                                const Shared<float>& out) {
   if constexpr (kMath == Math::kTensor)
-    dots_tensor<T>(rows, columns, column_at, depth, out);
+    dots_tensor(rows, columns, column_at, depth, out);
   else
     dots_ffma<T>(rows, columns, column_at, depth, out);
 }
 
 // --- step 3: gradient += weights (kRows x kColumns) times columns (kColumns x depth)
 // ------------------------------------------
+
+// A column that is not finite makes weights of those rows that use it NaN; for the others, whose weight is 0, it must
+// be 0 as well. kFinite: the tile holds no such column.
+template <bool kFinite>
+PGLCL_DEVICE float finite(float x) {
+  return kFinite || x - x == 0 ? x : 0.0f;
+}
 
 // FFMA: a warp has 8 rows, a lane every 32nd depth.
 template <typename T, int kDepth>
@@ -215,6 +330,7 @@ struct GradientFfma {
       for (int c = 0; c < kPerLane; ++c) sums[r][c] = 0;
   }
 
+  template <bool kFinite>
   PGLCL_DEVICE void add(const Shared<float>& weights, const Shared<T>& columns, int column_at, int64_t depth) {
     const int stride = row_stride<T>(depth), width = padded_depth<T>(depth);
     const int row = thread_index() / 32 * 8, lane = thread_index() % 32;
@@ -225,7 +341,7 @@ struct GradientFfma {
 #pragma unroll
       for (int c = 0; c < kPerLane; ++c) {
         if (lane + 32 * c >= width) break;
-        const float value = widen(columns.load(column_at + j * stride + lane + 32 * c));
+        const float value = finite<kFinite>(widen(columns.load(column_at + j * stride + lane + 32 * c)));
 #pragma unroll
         for (int r = 0; r < 8; ++r) sums[r][c] += w[r] * value;
       }
@@ -258,6 +374,7 @@ struct GradientTensor {
         for (int i = 0; i < 4; ++i) sums[m][n][i] = 0;
   }
 
+  template <bool kFinite>
   PGLCL_DEVICE void add(const Shared<float>& weights, const Shared<T>& columns, int column_at, int64_t depth) {
     const int stride = row_stride<T>(depth), width = padded_depth<T>(depth);
     const int lane = thread_index() % 32, group = lane / 4, within = lane % 4;
@@ -275,7 +392,8 @@ struct GradientTensor {
         uint32_t b[2];
 #pragma unroll
         for (int w = 0; w < 2; ++w)
-          b[w] = to_tf32(widen(columns.load(column_at + (j + within + 4 * w) * stride + first + 8 * n + group)));
+          b[w] = to_tf32(finite<kFinite>(
+              widen(columns.load(column_at + (j + within + 4 * w) * stride + first + 8 * n + group))));
         mma_tf32(sums[0][n], a[0], b);
         mma_tf32(sums[1][n], a[1], b);
       }
@@ -315,15 +433,17 @@ template <typename T>
 struct TileMemory {
   Shared<T> rows, columns;
   Shared<float> weights;
-  ColumnSide<float> side;
+  ColumnSide<kColumns<T>> side;
+  ScanMemory scan;
+  Shared<int> infinite;  // dots that were not finite, so far
 
   PGLCL_DEVICE TileMemory(SharedMemory& memory, int64_t depth, int stages)
       : rows(memory.take<T>(kRows * row_stride<T>(depth))),
         columns(memory.take<T>(stages * kColumns<T> * row_stride<T>(depth))),
         weights(memory.take<float>(kRows * kWeightStride<T>)),
-        side{memory.take<int64_t>(kColumns<T>), memory.take<float>(kColumns<T>), memory.take<float>(kColumns<T>),
-             memory.take<float>(kColumns<T>),   memory.take<float>(kColumns<T>), memory.take<float>(kColumns<T>),
-             memory.take<float>(kColumns<T>)} {}
+        side(memory),
+        scan(memory),
+        infinite(memory.take<int>(1)) {}
 };
 
 // Streams all columns past the block's rows: with two stages the next tile is copied while this one is worked on.
@@ -332,63 +452,81 @@ template <typename T, typename Work>
 PGLCL_DEVICE void stream_columns(const TileMemory<T>& memory, Global<const T> rows, int64_t first_row,
                                  int64_t row_count, Global<const T> columns, int64_t column_count, int64_t depth,
                                  int stages, Work work) {
-  const int tile_size = kColumns<T> * row_stride<T>(depth);
+  const int stride = row_stride<T>(depth), tile_size = kColumns<T> * stride;
+  const CopyPlan plan(padded_depth<T>(depth) * int(sizeof(T)) / 16);
   const int64_t tiles = (column_count + kColumns<T> - 1) / kColumns<T>;
-  copy_rows<T>(memory.rows, 0, rows, first_row, kRows, row_count, depth);
-  copy_rows<T>(memory.columns, 0, columns, 0, kColumns<T>, column_count, depth);
-  commit_copies();
+  if (tiles == 0) return;
+  const auto copy_tile = [&](int64_t tile, int stage) {
+    copy_rows<T>(plan, memory.columns, stage * tile_size, stride, columns, tile * kColumns<T>, kColumns<T>,
+                 column_count, depth);
+    commit_copies();
+  };
+  copy_rows<T>(plan, memory.rows, 0, stride, rows, first_row, kRows, row_count, depth);
+  copy_tile(0, 0);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int stage = stages == 2 ? int(tile % 2) : 0;
     if (stages == 2 && tile + 1 < tiles) {
-      copy_rows<T>(memory.columns, (1 - stage) * tile_size, columns, (tile + 1) * kColumns<T>, kColumns<T>,
-                   column_count, depth);
-      commit_copies();
+      copy_tile(tile + 1, 1 - stage);
       wait_copies<1>();
     } else {
       wait_copies<0>();
     }
     work(tile * kColumns<T>, stage * tile_size);
     sync_threads();  // the tile and its side may be overwritten
-    if (stages == 1 && tile + 1 < tiles) {
-      copy_rows<T>(memory.columns, 0, columns, (tile + 1) * kColumns<T>, kColumns<T>, column_count, depth);
-      commit_copies();
-    }
+    if (stages == 1 && tile + 1 < tiles) copy_tile(tile + 1, 0);
   }
 }
 
-template <typename scalar_t>
-PGLCL_DEVICE Patch<scalar_t> column_patch(const ColumnSide<scalar_t>& side, int c, int64_t index, int64_t count) {
-  return {index < count ? index : -1, side.label.load(c), side.descriptor.load(c)};
-}
-
-template <typename T, Math kMath>
-PGLCL_KERNEL contrast_forward_tiles(ContrastArguments<T> x, float* lse, float* logit, int32_t* count, int stages) {
+// kGeneral: masks or several channels decide, instead of decide_by_rule.
+template <typename T, Math kMath, bool kGeneral>
+PGLCL_KERNEL contrast_forward_tiles(ContrastArguments<T> x, ContrastSums<float> out, int stages) {
+  constexpr int kPairs = kColumns<T> / 4;  // per thread: four neighbours share a row in step 2
   SharedMemory shared;
   const TileMemory<T> memory(shared, x.depth, stages);
   const int64_t first_row = int64_t(block_index()) * kRows;
-  // Four neighbouring threads share a row in step 2.
   const int row = thread_index() / 4, quarter = thread_index() % 4;
-  const Patch<float> anchor = load_patch(x, first_row + row, true);
-  const AnchorTerms<float> terms = load_terms<T>(x, first_row + row);
+  const int64_t i = first_row + row;
+  const Patch<float> anchor = load_patch(x, i, true);
+  const AnchorTerms<float> terms = load_terms<T>(x, i, anchor);
   RunningSums<float> sums;
+  KeyScan<float> scan;
   stream_columns<T>(memory, x.anchors, first_row, x.n, x.keys, x.m, x.depth, stages, [&](int64_t first, int at) {
-    load_columns<T>(x, first, false, memory.side);
+    load_columns<T>(x, first, memory.side, scan);
     sync_threads();
     compute_dots<T, kMath>(memory.rows, memory.columns, at, x.depth, memory.weights);
     sync_threads();
-    for (int c = quarter; c < kColumns<T>; c += 4) {
-      const PairKind kind =
-          decide(x, anchor, column_patch(memory.side, c, first + c, x.m), terms.positive_bound, terms.negative_bound);
-      sums.meet(x, kind, memory.weights.load(row * kWeightStride<T> + c));
+    const int self = x.self_offset < 0 ? -1 : own_column(i, x.self_offset, first, kColumns<T>);
+    float logits[kPairs];
+    uint32_t positive = 0;
+#pragma unroll
+    for (int k = 0; k < kPairs; ++k) {
+      const int c = quarter + 4 * k;
+      Patch<float> key[1];
+      memory.side.template patches<1, kGeneral>(c, key);
+      PairKind kind;
+      if constexpr (kGeneral) {
+        kind = decide(x, i, anchor, first + c, key[0], terms);
+        sums.undecided = sums.undecided || kind.undecided;
+        if (kind.positive && kind.negative) sums.spread -= x.log_both;
+      } else {
+        kind = decide_by_rule(anchor, key[0], terms.positive_bound, terms.negative_bound);
+        if (c == self) kind = {false, false, false};
+      }
+      logits[k] = pair_logit(x, kind, memory.weights.load(row * kWeightStride<T> + c));
+      if (!kind.positive && !kind.negative) logits[k] = -INFINITY;
+      positive |= uint32_t(kind.positive) << k;
     }
+    sums.add(logits, positive);
   });
   sums.merge(1);
   sums.merge(2);
-  if (quarter == 0 && first_row + row < x.n) sums.write(x, first_row + row, lse, logit, count);
+  if constexpr (!kGeneral)
+    sums.undecided = memory.scan.merged(scan).undecided(anchor, terms, is_its_own_key(x, i, 0, x.m));
+  if (quarter == 0 && i < x.n) sums.write(i, out);
 }
 
 // own_anchor, own_key: as in contrast_backward_plain.
-template <typename T, Math kMath, int kDepth>
+template <typename T, Math kMath, int kDepth, bool kGeneral>
 PGLCL_KERNEL contrast_backward_tiles(ContrastArguments<T> x, ContrastGradients<float> g, T* grad_data, bool own_anchor,
                                      bool own_key, int stages) {
   SharedMemory shared;
@@ -396,39 +534,60 @@ PGLCL_KERNEL contrast_backward_tiles(ContrastArguments<T> x, ContrastGradients<f
   const int64_t first_row = int64_t(block_index()) * kRows;
   const int64_t rows = own_anchor ? x.n : x.m, columns = own_anchor ? x.m : x.n;
   const int row = thread_index() / 4, quarter = thread_index() % 4;
-  const Patch<float> own = load_patch(x, first_row + row, own_anchor);
-  const AnchorTerms<float> own_terms = load_terms<T>(x, g, own_anchor ? first_row + row : x.n);
+  const int64_t i = first_row + row;
+  const Patch<float> own = load_patch(x, i, own_anchor);
+  const AnchorTerms<float> own_terms = own_anchor ? load_terms<T>(x, g, i, own) : no_terms<T>();
   typename GradientOf<T, kMath, kDepth>::type gradient;
+  if (thread_index() == 0) memory.infinite.store(0, 0);
+  int infinite_before = 0;
   stream_columns<T>(
       memory, own_anchor ? x.anchors : x.keys, first_row, rows, own_anchor ? x.keys : x.anchors, columns, x.depth,
       stages, [&](int64_t first, int at) {
-        load_columns<T>(x, first, !own_anchor, memory.side);
-        load_column_terms<T>(x, g, first, own_key, memory.side);
+        load_columns<T>(x, g, first, !own_anchor, own_key, memory.side);
         sync_threads();
         compute_dots<T, kMath>(memory.rows, memory.columns, at, x.depth, memory.weights);
         sync_threads();
+        const int self = x.self_offset < 0
+                             ? -1
+                             : own_column(i, own_anchor ? x.self_offset : -x.self_offset, first, kColumns<T>);
+        float infinite = 0;  // or NaN
         for (int c = quarter; c < kColumns<T>; c += 4) {
           const int place = row * kWeightStride<T> + c;
           const float dot = memory.weights.load(place);
-          const Patch<float> other = column_patch(memory.side, c, first + c, columns);
+          Patch<float> others[1];
+          memory.side.template patches<1, kGeneral>(c, others);
+          const Patch<float>& other = others[0];
+          infinite = multiply_add(dot, 0.0f, infinite);
           float weight = 0;
-          if (own_anchor)
-            weight += pair_weight(x, decide(x, own, other, own_terms.positive_bound, own_terms.negative_bound),
-                                  own_terms, dot);
-          if (own_key) {
-            const AnchorTerms<float> terms{memory.side.positive_bound.load(c), memory.side.negative_bound.load(c),
-                                           memory.side.shift.load(c), memory.side.coefficient.load(c),
-                                           memory.side.mean.load(c)};
-            weight += pair_weight(x, decide(x, other, own, terms.positive_bound, terms.negative_bound), terms, dot);
+          if (own_anchor) {
+            const PairKind kind =
+                kGeneral ? decide(x, i, own, first + c, other, own_terms)
+                         : decide_by_rule(own, other, own_terms.positive_bound, own_terms.negative_bound);
+            weight += pair_weight(x, kind, own_terms, dot);
           }
-          memory.weights.store(place, weight);
+          if (own_key) {
+            AnchorTerms<float> all_terms[1];
+            memory.side.template terms<1, kGeneral>(c, all_terms);
+            const AnchorTerms<float>& terms = all_terms[0];
+            const PairKind kind = kGeneral
+                                      ? decide(x, first + c, other, i, own, terms)
+                                      : decide_by_rule(other, own, terms.positive_bound, terms.negative_bound);
+            weight += pair_weight(x, kind, terms, dot);
+          }
+          memory.weights.store(place, c == self ? 0.0f : weight);
         }
+        if (infinite != 0) memory.infinite.atomic_add(0, 1);
         sync_threads();
-        gradient.add(memory.weights, memory.columns, at, x.depth);
+        const int infinite_now = memory.infinite.load(0);
+        if (infinite_now == infinite_before)  // the same in all threads
+          gradient.template add<true>(memory.weights, memory.columns, at, x.depth);
+        else
+          gradient.template add<false>(memory.weights, memory.columns, at, x.depth);
+        infinite_before = infinite_now;
       });
   // An anchor whose loss is no number has no gradient that is one.
   if (quarter == 0)
-    memory.weights.store(row * kWeightStride<T>, own_anchor && own_terms.shift != own_terms.shift ? NAN : 0.0f);
+    memory.weights.store(row * kWeightStride<T>, own_terms.log_sum != own_terms.log_sum ? NAN : 0.0f);
   sync_threads();
   const Global<T> grad(grad_data);
   gradient.write(x.depth, [&](int r, int d, float value) {

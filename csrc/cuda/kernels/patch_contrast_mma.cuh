@@ -1,0 +1,458 @@
+// The fused contrastive loss in 16 bits on tensor cores (sm_80 and later), depth up to 256.
+//
+// A block owns kMmaRows rows (anchors, or keys for their gradient), 16 for each of its four warps, and streams tiles of
+// the others through shared memory, copied asynchronously, the next one while this one is worked on. A warp keeps what
+// it makes of its rows in registers: products (step 1), logits or weights of the pairs (step 2), and gradients (step 3),
+// for which the weights become an operand of mma.sync as they lie. One barrier per tile; no atomics: the same bits on
+// every run.
+#pragma once
+
+#include "patch_contrast_tiles.cuh"
+
+namespace pglcl::cuda {
+
+constexpr int kMmaRows = 64;
+
+// Columns of a tile. 32 at the larger depth, where the gradient of a thread takes 128 registers.
+template <int kDepth>
+constexpr int kMmaColumns = kDepth <= 128 ? 64 : 32;
+// Whether a warp holds its rows in registers; else it reads them from shared memory for every tile.
+template <int kDepth>
+constexpr bool kRowsHeld = kDepth <= 128;
+// Rows in shared memory are 16 bytes longer, so that the eight rows of a matrix meet 32 banks.
+template <int kDepth>
+constexpr int kMmaStride = kDepth + 8;
+constexpr int kMmaStep = 32;  // of depth: what one load of four matrices brings
+
+template <int kDepth>
+using MmaSide = ColumnSide<kMmaColumns<kDepth>, 2>;
+
+template <int kDepth>
+constexpr int64_t mma_shared_bytes(int stages) {
+  const int64_t row = kMmaStride<kDepth> * 2;
+  return (kRowsHeld<kDepth> ? 0 : kMmaRows * row) + stages * kMmaColumns<kDepth> * row +
+         MmaSide<kDepth>::bytes() + ScanMemory::bytes();
+}
+
+// What the two 16-bit types have of their own.
+template <typename T>
+struct Half;
+template <>
+struct Half<BFloat16> {
+  static constexpr uint32_t kExponent = 0x7f80;
+  PGLCL_DEVICE static uint32_t pack(float low, float high) { return pack_bf16(low, high); }
+  PGLCL_DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_bf16(d, a, b); }
+};
+template <>
+struct Half<Float16> {
+  static constexpr uint32_t kExponent = 0x7c00;
+  PGLCL_DEVICE static uint32_t pack(float low, float high) { return pack_f16(low, high); }
+  PGLCL_DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_f16(d, a, b); }
+};
+
+// Two numbers, 0 in the place of one that is not finite.
+template <typename T>
+PGLCL_DEVICE uint32_t finite_halves(uint32_t pair) {
+  constexpr uint32_t kExponent = Half<T>::kExponent;
+  const uint32_t low = (pair & kExponent) == kExponent ? 0 : pair & 0xffffu;
+  const uint32_t high = (pair >> 16 & kExponent) == kExponent ? 0 : pair & 0xffff0000u;
+  return low | high;
+}
+
+template <typename T, int kDepth>
+struct MmaMemory {
+  static constexpr int kColumns = kMmaColumns<kDepth>;
+  static constexpr int kTileSize = kColumns * kMmaStride<kDepth>;
+  Shared<T> rows, columns;
+  MmaSide<kDepth> side;
+  ScanMemory scan;
+
+  PGLCL_DEVICE MmaMemory(SharedMemory& memory, int stages)
+      : rows(memory.take<T>(kRowsHeld<kDepth> ? 0 : kMmaRows * kMmaStride<kDepth>)),
+        columns(memory.take<T>(stages * kTileSize)),
+        side(memory),
+        scan(memory) {}
+};
+
+// The 16 rows of a warp as operand A of mma.sync.
+template <typename T, int kDepth>
+class RowFragments {
+ public:
+  // Rows of the block at `at` in `memory`.
+  PGLCL_DEVICE void load(const Shared<T>& memory, int at) {
+    memory_ = memory;
+    at_ = at + (thread_index() / 32 * 16 + thread_index() % 16) * kMmaStride<kDepth> + thread_index() % 32 / 16 * 8;
+    if constexpr (kRowsHeld<kDepth>) {
+#pragma unroll
+      for (int s = 0; s < kDepth / 16; ++s) memory.load_matrices(at_ + 16 * s, held_[s]);
+    }
+  }
+  PGLCL_DEVICE void get(int step, uint32_t (&a)[4]) const {
+    if constexpr (kRowsHeld<kDepth>) {
+#pragma unroll
+      for (int w = 0; w < 4; ++w) a[w] = held_[step][w];
+    } else {
+      memory_.load_matrices(at_ + 16 * step, a);
+    }
+  }
+  PGLCL_DEVICE explicit RowFragments(const Shared<T>& memory) : memory_(memory), at_(0) {}
+
+ private:
+  Shared<T> memory_;
+  int at_;
+  uint32_t held_[kRowsHeld<kDepth> ? kDepth / 16 : 1][4];
+};
+
+// Step 1. products[t][2 r + c]: row group + 8 r of the warp times column 8 t + 2 within + c of the tile, where lane =
+// 4 group + within.
+template <typename T, int kDepth, int kTiles>
+PGLCL_DEVICE void multiply_rows(const RowFragments<T, kDepth>& rows, const Shared<T>& columns, int at, int64_t depth,
+                                float (&products)[kTiles][4]) {
+  const int lane = thread_index() % 32;
+  const int mine = at + lane % 8 * kMmaStride<kDepth> + lane / 8 * 8;
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) products[t][i] = 0;
+#pragma unroll
+  for (int d = 0; d < kDepth; d += kMmaStep) {
+    if (d >= depth) break;  // the same in all threads
+    uint32_t first[4], second[4];
+    rows.get(d / 16, first);
+    rows.get(d / 16 + 1, second);
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      uint32_t b[4];
+      columns.load_matrices(mine + 8 * t * kMmaStride<kDepth> + d, b);
+      Half<T>::mma(products[t], first, {b[0], b[1]});
+      Half<T>::mma(products[t], second, {b[2], b[3]});
+    }
+  }
+}
+
+// Step 3. gradient[n][2 r + c]: row group + 8 r, depth 8 n + 2 within + c. kFinite as in patch_contrast_tiles.cuh.
+template <typename T, int kDepth, bool kFinite, int kTiles>
+PGLCL_DEVICE void add_columns(const float (&weights)[kTiles][4], const Shared<T>& columns, int at, int64_t depth,
+                              float (&gradient)[kDepth / 8][4]) {
+  const int lane = thread_index() % 32;
+  const int mine = at + lane % 16 * kMmaStride<kDepth> + lane / 16 * 8;
+#pragma unroll
+  for (int t = 0; t < kTiles; t += 2) {
+    // What a thread holds of two tiles of products is its part of operand A.
+    const uint32_t a[4] = {
+        Half<T>::pack(weights[t][0], weights[t][1]), Half<T>::pack(weights[t][2], weights[t][3]),
+        Half<T>::pack(weights[t + 1][0], weights[t + 1][1]), Half<T>::pack(weights[t + 1][2], weights[t + 1][3])};
+#pragma unroll
+    for (int d = 0; d < kDepth; d += 16) {
+      if (d % kMmaStep == 0 && d >= depth) break;
+      uint32_t b[4];
+      columns.load_matrices_transposed(mine + 8 * t * kMmaStride<kDepth> + d, b);
+      if constexpr (!kFinite) {
+#pragma unroll
+        for (int w = 0; w < 4; ++w) b[w] = finite_halves<T>(b[w]);
+      }
+      Half<T>::mma(gradient[d / 8], a, {b[0], b[1]});
+      Half<T>::mma(gradient[d / 8 + 1], a, {b[2], b[3]});
+    }
+  }
+}
+
+// Streams tiles first_tile to last_tile of the columns past the block's rows. load_side(first column) reads what belongs
+// to the columns of the next tile while this one is worked on, store_side(loaded, side) puts it into shared memory, and
+// work(first column, place of the tile in memory.columns, its side) runs where both are there.
+template <typename T, int kDepth, typename Load, typename Store, typename Work>
+PGLCL_DEVICE void stream_tiles(const MmaMemory<T, kDepth>& memory, RowFragments<T, kDepth>& fragments,
+                               Global<const T> rows, int64_t first_row, int64_t row_count, Global<const T> columns,
+                               int64_t column_count, int64_t first_tile, int64_t last_tile, int64_t depth, int stages,
+                               Load load_side, Store store_side, Work work) {
+  constexpr int kColumns = MmaMemory<T, kDepth>::kColumns, kTileSize = MmaMemory<T, kDepth>::kTileSize;
+  constexpr int kStride = kMmaStride<kDepth>;
+  if (first_tile >= last_tile) return;
+  const CopyPlan plan(int((depth + kMmaStep - 1) / kMmaStep * (kMmaStep / 8)));
+  const auto copy_tile = [&](int64_t tile, int stage) {
+    copy_rows<T>(plan, memory.columns, stage * kTileSize, kStride, columns, tile * kColumns, kColumns, column_count,
+                 depth);
+    commit_copies();
+  };
+  // Rows that are held pass through the last stage.
+  const int rows_at = kRowsHeld<kDepth> ? (stages - 1) * kTileSize : 0;
+  const Shared<T>& rows_in = kRowsHeld<kDepth> ? memory.columns : memory.rows;
+  copy_rows<T>(plan, rows_in, rows_at, kStride, rows, first_row, kMmaRows, row_count, depth);
+  commit_copies();
+  if (stages == 2) copy_tile(first_tile, 0);
+  store_side(load_side(first_tile * kColumns), memory.side.of_turn(0));
+  wait_copies<0>();
+  sync_threads();
+  fragments.load(rows_in, rows_at);
+  if (stages == 1) {
+    sync_threads();
+    copy_tile(first_tile, 0);
+  }
+  for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+    const int turn = int((tile - first_tile) % 2), stage = stages == 2 ? turn : 0;
+    const bool more = tile + 1 < last_tile;
+    wait_copies<0>();
+    sync_threads();  // this tile is there, and nobody reads the one before
+    if (stages == 2 && more) copy_tile(tile + 1, 1 - stage);
+    const auto next = load_side(more ? (tile + 1) * kColumns : column_count);
+    work(tile * kColumns, stage * kTileSize, memory.side.of_turn(turn));
+    if (more) store_side(next, memory.side.of_turn(1 - turn));
+    if (stages == 1 && more) {
+      sync_threads();
+      copy_tile(tile + 1, 0);
+    }
+  }
+}
+
+// Step 2 of the forward pass for the two rows of a thread.
+template <typename T, int kDepth, bool kGeneral, bool kSelf, int kTiles>
+PGLCL_DEVICE void meet_columns(const ContrastArguments<T>& x, const MmaSide<kDepth>& side,
+                               const int64_t (&index)[2], const Patch<float> (&anchor)[2],
+                               const AnchorTerms<float> (&terms)[2], int64_t first,
+                               const float (&products)[kTiles][4], RunningSums<float> (&sums)[2]) {
+  constexpr int kColumns = kMmaColumns<kDepth>;
+  const int within = thread_index() % 4;
+  float logits[2][2 * kTiles];
+  uint32_t positive[2] = {0, 0};
+  int self[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) self[r] = kSelf ? own_column(index[r], x.self_offset, first, kColumns) : -1;
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+    Patch<float> keys[2];
+    side.template patches<2, kGeneral>(8 * t + 2 * within, keys);
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int column = 8 * t + 2 * within + c;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        PairKind kind;
+        if constexpr (kGeneral) {
+          kind = decide(x, index[r], anchor[r], first + column, keys[c], terms[r]);
+          sums[r].undecided = sums[r].undecided || kind.undecided;
+          if (kind.positive && kind.negative) sums[r].spread -= x.log_both;
+        } else {
+          kind = decide_by_rule(anchor[r], keys[c], terms[r].positive_bound, terms[r].negative_bound);
+          if (kSelf && column == self[r]) kind = {false, false, false};
+        }
+        const float logit = pair_logit(x, kind, products[t][2 * r + c]);
+        logits[r][2 * t + c] = kind.positive || kind.negative ? logit : -INFINITY;
+        positive[r] |= uint32_t(kind.positive) << (2 * t + c);
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) sums[r].add(logits[r], positive[r]);
+}
+
+// kGeneral: masks or several channels decide, instead of decide_by_rule.
+template <typename T, int kDepth, bool kGeneral>
+PGLCL_KERNEL contrast_forward_mma(ContrastArguments<T> x, ContrastSums<float> out, int stages) {
+  constexpr int kColumns = kMmaColumns<kDepth>, kTiles = kColumns / 8;
+  SharedMemory shared;
+  const MmaMemory<T, kDepth> memory(shared, stages);
+  const int64_t first_row = int64_t(block_index()) * kMmaRows;
+  const int lane = thread_index() % 32;
+  int64_t index[2];
+  Patch<float> anchor[2];
+  AnchorTerms<float> terms[2];
+  RunningSums<float> sums[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    index[r] = first_row + thread_index() / 32 * 16 + lane / 4 + 8 * r;
+    anchor[r] = load_patch(x, index[r], true);
+    terms[r] = load_terms<T>(x, index[r], anchor[r]);
+  }
+  KeyScan<float> scan;
+  RowFragments<T, kDepth> fragments(memory.rows);
+  const int64_t tiles = (x.m + kColumns - 1) / kColumns;
+  stream_tiles<T, kDepth>(
+      memory, fragments, x.anchors, first_row, x.n, x.keys, x.m, 0, tiles, x.depth, stages,
+      [&](int64_t first) { return load_patch(x, thread_index() < kColumns ? first + thread_index() : x.m, false); },
+      [&](const Patch<float>& patch, const MmaSide<kDepth>& side) {
+        if (thread_index() >= kColumns) return;
+        scan.add(patch);
+        side.store(thread_index(), patch);
+      },
+      [&](int64_t first, int at, const MmaSide<kDepth>& side) {
+        float products[kTiles][4];
+        multiply_rows<T, kDepth>(fragments, memory.columns, at, x.depth, products);
+        const int64_t self = first_row + x.self_offset;
+        if (!kGeneral && x.self_offset >= 0 && first < self + kMmaRows && first + kColumns > self)
+          meet_columns<T, kDepth, kGeneral, true>(x, side, index, anchor, terms, first, products, sums);
+        else
+          meet_columns<T, kDepth, kGeneral, false>(x, side, index, anchor, terms, first, products, sums);
+      });
+  const KeyScan<float> keys = memory.scan.merged(scan);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    sums[r].merge(1);
+    sums[r].merge(2);
+    if constexpr (!kGeneral)
+      sums[r].undecided = keys.undecided(anchor[r], terms[r], is_its_own_key(x, index[r], 0, x.m));
+    if (lane % 4 == 0 && index[r] < x.n) sums[r].write(index[r], out);
+  }
+}
+
+// A power of two that brings the weights of pairs, at most twice the largest coefficient, into the range of float16,
+// with as much room below as can be; they are divided by it in the end. Other types need none.
+template <typename T>
+PGLCL_DEVICE float weight_scale(const ContrastArguments<T>& x, const ContrastGradients<float>& g,
+                                const ScanMemory& memory) {
+  if constexpr (!SameType<T, Float16>::value) {
+    return 1;
+  } else {
+    KeyScan<float> upstream;
+    for (int64_t i = thread_index(); i < (g.grad_per_anchor ? x.n : 1); i += kContrastThreads)
+      upstream.add({0, Global<const float>(g.grad).load(i), true});
+    upstream = memory.merged(upstream);
+    float largest = maximum(maximum(upstream.highest, -upstream.lowest), 0.0f) * x.inverse_temperature;
+    if (g.num_valid) largest /= float(maximum(float(Global<const int64_t>(g.num_valid).load(0)), 1.0f));
+    const int exponent = int(float_bits(largest) >> 23) - 127;
+    const int wanted = 13 - exponent < -100 ? -100 : 13 - exponent > 100 ? 100 : 13 - exponent;
+    return bits_float(uint32_t(wanted + 127) << 23);
+  }
+}
+
+// Whose gradient a block of rows holds.
+enum class Owner { kAnchors, kKeys, kBoth };
+
+// Step 2 of the backward pass for the two rows of a thread: products become weights. Returns 0, or NaN where a product
+// was not finite.
+template <typename T, int kDepth, Owner kOwner, bool kGeneral, bool kSelf, int kTiles>
+PGLCL_DEVICE float weigh_columns(const ContrastArguments<T>& x, const MmaSide<kDepth>& side,
+                                 const int64_t (&index)[2], const Patch<float> (&own)[2],
+                                 const AnchorTerms<float> (&own_terms)[2], int64_t first,
+                                 float (&products)[kTiles][4]) {
+  constexpr bool kOwnAnchor = kOwner != Owner::kKeys, kOwnKey = kOwner != Owner::kAnchors;
+  const int within = thread_index() % 4;
+  int self[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r)
+    self[r] = kSelf ? own_column(index[r], kOwnAnchor ? x.self_offset : -x.self_offset, first, kMmaColumns<kDepth>)
+                    : -1;
+  float infinite = 0;
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+    Patch<float> others[2];
+    AnchorTerms<float> terms[2];
+    side.template patches<2, kGeneral>(8 * t + 2 * within, others);
+    if constexpr (kOwnKey) side.template terms<2, kGeneral>(8 * t + 2 * within, terms);
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int column = 8 * t + 2 * within + c;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float dot = products[t][2 * r + c];
+        infinite = multiply_add(dot, 0.0f, infinite);
+        float weight = 0;
+        if constexpr (kOwnAnchor) {
+          PairKind kind;
+          if constexpr (kGeneral)
+            kind = decide(x, index[r], own[r], first + column, others[c], own_terms[r]);
+          else
+            kind = decide_by_rule(own[r], others[c], own_terms[r].positive_bound, own_terms[r].negative_bound);
+          weight = pair_weight(x, kind, own_terms[r], dot);
+        }
+        if constexpr (kOwnKey) {
+          PairKind kind;
+          if constexpr (kGeneral)
+            kind = decide(x, first + column, others[c], index[r], own[r], terms[c]);
+          else
+            kind = decide_by_rule(others[c], own[r], terms[c].positive_bound, terms[c].negative_bound);
+          weight += pair_weight(x, kind, terms[c], dot);
+        }
+        products[t][2 * r + c] = kSelf && column == self[r] ? 0.0f : weight;
+      }
+    }
+  }
+  return infinite;
+}
+
+template <typename T, int kDepth, Owner kOwner, bool kGeneral>
+PGLCL_KERNEL contrast_backward_mma(ContrastArguments<T> x, ContrastGradients<float> g, T* grad_data, int stages) {
+  constexpr int kColumns = kMmaColumns<kDepth>, kTiles = kColumns / 8;
+  constexpr bool kOwnAnchor = kOwner != Owner::kKeys, kOwnKey = kOwner != Owner::kAnchors;
+  SharedMemory shared;
+  const MmaMemory<T, kDepth> memory(shared, stages);
+  const int64_t first_row = int64_t(block_index()) * kMmaRows;
+  const int64_t row_count = kOwnAnchor ? x.n : x.m, column_count = kOwnAnchor ? x.m : x.n;
+  const int lane = thread_index() % 32;
+  const float scale = weight_scale(x, g, memory.scan);
+  const auto scaled = [scale](AnchorTerms<float> terms) {
+    terms.coefficient *= scale;
+    terms.mean *= scale;
+    return terms;
+  };
+  int64_t index[2];
+  Patch<float> own[2];
+  AnchorTerms<float> own_terms[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    index[r] = first_row + thread_index() / 32 * 16 + lane / 4 + 8 * r;
+    own[r] = load_patch(x, index[r], kOwnAnchor);
+    own_terms[r] = kOwnAnchor ? scaled(load_terms<T>(x, g, index[r], own[r])) : no_terms<T>();
+  }
+  float gradient[kDepth / 8][4];
+#pragma unroll
+  for (int n = 0; n < kDepth / 8; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) gradient[n][i] = 0;
+
+  struct Loaded {
+    Patch<float> patch;
+    AnchorTerms<float> terms;
+  };
+  RowFragments<T, kDepth> fragments(memory.rows);
+  const int64_t tiles = (column_count + kColumns - 1) / kColumns;
+  stream_tiles<T, kDepth>(
+      memory, fragments, kOwnAnchor ? x.anchors : x.keys, first_row, row_count, kOwnAnchor ? x.keys : x.anchors,
+      column_count, 0, tiles, x.depth, stages,
+      [&](int64_t first) {
+        const int64_t i = thread_index() < kColumns ? first + thread_index() : column_count;
+        Loaded loaded{load_patch(x, i, !kOwnAnchor), no_terms<T>()};
+        if constexpr (kOwnKey) loaded.terms = scaled(load_terms<T>(x, g, i, loaded.patch));
+        return loaded;
+      },
+      [&](const Loaded& loaded, const MmaSide<kDepth>& side) {
+        if (thread_index() >= kColumns) return;
+        if constexpr (kOwnKey)
+          side.store(thread_index(), loaded.patch, loaded.terms);
+        else
+          side.store(thread_index(), loaded.patch);
+      },
+      [&](int64_t first, int at, const MmaSide<kDepth>& side) {
+        float weights[kTiles][4];
+        multiply_rows<T, kDepth>(fragments, memory.columns, at, x.depth, weights);
+        const int64_t self = first_row + (kOwnAnchor ? x.self_offset : -x.self_offset);
+        float infinite;
+        if (!kGeneral && x.self_offset >= 0 && first < self + kMmaRows && first + kColumns > self)
+          infinite = weigh_columns<T, kDepth, kOwner, kGeneral, true>(x, side, index, own, own_terms, first, weights);
+        else
+          infinite = weigh_columns<T, kDepth, kOwner, kGeneral, false>(x, side, index, own, own_terms, first, weights);
+        // A column that is not finite has no finite product with any row: every warp sees it.
+        if (ballot(infinite != 0) == 0)
+          add_columns<T, kDepth, true>(weights, memory.columns, at, x.depth, gradient);
+        else
+          add_columns<T, kDepth, false>(weights, memory.columns, at, x.depth, gradient);
+      });
+
+  const Global<T> grad(grad_data);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if (index[r] >= row_count) continue;
+    // An anchor whose loss is no number has no gradient that is one.
+    const float none = own_terms[r].log_sum != own_terms[r].log_sum ? NAN : 0.0f;
+#pragma unroll
+    for (int n = 0; n < kDepth / 8; ++n) {
+      const int d = 8 * n + lane % 4 * 2;
+      if (d >= x.depth) break;
+      Vector<T, 2> value;
+#pragma unroll
+      for (int c = 0; c < 2; ++c) value.at[c] = narrow<T>(gradient[n][2 * r + c] / scale + none);
+      grad.template store_vector<2>(index[r] * x.depth + d, value);
+    }
+  }
+}
+
+}  // namespace pglcl::cuda
