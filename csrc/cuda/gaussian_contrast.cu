@@ -32,10 +32,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(PGLCL_GAUSSIAN_PARAMETERS
   TORCH_CHECK_VALUE(fits, "anchors must have rows that fit the shared memory of the GPU, ", shared,
                     " bytes, three times; got ", anchors.sizes());
   const at::TensorOptions options = anchors.options().dtype(type);
-  at::Tensor lse = at::empty({n}, options), logit = at::empty({n}, options);
+  at::Tensor losses = at::empty({n}, options);
   at::Tensor count = at::empty({n}, options.dtype(at::kInt)), num_valid = at::empty({}, options.dtype(at::kLong));
   at::Tensor gradients = at::empty({needs_gradients ? n : 0, depth}, options);
-  at::Tensor loss = at::empty(reduction == kNone ? at::IntArrayRef(n) : at::IntArrayRef{}, options);
+  at::Tensor loss = reduction == kNone ? losses : at::empty({}, options);
   with_element_type(anchors, [&]<typename T>() {
     using scalar_t = typename Accumulate<T>::type;
     const cuda::GaussianArguments<T> inputs{input_of<T>(rows),
@@ -52,10 +52,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(PGLCL_GAUSSIAN_PARAMETERS
                                             scalar_t(covariance_scale / (temperature * temperature)),
                                             scalar_t(negative_weight),
                                             ignore_index};
-    cuda::run_gaussian_contrast<T>(
-        inputs, shared, output_of<scalar_t>(lse), output_of<scalar_t>(logit), output_of<int32_t>(count),
-        needs_gradients ? output_of<scalar_t>(gradients) : nullptr, reduction == kNone, reduction == kMean,
-        output_of<scalar_t>(loss), output_of<int64_t>(num_valid), current_stream());
+    cuda::run_gaussian_contrast<T>(inputs, shared, output_of<scalar_t>(losses), output_of<int32_t>(count),
+                                   needs_gradients ? output_of<scalar_t>(gradients) : nullptr, reduction == kMean,
+                                   reduction == kNone ? nullptr : output_of<scalar_t>(loss),
+                                   output_of<int64_t>(num_valid), current_stream());
   });
   PGLCL_CHECK_LAUNCH();
   return {loss, gradients, num_valid};

@@ -46,6 +46,15 @@ inline int device_attribute(DeviceAttribute which) {
   return value;
 }
 
+// The compute capability that the code of a kernel was compiled for, e.g. 80: of its PTX, where that was translated for
+// a newer device. What the code may use depends on it, not on the device.
+template <typename Kernel>
+int compiled_for(Kernel kernel) {
+  cudaFuncAttributes attributes;
+  C10_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  return attributes.ptxVersion;
+}
+
 // A tensor's pointer that kernels read or write; the emulated device checks every access against it.
 inline const void* read_pointer(const at::Tensor& t) { return t.const_data_ptr(); }
 inline void* write_pointer(const at::Tensor& t) { return t.mutable_data_ptr(); }

@@ -5,6 +5,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <cmath>
+
 #include "../checks.h"
 #include "launch.h"
 
@@ -15,10 +17,14 @@ at::Tensor converted(const std::optional<at::Tensor>& t, at::ScalarType type) {
   return t ? t->to(type).contiguous() : at::Tensor();
 }
 
+// Whether float32 products may take TF32: PyTorch's own switch, in whichever of its two ways it was set.
+bool tf32_allowed() {
+  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+         at::Float32Precision::TF32;
+}
+
 cuda::DeviceLimits limits() {
-  return {
-      device_attribute(DeviceAttribute::kCapabilityMajor) * 10 + device_attribute(DeviceAttribute::kCapabilityMinor),
-      device_attribute(DeviceAttribute::kSharedBytes), at::globalContext().allowTF32CuBLAS()};
+  return {compiled_for(cuda::contrast_reduce<float>), device_attribute(DeviceAttribute::kSharedBytes), tf32_allowed()};
 }
 
 // The inputs as the kernels read them, and the tensors that keep them alive.
@@ -65,56 +71,72 @@ struct Arguments {
         out.negative_stride[d] = x.negative_mask->stride(d);
       }
     }
-    out.scale = scalar_t(cuda::kLog2E / x.temperature);
-    out.temperature = scalar_t(x.temperature);
-    out.negative_weight = scalar_t(x.negative_weight);
+    out.inverse_temperature = scalar_t(1 / x.temperature);
+    out.log_weight = scalar_t(std::log(x.negative_weight));
+    out.log_both = scalar_t(std::log1p(x.negative_weight));
     out.ignore_index = x.ignore_index;
     out.self_offset = symmetric ? 0 : x.self_offset;
     return out;
   }
 };
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(PGLCL_CONTRAST_PARAMETERS) {
+using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+Forward forward(PGLCL_CONTRAST_PARAMETERS) {
   const PatchContrastArgs x PGLCL_CONTRAST_ARGUMENTS;
   check_patch_contrast(x);
   const DeviceGuard guard(anchors);
   const Arguments arguments(x);
   const int64_t n = anchors.size(0);
   const at::TensorOptions options = anchors.options().dtype(x.accumulate_type());
-  at::Tensor lse = at::empty({n}, options), positive_logit = at::empty({n}, options);
+  at::Tensor max_logit = at::empty({n}, options), log_sum = at::empty({n}, options);
+  at::Tensor positive_logit = at::empty({n}, options), losses = at::empty({n}, options);
   at::Tensor num_positives = at::empty({n}, options.dtype(at::kInt));
   at::Tensor num_valid = at::empty({}, options.dtype(at::kLong));
-  at::Tensor loss = at::empty(reduction == kNone ? at::IntArrayRef(n) : at::IntArrayRef{}, options);
+  at::Tensor loss = reduction == kNone ? losses : at::empty({}, options);
   with_element_type(anchors, [&]<typename T>() {
     using scalar_t = typename Accumulate<T>::type;
-    cuda::run_contrast_forward<T>(arguments.get<T>(), limits(), output_of<scalar_t>(lse),
-                                  output_of<scalar_t>(positive_logit), output_of<int32_t>(num_positives),
-                                  reduction == kNone, reduction == kMean, output_of<scalar_t>(loss),
+    const cuda::ContrastSums<scalar_t> sums{output_of<scalar_t>(max_logit), output_of<scalar_t>(log_sum),
+                                            output_of<scalar_t>(positive_logit), output_of<int32_t>(num_positives),
+                                            output_of<scalar_t>(losses)};
+    cuda::run_contrast_forward<T>(arguments.get<T>(), limits(), sums, reduction == kMean,
+                                  reduction == kNone ? nullptr : output_of<scalar_t>(loss),
                                   output_of<int64_t>(num_valid), current_stream());
   });
   PGLCL_CHECK_LAUNCH();
-  return {loss, lse, positive_logit, num_positives, num_valid};
+  return {loss, max_logit, log_sum, positive_logit, num_positives, num_valid};
 }
 
-std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& lse,
-                                            const at::Tensor& num_positives, const at::Tensor& num_valid,
-                                            PGLCL_CONTRAST_PARAMETERS, bool needs_anchors, bool needs_keys) {
+// A gradient like `t`; empty where nobody asks for it.
+at::Tensor gradient_of(const at::Tensor& t, bool needed) {
+  return needed ? at::empty(t.sizes(), t.options()) : at::empty({0}, t.options());
+}
+
+std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& max_logit,
+                                            const at::Tensor& log_sum, const at::Tensor& num_positives,
+                                            const at::Tensor& num_valid, PGLCL_CONTRAST_PARAMETERS, bool needs_anchors,
+                                            bool needs_keys) {
   const PatchContrastArgs x PGLCL_CONTRAST_ARGUMENTS;
   check_patch_contrast(x);
   const DeviceGuard guard(anchors);
   const Arguments arguments(x);
   needs_keys = needs_keys && !arguments.symmetric;
-  const at::Tensor wide_grad = grad.to(x.accumulate_type()).contiguous();
-  const at::Tensor saved_lse = lse.contiguous(), saved_count = num_positives.contiguous();
-  const at::IntArrayRef nothing{0};
-  at::Tensor grad_anchors = at::empty(needs_anchors ? anchors.sizes() : nothing, anchors.options());
-  at::Tensor grad_keys = at::empty(needs_keys ? keys->sizes() : nothing, anchors.options());
+  // An expanded gradient, as the backward pass of a sum gives it, is one number.
+  const bool one_grad = grad.numel() > 0 && (grad.dim() == 0 || grad.stride(0) == 0);
+  const at::Tensor wide_grad = (one_grad && grad.dim() ? grad.select(0, 0) : grad).to(x.accumulate_type()).contiguous();
+  const at::Tensor saved_max = max_logit.contiguous(), saved_sum = log_sum.contiguous();
+  const at::Tensor saved_count = num_positives.contiguous();
+  at::Tensor grad_anchors = gradient_of(anchors, needs_anchors);
+  at::Tensor grad_keys = gradient_of(needs_keys ? *keys : anchors, needs_keys);
   with_element_type(anchors, [&]<typename T>() {
     using scalar_t = typename Accumulate<T>::type;
     const cuda::ContrastArguments<T> inputs = arguments.get<T>();
-    const cuda::ContrastGradients<scalar_t> gradients{input_of<scalar_t>(wide_grad), reduction == kNone,
+    const cuda::ContrastGradients<scalar_t> gradients{input_of<scalar_t>(wide_grad),
+                                                      !one_grad,
                                                       reduction == kMean ? input_of<int64_t>(num_valid) : nullptr,
-                                                      input_of<scalar_t>(saved_lse), input_of<int32_t>(saved_count)};
+                                                      input_of<scalar_t>(saved_max),
+                                                      input_of<scalar_t>(saved_sum),
+                                                      input_of<int32_t>(saved_count)};
     const auto stream = current_stream();
     if (needs_anchors)
       cuda::run_contrast_backward<T>(inputs, gradients, limits(), output_of<T>(grad_anchors), true, arguments.symmetric,

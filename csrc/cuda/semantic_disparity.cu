@@ -39,8 +39,8 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Te
   const int64_t channels = check_disparity(a, b), n = a.size(0), m = b.size(0);
   const DeviceGuard guard(a);
   const at::Tensor g = wide(grad), wide_a = wide(a), wide_b = wide(b);
-  at::Tensor grad_a = at::empty(needs_a ? a.sizes() : at::IntArrayRef{0}, wide_a.options());
-  at::Tensor grad_b = at::empty(needs_b ? b.sizes() : at::IntArrayRef{0}, wide_b.options());
+  at::Tensor grad_a = needs_a ? at::empty(a.sizes(), wide_a.options()) : at::empty({0}, wide_a.options());
+  at::Tensor grad_b = needs_b ? at::empty(b.sizes(), wide_b.options()) : at::empty({0}, wide_b.options());
   const auto run = [&]<typename T>() {
     const auto stream = current_stream();
     if (needs_a)

@@ -184,7 +184,10 @@ class Contrast(ctypes.Structure):
         ("negative_weight", c_double),
         ("ignore_index", c_int64),
         ("self_offset", c_int64),
-        *((name, c_void_p) for name in ("lse", "logit", "count", "loss", "num_valid", "grad", "grad_rows")),
+        *(
+            (name, c_void_p)
+            for name in ("max_logit", "log_sum", "logit", "count", "losses", "loss", "num_valid", "grad", "grad_rows")
+        ),
         ("capability", c_int64),
         ("shared_bytes", c_int64),
         *((name, c_bool) for name in ("per_anchor", "mean", "own_anchor", "own_key", "allow_tf32")),
@@ -209,8 +212,9 @@ def patch_contrast(
     capability: int = 80,
     shared_bytes: int = 160 * 1024,
     allow_tf32: bool = False,
+    upstream: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The loss, and its gradients to anchors and keys for an upstream gradient that counts up from 1/2 to 3/2."""
+    """The loss, and its gradients to anchors and keys for an upstream gradient, which counts up from 1/2 to 3/2."""
     symmetric = keys is None
     wide = torch.float64 if anchors.dtype == torch.float64 else torch.float32
     other, other_labels = (anchors, labels) if keys is None else (keys, key_labels)
@@ -243,18 +247,21 @@ def patch_contrast(
     s.capability, s.shared_bytes, s.allow_tf32 = capability, shared_bytes, allow_tf32
     s.per_anchor, s.mean = reduction == "none", reduction == "mean"
 
-    lse, logit = (torch.empty(n, dtype=wide) for _ in range(2))
+    max_logit, log_sum, logit = (torch.empty(n, dtype=wide) for _ in range(3))
     count, num_valid = torch.empty(n, dtype=torch.int32), torch.empty((), dtype=torch.int64)
-    loss = torch.empty((n,) if reduction == "none" else (), dtype=wide)
-    results = {"lse": lse, "logit": logit, "count": count, "num_valid": num_valid}
+    losses = torch.empty(n, dtype=wide)
+    loss = losses if reduction == "none" else torch.empty((), dtype=wide)
+    results = {"max_logit": max_logit, "log_sum": log_sum, "logit": logit, "count": count, "num_valid": num_valid}
     run = Launch()
     for name, t in inputs.items():
         setattr(s, name, run.input(name, t))
-    for name, t in (results | {"loss": loss}).items():
+    for name, t in (results | {"losses": losses, "loss": loss}).items():
         setattr(s, name, run.output(name, t))
     run.call("contrast", DTYPES[anchors.dtype], byref(s), c_bool(False))
 
-    upstream = torch.linspace(0.5, 1.5, max(loss.numel(), 1), dtype=torch.float64).to(wide)[: loss.numel()]
+    if upstream is None:
+        upstream = torch.linspace(0.5, 1.5, max(loss.numel(), 1), dtype=torch.float64)[: loss.numel()]
+    upstream = upstream.to(wide)
     grads = []
     for own_anchor, own_key in ((True, symmetric), (False, True)):
         if not own_anchor and symmetric:
@@ -279,7 +286,7 @@ class Gaussian(ctypes.Structure):
         *((name, c_void_p) for name in ("labels", "order", "means", "covariances", "counts")),
         *((name, c_double) for name in ("temperature", "covariance_scale", "negative_weight")),
         *((name, c_int64) for name in ("ignore_index", "shared_bytes")),
-        *((name, c_void_p) for name in ("lse", "logit", "count", "gradients", "loss", "num_valid")),
+        *((name, c_void_p) for name in ("count", "losses", "gradients", "loss", "num_valid")),
         *((name, c_bool) for name in ("pairwise", "per_anchor", "mean")),
     ]
 
@@ -311,10 +318,10 @@ def gaussian_contrast(
         "covariances": ((covariances + covariances.mT) / 2).contiguous(),
         "counts": counts,
     }
-    loss, gradients = torch.empty((n,) if reduction == "none" else (), dtype=wide), torch.empty(n, depth, dtype=wide)
+    losses, gradients = torch.empty(n, dtype=wide), torch.empty(n, depth, dtype=wide)
+    loss = losses if reduction == "none" else torch.empty((), dtype=wide)
     num_valid = torch.empty((), dtype=torch.int64)
-    outputs = {"lse": torch.empty(n, dtype=wide), "logit": torch.empty(n, dtype=wide)}
-    outputs |= {"count": torch.empty(n, dtype=torch.int32), "gradients": gradients, "loss": loss}
+    outputs = {"count": torch.empty(n, dtype=torch.int32), "losses": losses, "gradients": gradients, "loss": loss}
     s = Gaussian(n=n, depth=depth, classes=len(counts), ignore_index=ignore_index, shared_bytes=shared_bytes)
     s.temperature, s.covariance_scale, s.negative_weight = temperature, covariance_scale, negative_weight
     s.pairwise, s.per_anchor, s.mean = pairwise, reduction == "none", reduction == "mean"

@@ -137,9 +137,9 @@ struct Contrast {
   double temperature, negative_weight;
   int64_t ignore_index, self_offset;
   // outputs of the forward, inputs of the backward pass
-  void *lse, *logit;
+  void *max_logit, *log_sum, *logit;
   int32_t* count;
-  void* loss;
+  void *losses, *loss;
   int64_t* num_valid;
   const void* grad;
   void* grad_rows;
@@ -169,19 +169,21 @@ const char* contrast(int dtype, const Contrast* c, bool backward) {
                                               c->negative_mask,
                                               {c->positive_stride[0], c->positive_stride[1]},
                                               {c->negative_stride[0], c->negative_stride[1]},
-                                              scalar_t(pglcl::cuda::kLog2E / c->temperature),
-                                              scalar_t(c->temperature),
-                                              scalar_t(c->negative_weight),
+                                              scalar_t(1 / c->temperature),
+                                              scalar_t(std::log(c->negative_weight)),
+                                              scalar_t(std::log1p(c->negative_weight)),
                                               c->ignore_index,
                                               c->self_offset};
     const pglcl::cuda::DeviceLimits device{int(c->capability), c->shared_bytes, c->allow_tf32};
     if (!backward) {
-      pglcl::cuda::run_contrast_forward<T>(x, device, static_cast<scalar_t*>(c->lse), static_cast<scalar_t*>(c->logit),
-                                           c->count, c->per_anchor, c->mean, static_cast<scalar_t*>(c->loss),
-                                           c->num_valid, 0);
+      const pglcl::cuda::ContrastSums<scalar_t> sums{
+          static_cast<scalar_t*>(c->max_logit), static_cast<scalar_t*>(c->log_sum), static_cast<scalar_t*>(c->logit),
+          c->count, static_cast<scalar_t*>(c->losses)};
+      pglcl::cuda::run_contrast_forward<T>(x, device, sums, c->mean,
+                                           c->per_anchor ? nullptr : static_cast<scalar_t*>(c->loss), c->num_valid, 0);
     } else {
-      const pglcl::cuda::ContrastGradients<scalar_t> g{in(c->grad), c->per_anchor, c->mean ? c->num_valid : nullptr,
-                                                       in(c->lse), c->count};
+      const pglcl::cuda::ContrastGradients<scalar_t> g{
+          in(c->grad), c->per_anchor, c->mean ? c->num_valid : nullptr, in(c->max_logit), in(c->log_sum), c->count};
       pglcl::cuda::run_contrast_backward<T>(x, g, device, static_cast<T*>(c->grad_rows), c->own_anchor, c->own_key, 0);
     }
   });
@@ -195,9 +197,8 @@ struct Gaussian {
   const int64_t* counts;
   double temperature, covariance_scale, negative_weight;
   int64_t ignore_index, shared_bytes;
-  void *lse, *logit;
   int32_t* count;
-  void *gradients, *loss;
+  void *losses, *gradients, *loss;
   int64_t* num_valid;
   bool pairwise, per_anchor, mean;
 };
@@ -219,9 +220,9 @@ const char* gaussian(int dtype, const Gaussian* g) {
                                               scalar_t(g->covariance_scale / (g->temperature * g->temperature)),
                                               scalar_t(g->negative_weight),
                                               g->ignore_index};
-    pglcl::cuda::run_gaussian_contrast<T>(
-        x, g->shared_bytes, static_cast<scalar_t*>(g->lse), static_cast<scalar_t*>(g->logit), g->count,
-        static_cast<scalar_t*>(g->gradients), g->per_anchor, g->mean, static_cast<scalar_t*>(g->loss), g->num_valid, 0);
+    pglcl::cuda::run_gaussian_contrast<T>(x, g->shared_bytes, static_cast<scalar_t*>(g->losses), g->count,
+                                          static_cast<scalar_t*>(g->gradients), g->mean,
+                                          g->per_anchor ? nullptr : static_cast<scalar_t*>(g->loss), g->num_valid, 0);
   });
 }
 

@@ -231,3 +231,96 @@ def test_gaussian(n: int, depth: int, shared: int, pairwise: bool, dtype: torch.
         scale = max(want.abs().max().item(), 1e-6) if want.numel() else 1.0
         torch.testing.assert_close(gradients.double(), want, rtol=0, atol=tolerance * scale)
         assert num_valid == ((rest[0] >= 0) & (rest[0] != 1)).sum()
+
+
+# Every kernel of the loss, by what leads to it.
+PATHS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "plain float64": (torch.float64, {}),
+    "plain float32": (torch.float32, {"shared_bytes": 1024}),
+    "plain bfloat16": (torch.bfloat16, {"shared_bytes": 1024}),
+    "FFMA float32": (torch.float32, {}),
+    "FFMA bfloat16": (torch.bfloat16, {"capability": 75}),
+    "FFMA float16": (torch.float16, {"capability": 75}),
+    "TF32": (torch.float32, {"allow_tf32": True}),
+    "mma bfloat16": (torch.bfloat16, {}),
+    "mma float16": (torch.float16, {}),
+}
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest) -> tuple[torch.dtype, dict[str, Any]]:
+    return PATHS[request.param]
+
+
+def padded(rows: list[list[float]], dtype: torch.dtype) -> torch.Tensor:
+    return torch.nn.functional.pad(torch.tensor(rows, dtype=dtype), (0, 8 - len(rows[0])))
+
+
+@pytest.mark.parametrize("upstream", [1.0, 65536.0])
+def test_large_logits_have_the_gradient_of_their_loss(path, upstream: float) -> None:
+    dtype, device = path
+    # The positive outweighs the negative by far: the loss is 0, and flat.
+    z = padded([[300.0, 30], [300, 90], [210, 300]], dtype)
+    up = torch.tensor(upstream)
+    loss, (grad,) = emulator.patch_contrast(z, torch.tensor([0, 0, 1]), temperature=0.1, upstream=up, **device)
+    assert loss == 0
+    assert torch.equal(grad, torch.zeros_like(grad))
+    loss, (grad,) = emulator.patch_contrast(z * 100, torch.tensor([0, 0, 1]), temperature=0.1, upstream=up, **device)
+    assert loss == 0
+    assert torch.equal(grad, torch.zeros_like(grad))
+
+
+def test_a_gradient_scaler_and_heavy_negatives_stay_finite(path) -> None:
+    dtype, device = path
+    z = padded([[1.0, 0], [-1, 0], [-1, 0]], dtype)
+    labels = torch.tensor([0, 0, 1])
+    for weight, scale in ((1.0, 65536.0), (1e7, 1.0), (1e-30, 1.0), (1e30, 1.0), (1e7, 65536.0 / 64)):
+        oracle = z.double().requires_grad_()
+        expected = reference.patch_contrast_loss(oracle, labels, temperature=0.0254, negative_weight=weight)
+        (want,) = torch.autograd.grad(expected, oracle, torch.tensor(scale, dtype=torch.float64))
+        if dtype == torch.float16 and want.abs().max() > 6e4:
+            continue  # the true gradient is beyond the type
+        loss, (grad,) = emulator.patch_contrast(
+            z, labels, temperature=0.0254, negative_weight=weight, upstream=torch.tensor(scale), **device
+        )
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+        tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 1e-2)
+        torch.testing.assert_close(grad.double(), want, rtol=tolerance, atol=tolerance * want.abs().max().item())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_row_that_is_no_number_spoils_only_what_uses_it(path, bad: float) -> None:
+    dtype, device = path
+    problem = ContrastProblem.random(40, 8, classes=3, ignored=False, max_positive_disparity=0.5, reduction="none")
+    z, labels, descriptors = problem.anchors.to(dtype), problem.labels.clone(), problem.descriptors
+    # Patch 5 is ignored; of patch 7 nobody is close enough, and its class is its own: it uses all, and is used by all.
+    labels[5] = -1
+    spoiled = z.clone()
+    spoiled[5] = bad
+    clean, (want,) = emulator.patch_contrast(z, labels, descriptors, **problem.options, **device)
+    loss, (grad,) = emulator.patch_contrast(spoiled, labels, descriptors, **problem.options, **device)
+    torch.testing.assert_close(loss, clean, rtol=0, atol=0)
+    torch.testing.assert_close(grad, want, rtol=0, atol=0)
+    # A key of class 0 that only anchors of class 0 see, since no disparity to other classes is large enough.
+    options = {**problem.options, "min_negative_disparity": 2.0, "max_positive_disparity": 2.0}
+    spoiled = z.clone()
+    row = int((labels == 0).nonzero()[0])
+    spoiled[row, 3] = bad
+    loss, (grad,) = emulator.patch_contrast(spoiled, labels, descriptors, **options, **device)
+    used = labels == 0
+    assert not torch.isfinite(loss[used]).any()
+    assert torch.isfinite(loss[~used]).all()
+    assert not torch.isfinite(grad[used]).all(dim=1).any()
+    assert torch.isfinite(grad[~used]).all()
+
+
+def test_masks_that_call_a_key_both_count_it_twice(path) -> None:
+    dtype, device = path
+    problem = ContrastProblem.random(40, 8, m=70)
+    both = torch.rand(40, 70) < 0.3
+    problem.options = {
+        "positive_mask": both | (torch.rand(40, 70) < 0.2),
+        "negative_mask": both,
+        "negative_weight": 3.0,
+    }
+    assert_contrast(problem, dtype, **device)

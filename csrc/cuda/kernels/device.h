@@ -76,8 +76,8 @@ class Shared {
   }
   PGLCL_DEVICE T atomic_add(int i, T value) const { return atomicAdd(data_ + i, value); }
 
-  // Four 8 x 8 matrices of 16-bit elements. Lane l names row l % 8 of matrix l / 8, 16 bytes aligned to 16, and gets two
-  // neighbours of row l / 4 in each matrix; transposed, of column l / 4 (ldmatrix in the PTX ISA).
+  // Four 8 x 8 matrices of 16-bit elements. Lane l names row l % 8 of matrix l / 8, 16 bytes aligned to 16, and gets
+  // two neighbours of row l / 4 in each matrix; transposed, of column l / 4 (ldmatrix in the PTX ISA).
   PGLCL_DEVICE void load_matrices(int i, uint32_t (&out)[4]) const {
     static_assert(sizeof(T) == 2);
     const unsigned from = unsigned(__cvta_generic_to_shared(data_ + i));
@@ -245,22 +245,13 @@ inline dim3 checked_grid(int64_t x, int64_t y) {
   return dim3(unsigned(x), unsigned(y));
 }
 
-// More than 48 KiB of dynamic shared memory has to be asked for, kernel by kernel. All that the device has is asked for,
-// every time the same: host threads that launch a kernel at once cannot take it from each other.
+// More than 48 KiB of dynamic shared memory has to be asked for, kernel by kernel. All that the device has is asked
+// for, every time the same: host threads that launch a kernel at once cannot take it from each other.
 template <typename Kernel>
 void allow_shared(Kernel kernel, int64_t bytes, int64_t device_bytes) {
   if (bytes <= 48 * 1024) return;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(device_bytes)),
              "shared memory of a kernel");
-}
-
-// The compute capability that the code of a kernel was compiled for, e.g. 80: of its PTX, when it was translated for a
-// newer device.
-template <typename Kernel>
-int compiled_for(Kernel kernel) {
-  cudaFuncAttributes attributes;
-  check_cuda(cudaFuncGetAttributes(&attributes, kernel), "attributes of a kernel");
-  return attributes.ptxVersion;
 }
 
 }  // namespace pglcl

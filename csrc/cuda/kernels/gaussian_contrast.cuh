@@ -110,11 +110,11 @@ PGLCL_DEVICE void add_gaussian(const GaussianArguments<T>& x, int64_t j, int row
   sync_threads();  // `partial` is written again
 }
 
-// lse, own_logit and count (N,) are what contrast_reduce sums; gradients (N, depth) of the accumulating type, or null.
+// losses and counts (N,) are what contrast_reduce sums; gradients (N, depth) of the accumulating type, or null.
 template <typename T>
-PGLCL_KERNEL gaussian_contrast_rows(const GaussianArguments<T> x, typename Accumulate<T>::type* lse_data,
-                                    typename Accumulate<T>::type* logit_data, int32_t* count_data,
-                                    typename Accumulate<T>::type* gradient_data, int rows_per_block) {
+PGLCL_KERNEL gaussian_contrast_rows(const GaussianArguments<T> x, typename Accumulate<T>::type* loss_data,
+                                    int32_t* count_data, typename Accumulate<T>::type* gradient_data,
+                                    int rows_per_block) {
   using scalar_t = typename Accumulate<T>::type;
   const int depth = int(x.depth), thread = thread_index();
   SharedMemory memory;
@@ -160,8 +160,8 @@ PGLCL_KERNEL gaussian_contrast_rows(const GaussianArguments<T> x, typename Accum
     const bool valid = own[r] >= 0;
     if (thread == 0) {
       const scalar_t ln2 = scalar_t(1 / kLog2E);
-      Global<scalar_t>(lse_data).store(row[r], valid ? (state.shift[r] + logarithm2(state.sum[r])) * ln2 : scalar_t(0));
-      Global<scalar_t>(logit_data).store(row[r], state.own_logit[r]);
+      const scalar_t log_sum = (state.shift[r] + logarithm2(state.sum[r])) * ln2;
+      Global<scalar_t>(loss_data).store(row[r], valid ? log_sum - state.own_logit[r] : scalar_t(0));
       Global<int32_t>(count_data).store(row[r], valid);
     }
     if (!gradient_data) continue;
@@ -192,19 +192,18 @@ int gaussian_rows_per_block(int64_t depth, int64_t shared_bytes) {
   return rows;
 }
 
+// loss: one number; null where `losses` are the result.
 template <typename T, typename scalar_t = typename Accumulate<T>::type>
-void run_gaussian_contrast(const GaussianArguments<T>& x, int64_t shared_bytes, scalar_t* lse, scalar_t* logit,
-                           int32_t* count, scalar_t* gradients, bool per_anchor, bool mean, scalar_t* loss,
-                           int64_t* num_valid, PglclStream stream) {
+void run_gaussian_contrast(const GaussianArguments<T>& x, int64_t shared_bytes, scalar_t* losses, int32_t* counts,
+                           scalar_t* gradients, bool mean, scalar_t* loss, int64_t* num_valid, PglclStream stream) {
   if (x.n > 0) {
     const int rows = gaussian_rows_per_block<scalar_t>(x.depth, shared_bytes);
     const int64_t bytes = gaussian_shared_bytes<scalar_t>(rows, x.depth);
     PGLCL_ALLOW_SHARED(gaussian_contrast_rows<T>, bytes, shared_bytes);
-    PGLCL_LAUNCH(gaussian_contrast_rows<T>, (x.n + rows - 1) / rows, 1, kGaussianThreads, bytes, stream, x, lse, logit,
-                 count, gradients, rows);
+    PGLCL_LAUNCH(gaussian_contrast_rows<T>, (x.n + rows - 1) / rows, 1, kGaussianThreads, bytes, stream, x, losses,
+                 counts, gradients, rows);
   }
-  PGLCL_LAUNCH(contrast_reduce<scalar_t>, 1, 1, kReduceThreads, 0, stream, lse, logit, count, x.n, per_anchor, mean,
-               loss, num_valid);
+  PGLCL_LAUNCH(contrast_reduce<scalar_t>, 1, 1, kReduceThreads, 0, stream, losses, counts, x.n, mean, loss, num_valid);
 }
 
 }  // namespace pglcl::cuda

@@ -53,6 +53,7 @@ template <typename scalar_t>
 struct ContrastSums {
   scalar_t *max_logit, *log_sum, *positive_logit;
   int32_t* num_positives;
+  scalar_t* losses;  // of the anchors; 0 without a positive
 };
 
 // What the backward pass knows of an anchor besides.
@@ -191,8 +192,8 @@ PGLCL_DEVICE scalar_t pair_logit(const ContrastArguments<T>& x, const PairKind& 
 // What a whole set of keys says about whether an anchor's pairs can be decided: as decide() has it pair by pair.
 template <typename scalar_t>
 struct KeyScan {
-  int32_t counted = 0;  // keys that count
-  int32_t unknown = 0;  // whether a descriptor of theirs is not finite
+  int32_t counted = 0;                                                  // keys that count
+  int32_t unknown = 0;                                                  // whether a descriptor of theirs is not finite
   scalar_t lowest = scalar_t(INFINITY), highest = -scalar_t(INFINITY);  // of the others
 
   PGLCL_DEVICE void add(const Patch<scalar_t>& key) {
@@ -272,13 +273,18 @@ struct RunningSums {
     undecided = undecided || other.undecided;
   }
 
+  // Without a pair the maximum and the sum are those of nothing, minus infinity both.
   PGLCL_DEVICE void write(int64_t i, const ContrastSums<scalar_t>& out) const {
     const bool met = sum != scalar_t(0) || positives > 0;
-    const scalar_t none = undecided ? scalar_t(NAN) : scalar_t(0);
-    Global<scalar_t>(out.max_logit).store(i, met ? highest + none : none - scalar_t(INFINITY));
-    Global<scalar_t>(out.log_sum).store(i, met ? logarithm2(sum) * scalar_t(kLn2) + none : none);
-    Global<scalar_t>(out.positive_logit).store(i, positives ? highest + spread / scalar_t(positives) : scalar_t(0));
-    Global<int32_t>(out.num_positives).store(i, undecided && positives == 0 ? 1 : positives);
+    const scalar_t log_sum = undecided ? scalar_t(NAN) : logarithm2(sum) * scalar_t(kLn2);
+    const scalar_t mean_spread = positives ? spread / scalar_t(positives) : scalar_t(0);
+    const bool counts = positives > 0 || undecided;
+    Global<scalar_t>(out.max_logit).store(i, undecided ? scalar_t(NAN) : met ? highest : -scalar_t(INFINITY));
+    Global<scalar_t>(out.log_sum).store(i, log_sum);
+    Global<scalar_t>(out.positive_logit).store(i, positives ? highest + mean_spread : scalar_t(0));
+    Global<int32_t>(out.num_positives).store(i, counts && positives == 0 ? 1 : positives);
+    // Not log_sum + maximum - positive_logit: what is large has cancelled already.
+    Global<scalar_t>(out.losses).store(i, counts ? log_sum - mean_spread : scalar_t(0));
   }
 };
 
@@ -369,24 +375,21 @@ PGLCL_KERNEL contrast_backward_plain(ContrastArguments<T> x, ContrastGradients<t
 
 constexpr int kReduceThreads = 256;
 
-// The loss from the sums of its anchors: one block, in a fixed order. loss holds n numbers, or one.
+// The loss from those of its anchors: one block, in a fixed order. loss: one number, or null where every anchor's own
+// is the result.
 template <typename scalar_t>
-PGLCL_KERNEL contrast_reduce(ContrastSums<scalar_t> sums, int64_t n, bool per_anchor, bool mean, scalar_t* loss_data,
-                             int64_t* num_valid_data) {
-  const Global<const scalar_t> max_logit(sums.max_logit), log_sum(sums.log_sum), logit(sums.positive_logit);
-  const Global<const int32_t> count(sums.num_positives);
-  const Global<scalar_t> loss(loss_data);
+PGLCL_KERNEL contrast_reduce(const scalar_t* loss_data, const int32_t* count_data, int64_t n, bool mean,
+                             scalar_t* result_data, int64_t* num_valid_data) {
+  const Global<const scalar_t> losses(loss_data);
+  const Global<const int32_t> count(count_data);
   PGLCL_STATIC_SHARED(double, totals, kReduceThreads);
   PGLCL_STATIC_SHARED(int64_t, counted, kReduceThreads);
   const int thread = thread_index();
   double total = 0;
   int64_t valid = 0;
   for (int64_t i = thread; i < n; i += kReduceThreads) {
-    const bool counts = count.load(i) > 0;
-    const scalar_t value = counts ? (max_logit.load(i) - logit.load(i)) + log_sum.load(i) : scalar_t(0);
-    if (per_anchor) loss.store(i, value);
-    total += double(value);
-    valid += counts;
+    total += double(losses.load(i));
+    valid += count.load(i) > 0;
   }
   totals.store(thread, total);
   counted.store(thread, valid);
@@ -399,7 +402,9 @@ PGLCL_KERNEL contrast_reduce(ContrastSums<scalar_t> sums, int64_t n, bool per_an
   }
   if (thread != 0) return;
   valid = counted.load(0);
-  if (!per_anchor) loss.store(0, scalar_t(mean ? totals.load(0) / double(valid > 1 ? valid : 1) : totals.load(0)));
+  total = totals.load(0);
+  if (result_data)
+    Global<scalar_t>(result_data).store(0, scalar_t(mean ? total / double(valid > 1 ? valid : 1) : total));
   Global<int64_t>(num_valid_data).store(0, valid);
 }
 

@@ -53,10 +53,10 @@ template <typename T, Math kMath>
 void launch_forward_tiles(const ContrastArguments<T>& x, const DeviceLimits& device, const ContrastSums<float>& out,
                           int stages, PglclStream stream) {
   with_rule(x, [&]<bool kGeneral>() {
-    constexpr auto kernel = contrast_forward_tiles<T, kMath, kGeneral>;
     const int64_t bytes = tile_shared_bytes<T>(x.depth, stages);
-    PGLCL_ALLOW_SHARED(kernel, bytes, device.shared_bytes);
-    PGLCL_LAUNCH(kernel, blocks_of(x.n, kRows), 1, kContrastThreads, bytes, stream, x, out, stages);
+    PGLCL_ALLOW_SHARED((contrast_forward_tiles<T, kMath, kGeneral>), bytes, device.shared_bytes);
+    PGLCL_LAUNCH((contrast_forward_tiles<T, kMath, kGeneral>), blocks_of(x.n, kRows), 1, kContrastThreads, bytes,
+                 stream, x, out, stages);
   });
 }
 
@@ -64,16 +64,17 @@ template <typename T, int kDepth>
 void launch_forward_mma(const ContrastArguments<T>& x, const DeviceLimits& device, const ContrastSums<float>& out,
                         int stages, PglclStream stream) {
   with_rule(x, [&]<bool kGeneral>() {
-    constexpr auto kernel = contrast_forward_mma<T, kDepth, kGeneral>;
     const int64_t bytes = mma_shared_bytes<kDepth>(stages);
-    PGLCL_ALLOW_SHARED(kernel, bytes, device.shared_bytes);
-    PGLCL_LAUNCH(kernel, blocks_of(x.n, kMmaRows), 1, kContrastThreads, bytes, stream, x, out, stages);
+    PGLCL_ALLOW_SHARED((contrast_forward_mma<T, kDepth, kGeneral>), bytes, device.shared_bytes);
+    PGLCL_LAUNCH((contrast_forward_mma<T, kDepth, kGeneral>), blocks_of(x.n, kMmaRows), 1, kContrastThreads, bytes,
+                 stream, x, out, stages);
   });
 }
 
+// loss: one number; null where out.losses are the result.
 template <typename T, typename scalar_t = typename Accumulate<T>::type>
 void run_contrast_forward(const ContrastArguments<T>& x, const DeviceLimits& device, const ContrastSums<scalar_t>& out,
-                          bool per_anchor, bool mean, scalar_t* loss, int64_t* num_valid, PglclStream stream) {
+                          bool mean, scalar_t* loss, int64_t* num_valid, PglclStream stream) {
   if (x.n > 0) {
     const Choice choice = choose_path(x, device);
     if constexpr (sizeof(T) == 2) {
@@ -83,28 +84,26 @@ void run_contrast_forward(const ContrastArguments<T>& x, const DeviceLimits& dev
         launch_forward_mma<T, 256>(x, device, out, choice.stages, stream);
     }
     if constexpr (sizeof(T) == 4)
-      if (choice.path == Path::kTf32)
-        launch_forward_tiles<T, Math::kTensor>(x, device, out, choice.stages, stream);
+      if (choice.path == Path::kTf32) launch_forward_tiles<T, Math::kTensor>(x, device, out, choice.stages, stream);
     if constexpr (sizeof(T) < 8)
       if (choice.path == Path::kFfma) launch_forward_tiles<T, Math::kFfma>(x, device, out, choice.stages, stream);
     if (choice.path == Path::kPlain)
       PGLCL_LAUNCH(contrast_forward_plain<T>, blocks_of(x.n, kContrastThreads / 32), 1, kContrastThreads, 0, stream, x,
                    out);
   }
-  PGLCL_LAUNCH(contrast_reduce<scalar_t>, 1, 1, kReduceThreads, 0, stream, out, x.n, per_anchor, mean, loss, num_valid);
+  PGLCL_LAUNCH(contrast_reduce<scalar_t>, 1, 1, kReduceThreads, 0, stream, out.losses, out.num_positives, x.n, mean,
+               loss, num_valid);
 }
 
 template <typename T, Math kMath>
-void launch_backward_tiles(const ContrastArguments<T>& x, const ContrastGradients<float>& g,
-                           const DeviceLimits& device, T* grad, bool own_anchor, bool own_key, int stages,
-                           PglclStream stream) {
+void launch_backward_tiles(const ContrastArguments<T>& x, const ContrastGradients<float>& g, const DeviceLimits& device,
+                           T* grad, bool own_anchor, bool own_key, int stages, PglclStream stream) {
   with_rule(x, [&]<bool kGeneral>() {
     const auto launch = [&]<int kDepth>() {
-      constexpr auto kernel = contrast_backward_tiles<T, kMath, kDepth, kGeneral>;
       const int64_t bytes = tile_shared_bytes<T>(x.depth, stages);
-      PGLCL_ALLOW_SHARED(kernel, bytes, device.shared_bytes);
-      PGLCL_LAUNCH(kernel, blocks_of(own_anchor ? x.n : x.m, kRows), 1, kContrastThreads, bytes, stream, x, g, grad,
-                   own_anchor, own_key, stages);
+      PGLCL_ALLOW_SHARED((contrast_backward_tiles<T, kMath, kDepth, kGeneral>), bytes, device.shared_bytes);
+      PGLCL_LAUNCH((contrast_backward_tiles<T, kMath, kDepth, kGeneral>), blocks_of(own_anchor ? x.n : x.m, kRows), 1,
+                   kContrastThreads, bytes, stream, x, g, grad, own_anchor, own_key, stages);
     };
     x.depth > 128 ? launch.template operator()<256>() : launch.template operator()<128>();
   });
@@ -114,11 +113,11 @@ template <typename T, int kDepth, Owner kOwner>
 void launch_backward_mma(const ContrastArguments<T>& x, const ContrastGradients<float>& g, const DeviceLimits& device,
                          T* grad, int stages, PglclStream stream) {
   with_rule(x, [&]<bool kGeneral>() {
-    constexpr auto kernel = contrast_backward_mma<T, kDepth, kOwner, kGeneral>;
     const int64_t bytes = mma_shared_bytes<kDepth>(stages);
-    PGLCL_ALLOW_SHARED(kernel, bytes, device.shared_bytes);
-    PGLCL_LAUNCH(kernel, blocks_of(kOwner == Owner::kKeys ? x.m : x.n, kMmaRows), 1, kContrastThreads, bytes, stream, x,
-                 g, grad, stages);
+    PGLCL_ALLOW_SHARED((contrast_backward_mma<T, kDepth, kOwner, kGeneral>), bytes, device.shared_bytes);
+    PGLCL_LAUNCH((contrast_backward_mma<T, kDepth, kOwner, kGeneral>),
+                 blocks_of(kOwner == Owner::kKeys ? x.m : x.n, kMmaRows), 1, kContrastThreads, bytes, stream, x, g,
+                 grad, stages);
   });
 }
 

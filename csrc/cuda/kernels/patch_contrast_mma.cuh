@@ -2,9 +2,9 @@
 //
 // A block owns kMmaRows rows (anchors, or keys for their gradient), 16 for each of its four warps, and streams tiles of
 // the others through shared memory, copied asynchronously, the next one while this one is worked on. A warp keeps what
-// it makes of its rows in registers: products (step 1), logits or weights of the pairs (step 2), and gradients (step 3),
-// for which the weights become an operand of mma.sync as they lie. One barrier per tile; no atomics: the same bits on
-// every run.
+// it makes of its rows in registers: products (step 1), logits or weights of the pairs (step 2), and gradients (step
+// 3), for which the weights become an operand of mma.sync as they lie. One barrier per tile; no atomics: the same bits
+// on every run.
 #pragma once
 
 #include "patch_contrast_tiles.cuh"
@@ -30,8 +30,8 @@ using MmaSide = ColumnSide<kMmaColumns<kDepth>, 2>;
 template <int kDepth>
 constexpr int64_t mma_shared_bytes(int stages) {
   const int64_t row = kMmaStride<kDepth> * 2;
-  return (kRowsHeld<kDepth> ? 0 : kMmaRows * row) + stages * kMmaColumns<kDepth> * row +
-         MmaSide<kDepth>::bytes() + ScanMemory::bytes();
+  return (kRowsHeld<kDepth> ? 0 : kMmaRows * row) + stages * kMmaColumns<kDepth> * row + MmaSide<kDepth>::bytes() +
+         ScanMemory::bytes();
 }
 
 // What the two 16-bit types have of their own.
@@ -79,12 +79,15 @@ template <typename T, int kDepth>
 class RowFragments {
  public:
   // Rows of the block at `at` in `memory`.
-  PGLCL_DEVICE void load(const Shared<T>& memory, int at) {
+  PGLCL_DEVICE void load(const Shared<T>& memory, int at, int64_t depth) {
     memory_ = memory;
     at_ = at + (thread_index() / 32 * 16 + thread_index() % 16) * kMmaStride<kDepth> + thread_index() % 32 / 16 * 8;
     if constexpr (kRowsHeld<kDepth>) {
 #pragma unroll
-      for (int s = 0; s < kDepth / 16; ++s) memory.load_matrices(at_ + 16 * s, held_[s]);
+      for (int s = 0; s < kDepth / 16; ++s) {
+        if (s % 2 == 0 && 16 * s >= depth) break;
+        memory.load_matrices(at_ + 16 * s, held_[s]);
+      }
     }
   }
   PGLCL_DEVICE void get(int step, uint32_t (&a)[4]) const {
@@ -139,9 +142,9 @@ PGLCL_DEVICE void add_columns(const float (&weights)[kTiles][4], const Shared<T>
 #pragma unroll
   for (int t = 0; t < kTiles; t += 2) {
     // What a thread holds of two tiles of products is its part of operand A.
-    const uint32_t a[4] = {
-        Half<T>::pack(weights[t][0], weights[t][1]), Half<T>::pack(weights[t][2], weights[t][3]),
-        Half<T>::pack(weights[t + 1][0], weights[t + 1][1]), Half<T>::pack(weights[t + 1][2], weights[t + 1][3])};
+    const uint32_t a[4] = {Half<T>::pack(weights[t][0], weights[t][1]), Half<T>::pack(weights[t][2], weights[t][3]),
+                           Half<T>::pack(weights[t + 1][0], weights[t + 1][1]),
+                           Half<T>::pack(weights[t + 1][2], weights[t + 1][3])};
 #pragma unroll
     for (int d = 0; d < kDepth; d += 16) {
       if (d % kMmaStep == 0 && d >= depth) break;
@@ -157,9 +160,9 @@ PGLCL_DEVICE void add_columns(const float (&weights)[kTiles][4], const Shared<T>
   }
 }
 
-// Streams tiles first_tile to last_tile of the columns past the block's rows. load_side(first column) reads what belongs
-// to the columns of the next tile while this one is worked on, store_side(loaded, side) puts it into shared memory, and
-// work(first column, place of the tile in memory.columns, its side) runs where both are there.
+// Streams tiles first_tile to last_tile of the columns past the block's rows. load_side(first column) reads what
+// belongs to the columns of the next tile while this one is worked on, store_side(loaded, side) puts it into shared
+// memory, and work(first column, place of the tile in memory.columns, its side) runs where both are there.
 template <typename T, int kDepth, typename Load, typename Store, typename Work>
 PGLCL_DEVICE void stream_tiles(const MmaMemory<T, kDepth>& memory, RowFragments<T, kDepth>& fragments,
                                Global<const T> rows, int64_t first_row, int64_t row_count, Global<const T> columns,
@@ -183,7 +186,7 @@ PGLCL_DEVICE void stream_tiles(const MmaMemory<T, kDepth>& memory, RowFragments<
   store_side(load_side(first_tile * kColumns), memory.side.of_turn(0));
   wait_copies<0>();
   sync_threads();
-  fragments.load(rows_in, rows_at);
+  fragments.load(rows_in, rows_at, depth);
   if (stages == 1) {
     sync_threads();
     copy_tile(first_tile, 0);
@@ -206,9 +209,8 @@ PGLCL_DEVICE void stream_tiles(const MmaMemory<T, kDepth>& memory, RowFragments<
 
 // Step 2 of the forward pass for the two rows of a thread.
 template <typename T, int kDepth, bool kGeneral, bool kSelf, int kTiles>
-PGLCL_DEVICE void meet_columns(const ContrastArguments<T>& x, const MmaSide<kDepth>& side,
-                               const int64_t (&index)[2], const Patch<float> (&anchor)[2],
-                               const AnchorTerms<float> (&terms)[2], int64_t first,
+PGLCL_DEVICE void meet_columns(const ContrastArguments<T>& x, const MmaSide<kDepth>& side, const int64_t (&index)[2],
+                               const Patch<float> (&anchor)[2], const AnchorTerms<float> (&terms)[2], int64_t first,
                                const float (&products)[kTiles][4], RunningSums<float> (&sums)[2]) {
   constexpr int kColumns = kMmaColumns<kDepth>;
   const int within = thread_index() % 4;
@@ -320,17 +322,16 @@ enum class Owner { kAnchors, kKeys, kBoth };
 // Step 2 of the backward pass for the two rows of a thread: products become weights. Returns 0, or NaN where a product
 // was not finite.
 template <typename T, int kDepth, Owner kOwner, bool kGeneral, bool kSelf, int kTiles>
-PGLCL_DEVICE float weigh_columns(const ContrastArguments<T>& x, const MmaSide<kDepth>& side,
-                                 const int64_t (&index)[2], const Patch<float> (&own)[2],
-                                 const AnchorTerms<float> (&own_terms)[2], int64_t first,
+PGLCL_DEVICE float weigh_columns(const ContrastArguments<T>& x, const MmaSide<kDepth>& side, const int64_t (&index)[2],
+                                 const Patch<float> (&own)[2], const AnchorTerms<float> (&own_terms)[2], int64_t first,
                                  float (&products)[kTiles][4]) {
   constexpr bool kOwnAnchor = kOwner != Owner::kKeys, kOwnKey = kOwner != Owner::kAnchors;
   const int within = thread_index() % 4;
   int self[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r)
-    self[r] = kSelf ? own_column(index[r], kOwnAnchor ? x.self_offset : -x.self_offset, first, kMmaColumns<kDepth>)
-                    : -1;
+    self[r] =
+        kSelf ? own_column(index[r], kOwnAnchor ? x.self_offset : -x.self_offset, first, kMmaColumns<kDepth>) : -1;
   float infinite = 0;
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) {

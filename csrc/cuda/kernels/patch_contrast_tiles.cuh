@@ -48,8 +48,8 @@ class ColumnSide {
         flags_(memory.take<int>(kTurns * kCount)) {}
 
   static constexpr int64_t bytes() {
-    return rounded_to_16(kTurns * kCount * sizeof(int64_t)) + rounded_to_16(kNumbers * kTurns * kCount * sizeof(float)) +
-           rounded_to_16(kTurns * kCount * sizeof(int));
+    return rounded_to_16(kTurns * kCount * sizeof(int64_t)) +
+           rounded_to_16(kNumbers * kTurns * kCount * sizeof(float)) + rounded_to_16(kTurns * kCount * sizeof(int));
   }
   // That of one tile of the two.
   PGLCL_DEVICE ColumnSide of_turn(int turn) const {
@@ -92,7 +92,7 @@ class ColumnSide {
 #pragma unroll
     for (int k = 0; k < kGroup; ++k) {
       const int flags = kGeneral ? flags_.load(first_ + c + k) : 2;
-      out[k] = {positive_bound.at[k], negative_bound.at[k], max_logit.at[k],  log_sum.at[k],
+      out[k] = {positive_bound.at[k], negative_bound.at[k], max_logit.at[k], log_sum.at[k],
                 coefficient.at[k],    mean.at[k],           bool(flags & 2), bool(flags & 4)};
     }
   }
@@ -262,8 +262,8 @@ PGLCL_DEVICE void dots_ffma(const Shared<T>& rows, const Shared<T>& columns, int
     for (int c = 0; c < kPerThread; ++c) out.store((row + r) * kWeightStride<T> + column + 8 * c, sums[r][c]);
 }
 
-// Tensor cores, TF32: a warp has all rows and a quarter of the columns. Fragments are laid out as mma.sync has them in the
-// PTX ISA.
+// Tensor cores, TF32: a warp has all rows and a quarter of the columns. Fragments are laid out as mma.sync has them in
+// the PTX ISA.
 PGLCL_DEVICE void dots_tensor(const Shared<float>& rows, const Shared<float>& columns, int column_at, int64_t depth,
                               const Shared<float>& out) {
   constexpr int kTiles = kColumns<float> / 4 / 8;  // of 8 columns, per warp
@@ -392,8 +392,8 @@ struct GradientTensor {
         uint32_t b[2];
 #pragma unroll
         for (int w = 0; w < 2; ++w)
-          b[w] = to_tf32(finite<kFinite>(
-              widen(columns.load(column_at + (j + within + 4 * w) * stride + first + 8 * n + group))));
+          b[w] = to_tf32(
+              finite<kFinite>(widen(columns.load(column_at + (j + within + 4 * w) * stride + first + 8 * n + group))));
         mma_tf32(sums[0][n], a[0], b);
         mma_tf32(sums[1][n], a[1], b);
       }
@@ -547,9 +547,8 @@ PGLCL_KERNEL contrast_backward_tiles(ContrastArguments<T> x, ContrastGradients<f
         sync_threads();
         compute_dots<T, kMath>(memory.rows, memory.columns, at, x.depth, memory.weights);
         sync_threads();
-        const int self = x.self_offset < 0
-                             ? -1
-                             : own_column(i, own_anchor ? x.self_offset : -x.self_offset, first, kColumns<T>);
+        const int self =
+            x.self_offset < 0 ? -1 : own_column(i, own_anchor ? x.self_offset : -x.self_offset, first, kColumns<T>);
         float infinite = 0;  // or NaN
         for (int c = quarter; c < kColumns<T>; c += 4) {
           const int place = row * kWeightStride<T> + c;
@@ -560,18 +559,17 @@ PGLCL_KERNEL contrast_backward_tiles(ContrastArguments<T> x, ContrastGradients<f
           infinite = multiply_add(dot, 0.0f, infinite);
           float weight = 0;
           if (own_anchor) {
-            const PairKind kind =
-                kGeneral ? decide(x, i, own, first + c, other, own_terms)
-                         : decide_by_rule(own, other, own_terms.positive_bound, own_terms.negative_bound);
+            const PairKind kind = kGeneral
+                                      ? decide(x, i, own, first + c, other, own_terms)
+                                      : decide_by_rule(own, other, own_terms.positive_bound, own_terms.negative_bound);
             weight += pair_weight(x, kind, own_terms, dot);
           }
           if (own_key) {
             AnchorTerms<float> all_terms[1];
             memory.side.template terms<1, kGeneral>(c, all_terms);
             const AnchorTerms<float>& terms = all_terms[0];
-            const PairKind kind = kGeneral
-                                      ? decide(x, first + c, other, i, own, terms)
-                                      : decide_by_rule(other, own, terms.positive_bound, terms.negative_bound);
+            const PairKind kind = kGeneral ? decide(x, first + c, other, i, own, terms)
+                                           : decide_by_rule(other, own, terms.positive_bound, terms.negative_bound);
             weight += pair_weight(x, kind, terms, dot);
           }
           memory.weights.store(place, c == self ? 0.0f : weight);
@@ -586,8 +584,7 @@ PGLCL_KERNEL contrast_backward_tiles(ContrastArguments<T> x, ContrastGradients<f
         infinite_before = infinite_now;
       });
   // An anchor whose loss is no number has no gradient that is one.
-  if (quarter == 0)
-    memory.weights.store(row * kWeightStride<T>, own_terms.log_sum != own_terms.log_sum ? NAN : 0.0f);
+  if (quarter == 0) memory.weights.store(row * kWeightStride<T>, own_terms.log_sum != own_terms.log_sum ? NAN : 0.0f);
   sync_threads();
   const Global<T> grad(grad_data);
   gradient.write(x.depth, [&](int r, int d, float value) {
