@@ -160,6 +160,8 @@ PGLCL_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 PGLCL_DEVICE double maximum(double a, double b) { return fmax(a, b); }
 PGLCL_DEVICE float minimum(float a, float b) { return fminf(a, b); }
 PGLCL_DEVICE double minimum(double a, double b) { return fmin(a, b); }
+PGLCL_DEVICE float absolute(float x) { return fabsf(x); }
+PGLCL_DEVICE double absolute(double x) { return fabs(x); }
 PGLCL_DEVICE int count_bits(uint32_t x) { return __popc(x); }
 
 // D += A B on the tensor cores of a warp, operands and result as mma.sync lays them out.
@@ -308,6 +310,10 @@ T maximum(T a, T b) {
 template <typename T>
 T minimum(T a, T b) {
   return std::fmin(a, b);
+}
+template <typename T>
+T absolute(T x) {
+  return std::fabs(x);
 }
 inline int count_bits(uint32_t x) { return std::popcount(x); }
 

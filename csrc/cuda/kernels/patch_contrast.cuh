@@ -139,15 +139,15 @@ PGLCL_DEVICE AnchorTerms<scalar_t> load_terms(const ContrastArguments<T>& x, con
   return terms;
 }
 
-// Whether key j is a positive or negative of anchor i, by label and one descriptor (METHOD section 4). Two comparisons
-// decide: what does not count has a descriptor or bounds that fail both.
+// Whether key j is a positive or negative of anchor i, by label and one descriptor (METHOD section 4). One comparison
+// decides: what does not count has a descriptor or bounds that are no numbers, and so is its margin.
 template <typename scalar_t>
 PGLCL_DEVICE PairKind decide_by_rule(const Patch<scalar_t>& a, const Patch<scalar_t>& b, scalar_t positive_bound,
                                      scalar_t negative_bound) {
-  const scalar_t delta = a.descriptor - b.descriptor;
-  const scalar_t size = delta < 0 ? -delta : delta;
+  const scalar_t disparity = absolute(a.descriptor - b.descriptor);
   const bool same = a.label == b.label;
-  return {same && size <= positive_bound, !same && size >= negative_bound, false};
+  const bool counts = (same ? positive_bound - disparity : disparity - negative_bound) >= 0;
+  return {same && counts, !same && counts, false};
 }
 
 // The same with masks or several channels, and with whether the pair could be decided at all.
@@ -163,14 +163,12 @@ PGLCL_DEVICE PairKind decide(const ContrastArguments<T>& x, int64_t i, const Pat
     if (x.log_weight == -scalar_t(INFINITY)) kind.negative = false;
     return kind;
   }
-  scalar_t delta = anchor.descriptor - key.descriptor;
-  delta = delta < 0 ? -delta : delta;
+  scalar_t delta = absolute(anchor.descriptor - key.descriptor);
   if (x.descriptors && x.channels > 1) {
     const Global<const scalar_t> a(x.descriptors), b(x.key_descriptors);
     delta = 0;
     for (int64_t c = 0; c < x.channels; ++c) {
-      const scalar_t d = a.load(i * x.channels + c) - b.load(j * x.channels + c);
-      delta += d < 0 ? -d : d;
+      delta += absolute(a.load(i * x.channels + c) - b.load(j * x.channels + c));
     }
     delta /= scalar_t(x.channels);
   }

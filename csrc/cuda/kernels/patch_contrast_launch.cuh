@@ -28,7 +28,9 @@ Choice choose_path(const ContrastArguments<T>& x, const DeviceLimits& device) {
   const bool tensor = device.compiled_for >= 80;
   for (int stages = 2; stages > 0; --stages) {
     if constexpr (sizeof(T) == 2) {
-      const int64_t bytes = x.depth <= 128 ? mma_shared_bytes<128>(stages) : mma_shared_bytes<256>(stages);
+      // The backward pass takes more, and chooses alike.
+      const int64_t bytes =
+          x.depth <= 128 ? mma_shared_bytes<128, false>(stages) : mma_shared_bytes<256, false>(stages);
       if (tensor && bytes <= device.shared_bytes) return {Path::kMma, stages};
     }
     if (sizeof(T) == 2 && tensor) continue;
@@ -64,7 +66,7 @@ template <typename T, int kDepth>
 void launch_forward_mma(const ContrastArguments<T>& x, const DeviceLimits& device, const ContrastSums<float>& out,
                         int stages, PglclStream stream) {
   with_rule(x, [&]<bool kGeneral>() {
-    const int64_t bytes = mma_shared_bytes<kDepth>(stages);
+    const int64_t bytes = mma_shared_bytes<kDepth, kHeldForward<kDepth>>(stages);
     PGLCL_ALLOW_SHARED((contrast_forward_mma<T, kDepth, kGeneral>), bytes, device.shared_bytes);
     PGLCL_LAUNCH((contrast_forward_mma<T, kDepth, kGeneral>), blocks_of(x.n, kMmaRows), 1, kContrastThreads, bytes,
                  stream, x, out, stages);
@@ -113,7 +115,7 @@ template <typename T, int kDepth, Owner kOwner>
 void launch_backward_mma(const ContrastArguments<T>& x, const ContrastGradients<float>& g, const DeviceLimits& device,
                          T* grad, int stages, PglclStream stream) {
   with_rule(x, [&]<bool kGeneral>() {
-    const int64_t bytes = mma_shared_bytes<kDepth>(stages);
+    const int64_t bytes = mma_shared_bytes<kDepth, false>(stages);
     PGLCL_ALLOW_SHARED((contrast_backward_mma<T, kDepth, kOwner, kGeneral>), bytes, device.shared_bytes);
     PGLCL_LAUNCH((contrast_backward_mma<T, kDepth, kOwner, kGeneral>),
                  blocks_of(kOwner == Owner::kKeys ? x.m : x.n, kMmaRows), 1, kContrastThreads, bytes, stream, x, g,

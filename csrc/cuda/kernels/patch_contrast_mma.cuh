@@ -13,24 +13,25 @@ namespace pglcl::cuda {
 
 constexpr int kMmaRows = 64;
 
-// Columns of a tile. 32 at the larger depth, where the gradient of a thread takes 128 registers.
+// kHeld below: a warp holds its rows in registers; else it reads them from shared memory for every tile. The forward
+// pass can where the depth is small, in the backward pass the gradient takes the registers.
 template <int kDepth>
-constexpr int kMmaColumns = kDepth <= 128 ? 64 : 32;
-// Whether a warp holds its rows in registers; else it reads them from shared memory for every tile.
-template <int kDepth>
-constexpr bool kRowsHeld = kDepth <= 128;
+constexpr bool kHeldForward = kDepth <= 128;
+// Columns of a tile. Where the depth or the gradient leaves few registers, half as many.
+template <bool kHeld>
+constexpr int kMmaColumns = kHeld ? 64 : 32;
 // Rows in shared memory are 16 bytes longer, so that the eight rows of a matrix meet 32 banks.
 template <int kDepth>
 constexpr int kMmaStride = kDepth + 8;
 constexpr int kMmaStep = 32;  // of depth: what one load of four matrices brings
 
-template <int kDepth>
-using MmaSide = ColumnSide<kMmaColumns<kDepth>, 2>;
+template <bool kHeld>
+using MmaSide = ColumnSide<kMmaColumns<kHeld>, 2>;
 
-template <int kDepth>
+template <int kDepth, bool kHeld>
 constexpr int64_t mma_shared_bytes(int stages) {
   const int64_t row = kMmaStride<kDepth> * 2;
-  return (kRowsHeld<kDepth> ? 0 : kMmaRows * row) + stages * kMmaColumns<kDepth> * row + MmaSide<kDepth>::bytes() +
+  return (kHeld ? 0 : kMmaRows * row) + stages * kMmaColumns<kHeld> * row + MmaSide<kHeld>::bytes() +
          ScanMemory::bytes();
 }
 
@@ -59,30 +60,30 @@ PGLCL_DEVICE uint32_t finite_halves(uint32_t pair) {
   return low | high;
 }
 
-template <typename T, int kDepth>
+template <typename T, int kDepth, bool kHeld>
 struct MmaMemory {
-  static constexpr int kColumns = kMmaColumns<kDepth>;
+  static constexpr int kColumns = kMmaColumns<kHeld>;
   static constexpr int kTileSize = kColumns * kMmaStride<kDepth>;
   Shared<T> rows, columns;
-  MmaSide<kDepth> side;
+  MmaSide<kHeld> side;
   ScanMemory scan;
 
   PGLCL_DEVICE MmaMemory(SharedMemory& memory, int stages)
-      : rows(memory.take<T>(kRowsHeld<kDepth> ? 0 : kMmaRows * kMmaStride<kDepth>)),
+      : rows(memory.take<T>(kHeld ? 0 : kMmaRows * kMmaStride<kDepth>)),
         columns(memory.take<T>(stages * kTileSize)),
         side(memory),
         scan(memory) {}
 };
 
 // The 16 rows of a warp as operand A of mma.sync.
-template <typename T, int kDepth>
+template <typename T, int kDepth, bool kHeld>
 class RowFragments {
  public:
   // Rows of the block at `at` in `memory`.
   PGLCL_DEVICE void load(const Shared<T>& memory, int at, int64_t depth) {
     memory_ = memory;
     at_ = at + (thread_index() / 32 * 16 + thread_index() % 16) * kMmaStride<kDepth> + thread_index() % 32 / 16 * 8;
-    if constexpr (kRowsHeld<kDepth>) {
+    if constexpr (kHeld) {
 #pragma unroll
       for (int s = 0; s < kDepth / 16; ++s) {
         if (s % 2 == 0 && 16 * s >= depth) break;
@@ -91,7 +92,7 @@ class RowFragments {
     }
   }
   PGLCL_DEVICE void get(int step, uint32_t (&a)[4]) const {
-    if constexpr (kRowsHeld<kDepth>) {
+    if constexpr (kHeld) {
 #pragma unroll
       for (int w = 0; w < 4; ++w) a[w] = held_[step][w];
     } else {
@@ -103,14 +104,14 @@ class RowFragments {
  private:
   Shared<T> memory_;
   int at_;
-  uint32_t held_[kRowsHeld<kDepth> ? kDepth / 16 : 1][4];
+  uint32_t held_[kHeld ? kDepth / 16 : 1][4];
 };
 
 // Step 1. products[t][2 r + c]: row group + 8 r of the warp times column 8 t + 2 within + c of the tile, where lane =
 // 4 group + within.
-template <typename T, int kDepth, int kTiles>
-PGLCL_DEVICE void multiply_rows(const RowFragments<T, kDepth>& rows, const Shared<T>& columns, int at, int64_t depth,
-                                float (&products)[kTiles][4]) {
+template <typename T, int kDepth, bool kHeld, int kTiles>
+PGLCL_DEVICE void multiply_rows(const RowFragments<T, kDepth, kHeld>& rows, const Shared<T>& columns, int at,
+                                int64_t depth, float (&products)[kTiles][4]) {
   const int lane = thread_index() % 32;
   const int mine = at + lane % 8 * kMmaStride<kDepth> + lane / 8 * 8;
 #pragma unroll
@@ -163,12 +164,12 @@ PGLCL_DEVICE void add_columns(const float (&weights)[kTiles][4], const Shared<T>
 // Streams tiles first_tile to last_tile of the columns past the block's rows. load_side(first column) reads what
 // belongs to the columns of the next tile while this one is worked on, store_side(loaded, side) puts it into shared
 // memory, and work(first column, place of the tile in memory.columns, its side) runs where both are there.
-template <typename T, int kDepth, typename Load, typename Store, typename Work>
-PGLCL_DEVICE void stream_tiles(const MmaMemory<T, kDepth>& memory, RowFragments<T, kDepth>& fragments,
+template <typename T, int kDepth, bool kHeld, typename Load, typename Store, typename Work>
+PGLCL_DEVICE void stream_tiles(const MmaMemory<T, kDepth, kHeld>& memory, RowFragments<T, kDepth, kHeld>& fragments,
                                Global<const T> rows, int64_t first_row, int64_t row_count, Global<const T> columns,
                                int64_t column_count, int64_t first_tile, int64_t last_tile, int64_t depth, int stages,
                                Load load_side, Store store_side, Work work) {
-  constexpr int kColumns = MmaMemory<T, kDepth>::kColumns, kTileSize = MmaMemory<T, kDepth>::kTileSize;
+  constexpr int kColumns = kMmaColumns<kHeld>, kTileSize = MmaMemory<T, kDepth, kHeld>::kTileSize;
   constexpr int kStride = kMmaStride<kDepth>;
   if (first_tile >= last_tile) return;
   const CopyPlan plan(int((depth + kMmaStep - 1) / kMmaStep * (kMmaStep / 8)));
@@ -178,8 +179,8 @@ PGLCL_DEVICE void stream_tiles(const MmaMemory<T, kDepth>& memory, RowFragments<
     commit_copies();
   };
   // Rows that are held pass through the last stage.
-  const int rows_at = kRowsHeld<kDepth> ? (stages - 1) * kTileSize : 0;
-  const Shared<T>& rows_in = kRowsHeld<kDepth> ? memory.columns : memory.rows;
+  const int rows_at = kHeld ? (stages - 1) * kTileSize : 0;
+  const Shared<T>& rows_in = kHeld ? memory.columns : memory.rows;
   copy_rows<T>(plan, rows_in, rows_at, kStride, rows, first_row, kMmaRows, row_count, depth);
   commit_copies();
   if (stages == 2) copy_tile(first_tile, 0);
@@ -208,11 +209,11 @@ PGLCL_DEVICE void stream_tiles(const MmaMemory<T, kDepth>& memory, RowFragments<
 }
 
 // Step 2 of the forward pass for the two rows of a thread.
-template <typename T, int kDepth, bool kGeneral, bool kSelf, int kTiles>
-PGLCL_DEVICE void meet_columns(const ContrastArguments<T>& x, const MmaSide<kDepth>& side, const int64_t (&index)[2],
+template <typename T, bool kHeld, bool kGeneral, bool kSelf, int kTiles>
+PGLCL_DEVICE void meet_columns(const ContrastArguments<T>& x, const MmaSide<kHeld>& side, const int64_t (&index)[2],
                                const Patch<float> (&anchor)[2], const AnchorTerms<float> (&terms)[2], int64_t first,
                                const float (&products)[kTiles][4], RunningSums<float> (&sums)[2]) {
-  constexpr int kColumns = kMmaColumns<kDepth>;
+  constexpr int kColumns = kMmaColumns<kHeld>;
   const int within = thread_index() % 4;
   float logits[2][2 * kTiles];
   uint32_t positive[2] = {0, 0};
@@ -250,9 +251,10 @@ PGLCL_DEVICE void meet_columns(const ContrastArguments<T>& x, const MmaSide<kDep
 // kGeneral: masks or several channels decide, instead of decide_by_rule.
 template <typename T, int kDepth, bool kGeneral>
 PGLCL_KERNEL contrast_forward_mma(ContrastArguments<T> x, ContrastSums<float> out, int stages) {
-  constexpr int kColumns = kMmaColumns<kDepth>, kTiles = kColumns / 8;
+  constexpr bool kHeld = kHeldForward<kDepth>;
+  constexpr int kColumns = kMmaColumns<kHeld>, kTiles = kColumns / 8;
   SharedMemory shared;
-  const MmaMemory<T, kDepth> memory(shared, stages);
+  const MmaMemory<T, kDepth, kHeld> memory(shared, stages);
   const int64_t first_row = int64_t(block_index()) * kMmaRows;
   const int lane = thread_index() % 32;
   int64_t index[2];
@@ -266,24 +268,24 @@ PGLCL_KERNEL contrast_forward_mma(ContrastArguments<T> x, ContrastSums<float> ou
     terms[r] = load_terms<T>(x, index[r], anchor[r]);
   }
   KeyScan<float> scan;
-  RowFragments<T, kDepth> fragments(memory.rows);
+  RowFragments<T, kDepth, kHeld> fragments(memory.rows);
   const int64_t tiles = (x.m + kColumns - 1) / kColumns;
-  stream_tiles<T, kDepth>(
+  stream_tiles<T, kDepth, kHeld>(
       memory, fragments, x.anchors, first_row, x.n, x.keys, x.m, 0, tiles, x.depth, stages,
       [&](int64_t first) { return load_patch(x, thread_index() < kColumns ? first + thread_index() : x.m, false); },
-      [&](const Patch<float>& patch, const MmaSide<kDepth>& side) {
+      [&](const Patch<float>& patch, const MmaSide<kHeld>& side) {
         if (thread_index() >= kColumns) return;
         scan.add(patch);
         side.store(thread_index(), patch);
       },
-      [&](int64_t first, int at, const MmaSide<kDepth>& side) {
+      [&](int64_t first, int at, const MmaSide<kHeld>& side) {
         float products[kTiles][4];
-        multiply_rows<T, kDepth>(fragments, memory.columns, at, x.depth, products);
+        multiply_rows<T, kDepth, kHeld>(fragments, memory.columns, at, x.depth, products);
         const int64_t self = first_row + x.self_offset;
         if (!kGeneral && x.self_offset >= 0 && first < self + kMmaRows && first + kColumns > self)
-          meet_columns<T, kDepth, kGeneral, true>(x, side, index, anchor, terms, first, products, sums);
+          meet_columns<T, kHeld, kGeneral, true>(x, side, index, anchor, terms, first, products, sums);
         else
-          meet_columns<T, kDepth, kGeneral, false>(x, side, index, anchor, terms, first, products, sums);
+          meet_columns<T, kHeld, kGeneral, false>(x, side, index, anchor, terms, first, products, sums);
       });
   const KeyScan<float> keys = memory.scan.merged(scan);
 #pragma unroll
@@ -321,8 +323,8 @@ enum class Owner { kAnchors, kKeys, kBoth };
 
 // Step 2 of the backward pass for the two rows of a thread: products become weights. Returns 0, or NaN where a product
 // was not finite.
-template <typename T, int kDepth, Owner kOwner, bool kGeneral, bool kSelf, int kTiles>
-PGLCL_DEVICE float weigh_columns(const ContrastArguments<T>& x, const MmaSide<kDepth>& side, const int64_t (&index)[2],
+template <typename T, Owner kOwner, bool kGeneral, bool kSelf, int kTiles>
+PGLCL_DEVICE float weigh_columns(const ContrastArguments<T>& x, const MmaSide<false>& side, const int64_t (&index)[2],
                                  const Patch<float> (&own)[2], const AnchorTerms<float> (&own_terms)[2], int64_t first,
                                  float (&products)[kTiles][4]) {
   constexpr bool kOwnAnchor = kOwner != Owner::kKeys, kOwnKey = kOwner != Owner::kAnchors;
@@ -330,8 +332,7 @@ PGLCL_DEVICE float weigh_columns(const ContrastArguments<T>& x, const MmaSide<kD
   int self[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r)
-    self[r] =
-        kSelf ? own_column(index[r], kOwnAnchor ? x.self_offset : -x.self_offset, first, kMmaColumns<kDepth>) : -1;
+    self[r] = kSelf ? own_column(index[r], kOwnAnchor ? x.self_offset : -x.self_offset, first, kMmaColumns<false>) : -1;
   float infinite = 0;
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) {
@@ -372,10 +373,10 @@ PGLCL_DEVICE float weigh_columns(const ContrastArguments<T>& x, const MmaSide<kD
 
 template <typename T, int kDepth, Owner kOwner, bool kGeneral>
 PGLCL_KERNEL contrast_backward_mma(ContrastArguments<T> x, ContrastGradients<float> g, T* grad_data, int stages) {
-  constexpr int kColumns = kMmaColumns<kDepth>, kTiles = kColumns / 8;
+  constexpr int kColumns = kMmaColumns<false>, kTiles = kColumns / 8;
   constexpr bool kOwnAnchor = kOwner != Owner::kKeys, kOwnKey = kOwner != Owner::kAnchors;
   SharedMemory shared;
-  const MmaMemory<T, kDepth> memory(shared, stages);
+  const MmaMemory<T, kDepth, false> memory(shared, stages);
   const int64_t first_row = int64_t(block_index()) * kMmaRows;
   const int64_t row_count = kOwnAnchor ? x.n : x.m, column_count = kOwnAnchor ? x.m : x.n;
   const int lane = thread_index() % 32;
@@ -404,9 +405,9 @@ PGLCL_KERNEL contrast_backward_mma(ContrastArguments<T> x, ContrastGradients<flo
     Patch<float> patch;
     AnchorTerms<float> terms;
   };
-  RowFragments<T, kDepth> fragments(memory.rows);
+  RowFragments<T, kDepth, false> fragments(memory.rows);
   const int64_t tiles = (column_count + kColumns - 1) / kColumns;
-  stream_tiles<T, kDepth>(
+  stream_tiles<T, kDepth, false>(
       memory, fragments, kOwnAnchor ? x.anchors : x.keys, first_row, row_count, kOwnAnchor ? x.keys : x.anchors,
       column_count, 0, tiles, x.depth, stages,
       [&](int64_t first) {
@@ -415,22 +416,22 @@ PGLCL_KERNEL contrast_backward_mma(ContrastArguments<T> x, ContrastGradients<flo
         if constexpr (kOwnKey) loaded.terms = scaled(load_terms<T>(x, g, i, loaded.patch));
         return loaded;
       },
-      [&](const Loaded& loaded, const MmaSide<kDepth>& side) {
+      [&](const Loaded& loaded, const MmaSide<false>& side) {
         if (thread_index() >= kColumns) return;
         if constexpr (kOwnKey)
           side.store(thread_index(), loaded.patch, loaded.terms);
         else
           side.store(thread_index(), loaded.patch);
       },
-      [&](int64_t first, int at, const MmaSide<kDepth>& side) {
+      [&](int64_t first, int at, const MmaSide<false>& side) {
         float weights[kTiles][4];
-        multiply_rows<T, kDepth>(fragments, memory.columns, at, x.depth, weights);
+        multiply_rows<T, kDepth, false>(fragments, memory.columns, at, x.depth, weights);
         const int64_t self = first_row + (kOwnAnchor ? x.self_offset : -x.self_offset);
         float infinite;
         if (!kGeneral && x.self_offset >= 0 && first < self + kMmaRows && first + kColumns > self)
-          infinite = weigh_columns<T, kDepth, kOwner, kGeneral, true>(x, side, index, own, own_terms, first, weights);
+          infinite = weigh_columns<T, kOwner, kGeneral, true>(x, side, index, own, own_terms, first, weights);
         else
-          infinite = weigh_columns<T, kDepth, kOwner, kGeneral, false>(x, side, index, own, own_terms, first, weights);
+          infinite = weigh_columns<T, kOwner, kGeneral, false>(x, side, index, own, own_terms, first, weights);
         // A column that is not finite has no finite product with any row: every warp sees it.
         if (ballot(infinite != 0) == 0)
           add_columns<T, kDepth, true>(weights, memory.columns, at, x.depth, gradient);
