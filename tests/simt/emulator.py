@@ -86,6 +86,21 @@ class Grid(ctypes.Structure):
     ]
 
 
+class Placed(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("stride", c_int64 * 5)]
+
+
+class Statistics(ctypes.Structure):
+    _fields_ = [
+        *((name, Placed) for name in ("input", "grad_entropy", "grad_confidence", "grad_class_entropy", "grad_input")),
+        *((name, c_void_p) for name in ("entropy", "confidence", "class_entropy", "gamma", "kappa")),
+        ("grid", Grid),
+        ("log_classes", c_double),
+        ("probabilities", c_bool),
+        ("normalize", c_bool),
+    ]
+
+
 def patch_statistics(
     x: Tensor, patch: list[int], stride: list[int], grads: list[Tensor] | None, *, probabilities: bool, normalize: bool
 ) -> tuple[list[Tensor], Tensor | None]:
@@ -95,18 +110,29 @@ def patch_statistics(
     lead = [1] * (3 - len(image))
     three = c_int64 * 3
     grid = Grid(batch, classes, *(three(*lead, *v) for v in (image, patch, stride, cells)))
-    dtype, options = DTYPES[x.dtype], (c_bool(probabilities), c_bool(normalize), c_double(math.log(classes)))
+    s = Statistics(grid=grid, log_classes=math.log(classes), probabilities=probabilities, normalize=normalize)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+
+    def place(t: Tensor, data: int | None) -> Placed:
+        strides = list(t.stride()) if t.dim() == x.dim() else [t.stride(0), 0, *t.stride()[1:]]
+        return Placed(data, (c_int64 * 5)(*strides[:2], *[0] * (5 - len(strides)), *strides[2:]))
+
     out = [x.new_empty(batch, *cells), x.new_empty(batch, classes, *cells), x.new_empty(batch, classes, *cells)]
     run = Launch()
-    pointers = [run.input("input", x), *(run.output(n, t) for n, t in zip(("entropy", "confidence", "class"), out))]
-    run.call("statistics_forward", dtype, *map(c_void_p, pointers), byref(grid), *options)
+    s.input = place(x, run.input("input", x))
+    s.entropy, s.confidence, s.class_entropy = (
+        run.output(n, t) for n, t in zip(("entropy", "confidence", "class_entropy"), out)
+    )
+    run.call("statistics", DTYPES[x.dtype], byref(s), c_bool(False))
     if grads is None:
         return out, None
     run, grad_input = Launch(), torch.empty_like(x)
-    names = ("input", "confidence", "class_entropy", "grad_entropy", "grad_confidence", "grad_class_entropy")
-    pointers = [run.input(n, t) for n, t in zip(names, (x, out[1], out[2], *grads))]
-    pointers.append(run.output("grad_input", grad_input))
-    run.call("statistics_backward", dtype, *map(c_void_p, pointers), byref(grid), *options)
+    gamma, kappa = (torch.empty(batch, classes, math.prod(cells), dtype=wide) for _ in range(2))
+    for name, t in zip(("input", "grad_entropy", "grad_confidence", "grad_class_entropy"), (x, *grads)):
+        setattr(s, name, place(t, run.input(name, t)))
+    s.gamma, s.kappa = run.output("gamma", gamma), run.output("kappa", kappa)
+    s.grad_input = place(grad_input, run.output("grad_input", grad_input))
+    run.call("statistics", DTYPES[x.dtype], byref(s), c_bool(True))
     return out, grad_input
 
 

@@ -44,26 +44,38 @@ void simt_announce(const void* data, size_t bytes, const char* name, bool writte
   simt::global_memory().announce(data, bytes, name, written);
 }
 
-const char* statistics_forward(int dtype, const void* input, void* entropy, void* confidence, void* class_entropy,
-                               const pglcl::PatchGrid* grid, bool probabilities, bool normalize, double log_classes) {
-  return with_type(dtype, [&]<typename T>() {
-    pglcl::cuda::run_statistics_forward<T>(
-        {static_cast<const T*>(input), static_cast<T*>(entropy), static_cast<T*>(confidence),
-         static_cast<T*>(class_entropy), *grid, probabilities, normalize, log_classes},
-        0);
-  });
-}
+// Strides in elements: batch, class, then three of space.
+struct Placed {
+  void* data;
+  int64_t stride[5];
+};
 
-const char* statistics_backward(int dtype, const void* input, const void* confidence, const void* class_entropy,
-                                const void* grad_entropy, const void* grad_confidence, const void* grad_class_entropy,
-                                void* grad_input, const pglcl::PatchGrid* grid, bool probabilities, bool normalize,
-                                double log_classes) {
+struct Statistics {
+  Placed input, grad_entropy, grad_confidence, grad_class_entropy, grad_input;
+  void *entropy, *confidence, *class_entropy, *gamma, *kappa;
+  pglcl::PatchGrid grid;
+  double log_classes;
+  bool probabilities, normalize;
+};
+
+const char* statistics(int dtype, const Statistics* s, bool backward) {
   return with_type(dtype, [&]<typename T>() {
-    const auto in = [](const void* p) { return static_cast<const T*>(p); };
-    pglcl::cuda::run_statistics_backward<T>(
-        {in(input), in(confidence), in(class_entropy), in(grad_entropy), in(grad_confidence), in(grad_class_entropy),
-         static_cast<T*>(grad_input), *grid, probabilities, normalize, log_classes},
-        0);
+    using scalar_t = typename pglcl::Accumulate<T>::type;
+    const auto place = []<typename U>(const Placed& p, U*) {
+      return pglcl::cuda::Strided<U>{
+          static_cast<U*>(p.data), p.stride[0], p.stride[1], {p.stride[2], p.stride[3], p.stride[4]}};
+    };
+    const T* in = nullptr;
+    T* out = nullptr;
+    const pglcl::cuda::StatisticsInput<T> input{place(s->input, in), pglcl::cuda::narrowed(s->grid), s->probabilities,
+                                                s->normalize, s->log_classes};
+    if (!backward)
+      pglcl::cuda::run_statistics_forward<T>(
+          input, {static_cast<T*>(s->entropy), static_cast<T*>(s->confidence), static_cast<T*>(s->class_entropy)}, 0);
+    else
+      pglcl::cuda::run_statistics_backward<T>(
+          input, place(s->grad_entropy, in), place(s->grad_confidence, in), place(s->grad_class_entropy, in),
+          {static_cast<scalar_t*>(s->gamma), static_cast<scalar_t*>(s->kappa)}, place(s->grad_input, out), 0);
   });
 }
 

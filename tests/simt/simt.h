@@ -391,7 +391,7 @@ inline int thread_index() { return Block::current().thread(); }
 inline int block_index() { return Block::current().block_index.x; }
 inline int block_index_y() { return Block::current().block_index.y; }
 inline int block_threads() { return Block::current().block_dim.x; }
-inline int grid_blocks() { return Block::current().grid_dim.x; }
+inline int grid_blocks_y() { return Block::current().grid_dim.y; }
 
 inline void sync_threads(Location where = Location::current()) { Block::current().barrier(where); }
 

@@ -149,6 +149,9 @@ GRIDS = [
     ((1, 4, 32, 32), (16, 16), (8, 8)),
     ((1, 8, 9, 9), (4, 4), (4, 4)),
     ((1, 11, 8, 9), (4, 4), (3, 3)),
+    ((1, 131, 5, 5), (4, 4), (1, 1)),
+    ((1, 9, 14, 13), (13, 12), (1, 1)),
+    ((1, 4, 20, 36), (18, 18), (2, 6)),
     ((1, 4, 9, 10, 11), (3, 4, 5), (2, 2, 3)),
     ((1, 3, 8, 8, 16), (4, 4, 8), (4, 4, 8)),
     ((0, 3, 8, 8), (4, 4), (4, 4)),
@@ -174,6 +177,52 @@ def test_statistics(shape, patch, stride, probabilities: bool, dtype: torch.dtyp
     (expected,) = torch.autograd.grad(want, oracle, weights)
     scale = max(expected.abs().max().item(), 1e-3) if expected.numel() else 1.0
     torch.testing.assert_close(grad.double(), expected, rtol=0, atol=4 * tolerance * scale)
+
+
+def test_statistics_where_their_elements_lie() -> None:
+    """Channels last, slices and expanded gradients are read in place."""
+    x = torch.randn(2, 4, 16, 16, dtype=torch.float64)
+    grads = [torch.randn(2, 4, 4).double(), torch.tensor(0.5).double().expand(2, 4, 4, 4)]
+    grads.append(torch.randn(2, 4, 4, 4).double().transpose(2, 3))
+    options = {"probabilities": False, "normalize": True}
+    want, expected = emulator.patch_statistics(x, [4, 4], [4, 4], [g.contiguous() for g in grads], **options)
+    for same in (
+        x.to(memory_format=torch.channels_last),
+        torch.stack([x, x], dim=-1)[..., 1],
+        torch.cat([x, x], dim=3)[..., 16:],
+        torch.cat([x, x], dim=3)[..., 1:17].copy_(x),
+    ):
+        got, grad = emulator.patch_statistics(same, [4, 4], [4, 4], grads, **options)
+        for a, b in zip(got, want):
+            torch.testing.assert_close(a, b)
+        torch.testing.assert_close(grad, expected)
+        assert grad.stride() == torch.empty_like(same).stride()
+
+
+@pytest.mark.parametrize("classes", [2, 8, 12])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics_of_confident_logits(classes: int, dtype: torch.dtype) -> None:
+    """A class of denormal mass has an entropy and a gradient; rounded outputs do not decide the gradient."""
+    g = torch.Generator().manual_seed(0)
+    for low in (-6.0, -12.0, -90.0):
+        x = (torch.rand(1, classes, 8, 8, generator=g, dtype=torch.float64) + low).to(dtype)
+        x[:, : classes // 2] = torch.rand(classes // 2, 8, 8, generator=g).to(dtype)
+        oracle = x.double().requires_grad_()
+        want = reference.patch_statistics(oracle, 4)
+        weights = [torch.randn(t.shape, generator=g, dtype=torch.float64).to(dtype) for t in want]
+        got, grad = emulator.patch_statistics(x, [4, 4], [4, 4], weights, probabilities=False, normalize=False)
+        eps = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).eps
+        torch.testing.assert_close(got[2].double(), want[2].detach(), rtol=2 * eps, atol=2e-6)
+        (expected,) = torch.autograd.grad(want, oracle, [w.double() for w in weights])
+        scale = max(expected.abs().max().item(), 1e-30)
+        torch.testing.assert_close(grad.double(), expected, rtol=0, atol=max(4 * eps, 1e-5) * scale)
+
+
+def test_probabilities_below_the_normal_range() -> None:
+    x = torch.tensor([1.0, 1e-42]).reshape(1, 2, 1, 1)
+    ones = [torch.ones(1, 1, 1), torch.zeros(1, 2, 1, 1), torch.zeros(1, 2, 1, 1)]
+    _, grad = emulator.patch_statistics(x, [1, 1], [1, 1], ones, probabilities=True, normalize=False)
+    torch.testing.assert_close(grad.flatten(), -(x.double().log() + 1).float().flatten())
 
 
 def test_statistics_of_extreme_logits() -> None:

@@ -18,7 +18,7 @@ PGLCL_DEVICE int thread_index() { return int(threadIdx.x); }
 PGLCL_DEVICE int block_index() { return int(blockIdx.x); }
 PGLCL_DEVICE int block_index_y() { return int(blockIdx.y); }
 PGLCL_DEVICE int block_threads() { return int(blockDim.x); }
-PGLCL_DEVICE int grid_blocks() { return int(gridDim.x); }
+PGLCL_DEVICE int grid_blocks_y() { return int(gridDim.y); }
 PGLCL_DEVICE void sync_threads() { __syncthreads(); }
 PGLCL_DEVICE void sync_warp() { __syncwarp(); }
 
@@ -280,7 +280,7 @@ using simt::block_index_y;
 using simt::block_threads;
 using simt::commit_copies;
 using simt::Global;
-using simt::grid_blocks;
+using simt::grid_blocks_y;
 using simt::Shared;
 using simt::SharedMemory;
 using simt::shuffle_xor;

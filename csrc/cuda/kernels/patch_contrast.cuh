@@ -251,7 +251,8 @@ struct RunningSums {
     positives += count_bits(positive);
   }
 
-  // What the neighbour at `lane_mask` has met is met here as well. Addition commutes, so both lanes get the same bits.
+  // What the neighbour at `lane_mask` has met is met here as well. The two lanes may differ in the last bit, as a
+  // product may go unrounded into a sum: one of them writes.
   PGLCL_DEVICE void merge(int lane_mask) {
     RunningSums other;
     other.highest = shuffle_xor(highest, lane_mask);

@@ -1,5 +1,9 @@
 // Patch statistics on the GPU (METHOD section 2). One warp per patch: its lanes walk the pixels of the patch, and what
-// they add up meets in warp reductions; there is no shared memory and no atomic.
+// they add up meets in warp reductions, without atomics.
+//
+// Backward, a first kernel of the same kind turns the upstream gradients into coefficients of each patch, from sums of
+// its own in the accumulating type: the outputs of the forward pass are rounded. A second one gathers them pixel by
+// pixel.
 #pragma once
 
 #include "../../shared/patch_grid.h"
@@ -8,27 +12,63 @@
 namespace pglcl::cuda {
 
 constexpr int kStatisticsThreads = 128;  // four patches per block
+constexpr int kStatisticsWarps = kStatisticsThreads / 32;
+
+// Probabilities are summed times 2^64, so that a class of denormal probabilities keeps its digits.
+template <typename scalar_t>
+constexpr scalar_t kMassScale = scalar_t(18446744073709551616.0);
 
 PGLCL_DEVICE float natural_log(float x) { return logf(x); }
 PGLCL_DEVICE double natural_log(double x) { return log(x); }
+PGLCL_DEVICE float log_of_one_and(float x) { return log1pf(x); }
+PGLCL_DEVICE double log_of_one_and(double x) { return log1p(x); }
 PGLCL_DEVICE float natural_exp(float x) { return expf(x); }
 PGLCL_DEVICE double natural_exp(double x) { return exp(x); }
+
+// kMassScale e^x for x up to 0. Where e^x is small the scale goes into the exponent: 44 is exact, and so is the sum.
+template <typename scalar_t>
+PGLCL_DEVICE scalar_t scaled_exp(scalar_t x) {
+  const bool small = x < scalar_t(-40);
+  const scalar_t rest = scalar_t(18446744073709551616.0 / 12851600114359308275.8);  // 2^64 e^-44
+  return natural_exp(small ? x + scalar_t(44) : x) * (small ? rest : kMassScale<scalar_t>);
+}
+
+// The grid in 32-bit numbers, in which index arithmetic divides; offsets into memory have 64.
+struct StatisticsGrid {
+  int64_t batch, pixels, patches;
+  int classes;
+  int image[3], patch[3], stride[3], grid[3];
+};
+
+inline StatisticsGrid narrowed(const PatchGrid& g) {
+  StatisticsGrid out{g.batch, g.pixels(), g.patches(), int(g.classes), {}, {}, {}, {}};
+  for (int d = 0; d < 3; ++d) {
+    out.image[d] = int(g.image[d]);
+    out.patch[d] = int(g.patch[d]);
+    out.stride[d] = int(g.stride[d] < g.image[d] ? g.stride[d] : g.image[d]);  // alike: there is one patch
+    out.grid[d] = int(g.grid[d]);
+  }
+  return out;
+}
+
+// Images and classes of at most this many pixels or numbers: what 32 bits count.
+constexpr int64_t kMostPixels = (int64_t(1) << 31) - 1;
+
+// A tensor of shape (B, K, Z, Y, X), or (B, Z, Y, X) with a stride of 0 for K, where its elements lie.
+template <typename T>
+struct Strided {
+  T* data;
+  int64_t batch, classes, at[3];
+
+  PGLCL_HOST_DEVICE int64_t offset(int64_t b, int64_t k, int z, int y, int x) const {
+    return b * batch + k * classes + z * at[0] + y * at[1] + x * at[2];
+  }
+};
 
 template <typename scalar_t>
 PGLCL_DEVICE scalar_t p_log_p(scalar_t p) {
   return p <= scalar_t(0) ? scalar_t(0) : p * natural_log(p);
 }
-
-// What the softmax of one pixel needs: found in one pass over its classes.
-template <typename scalar_t>
-struct PixelSoftmax {
-  scalar_t highest, sum, weighted;  // max, sum of e^(l - max), sum of (l - max) e^(l - max)
-
-  PGLCL_DEVICE scalar_t entropy() const {
-    const scalar_t h = natural_log(sum) - weighted / sum;
-    return h < scalar_t(0) ? scalar_t(0) : h;  // rounding; NaN stays
-  }
-};
 
 // Reads up to kHeld classes of kPixels neighbours into registers: 16-byte loads where kPixels asks for them.
 template <typename T, int kPixels, int kHeld, typename scalar_t>
@@ -47,103 +87,152 @@ PGLCL_DEVICE void read_pixels(Global<const T> input, int64_t at, int64_t class_s
   }
 }
 
-// Turns the values of one pixel into probabilities and returns its entropy.
+// Turns the values of one pixel into probabilities times kMassScale and returns its entropy.
 template <typename scalar_t, int kPixels, int kHeld>
 PGLCL_DEVICE scalar_t softmax_in_place(scalar_t (&values)[kHeld][kPixels], int i, int classes, bool probabilities) {
   if (probabilities) {
     scalar_t h = 0;
 #pragma unroll
-    for (int k = 0; k < kHeld; ++k)
-      if (k < classes) h -= p_log_p(values[k][i]);
+    for (int k = 0; k < kHeld; ++k) {
+      if (k >= classes) break;
+      h -= p_log_p(values[k][i]);
+      values[k][i] *= kMassScale<scalar_t>;
+    }
     return h;
   }
-  PixelSoftmax<scalar_t> softmax{values[0][i], 0, 0};
+  // rest: the sum of e^(l - highest) without the highest itself, whose 1 would swallow the digits of a certain pixel.
+  scalar_t highest = values[0][i], rest = 0, weighted = 0;
+  int certain = 0;
 #pragma unroll
   for (int k = 1; k < kHeld; ++k)
-    if (k < classes && !(values[k][i] <= softmax.highest)) softmax.highest = values[k][i];
+    if (k < classes && !(values[k][i] <= highest)) {
+      highest = values[k][i];
+      certain = k;
+    }
 #pragma unroll
   for (int k = 0; k < kHeld; ++k) {
     if (k >= classes) break;
-    const scalar_t centred = values[k][i] - softmax.highest;
-    const scalar_t e = natural_exp(centred);
-    softmax.sum += e;
-    softmax.weighted += e * centred;
-    values[k][i] = e;
+    const scalar_t centred = values[k][i] - highest;
+    const scalar_t scaled = scaled_exp(centred), e = scaled / kMassScale<scalar_t>;
+    if (k != certain) rest += e;
+    weighted += e * centred;
+    values[k][i] = scaled;
   }
+  const scalar_t inverse = scalar_t(1) / (scalar_t(1) + rest);
 #pragma unroll
   for (int k = 0; k < kHeld; ++k)
-    if (k < classes) values[k][i] /= softmax.sum;
-  return softmax.entropy();
+    if (k < classes) values[k][i] *= inverse;
+  return log_of_one_and(rest) - weighted * inverse;
 }
 
-// The entropy of one pixel with any number of classes, and its softmax for reading probabilities one by one.
+// What one pass over the classes of a pixel finds: its entropy, and the logarithm of the sum of exponentials (0 for
+// probabilities), with which every probability is e^(logit - log_sum).
+template <typename scalar_t>
+struct PixelEntropy {
+  scalar_t entropy, log_sum;
+};
+
 template <typename T, typename scalar_t>
-PGLCL_DEVICE scalar_t scan_pixel(Global<const T> input, int64_t at, int64_t class_stride, int classes,
-                                 bool probabilities, PixelSoftmax<scalar_t>& softmax) {
-  softmax = {widen(input.load(at)), 0, 0};
+PGLCL_DEVICE PixelEntropy<scalar_t> scan_pixel(Global<const T> input, int64_t at, int64_t class_stride, int classes,
+                                               bool probabilities) {
   if (probabilities) {
     scalar_t h = 0;
     for (int k = 0; k < classes; ++k) h -= p_log_p(scalar_t(widen(input.load(at + k * class_stride))));
-    return h;
+    return {h, 0};
   }
+  // rest and weighted: sums of e^(l - highest) and (l - highest) e^(l - highest) without the highest itself.
+  scalar_t highest = widen(input.load(at)), rest = 0, weighted = 0;
   for (int k = 1; k < classes; ++k) {
     const scalar_t l = widen(input.load(at + k * class_stride));
-    if (!(l <= softmax.highest)) softmax.highest = l;
+    const scalar_t centred = l - highest;
+    if (centred <= scalar_t(0)) {
+      const scalar_t e = natural_exp(centred);
+      rest += e;
+      weighted += e * centred;
+    } else {  // a new maximum, or NaN
+      const scalar_t keep = natural_exp(-centred);
+      weighted = (weighted - centred * (scalar_t(1) + rest)) * keep;
+      rest = (scalar_t(1) + rest) * keep;
+      highest = l;
+    }
   }
-  for (int k = 0; k < classes; ++k) {
-    const scalar_t centred = scalar_t(widen(input.load(at + k * class_stride))) - softmax.highest;
-    const scalar_t e = natural_exp(centred);
-    softmax.sum += e;
-    softmax.weighted += e * centred;
-  }
-  return softmax.entropy();
+  const scalar_t log_sum = log_of_one_and(rest);
+  return {log_sum - weighted / (scalar_t(1) + rest), log_sum + highest};
 }
 
-// Writes the statistics of one class from what the warp has summed.
-template <typename T, typename scalar_t>
-PGLCL_DEVICE void write_class(Global<T> confidence, Global<T> class_entropy, int64_t at, scalar_t mass,
-                              scalar_t product, scalar_t pixels, scalar_t scale, scalar_t highest) {
-  scalar_t h = mass == scalar_t(0) ? scalar_t(0) : product / mass * scale;
-  if (h > highest) h = highest;
-  confidence.store(at, narrow<T>(mass / pixels));
-  class_entropy.store(at, narrow<T>(h));
-}
+// The pixels of a patch that one lane walks: every 32nd group of kPixels neighbours along a row. Found without
+// dividing.
+struct PatchWalk {
+  int x, y, z, groups;     // of a row
+  int rows_on, groups_on;  // a step of 32 groups
+  int rows_of_slice, slices;
 
-// kHeld: classes held in registers, so that every logit is read once (0: any number, read again class by class).
-// kPixels: neighbours along a row that one lane reads at once; patch width, stride and image width are multiples of it.
-template <typename T, int kHeld, int kPixels>
-PGLCL_KERNEL patch_statistics_forward(const T* input_data, T* entropy_data, T* confidence_data, T* class_entropy_data,
-                                      PatchGrid g, bool probabilities, bool normalize, double log_classes) {
+  PGLCL_DEVICE PatchWalk(const StatisticsGrid& g, int first, int pixels)
+      : x(first), y(0), z(0), groups(g.patch[2] / pixels), rows_of_slice(g.patch[1]), slices(g.patch[0]) {
+    rows_on = 32 / groups;
+    groups_on = 32 % groups;
+    y = x / groups;
+    x -= y * groups;
+    carry();
+  }
+  PGLCL_DEVICE bool there() const { return z < slices; }
+  PGLCL_DEVICE void advance() {
+    x += groups_on;
+    y += rows_on;
+    if (x >= groups) {
+      x -= groups;
+      ++y;
+    }
+    carry();
+  }
+
+ private:
+  PGLCL_DEVICE void carry() {
+    while (y >= rows_of_slice && z < slices) {
+      y -= rows_of_slice;
+      ++z;
+    }
+  }
+};
+
+// Pixels of which a warp keeps entropy and log-sum in shared memory, and classes of which it keeps the sums, when there
+// are too many classes for registers. More classes take another pass over the pixels.
+constexpr int kChunkPixels = 128;
+constexpr int kChunkClasses = 128;
+
+template <typename scalar_t>
+constexpr int64_t kStatisticsShared =
+    kStatisticsWarps * (2 * kChunkPixels + 2 * kChunkClasses) * int64_t(sizeof(scalar_t));
+
+template <typename T>
+struct StatisticsInput {
+  Strided<const T> input;
+  StatisticsGrid grid;
+  bool probabilities, normalize;
+  double log_classes;
+};
+
+// Sums of one patch by its warp: write_class(k, sum of p_k, sum of p_k h), both times kMassScale, by lane 0; returns
+// the sum of h. kHeld: classes held in registers, so that every logit is read once; 0: any number, read three times.
+template <typename T, int kHeld, int kPixels, typename Write>
+PGLCL_DEVICE typename Accumulate<T>::type sum_patch(const StatisticsInput<T>& s, int64_t b, int gz, int gy, int gx,
+                                                    Write write_class) {
   using scalar_t = typename Accumulate<T>::type;
-  const Global<const T> input(input_data);
-  const Global<T> entropy(entropy_data), confidence(confidence_data), class_entropy(class_entropy_data);
-  const int lane = thread_index() % 32;
-  const int64_t patch = int64_t(block_index()) * (kStatisticsThreads / 32) + thread_index() / 32;
-  const int64_t patches = g.patches();
-  if (patch >= g.batch * patches) return;  // the whole warp
-
-  const int64_t b = patch / patches, j = patch % patches;
-  const int64_t gz = j / (g.grid[1] * g.grid[2]), gy = j / g.grid[2] % g.grid[1], gx = j % g.grid[2];
-  const int64_t pixels = g.pixels(), row = g.image[2];
-  const int64_t origin =
-      b * g.classes * pixels + gz * g.stride[0] * g.image[1] * row + gy * g.stride[1] * row + gx * g.stride[2];
-  const int classes = int(g.classes);
-  const int64_t per_row = g.patch[2] / kPixels;
-  const int64_t steps = g.patch[0] * g.patch[1] * per_row;
-  const scalar_t count = scalar_t(g.patch_pixels());
-  const scalar_t scale = normalize ? scalar_t(1 / log_classes) : scalar_t(1);
-  const scalar_t highest = probabilities ? scalar_t(INFINITY) : normalize ? scalar_t(1) : scalar_t(log_classes);
+  const StatisticsGrid& g = s.grid;
+  const Global<const T> input(s.input.data);
+  const int lane = thread_index() % 32, classes = g.classes;
+  const int64_t origin = s.input.offset(b, 0, gz * g.stride[0], gy * g.stride[1], gx * g.stride[2]);
+  const int64_t class_stride = s.input.classes;
   scalar_t total = 0;
-
   if constexpr (kHeld > 0) {
     scalar_t mass[kHeld] = {}, product[kHeld] = {};
-    for (int64_t step = lane; step < steps; step += 32) {
-      const int64_t x = step % per_row * kPixels, y = step / per_row % g.patch[1], z = step / per_row / g.patch[1];
+    for (PatchWalk at(g, lane, kPixels); at.there(); at.advance()) {
       scalar_t values[kHeld][kPixels];
-      read_pixels<T, kPixels>(input, origin + (z * g.image[1] + y) * row + x, pixels, classes, values);
+      read_pixels<T, kPixels>(input, origin + s.input.offset(0, 0, at.z, at.y, at.x * kPixels), class_stride, classes,
+                              values);
 #pragma unroll
       for (int i = 0; i < kPixels; ++i) {
-        const scalar_t h = softmax_in_place(values, i, classes, probabilities);
+        const scalar_t h = softmax_in_place(values, i, classes, s.probabilities);
         total += h;
 #pragma unroll
         for (int k = 0; k < kHeld; ++k) {
@@ -157,160 +246,269 @@ PGLCL_KERNEL patch_statistics_forward(const T* input_data, T* entropy_data, T* c
     for (int k = 0; k < kHeld; ++k) {
       if (k >= classes) break;
       const scalar_t m = warp_sum(mass[k]), q = warp_sum(product[k]);
-      if (lane == 0)
-        write_class(confidence, class_entropy, (b * classes + k) * patches + j, m, q, count, scale, highest);
+      if (lane == 0) write_class(k, m, q);
     }
   } else {
-    for (int k = 0; k < classes; ++k) {
-      scalar_t mass = 0, product = 0;
-      for (int64_t step = lane; step < steps; step += 32) {
-        const int64_t x = step % per_row, y = step / per_row % g.patch[1], z = step / per_row / g.patch[1];
-        const int64_t at = origin + (z * g.image[1] + y) * row + x;
-        PixelSoftmax<scalar_t> softmax;
-        const scalar_t h = scan_pixel<T>(input, at, pixels, classes, probabilities, softmax);
-        const scalar_t value = widen(input.load(at + k * pixels));
-        const scalar_t p = probabilities ? value : natural_exp(value - softmax.highest) / softmax.sum;
-        if (k == 0) total += h;
-        mass += p;
-        product += p * h;
+    SharedMemory memory;
+    const Shared<scalar_t> pixel = memory.take<scalar_t>(kStatisticsWarps * 2 * kChunkPixels);
+    const Shared<scalar_t> sums = memory.take<scalar_t>(kStatisticsWarps * 2 * kChunkClasses);
+    const int pixel_at = thread_index() / 32 * 2 * kChunkPixels, sums_at = thread_index() / 32 * 2 * kChunkClasses;
+    for (int first = 0; first < classes; first += kChunkClasses) {
+      const int count = classes - first < kChunkClasses ? classes - first : kChunkClasses;
+      for (int c = lane; c < 2 * count; c += 32) sums.store(sums_at + c, 0);
+      sync_warp();
+      bool more = true;
+      PatchWalk walk(g, lane, 1);
+      while (more) {  // one chunk of pixels; a lane reads back what it wrote itself
+        const PatchWalk begin = walk;
+        for (int i = lane; i < kChunkPixels && walk.there(); i += 32, walk.advance()) {
+          const PixelEntropy<scalar_t> found = scan_pixel<T, scalar_t>(
+              input, origin + s.input.offset(0, 0, walk.z, walk.y, walk.x), class_stride, classes, s.probabilities);
+          pixel.store(pixel_at + 2 * i, found.entropy);
+          pixel.store(pixel_at + 2 * i + 1, found.log_sum);
+          if (first == 0) total += found.entropy;
+        }
+        for (int c = 0; c < count; ++c) {
+          scalar_t mass = 0, product = 0;
+          PatchWalk at = begin;
+          for (int i = lane; i < kChunkPixels && at.there(); i += 32, at.advance()) {
+            const scalar_t value = widen(input.load(origin + s.input.offset(0, first + c, at.z, at.y, at.x)));
+            const scalar_t log_sum = pixel.load(pixel_at + 2 * i + 1);
+            const scalar_t p = s.probabilities ? value * kMassScale<scalar_t> : scaled_exp(value - log_sum);
+            mass += p;
+            product += p * pixel.load(pixel_at + 2 * i);
+          }
+          mass = warp_sum(mass);
+          product = warp_sum(product);
+          if (lane == 0) {
+            sums.store(sums_at + 2 * c, sums.load(sums_at + 2 * c) + mass);
+            sums.store(sums_at + 2 * c + 1, sums.load(sums_at + 2 * c + 1) + product);
+          }
+        }
+        more = ballot(walk.there()) != 0;
       }
-      mass = warp_sum(mass);
-      product = warp_sum(product);
+      sync_warp();
       if (lane == 0)
-        write_class(confidence, class_entropy, (b * classes + k) * patches + j, mass, product, count, scale, highest);
+        for (int c = 0; c < count; ++c)
+          write_class(first + c, sums.load(sums_at + 2 * c), sums.load(sums_at + 2 * c + 1));
+      sync_warp();
     }
   }
-  total = warp_sum(total);
-  if (lane == 0) {
-    scalar_t h = total / count * scale;
-    if (h > highest) h = highest;
-    entropy.store(b * patches + j, narrow<T>(h));
-  }
+  return warp_sum(total);
 }
 
-// One thread per pixel gathers the coefficients of the patches that hold it (see StatisticsGradientStrip), so that
-// nothing is scattered.
-template <typename T>
-PGLCL_KERNEL patch_statistics_backward(const T* input_data, const T* confidence_data, const T* class_entropy_data,
-                                       const T* grad_entropy_data, const T* grad_confidence_data,
-                                       const T* grad_class_entropy_data, T* grad_input_data, PatchGrid g,
-                                       bool probabilities, bool normalize, double log_classes) {
-  using scalar_t = typename Accumulate<T>::type;
-  const Global<const T> input(input_data), confidence(confidence_data), class_entropy(class_entropy_data);
-  const Global<const T> grad_entropy(grad_entropy_data), grad_confidence(grad_confidence_data);
-  const Global<const T> grad_class_entropy(grad_class_entropy_data);
-  const Global<T> grad_input(grad_input_data);
-  const int64_t pixels = g.pixels(), patches = g.patches();
-  const int64_t id = int64_t(block_index()) * block_threads() + thread_index();
-  if (id >= g.batch * pixels) return;
+// The patch of this warp; `there` is false behind the last one.
+struct PatchPosition {
+  int64_t b, index;  // within the image
+  int z, y, x;
+  bool there;
 
-  const int64_t b = id / pixels, at_pixel = id % pixels;
-  const int64_t at = b * g.classes * pixels + at_pixel;
-  const PatchRange xs = patches_with(at_pixel % g.image[2], g.patch[2], g.stride[2], g.grid[2]);
-  const PatchRange ys = patches_with(at_pixel / g.image[2] % g.image[1], g.patch[1], g.stride[1], g.grid[1]);
-  const PatchRange zs = patches_with(at_pixel / g.image[2] / g.image[1], g.patch[0], g.stride[0], g.grid[0]);
-  const int classes = int(g.classes);
-  const scalar_t scale = normalize ? scalar_t(1 / log_classes) : scalar_t(1);
-  const scalar_t per_pixel = scalar_t(1) / scalar_t(g.patch_pixels());
-
-  PixelSoftmax<scalar_t> softmax;
-  const scalar_t h = scan_pixel<T>(input, at, pixels, classes, probabilities, softmax);
-  const scalar_t log_sum = probabilities ? scalar_t(0) : natural_log(softmax.sum) + softmax.highest;
-
-  // beta_k + gamma_k h, and gamma_k alone, summed over the patches of this pixel.
-  const auto coefficients = [&](int k, scalar_t& gamma) {
-    scalar_t beta = 0;
-    gamma = 0;
-    for (int64_t z = zs.first; z < zs.last; ++z)
-      for (int64_t y = ys.first; y < ys.last; ++y)
-        for (int64_t x = xs.first; x < xs.last; ++x) {
-          const int64_t j = (b * classes + k) * patches + (z * g.grid[1] + y) * g.grid[2] + x;
-          const scalar_t mass = widen(confidence.load(j));
-          const scalar_t upstream = widen(grad_class_entropy.load(j));
-          const scalar_t share = mass == scalar_t(0) ? scalar_t(0) : upstream / mass * per_pixel;
-          gamma += share * scale;
-          beta += scalar_t(widen(grad_confidence.load(j))) * per_pixel - share * scalar_t(widen(class_entropy.load(j)));
-        }
-    return beta + gamma * h;
-  };
-
-  scalar_t dh = 0, dp_mean = 0;
-  for (int64_t z = zs.first; z < zs.last; ++z)
-    for (int64_t y = ys.first; y < ys.last; ++y)
-      for (int64_t x = xs.first; x < xs.last; ++x)
-        dh += scalar_t(widen(grad_entropy.load(b * patches + (z * g.grid[1] + y) * g.grid[2] + x))) * per_pixel * scale;
-  for (int k = 0; k < classes; ++k) {
-    const scalar_t value = widen(input.load(at + k * pixels));
-    const scalar_t p = probabilities ? value : natural_exp(value - log_sum);
-    scalar_t gamma;
-    const scalar_t dp = coefficients(k, gamma);
-    dh += gamma * p;
-    dp_mean += dp * p;
+  PGLCL_DEVICE explicit PatchPosition(const StatisticsGrid& g) {
+    const int64_t patch = int64_t(block_index()) * kStatisticsWarps + thread_index() / 32;
+    there = patch < g.batch * g.patches;
+    b = patch / g.patches;  // once per warp
+    index = patch - b * g.patches;
+    const unsigned j = unsigned(index), row = j / unsigned(g.grid[2]);
+    x = int(j - row * unsigned(g.grid[2]));
+    z = int(row / unsigned(g.grid[1]));
+    y = int(row) - z * g.grid[1];
   }
-  for (int k = 0; k < classes; ++k) {
-    const scalar_t value = widen(input.load(at + k * pixels));
-    scalar_t gamma, gradient;
-    const scalar_t dp = coefficients(k, gamma);
-    if (probabilities) {
-      gradient = dp + (value <= scalar_t(0) ? scalar_t(0) : -dh * (natural_log(value) + scalar_t(1)));
-    } else {
-      const scalar_t log_p = value - log_sum;
-      gradient = natural_exp(log_p) * (dp - dp_mean - dh * (log_p + h));
+};
+
+template <typename T>
+struct StatisticsOutput {
+  T *entropy, *confidence, *class_entropy;  // contiguous
+};
+
+// kPixels: neighbours along a row that one lane reads at once; patch width, stride and all strides in memory are
+// multiples of it.
+template <typename T, int kHeld, int kPixels>
+PGLCL_KERNEL patch_statistics_forward(StatisticsInput<T> s, StatisticsOutput<T> out) {
+  using scalar_t = typename Accumulate<T>::type;
+  const StatisticsGrid& g = s.grid;
+  const PatchPosition patch(g);
+  if (!patch.there) return;  // the whole warp
+  const Global<T> entropy(out.entropy), confidence(out.confidence), class_entropy(out.class_entropy);
+  const scalar_t count = scalar_t(int64_t(g.patch[0]) * g.patch[1] * g.patch[2]);
+  const scalar_t scale = s.normalize ? scalar_t(1 / s.log_classes) : scalar_t(1);
+  const scalar_t highest = s.probabilities ? scalar_t(INFINITY) : s.normalize ? scalar_t(1) : scalar_t(s.log_classes);
+  const scalar_t total =
+      sum_patch<T, kHeld, kPixels>(s, patch.b, patch.z, patch.y, patch.x, [&](int k, scalar_t mass, scalar_t product) {
+        const int64_t at = (patch.b * g.classes + k) * g.patches + patch.index;
+        scalar_t h = mass == scalar_t(0) ? scalar_t(0) : product / mass * scale;
+        if (h > highest) h = highest;
+        confidence.store(at, narrow<T>(mass / kMassScale<scalar_t> / count));
+        class_entropy.store(at, narrow<T>(h));
+      });
+  if (thread_index() % 32 != 0) return;
+  scalar_t h = total / count * scale;
+  if (h > highest) h = highest;
+  entropy.store(patch.b * g.patches + patch.index, narrow<T>(h));
+}
+
+// Of class k in a patch, of mass m = sum of p_k times kMassScale, entropy H_k and upstream gradient u of H_k:
+// gamma = u / m and kappa = u / m H_k, (B, K, patches).
+template <typename scalar_t>
+struct StatisticsCoefficients {
+  scalar_t *gamma, *kappa;
+};
+
+template <typename T, int kHeld, int kPixels>
+PGLCL_KERNEL patch_statistics_coefficients(StatisticsInput<T> s, Strided<const T> grad_class_entropy,
+                                           StatisticsCoefficients<typename Accumulate<T>::type> out) {
+  using scalar_t = typename Accumulate<T>::type;
+  const StatisticsGrid& g = s.grid;
+  const PatchPosition patch(g);
+  if (!patch.there) return;  // the whole warp
+  const Global<const T> upstream(grad_class_entropy.data);
+  const scalar_t scale = s.normalize ? scalar_t(1 / s.log_classes) : scalar_t(1);
+  sum_patch<T, kHeld, kPixels>(s, patch.b, patch.z, patch.y, patch.x, [&](int k, scalar_t mass, scalar_t product) {
+    const int64_t at = (patch.b * g.classes + k) * g.patches + patch.index;
+    const scalar_t u = widen(upstream.load(grad_class_entropy.offset(patch.b, k, patch.z, patch.y, patch.x)));
+    const scalar_t gamma = mass == scalar_t(0) ? scalar_t(0) : u * scale / mass;
+    Global<scalar_t>(out.gamma).store(at, gamma);
+    Global<scalar_t>(out.kappa).store(at, mass == scalar_t(0) ? scalar_t(0) : gamma * (product / mass));
+  });
+}
+
+// The patches along one dimension that hold pixel x, as patches_with has them.
+struct PatchSpan {
+  int first, last;
+  PGLCL_DEVICE PatchSpan(const StatisticsGrid& g, int d, int x)
+      : first(x < g.patch[d] ? 0 : int(unsigned(x - g.patch[d]) / unsigned(g.stride[d])) + 1),
+        last(int(unsigned(x) / unsigned(g.stride[d])) + 1) {
+    if (last > g.grid[d]) last = g.grid[d];
+  }
+};
+
+template <typename T>
+struct StatisticsGradients {
+  Strided<const T> entropy, confidence;  // upstream
+  StatisticsCoefficients<const typename Accumulate<T>::type> coefficients;
+  Strided<T> input;  // to be written
+};
+
+// One thread per pixel gathers the coefficients of the patches that hold it, so that nothing is scattered. With
+// P = kMassScale p_k, the gradient of H_k by p_k, times p_k, is P (gamma h - kappa), and that by h is P gamma.
+template <typename T>
+PGLCL_KERNEL patch_statistics_backward(StatisticsInput<T> s, StatisticsGradients<T> grads) {
+  using scalar_t = typename Accumulate<T>::type;
+  const StatisticsGrid& g = s.grid;
+  const Global<const T> input(s.input.data);
+  const Global<const T> grad_entropy(grads.entropy.data), grad_confidence(grads.confidence.data);
+  const Global<const scalar_t> gammas(grads.coefficients.gamma), kappas(grads.coefficients.kappa);
+  const Global<T> grad_input(grads.input.data);
+  const int64_t pixel = int64_t(block_index()) * kStatisticsThreads + thread_index();
+  if (pixel >= g.pixels) return;
+  const unsigned row = unsigned(pixel) / unsigned(g.image[2]);
+  const int px = int(unsigned(pixel) - row * unsigned(g.image[2]));
+  const int pz = int(row / unsigned(g.image[1])), py = int(row) - pz * g.image[1];
+  const PatchSpan xs(g, 2, px), ys(g, 1, py), zs(g, 0, pz);
+  const int classes = g.classes;
+  const scalar_t scale = s.normalize ? scalar_t(1 / s.log_classes) : scalar_t(1);
+  const scalar_t per_pixel = scalar_t(1) / scalar_t(int64_t(g.patch[0]) * g.patch[1] * g.patch[2]);
+
+  for (int64_t b = block_index_y(); b < g.batch; b += grid_blocks_y()) {
+    const int64_t at = s.input.offset(b, 0, pz, py, px), out_at = grads.input.offset(b, 0, pz, py, px);
+    const auto [h, log_sum] = scan_pixel<T, scalar_t>(input, at, s.input.classes, classes, s.probabilities);
+    // Sums over the patches of this pixel: of upstream gradients of c_k, gamma and kappa.
+    struct Sums {
+      scalar_t confidence, gamma, kappa;
+    };
+    const auto gather = [&](int k) {
+      Sums sums{0, 0, 0};
+      for (int z = zs.first; z < zs.last; ++z)
+        for (int y = ys.first; y < ys.last; ++y)
+          for (int x = xs.first; x < xs.last; ++x) {
+            const int64_t j = (b * classes + k) * g.patches + (int64_t(z) * g.grid[1] + y) * g.grid[2] + x;
+            sums.confidence += scalar_t(widen(grad_confidence.load(grads.confidence.offset(b, k, z, y, x))));
+            sums.gamma += gammas.load(j);
+            sums.kappa += kappas.load(j);
+          }
+      sums.confidence *= per_pixel;
+      return sums;
+    };
+    scalar_t dh = 0;
+    for (int z = zs.first; z < zs.last; ++z)
+      for (int y = ys.first; y < ys.last; ++y)
+        for (int x = xs.first; x < xs.last; ++x)
+          dh += scalar_t(widen(grad_entropy.load(grads.entropy.offset(b, 0, z, y, x))));
+    dh *= per_pixel * scale;
+    scalar_t weighted = 0;  // sum of p_k dL/dp_k, with h held fixed
+    for (int k = 0; k < classes; ++k) {
+      const scalar_t value = widen(input.load(at + k * s.input.classes));
+      const Sums sums = gather(k);
+      const scalar_t scaled = s.probabilities ? value * kMassScale<scalar_t> : scaled_exp(value - log_sum);
+      dh += scaled * sums.gamma;
+      weighted += scaled / kMassScale<scalar_t> * sums.confidence + scaled * (sums.gamma * h - sums.kappa);
     }
-    grad_input.store(at + k * pixels, narrow<T>(gradient));
+    for (int k = 0; k < classes; ++k) {
+      const scalar_t value = widen(input.load(at + k * s.input.classes));
+      const Sums sums = gather(k);
+      scalar_t gradient;
+      if (s.probabilities) {
+        // dh/dp = -(log p + 1); its value at p = 0, where it is infinite, is taken as 0.
+        gradient = sums.confidence + (sums.gamma * h - sums.kappa) * kMassScale<scalar_t>;
+        if (!(value <= scalar_t(0))) gradient -= dh * (natural_log(value) + scalar_t(1));
+      } else {
+        // dh/dlogit_k = -p_k (log p_k + h), and the softmax Jacobian for dp.
+        const scalar_t log_p = value - log_sum, scaled = scaled_exp(log_p);
+        gradient = scaled * (sums.gamma * h - sums.kappa) +
+                   scaled / kMassScale<scalar_t> * (sums.confidence - weighted - dh * (log_p + h));
+      }
+      grad_input.store(out_at + k * grads.input.classes, narrow<T>(gradient));
+    }
   }
 }
 
 // --- launches
 // -------------------------------------------------------------------------------------------------------------
 
-template <typename T>
-struct StatisticsForward {
-  const T* input;
-  T *entropy, *confidence, *class_entropy;
-  PatchGrid grid;
-  bool probabilities, normalize;
-  double log_classes;
-};
-
-template <typename T, int kHeld, int kPixels>
-void launch_statistics_forward(const StatisticsForward<T>& x, PglclStream stream) {
-  const int64_t patches = x.grid.batch * x.grid.patches();
-  const int64_t blocks = (patches + kStatisticsThreads / 32 - 1) / (kStatisticsThreads / 32);
-  if (blocks == 0) return;
-  PGLCL_LAUNCH((patch_statistics_forward<T, kHeld, kPixels>), blocks, 1, kStatisticsThreads, 0, stream, x.input,
-               x.entropy, x.confidence, x.class_entropy, x.grid, x.probabilities, x.normalize, x.log_classes);
-}
-
-template <typename T>
-void run_statistics_forward(const StatisticsForward<T>& x, PglclStream stream) {
+// Calls body.operator()<kHeld, kPixels>() as the number of classes and the alignment have it.
+template <typename T, typename Body>
+void with_statistics_path(const StatisticsInput<T>& s, Body body) {
   // 16-byte loads need rows, patches and strides that are multiples of them.
   constexpr int kPixels = 16 / sizeof(T);
-  const bool aligned = x.grid.image[2] % kPixels == 0 && x.grid.patch[2] % kPixels == 0 &&
-                       x.grid.stride[2] % kPixels == 0 && reinterpret_cast<uintptr_t>(x.input) % 16 == 0;
-  const int64_t classes = x.grid.classes;
+  const Strided<const T>& in = s.input;
+  bool aligned = in.at[2] == 1 && s.grid.patch[2] % kPixels == 0 && s.grid.stride[2] % kPixels == 0 &&
+                 reinterpret_cast<uintptr_t>(in.data) % 16 == 0;
+  for (const int64_t stride : {in.batch, in.classes, in.at[0], in.at[1]}) aligned = aligned && stride % kPixels == 0;
   // Vectors of eight 16-bit pixels and eight classes would not fit the registers.
-  if (aligned && classes <= 4) return launch_statistics_forward<T, 4, kPixels>(x, stream);
-  if (classes <= 8) return launch_statistics_forward<T, 8, 1>(x, stream);
-  launch_statistics_forward<T, 0, 1>(x, stream);
+  if (aligned && s.grid.classes <= 4) return body.template operator()<4, kPixels>();
+  if (s.grid.classes <= 8) return body.template operator()<8, 1>();
+  body.template operator()<0, 1>();
+}
+
+inline int64_t statistics_blocks(const StatisticsGrid& g) {
+  return (g.batch * g.patches + kStatisticsWarps - 1) / kStatisticsWarps;
 }
 
 template <typename T>
-struct StatisticsBackward {
-  const T *input, *confidence, *class_entropy, *grad_entropy, *grad_confidence, *grad_class_entropy;
-  T* grad_input;
-  PatchGrid grid;
-  bool probabilities, normalize;
-  double log_classes;
-};
-
-template <typename T>
-void run_statistics_backward(const StatisticsBackward<T>& x, PglclStream stream) {
-  const int64_t blocks = (x.grid.batch * x.grid.pixels() + kStatisticsThreads - 1) / kStatisticsThreads;
+void run_statistics_forward(const StatisticsInput<T>& s, const StatisticsOutput<T>& out, PglclStream stream) {
+  const int64_t blocks = statistics_blocks(s.grid);
   if (blocks == 0) return;
-  PGLCL_LAUNCH(patch_statistics_backward<T>, blocks, 1, kStatisticsThreads, 0, stream, x.input, x.confidence,
-               x.class_entropy, x.grad_entropy, x.grad_confidence, x.grad_class_entropy, x.grad_input, x.grid,
-               x.probabilities, x.normalize, x.log_classes);
+  with_statistics_path(s, [&]<int kHeld, int kPixels>() {
+    PGLCL_LAUNCH((patch_statistics_forward<T, kHeld, kPixels>), blocks, 1, kStatisticsThreads,
+                 kHeld > 0 ? 0 : kStatisticsShared<typename Accumulate<T>::type>, stream, s, out);
+  });
+}
+
+// gamma and kappa of StatisticsCoefficients: (B, K, patches) each, to be written and read here.
+template <typename T, typename scalar_t = typename Accumulate<T>::type>
+void run_statistics_backward(const StatisticsInput<T>& s, const Strided<const T>& grad_entropy,
+                             const Strided<const T>& grad_confidence, const Strided<const T>& grad_class_entropy,
+                             const StatisticsCoefficients<scalar_t>& coefficients, const Strided<T>& grad_input,
+                             PglclStream stream) {
+  const int64_t blocks = statistics_blocks(s.grid);
+  if (blocks == 0) return;
+  with_statistics_path(s, [&]<int kHeld, int kPixels>() {
+    PGLCL_LAUNCH((patch_statistics_coefficients<T, kHeld, kPixels>), blocks, 1, kStatisticsThreads,
+                 kHeld > 0 ? 0 : kStatisticsShared<scalar_t>, stream, s, grad_class_entropy, coefficients);
+  });
+  const StatisticsGradients<T> grads{
+      grad_entropy, grad_confidence, {coefficients.gamma, coefficients.kappa}, grad_input};
+  PGLCL_LAUNCH(patch_statistics_backward<T>, (s.grid.pixels + kStatisticsThreads - 1) / kStatisticsThreads,
+               s.grid.batch < 65535 ? s.grid.batch : 65535, kStatisticsThreads, 0, stream, s, grads);
 }
 
 }  // namespace pglcl::cuda
