@@ -214,7 +214,7 @@ def test_statistics_of_confident_logits(classes: int, dtype: torch.dtype) -> Non
         eps = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).eps
         torch.testing.assert_close(got[2].double(), want[2].detach(), rtol=2 * eps, atol=2e-6)
         (expected,) = torch.autograd.grad(want, oracle, [w.double() for w in weights])
-        scale = max(expected.abs().max().item(), 1e-30)
+        scale = max(expected.abs().max().item(), 1e-3)  # upstream gradients of order 1 cancel
         torch.testing.assert_close(grad.double(), expected, rtol=0, atol=max(4 * eps, 1e-5) * scale)
 
 

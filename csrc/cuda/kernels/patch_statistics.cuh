@@ -125,11 +125,13 @@ PGLCL_DEVICE scalar_t softmax_in_place(scalar_t (&values)[kHeld][kPixels], int i
   return log_of_one_and(rest) - weighted * inverse;
 }
 
-// What one pass over the classes of a pixel finds: its entropy, and the logarithm of the sum of exponentials (0 for
-// probabilities), with which every probability is e^(logit - log_sum).
+// What one pass over the classes of a pixel finds. The highest logit and the logarithm of the sum of exponentials less
+// it are kept apart, since their sum would be rounded; both are 0 for probabilities.
 template <typename scalar_t>
 struct PixelEntropy {
-  scalar_t entropy, log_sum;
+  scalar_t entropy, highest, log_sum;
+
+  PGLCL_DEVICE scalar_t log_probability(scalar_t logit) const { return (logit - highest) - log_sum; }
 };
 
 template <typename T, typename scalar_t>
@@ -138,7 +140,7 @@ PGLCL_DEVICE PixelEntropy<scalar_t> scan_pixel(Global<const T> input, int64_t at
   if (probabilities) {
     scalar_t h = 0;
     for (int k = 0; k < classes; ++k) h -= p_log_p(scalar_t(widen(input.load(at + k * class_stride))));
-    return {h, 0};
+    return {h, 0, 0};
   }
   // rest and weighted: sums of e^(l - highest) and (l - highest) e^(l - highest) without the highest itself.
   scalar_t highest = widen(input.load(at)), rest = 0, weighted = 0;
@@ -157,7 +159,7 @@ PGLCL_DEVICE PixelEntropy<scalar_t> scan_pixel(Global<const T> input, int64_t at
     }
   }
   const scalar_t log_sum = log_of_one_and(rest);
-  return {log_sum - weighted / (scalar_t(1) + rest), log_sum + highest};
+  return {log_sum - weighted / (scalar_t(1) + rest), highest, log_sum};
 }
 
 // The pixels of a patch that one lane walks: every 32nd group of kPixels neighbours along a row. Found without
@@ -202,7 +204,7 @@ constexpr int kChunkClasses = 128;
 
 template <typename scalar_t>
 constexpr int64_t kStatisticsShared =
-    kStatisticsWarps * (2 * kChunkPixels + 2 * kChunkClasses) * int64_t(sizeof(scalar_t));
+    kStatisticsWarps * (3 * kChunkPixels + 2 * kChunkClasses) * int64_t(sizeof(scalar_t));
 
 template <typename T>
 struct StatisticsInput {
@@ -250,9 +252,9 @@ PGLCL_DEVICE typename Accumulate<T>::type sum_patch(const StatisticsInput<T>& s,
     }
   } else {
     SharedMemory memory;
-    const Shared<scalar_t> pixel = memory.take<scalar_t>(kStatisticsWarps * 2 * kChunkPixels);
+    const Shared<scalar_t> pixel = memory.take<scalar_t>(kStatisticsWarps * 3 * kChunkPixels);
     const Shared<scalar_t> sums = memory.take<scalar_t>(kStatisticsWarps * 2 * kChunkClasses);
-    const int pixel_at = thread_index() / 32 * 2 * kChunkPixels, sums_at = thread_index() / 32 * 2 * kChunkClasses;
+    const int pixel_at = thread_index() / 32 * 3 * kChunkPixels, sums_at = thread_index() / 32 * 2 * kChunkClasses;
     for (int first = 0; first < classes; first += kChunkClasses) {
       const int count = classes - first < kChunkClasses ? classes - first : kChunkClasses;
       for (int c = lane; c < 2 * count; c += 32) sums.store(sums_at + c, 0);
@@ -264,8 +266,9 @@ PGLCL_DEVICE typename Accumulate<T>::type sum_patch(const StatisticsInput<T>& s,
         for (int i = lane; i < kChunkPixels && walk.there(); i += 32, walk.advance()) {
           const PixelEntropy<scalar_t> found = scan_pixel<T, scalar_t>(
               input, origin + s.input.offset(0, 0, walk.z, walk.y, walk.x), class_stride, classes, s.probabilities);
-          pixel.store(pixel_at + 2 * i, found.entropy);
-          pixel.store(pixel_at + 2 * i + 1, found.log_sum);
+          pixel.store(pixel_at + 3 * i, found.entropy);
+          pixel.store(pixel_at + 3 * i + 1, found.highest);
+          pixel.store(pixel_at + 3 * i + 2, found.log_sum);
           if (first == 0) total += found.entropy;
         }
         for (int c = 0; c < count; ++c) {
@@ -273,10 +276,12 @@ PGLCL_DEVICE typename Accumulate<T>::type sum_patch(const StatisticsInput<T>& s,
           PatchWalk at = begin;
           for (int i = lane; i < kChunkPixels && at.there(); i += 32, at.advance()) {
             const scalar_t value = widen(input.load(origin + s.input.offset(0, first + c, at.z, at.y, at.x)));
-            const scalar_t log_sum = pixel.load(pixel_at + 2 * i + 1);
-            const scalar_t p = s.probabilities ? value * kMassScale<scalar_t> : scaled_exp(value - log_sum);
+            const PixelEntropy<scalar_t> found{pixel.load(pixel_at + 3 * i), pixel.load(pixel_at + 3 * i + 1),
+                                               pixel.load(pixel_at + 3 * i + 2)};
+            const scalar_t p =
+                s.probabilities ? value * kMassScale<scalar_t> : scaled_exp(found.log_probability(value));
             mass += p;
-            product += p * pixel.load(pixel_at + 2 * i);
+            product += p * found.entropy;
           }
           mass = warp_sum(mass);
           product = warp_sum(product);
@@ -410,7 +415,8 @@ PGLCL_KERNEL patch_statistics_backward(StatisticsInput<T> s, StatisticsGradients
 
   for (int64_t b = block_index_y(); b < g.batch; b += grid_blocks_y()) {
     const int64_t at = s.input.offset(b, 0, pz, py, px), out_at = grads.input.offset(b, 0, pz, py, px);
-    const auto [h, log_sum] = scan_pixel<T, scalar_t>(input, at, s.input.classes, classes, s.probabilities);
+    const PixelEntropy<scalar_t> found = scan_pixel<T, scalar_t>(input, at, s.input.classes, classes, s.probabilities);
+    const scalar_t h = found.entropy;
     // Sums over the patches of this pixel: of upstream gradients of c_k, gamma and kappa.
     struct Sums {
       scalar_t confidence, gamma, kappa;
@@ -438,7 +444,7 @@ PGLCL_KERNEL patch_statistics_backward(StatisticsInput<T> s, StatisticsGradients
     for (int k = 0; k < classes; ++k) {
       const scalar_t value = widen(input.load(at + k * s.input.classes));
       const Sums sums = gather(k);
-      const scalar_t scaled = s.probabilities ? value * kMassScale<scalar_t> : scaled_exp(value - log_sum);
+      const scalar_t scaled = s.probabilities ? value * kMassScale<scalar_t> : scaled_exp(found.log_probability(value));
       dh += scaled * sums.gamma;
       weighted += scaled / kMassScale<scalar_t> * sums.confidence + scaled * (sums.gamma * h - sums.kappa);
     }
@@ -452,7 +458,7 @@ PGLCL_KERNEL patch_statistics_backward(StatisticsInput<T> s, StatisticsGradients
         if (!(value <= scalar_t(0))) gradient -= dh * (natural_log(value) + scalar_t(1));
       } else {
         // dh/dlogit_k = -p_k (log p_k + h), and the softmax Jacobian for dp.
-        const scalar_t log_p = value - log_sum, scaled = scaled_exp(log_p);
+        const scalar_t log_p = found.log_probability(value), scaled = scaled_exp(log_p);
         gradient = scaled * (sums.gamma * h - sums.kappa) +
                    scaled / kMassScale<scalar_t> * (sums.confidence - weighted - dh * (log_p + h));
       }
