@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test bench format lint clean test-cuda bench-cuda cuda-all cuda-check
+.PHONY: setup demo test test-fast bench docs fuzz sanitize format lint clean test-cuda bench-cuda cuda-all cuda-check
 
 # The native sources are part of the stamp: the extension is rebuilt when one changes.
 SOURCES := $(shell find csrc tools -type f) CMakeLists.txt setup.py pyproject.toml
@@ -27,10 +27,20 @@ demo: setup
 	$(BIN)/pglcl demo --output build/demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=15 --durations-min=5
+
+test-fast: setup
+	$(BIN)/python -m pytest -m "not slow" tests
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+# A warning is an error, and so is a link that leads nowhere.
+docs: setup
+	@$(BIN)/python -c "import sphinx, myst_parser, furo, latex2mathml" 2>/dev/null || \
+	  $(BIN)/pip install --quiet --no-build-isolation --editable ".[docs]"
+	$(BIN)/python -m sphinx -E -W --keep-going -q -b html -c docs . build/site
+	@echo "build/site/docs/index.html"
 
 # --- CUDA ---------------------------------------------------------------------------------------------------------------
 CUDA_TORCH ?= torch==2.14.1

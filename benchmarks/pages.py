@@ -1,5 +1,5 @@
-"""Pages that come from benchmarks/results/*.json: the tables beside them, and of the README what stands between
-`<!-- benchmarks: name -->` and `<!-- end -->`. Tests compare them: README claims what the committed results hold.
+"""Pages that come from benchmarks/results/*.json: the tables beside them, and of README and docs what stands between
+`<!-- benchmarks: name -->` and `<!-- end -->`. Tests compare them: the pages claim what the committed results hold.
 
     python -m benchmarks.pages
 """
@@ -10,12 +10,14 @@ import importlib
 import json
 import re
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from benchmarks.runner import RESULTS, find, markdown, mebibytes, median, ratio, replace, significant
 from benchmarks.scaling import slopes
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "figures.md", ROOT / "docs" / "segmentation.md")
 MEASURED = ("loss", "statistics", "gaussian", "scaling", "peers")
 QUESTIONS = (*MEASURED, "segmentation")
 SHOWN = ("pglcl_ext", "pytorch-metric-learning", "plain SupCon", "eager reference", "torch.mm alone")
@@ -95,11 +97,46 @@ def figures() -> str:
     ]
     return markdown(
         ["question", "answer", "table"],
-        [[*row[:2], f"[{row[2]}](benchmarks/results/{row[2]}.md)"] for row in rows],
+        [[*row[:2], f"[{row[2]}](../benchmarks/results/{row[2]}.md)"] for row in rows],
     )
 
 
-SECTIONS = {"peers": peers, "segmentation": segmentation, "figures": figures}
+def memory() -> str:
+    """A sentence: what the loss takes at the largest size, and what its best-known peer takes there."""
+    case = {"D": 128, "dtype": "float32", "passes": BOTH}
+    own = [r for r in results("peers") if r["contender"] == "pglcl_ext" and all(r[k] == v for k, v in case.items())]
+    largest = max(own, key=lambda r: r["N"])
+    peer = find(results("peers"), contender="pytorch-metric-learning", N=largest["N"], **case)
+    assert peer is not None
+    theirs = "runs out of 12 GiB" if "problem" in peer else f"takes {mebibytes(peer['bytes'])} MiB"
+    return (
+        f"For {largest['N']} patches of size 128 the fused loss takes {mebibytes(largest['bytes'])} MiB, forward and "
+        f"backward; pytorch-metric-learning {theirs}."
+    )
+
+
+def verdict() -> str:
+    """A sentence: the best and the worst that the contrast did to its base, over all variants and data sets."""
+    records = results("segmentation")
+    dice, hd95 = [], []
+    for record in records:
+        if record["minus_base"] is None:
+            continue
+        base = find(records, dataset=record["dataset"], method=record["method"].split(" + ")[0])
+        assert base is not None
+        name = f"{record['method']}, {record['dataset']}"
+        dice.append((100 * record["minus_base"][0], name))
+        hd95.append((mean(record["hd95"]) - mean(base["hd95"]), name))
+    (best, where), (worst, there) = max(dice), min(dice)
+    (near, closer), (far, farther) = min(hd95), max(hd95)
+    return (
+        f"On patients never used in training, the contrast changes the Dice of its base method by {best:+.1f} points "
+        f"at best ({where}) and {worst:+.1f} at worst ({there}). It changes HD95 by {near:+.1f} at best ({closer}) and "
+        f"{far:+.1f} at worst ({farther})."
+    )
+
+
+SECTIONS = {"peers": peers, "segmentation": segmentation, "figures": figures, "memory": memory, "verdict": verdict}
 
 
 def rendered(text: str) -> str:
@@ -112,11 +149,12 @@ def rendered(text: str) -> str:
 
 
 def write() -> None:
-    """Every table, and README, anew from the committed results."""
+    """Every table, and the pages, anew from the committed results."""
     for question in QUESTIONS:
         table = importlib.import_module(f"benchmarks.{question}").table(results(question))
         replace(RESULTS / f"{question}.md", table + "\n")
-    replace(README, rendered(README.read_text()))
+    for page in PAGES:
+        replace(page, rendered(page.read_text()))
 
 
 if __name__ == "__main__":

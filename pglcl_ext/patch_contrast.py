@@ -286,8 +286,9 @@ class PatchContrastLoss(nn.Module):
     Args:
         temperature: tau > 0.
         normalize: divide embeddings and keys by their L2 norm first, so that logits are cosines over tau.
-        max_positive_disparity, min_negative_disparity, num_positives, num_negatives, negative_weight, ignore_index,
-        reduction, group, gather: as in :func:`patch_contrast_loss`; the bounds are numbers here.
+        max_positive_disparity, min_negative_disparity: as in :func:`patch_contrast_loss`, but numbers.
+        num_positives, num_negatives, negative_weight, ignore_index: as in :func:`patch_contrast_loss`.
+        reduction, group, gather: as in :func:`patch_contrast_loss`.
 
     Attributes:
         num_valid: int64 scalar tensor, the number of anchors that the last call counted; None before the first. A loss

@@ -193,8 +193,11 @@ def _check_like(name: str, t: Tensor, like_name: str, like: Tensor) -> None:
 class ClassPatches(NamedTuple):
     """Crops, each of one class.
 
-    images: (N, C, *P), the image times the class weight. labels: (N,) int64. coverage: (N,), mean class weight of the
-    crop. index: (N, 1 + dims) int64, the image and the first pixel of the crop.
+    Attributes:
+        images: (N, C, ``*P``), the image times the class weight.
+        labels: (N,) int64.
+        coverage: (N,), mean class weight of the crop.
+        index: (N, 1 + dims) int64, the image and the first pixel of the crop.
     """
 
     images: Tensor

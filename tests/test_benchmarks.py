@@ -189,10 +189,11 @@ def test_goals_are_judged() -> None:
     assert segmentation.goal("b", own).count("missed") == 2
 
 
-def test_readme_has_the_figures_of_the_results() -> None:
-    text = pages.README.read_text()
-    assert text.count("<!-- benchmarks: ") == len(pages.SECTIONS)
-    assert pages.rendered(text) == text, "python -m benchmarks.pages brings README up to date"
+def test_pages_have_the_figures_of_the_results() -> None:
+    texts = [page.read_text() for page in pages.PAGES]
+    assert sum(text.count("<!-- benchmarks: ") for text in texts) == len(pages.SECTIONS)
+    for text in texts:
+        assert pages.rendered(text) == text, "python -m benchmarks.pages brings the pages up to date"
 
 
 @pytest.mark.parametrize("question", pages.QUESTIONS)
