@@ -114,9 +114,9 @@ class StepBatches(Dataset[dict[str, Tensor]]):
             first = [random.randint(n - s + 1) for n, s in zip(shape, size)]
             label = prepared.label
             if foreground and label is not None and random.rand() < 0.5:
-                inside = (label > 0).nonzero()
+                inside = prepared.foreground
                 if len(inside):
-                    centre = inside[random.randint(len(inside))].tolist()
+                    centre = np.unravel_index(int(inside[random.randint(len(inside))]), shape)
                     first = [min(max(c - s // 2, 0), n - s) for c, s, n in zip(centre, size, shape)]
             place = tuple(slice(f, f + s) for f, s in zip(first, size))
             image = prepared.image[(slice(None), *place)]

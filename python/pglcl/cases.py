@@ -1,27 +1,27 @@
-"""How the cases of a data folder are split by patient, and what is wrong with them."""
+"""How the cases of a data folder are split by patient."""
 
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from pglcl import formats
 from pglcl.config import TrainConfig
 from pglcl.errors import UserError
 from pglcl.files import read_json
 from pglcl.layouts import Case, DataFolder
-from pglcl.volumes import open_image, orientation_of, read_label, read_volume
 
 # --- splits ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Split:
-    """Patients of each part. Labels of `unlabelled` patients are not read, volumes of `test` not at all."""
+    """Patients of each part. Labels of `unlabelled` are not read; volumes of `test` are checked, and not learned."""
 
     labelled: tuple[str, ...]
     unlabelled: tuple[str, ...]
@@ -33,8 +33,15 @@ class Split:
 
 
 def split_patients(data: DataFolder, config: TrainConfig) -> Split:
+    """By the split file, by the lists of the folder, or by name; see `docs/data.md`."""
     if config.split_file:
-        return _split_from_file(data, Path(config.split_file))
+        return _split_from_file(data, config)
+    if data.parts and config.test < 0 and config.validation < 0:
+        train = [p for p in data.patients if p not in {*data.parts.get("validation", ()), *data.parts.get("test", ())}]
+        ordered = [p for p in data.parts.get("train", ()) if p in train]
+        ordered += [p for p in train if p not in ordered]
+        held_out = (data.parts.get("validation", ()), data.parts.get("test", ()))
+        return _split_of_parts(data, config, ordered, *held_out, where=str(data.root))
     with_label = {case.patient for case in data.cases if case.label is not None}
     patients = data.patients
     if config.shuffle:
@@ -56,11 +63,62 @@ def split_patients(data: DataFolder, config: TrainConfig) -> Split:
     return Split(tuple(labelled), tuple(p for p in patients if p not in used), tuple(tuned_on), tuple(held_out))
 
 
-def _split_from_file(data: DataFolder, path: Path) -> Split:
+def _split_of_parts(
+    data: DataFolder,
+    config: TrainConfig,
+    train: Iterable[str],
+    validation: Iterable[str],
+    test: Iterable[str],
+    *,
+    where: str,
+) -> Split:
+    """The first `--labelled` patients of `train` that have labels are labelled, all others of it are not."""
+    with_label = {case.patient for case in data.cases if case.label is not None}
+    train = list(train)
+    annotated = [p for p in train if p in with_label]
+    if len(annotated) < config.labelled:
+        raise UserError(
+            f"{where}: --labelled {config.labelled}, but its training part has {len(annotated)} with labels"
+        )
+    labelled = annotated[: config.labelled]
+    unlabelled = [p for p in train if p not in set(labelled)]
+    return Split(tuple(labelled), tuple(unlabelled), tuple(validation), tuple(test))
+
+
+def _split_of_folds(data: DataFolder, config: TrainConfig, path: Path, folds: list[Any]) -> Split:
+    """nnU-Net's splits_final.json: `train` and `val` of a fold. What no fold names is unlabelled."""
+    if not 0 <= config.fold < len(folds):
+        raise UserError(f"{path}: has the folds 0 to {len(folds) - 1}, --fold is {config.fold}")
+    fold = folds[config.fold]
+    lists = [fold.get(part) if isinstance(fold, dict) else None for part in ("train", "val")]
+    if not all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in lists):
+        raise UserError(f"{path}: fold {config.fold} must have the lists train and val of names")
+    train, validation = ([str(n) for n in names or []] for names in lists)
+    for name in (*train, *validation):
+        if name not in data.patients:
+            raise UserError(f"{path}: fold {config.fold} has {name!r}, which is no patient of {data.root}")
+    both = sorted(set(train) & set(validation))
+    if both:
+        raise UserError(f"{path}: {both[0]!r} is in train and in val of fold {config.fold}")
+    with_label = {case.patient for case in data.cases if case.label is not None}
+    missing = [p for p in validation if p not in with_label]
+    if missing:
+        raise UserError(f"{path}: val has patients without a label file: {', '.join(missing)}")
+    others = [p for p in data.patients if p not in {*train, *validation} and p not in with_label]
+    return _split_of_parts(data, config, [*train, *others], validation, (), where=str(path))
+
+
+def _split_from_file(data: DataFolder, config: TrainConfig) -> Split:
+    path = Path(config.split_file)
     content = read_json(path)
+    if isinstance(content, list) and content:
+        return _split_of_folds(data, config, path, content)
     parts = ("labelled", "unlabelled", "validation", "test")
     if not isinstance(content, dict) or set(content) - set(parts) or "labelled" not in content:
         raise UserError(f"{path}: must be an object with the lists {', '.join(parts)}")
+    for part in content:
+        if not isinstance(content[part], list) or not all(isinstance(p, str) for p in content[part]):
+            raise UserError(f"{path}: {part} must be a list of patients' names")
     seen: dict[str, str] = {}
     for part in parts:
         for patient in content.get(part, []):
@@ -85,75 +143,16 @@ def cases_of(data: DataFolder, patients: Iterable[str], *, with_label: bool = Fa
     return [c for c in data.cases if c.patient in wanted and (c.label is not None or not with_label)]
 
 
-# --- inspection -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class CaseReport:
-    """What was found in one case; problems stop a training, notes do not."""
-
-    case: Case
-    shape: tuple[int, ...] = ()
-    channels: int = 0
-    spacing: tuple[float, ...] = ()
-    intensity: tuple[float, float] = (0.0, 0.0)
-    label_voxels: dict[int, int] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
-def inspect_case(case: Case, num_classes: int | None = None) -> CaseReport:
-    report = CaseReport(case)
-    try:
-        volume = read_volume(case.images)
-        report.shape, report.channels, report.spacing = volume.data.shape[1:], len(volume.data), volume.spacing
-        report.intensity = (float(volume.data.min()), float(volume.data.max()))
-        if report.intensity[0] == report.intensity[1]:
-            report.problems.append(f"{case.images[0]}: a constant image, every voxel is {report.intensity[0]:g}")
-    except UserError as error:
-        report.problems.extend(error.lines)
-    if case.label is not None:
-        try:
-            orientation_of(open_image(case.label), case.label)
-            label = read_label(case.label, case.images[0], num_classes)
-            values, counts = np.unique(label, return_counts=True)
-            report.label_voxels = {int(v): int(n) for v, n in zip(values, counts)}
-            if set(report.label_voxels) == {0}:
-                report.notes.append(f"{case.label}: an empty label, every voxel is background")
-        except UserError as error:
-            report.problems.extend(line for line in error.lines if line not in report.problems)
-    return report
-
-
-def inspect_folder(data: DataFolder, num_classes: int | None = None) -> list[CaseReport]:
-    classes = num_classes or (max(data.class_names) + 1 if data.class_names else None)
-    reports = [inspect_case(case, classes) for case in data.cases]
-    channels = Counter(r.channels for r in reports if r.channels)
-    if len(channels) > 1:
-        usual = channels.most_common(1)[0][0]
-        for r in reports:
-            if r.channels not in (0, usual):
-                r.problems.append(f"{r.case.images[0]}: has {r.channels} channels, the others have {usual}")
-    return reports
-
-
-def count_classes(data: DataFolder, config: TrainConfig, labels: Iterable[np.ndarray]) -> int:
-    """From the option, the description of the data, or the labels of the labelled patients."""
-    if config.num_classes:
-        return config.num_classes
-    if data.class_names:
-        return max(data.class_names) + 1
-    return max(2, 1 + max(int(label.max()) for label in labels))
-
-
 def distance_unit(data: DataFolder) -> str:
-    """mm; or voxel where the spacing was lost: an ACDC folder whose headers all say 1 mm, which no scanner took."""
-    if data.layout != "acdc":
-        return "mm"
+    """mm; or pixel, where files have no spacing; or voxel where it was lost: an ACDC folder whose headers all say 1 mm,
+    which no scanner took."""
+    spacings = []
     for case in data.cases:
         try:
-            if not np.allclose(open_image(case.images[0]).header.get_zooms()[:3], 1):
-                return "mm"
+            source = formats.read_source(case.images[0])
         except UserError:
             continue
-    return "voxel"
+        if data.layout != "acdc":
+            return source.unit
+        spacings.append(source.spacing)
+    return "voxel" if spacings and all(np.allclose(s, 1) for s in spacings) else "mm"

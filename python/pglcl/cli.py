@@ -30,13 +30,14 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="From a folder of NIfTI volumes, few of them labelled, to a segmentation model.",
+    help="From a folder of images, few of them labelled, to a segmentation model.",
 )
 
 DataArgument = Annotated[
     Path,
     typer.Argument(
-        help="an ACDC folder, a Decathlon task (dataset.json), or images/ beside labels/", show_default=False
+        help="a data folder (ACDC, Decathlon, nnU-Net, KiTS, SSL4MIS, images/ beside labels/) or a .csv or .json list",
+        show_default=False,
     ),
 ]
 RunArgument = Annotated[Path, typer.Argument(help="the folder that pglcl train wrote", show_default=False)]
@@ -113,48 +114,28 @@ def _options_of_all_commands(
 @command
 def inspect(
     data: DataArgument,
-    num_classes: Annotated[int, typer.Option(help="classes with background; 0: from dataset.json, or not checked")] = 0,
+    labels: Annotated[str, typer.Option(help="values of each class, as for pglcl train")] = "",
+    num_classes: Annotated[int, typer.Option(help="classes of the values 0, 1, ...; 0: from dataset.json, or all")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON and nothing else")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="a row for every volume")] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Lists what is in a data folder and everything that is wrong with it."""
-    from pglcl.cases import inspect_folder
-    from pglcl.layouts import open_folder
-    from pglcl.progress import print_table
+    """Lists what is in a data folder, options that suit it, and everything that is wrong with it."""
+    import json
 
-    out = console(quiet)
+    from pglcl.inspection import declared_labels, inspect_folder, labels_of, summary
+    from pglcl.layouts import open_folder
+    from pglcl.story import tell
+
     folder = open_folder(data)
-    reports = inspect_folder(folder, num_classes or None)
-    labels = sum(r.case.label is not None for r in reports)
-    out.print(
-        f"{data}: layout {folder.layout}, {len(reports)} volumes of {len(folder.patients)} patients, "
-        f"{labels} with labels"
-    )
-    voxels: dict[int, int] = {}
-    for report in reports:
-        for label, count in report.label_voxels.items():
-            voxels[label] = voxels.get(label, 0) + count
-    total = sum(voxels.values()) or 1
-    classes = [[str(k), folder.class_names.get(k, ""), f"{n / total:.2%}"] for k, n in sorted(voxels.items())]
-    if classes:
-        print_table(out, "Labels", ["value", "name", "share of voxels"], classes)
-    if verbose:
-        rows = []
-        for r in reports:
-            shape, spacing = "x".join(map(str, r.shape)), "x".join(f"{s:.3g}" for s in r.spacing)
-            low, high = r.intensity
-            rows.append(
-                [r.case.name, shape, spacing, str(r.channels), f"{low:g} to {high:g}", "yes" if r.case.label else "no"]
-            )
-        print_table(out, "Volumes", ["name", "voxels", "spacing mm", "channels", "intensity", "label"], rows)
-    for report in reports:
-        for note in report.notes:
-            out.print(f"note: {note}")
-    problems = [line for report in reports for line in report.problems]
-    for line in problems:
-        out.print(f"problem: {line}")
-    out.print("no problem found" if not problems else f"{len(problems)} problems")
-    if problems:
+    declared = declared_labels(folder, TrainConfig(labels=labels, num_classes=num_classes))
+    reports = inspect_folder(folder, declared)
+    found = summary(folder, reports, labels_of(folder, reports, declared))
+    if as_json and not quiet:
+        print(json.dumps(found, indent=1, allow_nan=False))
+    elif not as_json:
+        tell(found, console(quiet), verbose=verbose)
+    if found["problems"]:
         raise typer.Exit(SKIPPED)
 
 
@@ -247,7 +228,7 @@ command(_train)
 @command
 def predict(
     run: RunArgument,
-    images: Annotated[list[Path], typer.Argument(help="NIfTI files, or folders of them", show_default=False)],
+    images: Annotated[list[Path], typer.Argument(help="images, or folders of them", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="folder for the masks", show_default=False)],
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="also write the probability of every class")
@@ -274,7 +255,7 @@ def predict(
     models = [load_model(path, device) for path in (run, *(ensemble or []))]
     predictor = Predictor(models, tta=tta, postprocess=postprocess)
     cases = group_inputs(images)
-    writer = Writer(output, probabilities=probabilities, entropy=entropy, overwrite=overwrite)
+    writer = Writer(output, models[0].labels, probabilities=probabilities, entropy=entropy, overwrite=overwrite)
     writer.check(cases, data_folders(run, images))
     for path, model in zip((run, *(ensemble or [])), models):
         if model.step < model.config.steps and not quiet:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pglcl.errors import UserError
+from pglcl.labels import parse_labels
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -98,8 +99,17 @@ class TrainConfig:
     test: int = _opt(-1, "patients kept for the test, the last ones; -1: a fifth", "Data", least=-1)
     shuffle: bool = _opt(False, "shuffle the patients with the seed before they are split (else: by name)", "Data")
     split_file: str = _opt("", "JSON file with the lists labelled, unlabelled, validation, test of patients", "Data")
-    num_classes: int = _opt(0, "classes with background; 0: from dataset.json, or the labels found", "Data",
-        least=0, most=65536)
+    fold: int = _opt(0, "of a split file with several, such as nnU-Net's splits_final.json", "Data", least=0)
+    labels: str = _opt("",
+        "values of each class, background first: 0,85=RV,1+2=kidney,0+*,255=ignore; default: as found", "Data")
+    num_classes: int = _opt(0, "classes of the values 0, 1, ...; 0: from dataset.json, or the values found", "Data",
+        least=0, most=256)
+    normalise: str = _opt("auto", "intensities; auto looks at dataset.json and the values, and says what it took",
+        "Data", choices=("auto", "percentile", "zscore", "ct", "rgb", "none"))
+    window: str = _opt("", "LEVEL,WIDTH that intensities are clipped to, instead of measuring it, e.g. 40,400", "Data",
+        items=float)
+    cache: str = _opt("", "folder for prepared volumes, read from there piece by piece: for data larger than memory",
+        "Data", weights=False)
     spatial_dims: int = _opt(2, "2: slices, for anisotropic volumes; 3: patches of volumes", "Data", choices=(2, 3))
     image_size: str = _opt("", "of a slice or patch; one number, or one an axis; default 128, 3-D 32,48,32", "Data",
         unit="pixels", items=int, least=1)
@@ -184,6 +194,18 @@ class TrainConfig:
             if len(numbers_in(getattr(self, name), float)) not in (0, 1, self.spatial_dims):
                 got = getattr(self, name)
                 problems.append(f"{flag(name)} must be one number or {self.spatial_dims}, got {got!r}")
+        if self.labels and self.num_classes:
+            problems.append("--labels and --num-classes exclude each other")
+        if self.labels:
+            try:
+                parse_labels(self.labels)
+            except UserError as error:
+                problems += error.lines
+        window = numbers_in(self.window, float)
+        if window and (len(window) != 2 or window[1] <= 0):
+            problems.append(f"--window must be LEVEL,WIDTH with a width > 0, like 40,400, got {self.window!r}")
+        if window and self.normalise not in ("auto", "ct"):
+            problems.append(f"--window and --normalise {self.normalise} exclude each other")
         if len(self.channel_list) < 2:
             problems.append(f"--channels must have at least two numbers, got {self.channels!r}")
         if self.semi and self.warmup >= self.steps:
@@ -212,6 +234,11 @@ class TrainConfig:
     def target_spacing(self) -> tuple[float, ...] | None:
         numbers = numbers_in(self.spacing, float)
         return tuple(numbers * 3 if len(numbers) == 1 else numbers) if numbers else None
+
+    @property
+    def level_and_width(self) -> tuple[float, float] | None:
+        numbers = numbers_in(self.window, float)
+        return (numbers[0], numbers[1]) if numbers else None
 
     @property
     def channel_list(self) -> list[int]:

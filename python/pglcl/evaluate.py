@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pglcl.cases import cases_of, distance_unit
 from pglcl.errors import UserError
 from pglcl.files import read_json, write_json, write_text
+from pglcl.labels import IGNORE
 from pglcl.layouts import Case, DataFolder, open_folder
 from pglcl.model import TrainedModel, load_model
 from pglcl.outputs import check_outputs
@@ -224,10 +225,13 @@ def _score(predictor: Predictor, case: Case, *, distances: bool = True, report: 
     assert case.label is not None
     model = predictor.models[0]
     prediction, prepared = predictor(case, report)
-    spacing = prepared.volume.spacing
+    spacing = prepared.spacing
     mask = prediction.mask()
     del prediction, prepared  # before the truth is read: both may be large
-    truth = torch.from_numpy(read_label(case.label, case.images[0], model.num_classes))
+    truth = torch.from_numpy(read_label(case.label, case.images[0], model.labels))
+    ignored = truth == IGNORE
+    if ignored.any():
+        mask = torch.where(ignored, IGNORE, mask.int())
     return score_volume(
         mask, truth, model.num_classes, spacing, patient=case.patient, case=case.name, distances=distances
     )

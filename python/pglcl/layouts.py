@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pglcl.errors import UserError
 from pglcl.files import read_json
+from pglcl.formats import hdf5
 from pglcl.formats.names import inputs_in, is_dicom_folder, is_hidden, known_suffixes, list_folder, stem, suffix_of
+from pglcl.labels import LabelMap
 
 NUMBERED = re.compile(r"(.+)_([0-9]{4})", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One volume. images: one file each channel, or one file with channels along the fourth axis."""
+    """One volume. images: one file (or DICOM folder) each channel, or one file with channels along its fourth axis.
+
+    label: its label file, which for HDF5 is the image's own file; or None.
+    """
 
     name: str
     patient: str
@@ -27,12 +34,22 @@ class Case:
 
 @dataclass
 class DataFolder:
-    """The cases of a folder, sorted by name. layout: acdc, decathlon or plain."""
+    """The cases of a folder, sorted by name.
+
+    layout: acdc, decathlon, nnunet, kits, ssl4mis, plain or list. labels: what the description says of label values,
+    or None where they are to be found in the files. class_names: of values, where the layout knows them.
+    modalities: of each channel, from dataset.json. parts: patients of train, validation and test, where the folder has
+    lists of them. notes: what a user should know of how the folder was read.
+    """
 
     root: Path
     layout: str
     cases: list[Case]
+    labels: LabelMap | None = None
     class_names: dict[int, str] = field(default_factory=dict)
+    modalities: tuple[str, ...] = ()
+    parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def patients(self) -> list[str]:
@@ -146,22 +163,24 @@ def _check_numbers(numbers: dict[str, dict[int, Path]], unnumbered: list[Path]) 
 
 # --- layouts --------------------------------------------------------------------------------------------------------
 
+LAYOUTS = """patientXXX/patientXXX_frameYY.nii.gz (ACDC), dataset.json (Decathlon, nnU-Net), images/ beside labels/, \
+case_XXXXX/imaging.nii.gz (KiTS), data/*.h5 and data/slices/*.h5 (SSL4MIS), or a .csv or .json list of files"""
+
 
 def open_folder(root: Path) -> DataFolder:
-    """Recognises the official ACDC folder, a Decathlon task, and `images/` beside `labels/`."""
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder")
-    if (root / "dataset.json").is_file():
-        data = _decathlon(root)
-    elif (root / "images").is_dir():
-        data = _plain(root)
+    """Recognises the layout of a data folder, or reads a list of files; `docs/data.md` has a table of them.
+
+    Raises:
+        UserError: no layout fits, or the files break the rules of the one that does.
+    """
+    if root.is_file() and root.suffix.lower() in (".csv", ".json"):
+        data = _list(root)
+    elif not root.is_dir():
+        raise UserError(f"{root}: no such folder" + (", and no .csv or .json list" if root.exists() else ""))
     else:
-        data = _acdc(root)
+        data = _layout_of(root)(root)
     if not data.cases:
-        raise UserError(
-            f"{root}: no volumes found. Expected patientXXX/patientXXX_frameYY.nii.gz (ACDC), a Decathlon task with "
-            "dataset.json, or the folders images/ and labels/"
-        )
+        raise UserError(f"{root}: no volumes found. Expected {LAYOUTS}")
     data.cases.sort(key=lambda case: case.name)
     names = Counter(case.name for case in data.cases)
     twice = [name for name, count in names.items() if count > 1]
@@ -170,11 +189,37 @@ def open_folder(root: Path) -> DataFolder:
     return data
 
 
+def _layout_of(root: Path) -> Any:
+    list_folder(root)  # or it cannot be read, and says so
+    if (root / "dataset.json").is_file():
+        content = read_json(root / "dataset.json")
+        v2 = isinstance(content, dict) and ("channel_names" in content or "file_ending" in content)
+        return _nnunet if v2 else _decathlon
+    if (root / "images").is_dir():
+        return _plain
+    if (root / "data" / "slices").is_dir() or any(suffix_of(p) == ".h5" for p in _children(root, "data")):
+        return _ssl4mis
+    if any(stem(path) == "imaging" for path in _kits_images(root)):
+        return _kits
+    return _acdc
+
+
+def _children(root: Path, name: str = "") -> list[Path]:
+    folder = root / name
+    return list_folder(folder) if folder.is_dir() else []
+
+
 def _files_below(root: Path) -> list[Path]:
-    """Every file of a known suffix, at any depth; hidden folders are left out."""
+    """Every file of a known suffix, at any depth; hidden folders are left out, links to folders too."""
     found = list_folder(root)
-    below = [path for folder in found if folder.is_dir() for path in _files_below(folder)]
+    below = [p for folder in found if folder.is_dir() and not folder.is_symlink() for p in _files_below(folder)]
     return [path for path in found if suffix_of(path) and path.is_file()] + below
+
+
+def _refuse_lonely(labels: Iterable[Path], images: Path) -> None:
+    problems = [f"{path}: a label without an image in {images}" for path in labels]
+    if problems:
+        raise UserError(*problems)
 
 
 def _acdc(root: Path) -> DataFolder:
@@ -185,38 +230,278 @@ def _acdc(root: Path) -> DataFolder:
     cases = [Case(name, name.split("_")[0], (path,), labels.pop(name, None)) for name, path in images.items()]
     _refuse_lonely(labels.values(), root)
     names = {0: "background", 1: "right ventricle", 2: "myocardium", 3: "left ventricle"}
-    return DataFolder(root, "acdc", cases, names)
-
-
-def _decathlon(root: Path) -> DataFolder:
-    content = read_json(root / "dataset.json")
-    cases = []
-    try:
-        for entry in content.get("training", []):
-            image = root / entry["image"]
-            cases.append(Case(stem(image), stem(image), (image,), root / entry["label"]))
-        for entry in content.get("test", []):
-            image = root / (entry["image"] if isinstance(entry, dict) else entry)
-            if image.exists():  # the official test images have no labels: they are unlabelled volumes
-                cases.append(Case(stem(image), stem(image), (image,), None))
-        names = {int(k): str(v) for k, v in content.get("labels", {}).items()}
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise UserError(f"{root / 'dataset.json'}: not a Decathlon description: {error!r}") from error
-    return DataFolder(root, "decathlon", cases, names)
+    return DataFolder(root, "acdc", cases, LabelMap.of_values(names, names), names)
 
 
 def _plain(root: Path) -> DataFolder:
-    labels = _unique_names(inputs_in(root / "labels")) if (root / "labels").is_dir() else {}
-    groups = group_files(inputs_in(root / "images"), labels)
-    cases = [Case(name, name, paths, labels.pop(name, None)) for name, paths in groups.items()]
-    _refuse_lonely(labels.values(), root / "images")
-    return DataFolder(root, "plain", cases)
+    return DataFolder(root, "plain", _pair(root / "images", root / "labels"))
 
 
-def _refuse_lonely(labels: Iterable[Path], images: Path) -> None:
-    problems = [f"{path}: a label without an image in {images}" for path in labels]
+def _pair(images: Path, labels: Path, channels: int = 0) -> list[Case]:
+    """Cases of a folder of images and one of labels of the same names; channels: how many each must have, if known."""
+    by_name = _unique_names(inputs_in(labels)) if labels.is_dir() else {}
+    files = inputs_in(images)
+    if channels:
+        _require_numbers(files, channels)
+    groups = group_files(files, () if channels else by_name)
+    cases = [Case(name, name, paths, by_name.pop(name, None)) for name, paths in groups.items()]
+    _refuse_lonely(by_name.values(), images)
+    return cases
+
+
+def _require_numbers(files: Iterable[Path], channels: int) -> None:
+    """nnU-Net's names: each ends in the number of its channel, and there are as many as dataset.json names."""
+    problems = []
+    for path in files:
+        match = NUMBERED.fullmatch(stem(path))
+        if not match or int(match[2]) >= channels:
+            problems.append(f"{path}: must end in _0000 to _{channels - 1:04d}, the channels that dataset.json names")
     if problems:
         raise UserError(*problems)
+
+
+def _kits_images(root: Path) -> list[Path]:
+    folders = [p for p in [*_children(root), *_children(root, "data")] if p.is_dir() and p.name.startswith("case")]
+    return [path for folder in folders for path in list_folder(folder) if suffix_of(path)]
+
+
+def _kits(root: Path) -> DataFolder:
+    files = _kits_images(root)
+    cases = []
+    for folder in sorted({path.parent for path in files}):
+        own = _unique_names([path for path in files if path.parent == folder])
+        if "imaging" in own:
+            cases.append(Case(folder.name, folder.name, (own["imaging"],), own.get("segmentation")))
+    names = {0: "background", 1: "kidney", 2: "tumor", 3: "cyst"}
+    return DataFolder(root, "kits", cases, class_names=names, modalities=("CT",))
+
+
+# --- dataset.json ---------------------------------------------------------------------------------------------------
+
+
+def _decathlon(root: Path) -> DataFolder:
+    file = root / "dataset.json"
+    content = read_json(file)
+    cases = []
+    try:
+        for entry in content.get("training", []):
+            images = _decathlon_images(root / entry["image"])
+            name = stem(root / entry["image"])
+            cases.append(Case(name, name, images, root / entry["label"]))
+        for entry in content.get("test", []):
+            image = root / (entry["image"] if isinstance(entry, dict) else entry)
+            images = _decathlon_images(image)
+            if images[0].exists():  # the official test images have no labels: they are unlabelled volumes
+                cases.append(Case(stem(image), stem(image), images, None))
+        labels = _named_values({str(name): value for value, name in content.get("labels", {}).items()}, file)
+        modalities = tuple(str(content.get("modality", {})[k]) for k in sorted(content.get("modality", {}), key=int))
+    except (TypeError, KeyError, AttributeError, ValueError, OSError) as error:
+        raise UserError(f"{file}: not a Decathlon description: {error!r}") from error
+    return DataFolder(root, "decathlon", cases, labels, modalities=modalities)
+
+
+def _decathlon_images(image: Path) -> tuple[Path, ...]:
+    """The file that is named; or, in folders of nnU-Net's first version, its channels `name_0000`, `name_0001`, ..."""
+    if image.exists() or not image.parent.is_dir():
+        return (image,)
+    name = stem(image)
+    own = [p for p in inputs_in(image.parent) if (m := NUMBERED.fullmatch(stem(p))) and m[1] == name]
+    return group_files(own).get(name, (image,)) if own else (image,)
+
+
+def _nnunet(root: Path) -> DataFolder:
+    """nnU-Net v2. Regions are trained as exclusive classes, in the order of `regions_class_order`."""
+    file = root / "dataset.json"
+    content = read_json(file)
+    notes: list[str] = []
+    try:
+        names = content["channel_names"]
+        modalities = tuple(str(names[k]) for k in sorted(names, key=int)) if isinstance(names, dict) else tuple(names)
+        labels = _nnunet_labels(content, file, notes)
+        ending = content.get("file_ending", "")
+        listed = content.get("dataset")
+        if listed:
+            entries = {n: (tuple(root / i for i in e["images"]), root / e["label"]) for n, e in listed.items()}
+            cases = [Case(name, name, images, label) for name, (images, label) in entries.items()]
+        else:
+            cases = _pair(root / "imagesTr", root / "labelsTr", len(modalities))
+    except (TypeError, KeyError, AttributeError, ValueError, OSError) as error:
+        raise UserError(f"{file}: not an nnU-Net description: {error!r}") from error
+    if (root / "imagesUn").is_dir():
+        _require_numbers(inputs_in(root / "imagesUn"), len(modalities))
+        groups = group_files(inputs_in(root / "imagesUn"))
+        cases += [Case(name, name, images, None) for name, images in groups.items()]
+    problems = [
+        f"{path}: must end in {ending}, as dataset.json says"
+        for case in cases
+        for path in (*case.images, *([case.label] if case.label else []))
+        if ending and not path.name.lower().endswith(str(ending).lower())
+    ]
+    for case in cases:
+        if len(case.images) != len(modalities):
+            problems.append(f"{case.images[0]}: must have {len(modalities)} channel files, got {len(case.images)}")
+    if problems:
+        raise UserError(*problems)
+    return DataFolder(root, "nnunet", cases, labels, modalities=modalities, notes=notes)
+
+
+def _nnunet_labels(content: Mapping[str, Any], file: Path, notes: list[str]) -> LabelMap:
+    labels = dict(content["labels"])
+    ignore = labels.pop("ignore", None)
+    regions = {name: value for name, value in labels.items() if isinstance(value, list)}
+    if not regions:
+        return _named_values(labels, file, ignore)
+    order = content.get("regions_class_order")
+    foreground = [name for name in labels if name != "background"]
+    if not isinstance(order, list) or len(order) != len(foreground):
+        raise UserError(
+            f"{file}: labels that are lists (regions) need regions_class_order, a value for each of "
+            f"{', '.join(foreground)}; got {order!r}"
+        )
+    parts = {value for name in foreground for value in (regions[name] if name in regions else [labels[name]])}
+    if parts - set(order) - {0}:
+        raise UserError(f"{file}: regions have the values {sorted(parts)}, regions_class_order {order} must have all")
+    notes.append(
+        "regions are trained as exclusive classes: "
+        + ", ".join(f"value {value} is {name} alone" for name, value in zip(foreground, order))
+    )
+    named = {"background": 0, **{f"{name} alone": value for name, value in zip(foreground, order)}}
+    return _named_values(named, file, ignore)
+
+
+def _named_values(labels: Mapping[str, Any], file: Path, ignore: Any = None) -> LabelMap | None:
+    """Labels name → value; None where there are none."""
+    values: dict[int, str] = {}
+    for name, value in [*labels.items(), *([] if ignore is None else [("ignore", ignore)])]:
+        if isinstance(value, bool) or not re.fullmatch(r"\d{1,9}", str(value)):
+            raise UserError(f"{file}: labels must be whole numbers from 0, got {value!r} for {name!r}")
+        if int(value) in values:
+            raise UserError(f"{file}: labels {values[int(value)]!r} and {name!r} have one value, {value}")
+        values[int(value)] = name
+    if not labels:
+        return None
+    ignored = () if ignore is None else (int(ignore),)
+    if values.get(0, "background") != "background":
+        values[0] = str(values[0])
+    return LabelMap.of_values(set(values) - set(ignored), values, ignored)
+
+
+# --- SSL4MIS --------------------------------------------------------------------------------------------------------
+
+
+def _ssl4mis(root: Path) -> DataFolder:
+    """Volumes of `data/`, and those slices of `data/slices/` whose volume is not there; patients of its list files."""
+    volumes = _unique_names([p for p in _children(root, "data") if suffix_of(p) == ".h5" and p.is_file()])
+    slices = _unique_names([p for p in _children(root, "data/slices") if suffix_of(p) == ".h5" and p.is_file()])
+    alone = {name: path for name, path in slices.items() if re.sub(r"_slice_?\d+$", "", name) not in volumes}
+    cases = []
+    for name, path in {**volumes, **alone}.items():
+        cases.append(Case(name, _ssl4mis_patient(name), (path,), path if hdf5.has_label(path) else None))
+    data = DataFolder(root, "ssl4mis", cases)
+    for part, files in {
+        "train": ("train.list", "train_slices.list"),
+        "validation": ("val.list",),
+        "test": ("test.list",),
+    }.items():
+        listed = [name for file in files for name in _read_list(root / file)]
+        patients = dict.fromkeys(_ssl4mis_patient(name) for name in listed)
+        if patients:
+            data.parts[part] = tuple(patients)
+    _check_parts(data)
+    return data
+
+
+def _ssl4mis_patient(name: str) -> str:
+    """`patient001_frame01_slice_3` is of patient001."""
+    return re.sub(r"(_frame_?\d+)?(_slice_?\d+)?$", "", name)
+
+
+def _read_list(file: Path) -> list[str]:
+    if not file.is_file():
+        return []
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not readable as a list of names: {error}") from error
+    return [line.removesuffix(".h5") for line in lines if line]
+
+
+def _check_parts(data: DataFolder) -> None:
+    seen: dict[str, str] = {}
+    for part, patients in data.parts.items():
+        missing = sorted(set(patients) - set(data.patients))
+        if missing:
+            raise UserError(f"{data.root}: the list of {part} has {missing[0]!r}, of which there is no file")
+        for patient in patients:
+            if seen.setdefault(patient, part) != part:
+                raise UserError(f"{data.root}: the lists of {seen[patient]} and {part} share the patient {patient!r}")
+
+
+# --- a list of files ------------------------------------------------------------------------------------------------
+
+
+def _list(file: Path) -> DataFolder:
+    """A CSV or JSON list: image, and if they are there label, patient, name, and channel... for further channels."""
+    content: Any = _csv_rows(file) if file.suffix.lower() == ".csv" else read_json(file)
+    labels = None
+    if isinstance(content, dict) and isinstance(content.get("cases"), list):
+        if set(content) - {"cases", "labels"} or not isinstance(content.get("labels", {}), dict):
+            raise UserError(
+                f"{file}: must have cases, a list, and may have labels, name: value; got {', '.join(content)}"
+            )
+        labels = _named_values(content.get("labels", {}), file)
+        content = content["cases"]
+    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
+        raise UserError(f"{file}: must be a list of objects with image, label, patient")
+    cases, problems = [], []
+    for number, row in enumerate(content, start=1):
+        try:
+            cases.append(_listed_case(file, row))
+        except UserError as error:
+            problems += [f"{file}: entry {number}: {line}" for line in error.lines]
+    if problems:
+        raise UserError(*problems)
+    images = Counter(path.resolve() for case in cases for path in case.images)
+    twice = [f"{file}: {path} is listed {n} times" for path, n in images.items() if n > 1]
+    if twice:
+        raise UserError(*twice)
+    return DataFolder(file, "list", cases, labels)
+
+
+def _listed_case(file: Path, row: Mapping[str, Any]) -> Case:
+    known = ("image", "label", "patient", "name", "channels")
+    foreign = [key for key in row if key not in known and not str(key).startswith("channel")]
+    if foreign:
+        raise UserError(f"has {foreign[0]!r}; columns are image, label, patient, name and channel...")
+    images = [row.get("image"), *(row[key] for key in row if str(key).startswith("channel"))]
+    flat = [item for value in images for item in (value if isinstance(value, list) else [value]) if item]
+    texts = [*flat, *(row[key] for key in ("label", "patient", "name") if row.get(key))]
+    if not row.get("image") or not all(isinstance(text, str) for text in texts):
+        raise UserError("must have an image, and paths and names as text")
+    paths = tuple(file.parent / text for text in flat)
+    label = file.parent / row["label"] if row.get("label") else None
+    missing = [path for path in (*paths, *([label] if label else [])) if "\0" in str(path) or not path.exists()]
+    if missing:
+        raise UserError(f"{missing[0]}: not found")
+    match = NUMBERED.fullmatch(stem(paths[0])) if len(paths) > 1 else None
+    # Folders too, since files of a list often have one name each case: patient1/t1.nii.gz.
+    folders = [part for part in Path(flat[0]).parts[:-1] if part not in ("/", ".", "..")]
+    name = row.get("name") or "_".join([*folders, match[1] if match else stem(paths[0])])
+    if "/" in name or is_hidden(Path(name)):
+        raise UserError(f"the name {name!r} must be fit for a file")
+    return Case(name, row.get("patient") or name, paths, label)
+
+
+def _csv_rows(file: Path) -> list[dict[str, Any]]:
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as text:
+            reader = csv.DictReader(text, strict=True, restkey="more than the header")
+            return [{str(k).strip(): v.strip() if isinstance(v, str) else v for k, v in row.items()} for row in reader]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{file}: not readable as CSV: {error}") from error
+
+
+# --- what predict is given ------------------------------------------------------------------------------------------
 
 
 def group_inputs(paths: Iterable[Path]) -> list[Case]:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from pglcl.config import TrainConfig
 from pglcl.errors import UserError
 from pglcl.files import load_tensors
+from pglcl.intensity import Intensity
+from pglcl.labels import LabelMap
 
 
 class Projection(nn.Module):
@@ -102,21 +104,31 @@ class TrainedModel:
 
     network: SegmentationNetwork
     config: TrainConfig
-    num_classes: int
-    channels: int
     slice_axis: int | None
-    class_names: dict[int, str]
+    labels: LabelMap
+    intensity: Intensity
     step: int = 0
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.labels)
+
+    @property
+    def channels(self) -> int:
+        return len(self.intensity.channels)
+
+    @property
+    def class_names(self) -> dict[int, str]:
+        return self.labels.class_names
 
     def state(self) -> dict[str, Any]:
         return {
             "network": {name: t.cpu() for name, t in self.network.state_dict().items()},
             "arguments": self.network.arguments,
             "config": vars(self.config).copy(),
-            "num_classes": self.num_classes,
-            "channels": self.channels,
             "slice_axis": self.slice_axis,
-            "class_names": self.class_names,
+            "labels": self.labels.state(),
+            "intensity": self.intensity.state(),
             "step": self.step,
         }
 
@@ -135,10 +147,9 @@ def load_model(run: Path, device: str = "auto") -> TrainedModel:
         return TrainedModel(
             network.to(choose_device(device)).eval(),
             config,
-            state["num_classes"],
-            state["channels"],
             state["slice_axis"],
-            state["class_names"],
+            LabelMap.from_state(state["labels"]),
+            Intensity.from_state(state["intensity"]),
             int(whole.get("step", state["config"]["steps"])),
         )
     except (KeyError, TypeError, RuntimeError) as error:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from pglcl.config import TrainConfig
 from pglcl.errors import UserError
 from pglcl.files import read_json
+from pglcl.formats import result_suffix
+from pglcl.labels import LabelMap
 from pglcl.layouts import Case
 from pglcl.model import TrainedModel
 from pglcl.outputs import check_outputs, check_outside_data
@@ -198,12 +200,12 @@ class Predictor:
                 raise UserError(f"{name} must be one of {', '.join(choices)}, got {value}")
         first = self.models[0]
         for number, other in enumerate(self.models[1:], start=2):
-            for name in ("num_classes", "channels", "class_names"):
+            for name in ("channels", "labels"):
                 ours, theirs = getattr(first, name), getattr(other, name)
                 if ours != theirs:
-                    what = name.replace("_", " ")
+                    shown = [x.describe() if isinstance(x, LabelMap) else x for x in (ours, theirs)]
                     raise UserError(
-                        f"runs that are averaged must agree: {what} of run 1 is {ours}, of run {number} {theirs}"
+                        f"runs that are averaged must agree: {name} of run 1 are {shown[0]}, of run {number} {shown[1]}"
                     )
         if tta == "flips" and any(model.config.flips == "none" for model in self.models):
             raise UserError("--tta flips: the model was trained without mirrored images (--flips none)")
@@ -218,9 +220,7 @@ class Predictor:
         parts: list[Part] = []
         first: Prepared | None = None
         for number, (model, network) in enumerate(zip(self.models, self.networks)):
-            prepared = prepare(case, model.config, None, model.slice_axis, label=False)
-            if len(prepared.image) != model.channels:
-                raise UserError(f"{case.images[0]}: must have {model.channels} channels, got {len(prepared.image)}")
+            prepared = prepare(case, model.config, model.slice_axis, model.intensity)
             parts.append(self._part(model, network, prepared, self._share_of(report, number)))
             first = first or prepared
         assert first is not None
@@ -265,17 +265,20 @@ def data_folders(run: Path, inputs: Sequence[Path]) -> list[Path]:
 
 @dataclass(frozen=True)
 class Writer:
-    """Where the files of a prediction go, and which there are of each case."""
+    """Where the files of a prediction go, and which there are of each case; masks carry the values of `labels`."""
 
     folder: Path
+    labels: LabelMap
     probabilities: bool = False
     entropy: bool = False
     overwrite: bool = False
 
     def files(self, case: Case) -> list[Path]:
         """The mask first."""
-        endings = ["", *["_probabilities"] * self.probabilities, *["_entropy"] * self.entropy]
-        return [self.folder / f"{case.name}{ending}.nii.gz" for ending in endings]
+        image = case.images[0]
+        mask, floats = (result_suffix(image, dtype) for dtype in (self.labels.dtype, np.dtype(np.float32)))
+        endings = [mask, *[f"_probabilities{floats}"] * self.probabilities, *[f"_entropy{floats}"] * self.entropy]
+        return [self.folder / f"{case.name}{ending}" for ending in endings]
 
     def check(self, cases: Sequence[Case], roots: Sequence[Path] = ()) -> None:
         """Raises UserError where a file would be lost, or taken for one of the data folders `roots`."""
@@ -287,11 +290,10 @@ class Writer:
 
     def write(self, prediction: Prediction, prepared: Prepared) -> list[Path]:
         """The files of one case, in the axes and geometry of its image."""
-        case, source = prepared.case, prepared.volume.source
+        case, source = prepared.case, prepared.source
         paths = self.files(case)
         self.check([case])  # once more: the batch was checked a while ago
-        mask = prediction.mask().numpy()
-        write_like(mask if mask.dtype == np.uint8 else mask.astype(np.uint16), source, paths[0])
+        write_like(self.labels.decode(prediction.mask().numpy()), source, paths[0])
         rest = iter(paths[1:])
         if self.probabilities:
             write_like(prediction.probabilities().movedim(0, -1).numpy(), source, next(rest))

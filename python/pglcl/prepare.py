@@ -4,74 +4,96 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from monai.data import set_track_meta
-from monai.transforms import (
-    Compose,
-    NormalizeIntensity,
-    ScaleIntensityRangePercentiles,
-)
 from torch import Tensor
 
 from pglcl.config import TrainConfig
+from pglcl.errors import UserError
+from pglcl.formats import Source
+from pglcl.intensity import Intensity
+from pglcl.labels import IGNORE, LabelMap
 from pglcl.layouts import Case
-from pglcl.volumes import Geometry, Volume, read_label, read_volume, resize_image, resize_label, resized_shape
+from pglcl.memory import require_memory
+from pglcl.volumes import Geometry, read_label, read_volume, resize_image, resize_label, resized_shape
 
 
 @dataclass
 class Prepared:
-    """A volume as the network sees it.
+    """A volume as the network sees it; the volume itself is not kept.
 
-    image: (C, X, Y, Z) float32, normalised, resized, padded to at least the network's size. label: (X, Y, Z) int64, -1
-    where padded; or None. The slice axis of 2-D training comes last.
+    image: (C, X, Y, Z) float32, normalised, resized, padded to at least the network's size. label: (X, Y, Z) int8
+    (int16 from 128 classes on), -1 where padded or ignored; or None. The slice axis of 2-D training comes last.
+    spacing: mm (or pixels) of the volume before it was resized, in canonical axes. source: of its file, for results.
     """
 
     case: Case
     image: Tensor
     label: Tensor | None
     geometry: Geometry
-    volume: Volume
+    spacing: tuple[float, ...]
+    source: Source
 
-
-def normalise(image: Tensor) -> Tensor:
-    """Clipped to its percentiles 0.5 and 99.5, then mean 0 and deviation 1, channel by channel."""
-    steps = Compose([
-        ScaleIntensityRangePercentiles(0.5, 99.5, 0.0, 1.0, clip=True, channel_wise=True),
-        NormalizeIntensity(channel_wise=True),
-    ])  # fmt: skip
-    return torch.as_tensor(steps(image)).float()
+    @cached_property
+    def foreground(self) -> Tensor:
+        """Places of voxels of the classes from 1 on, in the flattened label; int32, found once."""
+        if self.label is None:
+            return torch.zeros(0, dtype=torch.int32)
+        places = (self.label.reshape(-1) > 0).nonzero()[:, 0]
+        return places if self.label.numel() > 2**31 - 1 else places.int()
 
 
 def prepare(
-    case: Case, config: TrainConfig, num_classes: int | None, slice_axis: int | None, *, label: bool
+    case: Case,
+    config: TrainConfig,
+    slice_axis: int | None,
+    intensity: Intensity,
+    labels: LabelMap | None = None,
 ) -> Prepared:
-    """Reads a case; its label file only if asked to."""
-    set_track_meta(False)
+    """Reads a case; its label file only where `labels`, the map of its values to classes, is given.
+
+    Raises:
+        UserError: what is wrong with its files, another number of channels than `intensity` has, or a size that does
+            not fit into memory.
+    """
     volume = read_volume(case.images)
-    image = normalise(torch.from_numpy(volume.data))
-    shape = resized_shape(
-        image.shape[1:], volume.spacing, slice_axis=slice_axis, size=config.size, target=config.target_spacing
+    shape, channels = volume.data.shape[1:], len(volume.data)
+    if channels != len(intensity.channels):
+        raise UserError(f"{case.images[0]}: must have {len(intensity.channels)} channels, got {channels}")
+    resized = resized_shape(
+        shape, volume.spacing, slice_axis=slice_axis, size=config.size, target=config.target_spacing
     )
-    geometry = Geometry(tuple(image.shape[1:]), shape)
-    image = resize_image(image, shape)
+    padded = padded_shape(resized, config, slice_axis)
+    require_memory(
+        4 * channels * int(np.prod(padded, dtype=object)),
+        f"{case.images[0]}: shape {shape}, brought to {padded} by --image-size and --spacing,",
+    )
+    image = resize_image(intensity(torch.from_numpy(volume.data)), resized)
+    geometry, spacing, source = Geometry(tuple(shape), resized), volume.spacing, volume.source
+    del volume
     target = None
-    if label and case.label is not None:
-        target = resize_label(torch.from_numpy(read_label(case.label, case.images[0], num_classes)), shape)
-    least = list(config.size) if slice_axis is None else _with_slice_axis(config.size, slice_axis)
-    padding = [max(0, n - now) for n, now in zip(least, shape)]
-    around = [side for extra in reversed(padding) for side in (0, extra)]
+    if labels is not None and case.label is not None:
+        target = resize_label(torch.from_numpy(read_label(case.label, case.images[0], labels)), resized)
+    around = [side for now, then in zip(reversed(resized), reversed(padded)) for side in (0, then - now)]
     # Padded with the darkest value: what a scanner sees beside the body.
     darkest = image.amin(dim=(1, 2, 3), keepdim=True)
     image = F.pad(image - darkest, around) + darkest
     if target is not None:
-        target = F.pad(target, around, value=-1)
+        target = F.pad(target, around, value=IGNORE)
     if slice_axis is not None:
         image = image.movedim(slice_axis + 1, -1)
         target = None if target is None else target.movedim(slice_axis, -1)
-    return Prepared(case, image.contiguous(), target, geometry, volume)
+    target = None if target is None else target.contiguous()
+    return Prepared(case, image.contiguous(), target, geometry, spacing, source)
+
+
+def padded_shape(resized: Sequence[int], config: TrainConfig, slice_axis: int | None) -> tuple[int, ...]:
+    """At least the size of the network's input along each axis of a volume."""
+    least = config.size if slice_axis is None else _with_slice_axis(config.size, slice_axis)
+    return tuple(max(now, then) for now, then in zip(resized, least))
 
 
 def _with_slice_axis(size: Sequence[int], slice_axis: int) -> list[int]:

@@ -38,7 +38,7 @@ from pglcl.outputs import check_outputs
 from pglcl.predict import Predictor, entropy_map, network_output, probabilities
 from pglcl.prepare import Prepared, prepare
 from pglcl.record import read_metrics
-from pglcl.volumes import read_label
+from pglcl.volumes import read_label, read_volume
 from pglcl_ext import patch_embeddings, patch_statistics, semantic_disparity
 
 matplotlib.use("Agg")
@@ -272,20 +272,21 @@ class View:
 
     def __init__(self, model: TrainedModel, case: Case) -> None:
         self.model, self.case = model, case
-        self.prepared: Prepared = prepare(case, model.config, model.num_classes, model.slice_axis, label=True)
+        self.prepared: Prepared = prepare(case, model.config, model.slice_axis, model.intensity)
         self.p = probabilities(model.network, self.prepared, model.config, model.slice_axis)
         assert case.label is not None
-        self.truth = torch.from_numpy(read_label(case.label, case.images[0], model.num_classes))
+        self.truth = torch.from_numpy(read_label(case.label, case.images[0], model.labels))
         self.axis = 2 if model.slice_axis is None else model.slice_axis
         area = (self.truth > 0).movedim(self.axis, 0).flatten(1).sum(dim=1)
         self.slice = int(area.argmax())
 
     def _plane(self, x: Tensor) -> np.ndarray:
-        """As radiologists look at it: first axis to the right, second up."""
-        return x.select(self.axis, self.slice).numpy().T[::-1]
+        """As radiologists look at it: first axis to the right, second up. A picture as it is."""
+        plane = x.select(self.axis, self.slice).numpy()
+        return plane.T[::-1] if self.prepared.source.unit == "mm" else plane
 
     def overlay(self, name: str) -> list[Any]:
-        image = self._plane(torch.from_numpy(self.prepared.volume.data[0]))
+        image = self._plane(torch.from_numpy(read_volume(self.case.images).data[0]))
         low, high = np.percentile(image, [1, 99])
         dice = _mean_dice(self.p.argmax(dim=0), self.truth, self.model.num_classes)
         most = math.log(self.model.num_classes)
@@ -381,7 +382,7 @@ def embedding_plot(model: TrainedModel, cases: list[Case]) -> Any:
     device = next(network.parameters()).device
     embeddings, labels = [], []
     for case in cases:
-        prepared = prepare(case, config, model.num_classes, model.slice_axis, label=True)
+        prepared = prepare(case, config, model.slice_axis, model.intensity, model.labels)
         assert prepared.label is not None
         if config.spatial_dims == 2:
             images, target = prepared.image.movedim(-1, 0), prepared.label.movedim(-1, 0)

@@ -84,9 +84,8 @@ class Learner:
 
     def model(self, step: int) -> TrainedModel:
         """The teacher after `step` steps, with what it needs to know of the data."""
-        data = self.data
-        names = data.folder.class_names or {0: "background"}
-        return TrainedModel(self.teacher, self.config, data.num_classes, data.channels, data.slice_axis, names, step)
+        found = self.data.survey
+        return TrainedModel(self.teacher, self.config, found.slice_axis, found.labels, found.intensity, step)
 
     def state(self, step: int) -> dict[str, Any]:
         """All that a run needs to go on after `step` steps."""

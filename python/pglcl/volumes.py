@@ -1,135 +1,143 @@
-"""One volume: reading, checking, canonical axes, and the way back to a NIfTI file of the source's geometry."""
+"""One volume: reading, checking, canonical axes, and the way back to a file of the source's geometry."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 from torch import Tensor
 
+from pglcl import formats
 from pglcl.errors import UserError
 from pglcl.files import replacing
+from pglcl.formats import Source
+from pglcl.labels import LabelMap, whole_numbers
+from pglcl.memory import require_memory
 
 CANONICAL = np.array([[0, 1], [1, 1], [2, 1]])
+APART = 0.1  # voxels by which the corners of a label, or of a channel, may lie beside those of the image
 
 
 @dataclass
 class Volume:
-    """A volume in canonical (closest to R, A, S) axes.
+    """A volume in canonical (closest to R, A, S) axes; a picture or an HDF5 array stays in its own.
 
-    data: (C, X, Y, Z) float32. spacing: mm along these axes. source: the header and affine to write results with.
+    data: (C, X, Y, Z) float32. spacing: mm along these axes (pixels where `source.unit` says so). source: of the first
+    channel, for :func:`write_like`.
     """
 
     data: np.ndarray
     spacing: tuple[float, ...]
-    source: nib.Nifti1Image
+    source: Source
     path: Path
 
 
-def open_image(path: Path) -> nib.Nifti1Image:
-    """The header; voxels are read when they are asked for."""
-    try:
-        image = nib.load(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found") from None
-    except (ImageFileError, OSError, EOFError, ValueError) as error:
-        raise UserError(f"{path}: not readable as NIfTI: {error}") from error
-    if not isinstance(image, (nib.Nifti1Image, nib.Nifti1Pair)):
-        raise UserError(f"{path}: must be NIfTI, got {type(image).__name__}")
-    if len(image.shape) not in (3, 4):
-        raise UserError(f"{path}: must have three axes, or a fourth for channels, got shape {image.shape}")
-    if 0 in image.shape:
-        raise UserError(f"{path}: has no voxels, shape {image.shape}")
-    return image
+def read_volume(paths: Sequence[Path]) -> Volume:
+    """The channels, one file each or along the fourth axis of one.
+
+    Raises:
+        UserError: unreadable or damaged files, voxels that are NaN or infinite, channels of different geometry.
+    """
+    sources = [formats.read_source(path) for path in paths]
+    first = sources[0]
+    for source in sources[1:]:
+        check_same_grid(source, first, "the first channel,")
+    shape = canonical_shape(first)
+    channels = sum(source.channels for source in sources)
+    voxels = channels * int(np.prod(shape, dtype=object))
+    require_memory(4 * voxels, f"{first.path}: as float32, shape {(channels, *shape)},")
+    data = np.empty(0, np.float32)
+    filled = 0
+    for path in paths:
+        source, stored = formats.read(path)
+        if not filled:  # now that the first file holds what its header claims
+            data = np.empty((channels, *shape), np.float32)
+        with np.errstate(over="ignore"):  # what overflows is infinite, and refused
+            for channel in np.moveaxis(to_canonical_axes(stored, source), -1, 0):
+                data[filled] = channel
+                filled += 1
+        own = data[filled - source.channels : filled]
+        if not np.isfinite(own).all():
+            raise UserError(f"{path}: has {int((~np.isfinite(own)).sum())} voxels that are NaN or infinite")
+    return Volume(data, canonical_spacing(first), first, paths[0])
 
 
-def _voxels(image: nib.Nifti1Image, path: Path, dtype: type) -> np.ndarray:
-    try:
-        data = np.asarray(image.dataobj, dtype=dtype)
-    except Exception as error:  # a truncated file fails in gzip, in mmap or in numpy
-        raise UserError(
-            f"{path}: truncated or damaged: {str(error).splitlines()[0] if str(error) else error!r}"
-        ) from error
-    return data[..., None] if data.ndim == 3 else data
+def read_label_values(path: Path, image: Path) -> np.ndarray:
+    """(X, Y, Z) in canonical axes: the whole numbers of a label file, in an integer type, checked against its image."""
+    label, of_image = formats.read_source(path, label=True), formats.read_source(image)
+    check_same_grid(label, of_image, "its image")
+    source, stored = formats.read(path, label=True)
+    if source.channels != 1:
+        raise UserError(f"{path}: a label must have one channel, got {source.channels}")
+    return whole_numbers(np.ascontiguousarray(to_canonical_axes(stored[..., 0], source)), path)
 
 
-def orientation_of(image: nib.Nifti1Image, path: Path) -> np.ndarray:
-    try:
-        orientation = io_orientation(image.affine)
-    except Exception as error:
-        raise UserError(f"{path}: the affine is not usable: {error}") from error
+def read_label(path: Path, image: Path, labels: LabelMap) -> np.ndarray:
+    """(X, Y, Z) in canonical axes: classes as int8 or int16, -1 where the label is to be ignored."""
+    return labels.encode(read_label_values(path, image), path)
+
+
+def check_same_grid(source: Source, first: Source, role: str) -> None:
+    """That two files have the same voxels at the same places; role: what `first` is to `source`, for messages."""
+    must, name = f"{source.path}: must have", first.path.name
+    if source.shape != first.shape:
+        raise UserError(f"{must} the shape of {role} {name}, {first.shape}, got {source.shape}")
+    if (source.unit == "mm") != (first.unit == "mm"):
+        raise UserError(f"{must} the kind of {role} {name}: one file says where its voxels lie, the other does not")
+    corners = np.array([[*corner, 1] for corner in itertools.product(*((0, n - 1) for n in first.shape))], np.float64)
+    apart = (source.affine * source.scale - first.affine * first.scale)[:3] @ corners.T
+    distance = float(np.sqrt((apart**2).sum(axis=0)).max())
+    if distance > APART * min(first.spacing):
+        raise UserError(f"{must} the affine of {role} {name}: corners lie up to {distance:.3g} {first.unit} apart")
+
+
+def orientation_of(source: Source) -> np.ndarray:
+    """nibabel's orientation of the axes of a file."""
+    orientation = io_orientation(source.affine)
     if np.isnan(orientation).any():
-        raise UserError(f"{path}: the affine is singular")
+        raise UserError(f"{source.path}: the affine is singular")
     return orientation
 
 
-def read_volume(paths: Sequence[Path]) -> Volume:
-    """The channels, one file each or along the fourth axis of one."""
-    first = open_image(paths[0])
-    channels = []
-    for path in paths:
-        image = open_image(path)
-        if image.shape[:3] != first.shape[:3]:
-            raise UserError(f"{path}: must have the shape of {paths[0].name}, {first.shape[:3]}, got {image.shape[:3]}")
-        data = _voxels(image, path, np.float32)
-        if not np.isfinite(data).all():
-            raise UserError(f"{path}: has {int((~np.isfinite(data)).sum())} voxels that are NaN or infinite")
-        transform = ornt_transform(orientation_of(image, path), CANONICAL)
-        channels.append(np.moveaxis(apply_orientation(data, transform), -1, 0))
-    zooms = np.sqrt((first.affine[:3, :3] ** 2).sum(axis=0))
-    order = np.argsort(orientation_of(first, paths[0])[:, 0])
-    spacing = tuple(float(z) for z in zooms[order])
-    return Volume(np.ascontiguousarray(np.concatenate(channels)), spacing, first, paths[0])
+def to_canonical_axes(data: np.ndarray, source: Source) -> np.ndarray:
+    """(X, Y, Z, ...) in the axes of the file; a view."""
+    return apply_orientation(data, ornt_transform(orientation_of(source), CANONICAL))
 
 
-def read_label(path: Path, image_path: Path, num_classes: int | None = None) -> np.ndarray:
-    """(X, Y, Z) int64 in canonical axes, checked against its image."""
-    label, image = open_image(path), open_image(image_path)
-    if label.shape[:3] != image.shape[:3]:
-        raise UserError(f"{path}: must have the shape of its image, {image.shape[:3]}, got {label.shape[:3]}")
-    if not np.allclose(label.affine, image.affine, atol=1e-3):
-        raise UserError(f"{path}: must have the affine of its image {image_path.name}")
-    data = _voxels(label, path, np.float64)
-    if data.shape[-1] != 1:
-        raise UserError(f"{path}: a label must have three axes, got shape {label.shape}")
-    if not np.isfinite(data).all() or (data != np.round(data)).any() or data.min() < 0:
-        raise UserError(f"{path}: labels must be whole numbers from 0, got {_some_values(data)}")
-    if num_classes is not None and data.max() >= num_classes:
-        raise UserError(f"{path}: labels must lie in 0..{num_classes - 1}, got {_some_values(data)}")
-    transform = ornt_transform(orientation_of(label, path), CANONICAL)
-    return np.ascontiguousarray(apply_orientation(data[..., 0], transform)).astype(np.int64)
+def to_source_axes(data: np.ndarray, source: Source) -> np.ndarray:
+    """(X, Y, Z, ...) from canonical axes back to those of the file; a view."""
+    return apply_orientation(data, ornt_transform(CANONICAL, orientation_of(source)))
 
 
-def _some_values(data: np.ndarray) -> str:
-    values = np.unique(data)
-    return ", ".join(f"{v:g}" for v in values[:8]) + (", ..." if len(values) > 8 else "")
+def _file_axes(source: Source) -> np.ndarray:
+    """Which axis of the file each canonical axis is."""
+    return np.argsort(orientation_of(source)[:, 0])
 
 
-def to_source_axes(data: np.ndarray, source: nib.Nifti1Image) -> np.ndarray:
-    """(X, Y, Z, ...) from canonical axes back to those of the file."""
-    return apply_orientation(data, ornt_transform(CANONICAL, io_orientation(source.affine)))
+def canonical_shape(source: Source) -> tuple[int, ...]:
+    return tuple(source.shape[axis] for axis in _file_axes(source))
 
 
-def write_like(data: np.ndarray, source: nib.Nifti1Image, path: Path) -> None:
-    """(X, Y, Z) or (X, Y, Z, C) in canonical axes as NIfTI with the source's affine and header geometry."""
-    data = np.ascontiguousarray(to_source_axes(data, source))
-    image = nib.Nifti1Image(data, source.affine)
-    header, old = image.header, source.header
-    if isinstance(old, nib.Nifti1Header):
-        header.set_qform(old.get_qform(), int(old["qform_code"]))
-        header.set_sform(old.get_sform() if old["sform_code"] > 0 else source.affine, int(old["sform_code"]))
-        zooms = [*old.get_zooms()[:3], *[1.0] * (data.ndim - 3)]
-        header.set_zooms(zooms)
-        header.set_xyzt_units(*old.get_xyzt_units())
+def canonical_spacing(source: Source) -> tuple[float, ...]:
+    return tuple(source.spacing[axis] for axis in _file_axes(source))
+
+
+def write_like(data: np.ndarray, source: Source, path: Path) -> None:
+    """(X, Y, Z) or (X, Y, Z, C) in canonical axes, in the axes and with the geometry of the source.
+
+    Args:
+        data: a mask in an integer type, or float32.
+        source: of the image that it belongs to.
+        path: its suffix says the format; :func:`pglcl.formats.result_suffix` gives that of the input.
+    """
     with replacing(path) as partial:
-        nib.save(image, partial)
+        formats.write(np.ascontiguousarray(to_source_axes(data, source)), source, partial)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pytest
 from pglcl.config import TrainConfig
 
 SHAPE = (30, 26, 5)
@@ -17,6 +18,8 @@ TINY: dict[str, Any] = {
     "batch_size": 4, "patch_size": 8, "queue_length": 16, "embedding_dim": 8, "workers": 0, "checkpoint_every": 3,
     "validate_every": 0, "device": "cpu",
 }  # fmt: skip
+# Axes at right angles, as ITK asks for: turned, and none of them along the body's.
+STRAIGHT = np.array([[0.0, 1.84, 0.96, -20], [-1.4, 0, 0, 30], [0, 0.48, -3.68, 12], [0, 0, 0, 1]])
 OBLIQUE = np.array([[0.0, 1.9, 0.4, -20], [-1.4, 0.1, 0.2, 30], [0.1, 0.3, -4.8, 12], [0, 0, 0, 1]])
 
 
@@ -75,3 +78,119 @@ def decathlon(root: Path, count: int = 8, channels: int = 2) -> Path:
     labels = {"0": "background", "1": "ball", "2": "cube"}
     (root / "dataset.json").write_text(json.dumps({"labels": labels, "training": training, "test": []}))
     return root
+
+
+def nnunet(root: Path, count: int = 8, *, unlabelled: int = 2, channels: int = 1, ending: str = ".nii.gz") -> Path:
+    """nnU-Net v2: imagesTr/CASE_0000.ext, labelsTr/CASE.ext, labels by name, and a test folder that nobody reads."""
+    for i in range(count):
+        image, label = volume(i)
+        for c in range(channels):
+            write(root / "imagesTr" / f"heart_{i:03d}_{c:04d}{ending}", image * (c + 1))
+        if i < count - unlabelled:
+            write(root / "labelsTr" / f"heart_{i:03d}{ending}", label)
+    write(root / "imagesTs" / f"heart_900_0000{ending}", volume(90)[0])
+    describe(root, channel_names={str(c): f"MR{c}" for c in range(channels)}, file_ending=ending)
+    return root
+
+
+def describe(root: Path, **changes: Any) -> None:
+    """dataset.json of nnU-Net v2."""
+    content = {
+        "channel_names": {"0": "MR"}, "labels": {"background": 0, "ball": 1, "cube": 2}, "numTraining": 6,
+        "file_ending": ".nii.gz",
+    }  # fmt: skip
+    (root / "dataset.json").write_text(json.dumps({**content, **changes}))
+
+
+def write(path: Path, data: np.ndarray, affine: np.ndarray = STRAIGHT) -> Path:
+    """(X, Y, Z) by nibabel or, what nibabel does not know, by SimpleITK."""
+    if ".nii" in path.name:
+        return save(path, data, affine)
+    sitk = pytest.importorskip("SimpleITK")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = sitk.GetImageFromArray(np.ascontiguousarray(data.transpose(2, 1, 0)))
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    spacing = np.sqrt((lps[:3, :3] ** 2).sum(axis=0))
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin(lps[:3, 3].tolist())
+    image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
+    sitk.WriteImage(image, str(path), True)
+    return path
+
+
+def kits(root: Path, count: int = 8) -> Path:
+    for i in range(count):
+        image, label = volume(i)
+        save(root / f"case_{i:05d}" / "imaging.nii.gz", (image - 900).round().astype(np.int16), STRAIGHT)
+        save(root / f"case_{i:05d}" / "segmentation.nii.gz", label, STRAIGHT)
+    return root
+
+
+def ssl4mis(root: Path, patients: int = 8) -> Path:
+    """Volumes (slices, rows, columns) of all patients, slices of those for training, and the lists."""
+    h5py = pytest.importorskip("h5py")
+
+    def keep(path: Path, image: np.ndarray, label: np.ndarray) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with h5py.File(path, "w") as file:
+            file.create_dataset("image", data=image, compression="gzip")
+            file.create_dataset("label", data=label, compression="gzip")
+
+    names = [f"patient{i:03d}_frame01" for i in range(1, patients + 1)]
+    slices = []
+    for i, name in enumerate(names):
+        image, label = (array.transpose(2, 0, 1) for array in volume(i))
+        keep(root / "data" / f"{name}.h5", image, label)
+        for z in range(len(image) if i < patients - 3 else 0):
+            slices.append(f"{name}_slice_{z + 1}")
+            keep(root / "data" / "slices" / f"{slices[-1]}.h5", image[z], label[z])
+    for part, listed in {"train_slices": slices, "val": names[-3:-2], "test": names[-2:]}.items():
+        (root / f"{part}.list").write_text("\n".join(listed) + "\n")
+    return root
+
+
+def pictures(root: Path, count: int = 8, *, ending: str = ".png", colour: bool = True, unlabelled: int = 2) -> Path:
+    """2-D images of the middle slices, 8 bits, with masks of 0, 85 and 170 (PNG, whatever the images are)."""
+    image_of = pytest.importorskip("PIL.Image").fromarray
+    for i in range(count):
+        image, label = (array[..., 2] for array in volume(i, (40 + i % 3, 34, 5)))
+        grey = np.clip(image, 0, 255).astype(np.uint8)
+        for folder in ("images", "labels"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+        stacked = np.stack([grey, 255 - grey, grey // 2], axis=-1) if colour else grey
+        image_of(stacked).save(root / "images" / f"cell{i:02d}{ending}")
+        if i < count - unlabelled:
+            image_of(label * np.uint8(85)).save(root / "labels" / f"cell{i:02d}.png")
+    return root
+
+
+def dicom(
+    folder: Path, data: np.ndarray, affine: np.ndarray = STRAIGHT, *, slope: float = 1, intercept: float = 0
+) -> Path:
+    """A series of slices whose names say nothing of their order: (X, Y, Z) int16, stored as (x - intercept) / slope."""
+    sitk = pytest.importorskip("SimpleITK")
+    folder.mkdir(parents=True, exist_ok=True)
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    spacing = np.sqrt((lps[:3, :3] ** 2).sum(axis=0))
+    rows, columns = (lps[:3, 0] / spacing[0]), (lps[:3, 1] / spacing[1])
+    order = np.random.default_rng(0).permutation(data.shape[2])
+    for number, z in enumerate(order):
+        image = sitk.GetImageFromArray(np.ascontiguousarray(data[..., z].T))
+        image.SetSpacing(spacing[:2].tolist())
+        place = lps[:3, 3] + lps[:3, 2] * z
+        tags = {
+            "0008|0008": "DERIVED\\SECONDARY", "0008|0060": "CT", "0008|0016": "1.2.840.10008.5.1.4.1.1.2",
+            "0020|000d": "1.2.826.0.1.3680043.2.1125.1",
+            "0020|000e": f"1.2.826.0.1.3680043.2.1125.{len(folder.name)}.2",
+            "0020|0032": "\\".join(f"{x:.6f}" for x in place),
+            "0020|0037": "\\".join(f"{x:.6f}" for x in (*rows, *columns)),
+            "0020|0013": str(number), "0018|0050": f"{spacing[2]:.6f}",
+            "0028|1052": str(intercept), "0028|1053": str(slope), "0028|0103": "1",
+        }  # fmt: skip
+        for key, value in tags.items():
+            image.SetMetaData(key, value)
+        writer = sitk.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.SetFileName(str(folder / f"{number:03d}.dcm"))
+        writer.Execute(image)
+    return folder

@@ -8,8 +8,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from pglcl.cases import distance_unit, inspect_folder, split_patients
+from pglcl.cases import distance_unit, split_patients
 from pglcl.errors import UserError
+from pglcl.inspection import inspect_folder
+from pglcl.labels import LabelMap
 from pglcl.layouts import open_folder
 
 from tests.conftest import data_folder
@@ -45,7 +47,7 @@ def test_acdc_layout(tmp_path: Path) -> None:
 def test_decathlon_layout(tmp_path: Path) -> None:
     data = open_folder(decathlon(tmp_path))
     assert data.layout == "decathlon"
-    assert data.class_names == {0: "background", 1: "ball", 2: "cube"}
+    assert data.labels == LabelMap.of_values([1, 2], {1: "ball", 2: "cube"})
     assert inspect_folder(data)[0].channels == 2
 
 
@@ -149,7 +151,9 @@ BAD = {
     "not readable as NIfTI": spoil_image(lambda p: p.write_text("hello")),
     "1 voxels that are NaN or infinite": spoil_image(with_nan),
     "a constant image, every voxel is 7": spoil_image(lambda p: save(p, np.full((31, 26, 6), 7, np.float32))),
-    "labels must lie in 0..2, got 0, 1, 2, 5": spoil_label(lambda y: np.concatenate([np.full_like(y[:1], 5), y[1:]])),
+    "has values that are no label: 5 in 156 voxels; labels are 0,1,2": spoil_label(
+        lambda y: np.concatenate([np.full_like(y[:1], 5), y[1:]])
+    ),
     "labels must be whole numbers": spoil_label(lambda y: y + 0.5),
     "must have the shape of its image": spoil_label(lambda y: y[1:]),
     "must have the affine of its image": spoil_label(lambda y: y, np.eye(4)),
@@ -159,9 +163,9 @@ BAD = {
 @pytest.mark.parametrize("message", BAD)
 def test_inspect_names_every_problem(message: str, tmp_path: Path) -> None:
     root = plain(tmp_path)
-    assert not any(r.problems for r in inspect_folder(open_folder(root), 3))
+    assert not any(r.problems for r in inspect_folder(open_folder(root), LabelMap.of_values([1, 2])))
     BAD[message](root)
-    problems = [line for r in inspect_folder(open_folder(root), 3) for line in r.problems]
+    problems = [line for r in inspect_folder(open_folder(root), LabelMap.of_values([1, 2])) for line in r.problems]
     assert len(problems) == 1
     assert message in problems[0]
     assert "case01.nii.gz" in problems[0]

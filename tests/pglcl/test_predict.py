@@ -12,6 +12,7 @@ import torch
 from pglcl import cli
 from pglcl.cli import main
 from pglcl.errors import UserError
+from pglcl.labels import LabelMap
 from pglcl.layouts import Case
 from pglcl.model import load_model
 from pglcl.postprocess import keep_largest
@@ -55,8 +56,8 @@ def test_runs_are_averaged(trained: Trained) -> None:
     both = Predictor([model, other])(case(root))[0].probabilities()
     assert not torch.allclose(one, two, atol=1e-3)
     torch.testing.assert_close(both, (one + two) / 2)
-    other.num_classes = 4
-    with pytest.raises(UserError, match="must agree: num classes of run 1 is 3, of run 2 4"):
+    other.labels = LabelMap.of_values([1, 2, 3])
+    with pytest.raises(UserError, match="must agree: labels of run 1 are 0,1,2, of run 2 0,1,2,3"):
         Predictor([model, other])
 
 

@@ -9,12 +9,16 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from pglcl.intensity import Channel, Intensity
+from pglcl.labels import LabelMap
 from pglcl.layouts import Case
 from pglcl.prepare import choose_slice_axis, prepare
 from pglcl.volumes import read_label, read_volume, resize_image, resize_label, resized_shape, write_like
 
 from tests.pglcl.folders import OBLIQUE, save, tiny, volume
 
+LABELS = LabelMap.of_values([1, 2])
+INTENSITY = Intensity((Channel("percentile"),), "")
 AXES = [
     np.diag((*signs, 1)) @ np.eye(4)[[*order, 3]]
     for signs in ((1.0, 1.0, 1.0), (-1.0, 1.0, -1.0))
@@ -48,17 +52,17 @@ def test_a_mask_survives_the_networks_resolution(shape: tuple[int, ...], dims: i
         spatial_dims=dims, image_size="32,32" if dims == 2 else "32,32,16", spacing="" if dims == 2 else "1,1.5,3"
     )
     axis = choose_slice_axis(config, read_volume([path]).data.shape[1:])
-    prepared = prepare(Case("i", "i", (path,), truth), config, 3, axis, label=True)
+    prepared = prepare(Case("i", "i", (path,), truth), config, axis, INTENSITY, LABELS)
     assert prepared.label is not None
     assert prepared.image.shape[1:] == prepared.label.shape
     size = prepared.image.shape[1:]
     assert all(n >= s for n, s in zip(size, config.size))
     # What the network would say if it knew the truth, brought back.
-    known = torch.nn.functional.one_hot(prepared.label.clamp(min=0), 3).movedim(-1, 0).float()
+    known = torch.nn.functional.one_hot(prepared.label.long().clamp(min=0), 3).movedim(-1, 0).float()
     if axis is not None:
         known = known.movedim(-1, axis + 1)
     back = prepared.geometry.restore(known).argmax(dim=0)
-    expected = torch.from_numpy(read_label(truth, path))
+    expected = torch.from_numpy(read_label(truth, path, LABELS))
     assert back.shape == expected.shape
     for k in (1, 2):
         if (expected == k).sum() > 30:

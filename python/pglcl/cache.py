@@ -1,0 +1,117 @@
+"""Prepared volumes on the disk, read from there piece by piece: for data larger than memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pglcl import formats
+from pglcl.config import TrainConfig
+from pglcl.errors import UserError
+from pglcl.files import read_json, write_json
+from pglcl.formats.names import list_folder
+from pglcl.intensity import Intensity
+from pglcl.labels import LabelMap
+from pglcl.layouts import Case
+from pglcl.prepare import Prepared, prepare
+from pglcl.volumes import Geometry
+
+VERSION = 1  # of what is written; another one is prepared anew
+PARTIAL = ".partial-"
+
+
+def prepare_cached(
+    folder: Path,
+    case: Case,
+    config: TrainConfig,
+    slice_axis: int | None,
+    intensity: Intensity,
+    labels: LabelMap | None = None,
+) -> Prepared:
+    """What :func:`pglcl.prepare.prepare` gives, its tensors memory-mapped from `folder`.
+
+    An entry is found by the files (path, size, time of change) and by all that their preparation depends on, so a
+    folder serves many runs. An entry that is not whole is made anew.
+    """
+    entry = folder / _key(case, config, slice_axis, intensity, labels)
+    found = _load(entry, case)
+    if found is None:
+        _store(entry, prepare(case, config, slice_axis, intensity, labels))
+        found = _load(entry, case)
+        if found is None:
+            raise UserError(f"{entry}: what was just written there cannot be read")
+    return found
+
+
+def _key(case: Case, config: TrainConfig, slice_axis: int | None, intensity: Intensity, labels: LabelMap | None) -> str:
+    files = [*case.images, *([case.label] if labels and case.label else [])]
+    parts = [part for path in files for part in (list_folder(path) if path.is_dir() else [path])]
+    described = {
+        "version": VERSION,
+        "files": [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in parts],
+        "size": config.size,
+        "spacing": config.target_spacing,
+        "slice_axis": slice_axis,
+        "intensity": intensity.state(),
+        "labels": labels.state() if labels else None,
+    }
+    digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()
+    return f"{case.name[:40]}-{digest[:24]}"
+
+
+def _store(entry: Path, prepared: Prepared) -> None:
+    """Writes beside the entry and renames, so that an entry is whole or not there; slices one behind the other."""
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=entry.parent))
+        try:
+            np.save(partial / "image.npy", prepared.image.movedim(-1, 0).numpy())
+            if prepared.label is not None:
+                np.save(partial / "label.npy", prepared.label.movedim(-1, 0).numpy())
+            geometry = prepared.geometry
+            write_json(
+                partial / "geometry.json",
+                {"shape": geometry.shape, "resized": geometry.resized, "spacing": prepared.spacing},
+            )
+            if entry.exists():  # damaged, or another process was faster
+                shutil.rmtree(entry, ignore_errors=True)
+            os.replace(partial, entry)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        if not entry.exists():
+            raise UserError(f"{entry}: cannot be written: {error.strerror or error}") from error
+
+
+def _load(entry: Path, case: Case) -> Prepared | None:
+    if not (entry / "geometry.json").is_file():
+        return None
+    try:
+        about: dict[str, Any] = read_json(entry / "geometry.json")
+        image = _mapped(entry / "image.npy")
+        label = _mapped(entry / "label.npy") if (entry / "label.npy").is_file() else None
+        geometry = Geometry(tuple(about["shape"]), tuple(about["resized"]))
+        return Prepared(case, image, label, geometry, tuple(about["spacing"]), formats.read_source(case.images[0]))
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
+        return None
+    except UserError:
+        return None
+
+
+def _mapped(path: Path) -> Tensor:
+    return torch.from_numpy(np.load(path, mmap_mode="c")).movedim(0, -1)
+
+
+def clear_partial(folder: Path) -> None:
+    """Removes what a kill left behind. Two runs that begin at the same moment may each prepare a volume, no more."""
+    for path in folder.glob(f"{PARTIAL}*") if folder.is_dir() else ():
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,110 @@
+"""PNG, BMP, TIFF and JPEG with Pillow: grey or RGB, one picture or a stack of pages."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pglcl.errors import UserError
+from pglcl.formats.names import suffix_of
+from pglcl.formats.source import Source, library, reading
+from pglcl.memory import check_claim
+
+GREY = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
+COLOUR = ("RGB", "RGBA")
+# Pillow stretches grey values of 2 and 4 bits to 0..255; labels want what was stored.
+STRETCHED = {"L;2": 85, "L;4": 17}
+
+
+def read_source(path: Path, *, label: bool = False) -> Source:
+    with reading(path, "not readable as a picture"), _opened(path, label=label) as image:
+        return _source(image, path, label=label)
+
+
+def read(path: Path, *, label: bool = False) -> tuple[Source, np.ndarray]:
+    """The source, and voxels (rows, columns, pages, C). Transparency is left out; a label has one channel."""
+    if suffix_of(path) == ".png":
+        with reading(path, "truncated or damaged"), _opened(path, label=label) as image:
+            image.verify()  # the checksums, which are not compared when it is decoded
+    with reading(path, "truncated or damaged"), _opened(path, label=label) as image:
+        source = _source(image, path, label=label)
+        pages = []
+        for page in range(source.shape[2]):
+            if page:
+                image.seek(page)
+                if _source(image, path, label=label).shape[:2] != source.shape[:2]:
+                    raise UserError(f"{path}: page {page} must have the size of the first, {source.shape[:2]}")
+            pages.append(_pixels(image, path, label=label))
+        if len({p.shape for p in pages}) > 1:
+            raise UserError(f"{path}: its pages have different numbers of channels")
+        return source, np.stack(pages, axis=2)
+
+
+def _opened(path: Path, *, label: bool) -> Any:
+    if label and suffix_of(path) in (".jpg", ".jpeg"):
+        raise UserError(f"{path}: JPEG changes values and cannot be a label; labels are PNG, BMP or TIFF")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it finds wrong is raised, too
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # large pictures are measured against the memory
+        return library("PIL.Image", "Pillow", path).open(path)
+
+
+def _source(image: Any, path: Path, *, label: bool) -> Source:
+    columns, rows = image.size
+    pages = getattr(image, "n_frames", 1)
+    if pages > 1 and suffix_of(path) not in (".tif", ".tiff"):
+        raise UserError(f"{path}: must be one picture, got an animation of {pages}")
+    raw = _raw_mode(image)
+    colour = image.mode in COLOUR or (image.mode == "P" and not label)
+    if image.mode not in (*GREY, *COLOUR, "P"):
+        raise UserError(f"{path}: must be grey or RGB, got mode {image.mode}")
+    if "16" in raw and image.mode in (*COLOUR, "LA"):
+        raise UserError(f"{path}: has 16 bits a channel and several channels ({raw}), of which Pillow keeps 8 bits")
+    dtype = {"F": np.float32, "I": np.int32}.get(image.mode, np.uint16 if image.mode.startswith("I;16") else np.uint8)
+    channels = 3 if colour and not label else 1
+    size = rows * columns * pages * channels * np.dtype(dtype).itemsize
+    deflated = suffix_of(path) in (".png", ".bmp")
+    check_claim(path, size, path.stat().st_size if deflated else None)
+    return Source(
+        path, "picture", (rows, columns, pages), 2 if pages == 1 else 3, channels, np.dtype(dtype), np.eye(4), "pixel"
+    )
+
+
+def _raw_mode(image: Any) -> str:
+    """How the file stores what Pillow decodes to `image.mode`."""
+    arguments = image.tile[0][3] if image.tile else ""
+    return arguments if isinstance(arguments, str) else str(arguments[0]) if arguments else ""
+
+
+def _pixels(image: Any, path: Path, *, label: bool) -> np.ndarray:
+    """(rows, columns, C)."""
+    raw = _raw_mode(image)
+    if image.mode == "P" and not label:
+        image = image.convert("RGB")
+    data = np.asarray(image)
+    data = data.astype(np.uint8) if data.dtype == bool else data
+    data = data[..., None] if data.ndim == 2 else data
+    if image.mode in ("LA", "RGBA"):
+        data = data[..., :-1]
+    if raw in STRETCHED:
+        data = data // STRETCHED[raw]
+    if label and data.shape[-1] > 1:
+        if (data != data[..., :1]).any():
+            raise UserError(f"{path}: a label must have one channel, got colours; write classes as grey values")
+        data = data[..., :1]
+    return data
+
+
+def write(data: np.ndarray, source: Source, path: Path) -> None:
+    """A mask as a grey picture of 8 or 16 bits; numbers (rows, columns, 1, C) as TIFF with a page each channel."""
+    image_of = library("PIL.Image", "Pillow", path).fromarray
+    if data.ndim == 4:
+        data = data.reshape(*data.shape[:2], -1)
+    pages = [image_of(np.ascontiguousarray(data[:, :, page])) for page in range(data.shape[2])]
+    more = {"save_all": True, "append_images": pages[1:]} if len(pages) > 1 else {}
+    compression = {"compression": "tiff_deflate"} if suffix_of(path) in (".tif", ".tiff") else {}
+    pages[0].save(path, **more, **compression)

@@ -1,0 +1,378 @@
+"""What is in every case, what is wrong with it, and what follows for a training: labels, intensities, sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from pglcl.cases import Split, cases_of, distance_unit, split_patients
+from pglcl.config import TrainConfig
+from pglcl.errors import UserError
+from pglcl.intensity import Intensity, Measured, choose_intensity, measure
+from pglcl.labels import LabelMap, parse_labels, value_counts
+from pglcl.layouts import Case, DataFolder
+from pglcl.memory import available_memory, in_words
+from pglcl.prepare import choose_slice_axis, padded_shape
+from pglcl.volumes import read_label_values, read_volume, resized_shape
+
+
+@dataclass
+class CaseReport:
+    """What was found in one case; problems stop a training, notes do not.
+
+    shape and spacing in canonical axes; orientation, such as RAS, of those of the file. unit: of the spacing.
+    label_voxels: of each value.
+    """
+
+    case: Case
+    shape: tuple[int, ...] = ()
+    channels: int = 0
+    spacing: tuple[float, ...] = ()
+    orientation: str = ""
+    unit: str = "mm"
+    axes: int = 3
+    dtype: str = ""
+    measured: Measured | None = None
+    label_voxels: dict[int, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def intensity(self) -> tuple[float, float]:
+        return (min(self.measured.low), max(self.measured.high)) if self.measured else (math.nan, math.nan)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        own = ("shape", "channels", "spacing", "orientation", "unit", "dtype", "problems", "notes")
+        return {
+            "name": self.case.name,
+            "patient": self.case.patient,
+            "images": [str(path) for path in self.case.images],
+            "label": str(self.case.label) if self.case.label else None,
+            **{name: getattr(self, name) for name in own},
+            "intensity": list(self.intensity) if self.measured else None,
+            "label_voxels": {str(value): n for value, n in self.label_voxels.items()},
+        }
+
+
+def inspect_case(case: Case, labels: LabelMap | None = None) -> CaseReport:
+    """Reads all of a case; its label too, if it has one.
+
+    Args:
+        labels: what its values mean, where that is known: other values are a problem, and its classes from 1 on are
+            foreground. Else every value but 0 is.
+    """
+    report = CaseReport(case)
+    data, values = None, None
+    try:
+        volume = read_volume(case.images)
+        data, source = volume.data, volume.source
+        report.shape, report.channels, report.spacing = data.shape[1:], len(data), volume.spacing
+        report.unit, report.axes, report.dtype = source.unit, source.axes, str(source.dtype)
+        report.orientation = "".join(nib.aff2axcodes(source.affine)) if source.unit == "mm" else "-"
+    except UserError as error:
+        report.problems.extend(error.lines)
+    if case.label is not None:
+        try:
+            values = read_label_values(case.label, case.images[0])
+            report.label_voxels = value_counts(values, case.label)
+            if labels is not None:
+                labels.check(report.label_voxels, case.label)
+            if set(report.label_voxels) == {0}:
+                report.notes.append(f"{case.label}: an empty label, every voxel is background")
+        except UserError as error:
+            values = None
+            report.problems.extend(line for line in error.lines if line not in report.problems)
+    if data is not None:
+        foreground = None
+        if values is not None:
+            foreground = values != 0 if labels is None else labels.encode(values, case.label or case.images[0]) > 0
+        report.measured = measure(data, source.dtype, foreground)
+        low, high = report.intensity
+        if low == high:
+            report.problems.append(f"{case.images[0]}: a constant image, every voxel is {low:g}")
+    return report
+
+
+def inspect_cases(cases: Iterable[Case], labels: LabelMap | None = None) -> list[CaseReport]:
+    """A report of each, with what is only seen beside the others: another number of channels."""
+    reports = [inspect_case(case, labels) for case in cases]
+    channels = Counter(r.channels for r in reports if r.channels)
+    if len(channels) > 1:
+        usual = channels.most_common(1)[0][0]
+        for r in reports:
+            if r.channels not in (0, usual):
+                r.problems.append(f"{r.case.images[0]}: has {r.channels} channels, the others have {usual}")
+    return reports
+
+
+def inspect_folder(data: DataFolder, labels: LabelMap | None = None) -> list[CaseReport]:
+    return inspect_cases(data.cases, labels or data.labels)
+
+
+# --- before a training ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a training has to know of its data before it prepares it.
+
+    labels, intensity: part of the model. channels of the images. slice_axis of 2-D training, None in 3-D. needed: bytes
+    of the prepared volumes. notes: what to say at the start.
+    """
+
+    labels: LabelMap
+    intensity: Intensity
+    channels: int
+    slice_axis: int | None
+    needed: int
+    notes: tuple[str, ...]
+
+
+def declared_labels(data: DataFolder, config: TrainConfig) -> LabelMap | None:
+    """By `--labels`, `--num-classes` or the description of the data; None: as the files have them."""
+    if config.labels:
+        return parse_labels(config.labels)
+    if config.num_classes:
+        names = data.labels.class_names if data.labels else data.class_names
+        return LabelMap.of_values(range(config.num_classes), names)
+    return data.labels
+
+
+def labels_of(data: DataFolder, reports: Iterable[CaseReport], declared: LabelMap | None) -> LabelMap:
+    """What is declared; else a class for every value that was found."""
+    found = {value for report in reports for value in report.label_voxels}
+    return declared or LabelMap.of_values(found, data.class_names)
+
+
+def survey(
+    data: DataFolder, config: TrainConfig, split: Split | None = None, *, say: Callable[[str], None] | None = None
+) -> Survey:
+    """Reads every volume that a training, its validation and its test will meet, once, before an hour is spent.
+
+    Labels of unlabelled patients are not read.
+
+    Raises:
+        UserError: everything that is wrong with them, a line each; nothing to learn from; more memory than there is.
+    """
+    split = split or split_patients(data, config)
+    declared = declared_labels(data, config)
+    parts = {
+        "labelled": cases_of(data, split.labelled, with_label=True),
+        "unlabelled": [dataclasses.replace(c, label=None) for c in cases_of(data, split.unlabelled)],
+        "held out": cases_of(data, (*split.validation, *split.test), with_label=True),
+    }
+    cases = [case for part in parts.values() for case in part]
+    if say:
+        say(f"{data.root}: checking {len(cases)} volumes")
+    reports = inspect_cases(cases, declared)
+    problems = [line for report in reports for line in report.problems]
+    if config.spatial_dims == 3:
+        problems += [f"{r.case.images[0]}: is a 2-D image; use --spatial-dims 2" for r in reports if r.axes == 2]
+    if problems:
+        raise UserError(
+            *problems, f"{len(problems)} problems; pglcl inspect {data.root} lists those of the whole folder"
+        )
+    if not parts["labelled"]:
+        raise UserError(f"{data.root}: no labelled volume")
+    if config.method != "supervised" and not parts["unlabelled"]:
+        raise UserError(
+            f"{data.root}: no unlabelled volume is left for --method {config.method}; use --method supervised"
+        )
+    labelled = reports[: len(parts["labelled"])]
+    labels = labels_of(data, reports, declared)
+    notes = [*data.notes, *_missing_classes(data, labels, labelled)]
+    trained = reports[: len(parts["labelled"]) + len(parts["unlabelled"])]
+    intensity = choose_intensity(
+        config.normalise, config.level_and_width, data.modalities, [r.measured for r in trained if r.measured]
+    )
+    notes.append(f"intensities: {intensity.describe()}")
+    slice_axis = choose_slice_axis(config, labelled[0].shape)
+    kept = trained if config.method != "supervised" else labelled
+    needed = prepared_bytes(kept, config, slice_axis, len(labels))
+    _check_memory(needed, config, reports[0].channels)
+    notes.append(f"{len(kept)} prepared volumes take {in_words(needed)}")
+    return Survey(labels, intensity, reports[0].channels, slice_axis, needed, tuple(notes))
+
+
+def _missing_classes(data: DataFolder, labels: LabelMap, labelled: Sequence[CaseReport]) -> list[str]:
+    totals = np.sum([labels.class_counts(r.label_voxels) for r in labelled], axis=0)
+    if not totals[1:].any():
+        raise UserError(f"{data.root}: the labels of all {len(labelled)} labelled volumes are empty")
+    return [
+        f"class {k} ({labels.names[k]}, value {labels.values[k][0]}): no labelled volume has it, it cannot be learned"
+        for k in range(len(labels))
+        if not totals[k]
+    ]
+
+
+def prepared_bytes(reports: Sequence[CaseReport], config: TrainConfig, slice_axis: int | None, num_classes: int) -> int:
+    """What :func:`pglcl.prepare.prepare` will keep of these cases: float32 images, labels of one or two bytes."""
+    total = 0
+    for report in reports:
+        shape = resized_shape(
+            report.shape, report.spacing, slice_axis=slice_axis, size=config.size, target=config.target_spacing
+        )
+        voxels = math.prod(padded_shape(shape, config, slice_axis))
+        of_label = (1 if num_classes <= 127 else 2) if report.label_voxels else 0
+        total += voxels * (4 * report.channels + of_label)
+    return total
+
+
+def _check_memory(needed: int, config: TrainConfig, channels: int) -> None:
+    there = available_memory()
+    # The least that a step keeps for backward: its images, and the first feature maps before and after activation.
+    of_batch = 4 * config.batch_size * math.prod(config.size) * (channels + 2 * config.channel_list[0])
+    if of_batch > there:
+        raise UserError(
+            f"--image-size {','.join(map(str, config.size))} and --batch-size {config.batch_size} need at least "
+            f"{in_words(of_batch)} of memory, {in_words(there)} are free"
+        )
+    if needed + of_batch > there and not config.cache:
+        raise UserError(
+            f"the prepared volumes take {in_words(needed)} and a step at least {in_words(of_batch)}, {in_words(there)} "
+            "of memory are free; --cache DIR keeps them on the disk, a larger --spacing or smaller --image-size makes "
+            "them smaller"
+        )
+
+
+# --- the story of a folder ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """An option of `pglcl train` that suits the data, and why."""
+
+    option: str
+    value: str
+    reason: str
+
+
+def class_table(data: DataFolder, reports: Sequence[CaseReport], labels: LabelMap) -> list[dict[str, Any]]:
+    """Of each class: its value, name, voxels, share of all voxels, and the patients whose labels have it."""
+    counts = {r.case.name: labels.class_counts(r.label_voxels) for r in reports if r.label_voxels}
+    total = sum(sum(c) for c in counts.values()) or 1
+    rows = []
+    for k in range(len(labels)):
+        voxels = sum(c[k] for c in counts.values())
+        patients = {r.case.patient for r in reports if r.case.name in counts and counts[r.case.name][k]}
+        rows.append({
+            "class": k, "values": list(labels.values[k]), "name": labels.names[k], "voxels": voxels,
+            "share": voxels / total, "patients": len(patients),
+        })  # fmt: skip
+    return rows
+
+
+def warnings_of(data: DataFolder, reports: Sequence[CaseReport], labels: LabelMap) -> list[str]:
+    """What a training can live with and its user should know."""
+    lines = list(data.notes)
+    with_label = [r for r in reports if r.label_voxels]
+    blank = [r for r in with_label if not sum(labels.class_counts(r.label_voxels)[1:])]
+    if 2 * len(blank) > len(with_label):
+        lines.append(f"{len(blank)} of {len(with_label)} labels are blank")
+    for row in class_table(data, reports, labels)[1:] if with_label else []:
+        what = f"class {row['class']} ({row['name']}, value {row['values'][0] if row['values'] else '*'})"
+        if row["patients"] == 0:
+            lines.append(f"{what}: no labelled volume has it")
+        elif row["patients"] == 1 and len({r.case.patient for r in with_label}) > 1:
+            lines.append(f"{what}: one labelled patient alone has it")
+    return lines
+
+
+def propose(data: DataFolder, reports: Sequence[CaseReport]) -> list[Proposal]:
+    """Options for `pglcl train`, from what was measured; none where no case could be read."""
+    good = [r for r in reports if r.measured and r.shape]
+    if not good:
+        return []
+    shape = np.median([r.shape for r in good], axis=0)
+    spacing = np.array([r.spacing for r in good], np.float64)
+    usual = np.median(spacing, axis=0)
+    flat, reason = _flat(good, shape, usual)
+    proposals = [Proposal("--spatial-dims", "2" if flat else "3", reason)]
+    if flat:
+        axis = int(np.argmin(good[0].shape))
+        inside = [round(n) for d, n in enumerate(shape) if d != axis]
+        size = [_multiple(min(n, 256)) for n in inside]
+        proposals.append(
+            Proposal("--image-size", ",".join(map(str, size)), f"slices have {inside[0]}x{inside[1]} pixels (median)")
+        )
+    else:
+        spread = float((spacing.max(axis=0) / spacing.min(axis=0)).max())
+        if spread > 1.1:
+            target = ",".join(f"{s:.3g}" for s in usual)
+            proposals.append(Proposal("--spacing", target, f"spacings differ by a factor of {spread:.3g}; the median"))
+        extent = [min(n, 64) for n in shape]
+        text = "x".join(f"{n:.0f}" for n in shape)
+        size = [_multiple(n) for n in extent]
+        proposals.append(Proposal("--image-size", ",".join(map(str, size)), f"volumes have {text} voxels (median)"))
+    try:
+        measured = [r.measured for r in good if r.measured]
+        intensity = choose_intensity("auto", None, data.modalities, measured)
+        kinds = {channel.kind for channel in intensity.channels}
+        proposals.append(Proposal("--normalise", kinds.pop() if len(kinds) == 1 else "auto", intensity.reason))
+    except UserError as error:
+        proposals.append(Proposal("--normalise", "percentile", str(error)))
+    return proposals
+
+
+def _flat(good: Sequence[CaseReport], shape: np.ndarray, spacing: np.ndarray) -> tuple[bool, str]:
+    """Whether slices suit the data better than patches of volumes, and why."""
+    if all(r.axes == 2 for r in good):
+        return True, "the images are 2-D"
+    if shape.min() < 16:
+        return True, f"volumes have {shape.min():.0f} slices (median)"
+    ratio = float(spacing.max() / spacing.min())
+    if ratio >= 3:
+        return True, f"voxels are {ratio:.3g} times longer along one axis"
+    return False, f"voxels are nearly cubes, {'x'.join(f'{s:.3g}' for s in spacing)} {good[0].unit}"
+
+
+def _multiple(n: float) -> int:
+    """The multiple of 16, which the default network asks for, nearest to a number of voxels."""
+    return max(16, 16 * round(n / 16))
+
+
+def modality_guess(data: DataFolder, reports: Sequence[CaseReport]) -> str:
+    if data.modalities:
+        return ", ".join(data.modalities)
+    measured = [r.measured for r in reports if r.measured]
+    if not measured:
+        return "unknown"
+    if all(m.eight_bits and len(m.low) == 3 for m in measured):
+        return "colour pictures"
+    if all(all(m.hounsfield) for m in measured):
+        return "CT (whole numbers below -500)"
+    return "grey pictures" if all(r.unit == "pixel" for r in reports if r.measured) else "MR or other"
+
+
+def summary(data: DataFolder, reports: Sequence[CaseReport], labels: LabelMap) -> dict[str, Any]:
+    """All that `pglcl inspect --json` prints."""
+    good = [r for r in reports if r.spacing]
+    spacing = np.array([r.spacing for r in good], np.float64) if good else np.ones((1, 3))
+    return {
+        "data": str(data.root),
+        "layout": data.layout,
+        "volumes": len(reports),
+        "patients": len(data.patients),
+        "labelled": sum(r.case.label is not None for r in reports),
+        "unlabelled": sum(r.case.label is None for r in reports),
+        "modality": modality_guess(data, reports),
+        "spacing": {
+            name: [float(s) for s in f(spacing, axis=0)]
+            for name, f in (("least", np.min), ("median", np.median), ("most", np.max))
+        },
+        "unit": distance_unit(data),
+        "labels": labels.describe(),
+        "classes": class_table(data, reports, labels),
+        "cases": [r.as_dict() for r in reports],
+        "warnings": [*warnings_of(data, reports, labels), *(note for r in reports for note in r.notes)],
+        "problems": [line for r in reports for line in r.problems],
+        "proposals": [dataclasses.asdict(p) for p in propose(data, reports)],
+    }

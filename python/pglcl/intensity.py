@@ -1,0 +1,189 @@
+"""From the numbers of a file to those that a network sees. What was measured for it is part of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import set_track_meta
+from monai.transforms import Compose, NormalizeIntensity, ScaleIntensityRangePercentiles
+from torch import Tensor
+
+from pglcl.errors import UserError
+
+AIR = -1024.0  # HU; what lies below (-2048, -3024) is the padding beside a scanner's round field
+HOUNSFIELD = -500.0  # an image of whole numbers that reaches below this is a CT
+# Mean and deviation of red, green, blue over ImageNet, of 0..1.
+RGB_MEAN, RGB_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+KINDS = ("percentile", "zscore", "ct", "window", "rgb", "none")
+
+
+@dataclass(frozen=True)
+class Channel:
+    """How one channel is normalised.
+
+    percentile: of each volume by itself, clipped to its percentiles 0.5 and 99.5, then mean 0 and deviation 1. zscore:
+    the same without clipping. ct, window, rgb: clipped to [low, high], then (x - mean) / std, the same for all volumes.
+    none: as it is.
+    """
+
+    kind: str
+    low: float = 0.0
+    high: float = 0.0
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """(1, X, Y, Z) float32."""
+        set_track_meta(False)
+        if self.kind == "percentile":
+            clip = ScaleIntensityRangePercentiles(0.5, 99.5, 0.0, 1.0, clip=True, channel_wise=True)
+            return torch.as_tensor(Compose([clip, NormalizeIntensity(channel_wise=True)])(image)).float()
+        if self.kind == "zscore":
+            return torch.as_tensor(NormalizeIntensity(channel_wise=True)(image)).float()
+        if self.kind == "none":
+            return image.float()
+        return (image.float().clamp(self.low, self.high) - self.mean) / self.std
+
+    def describe(self) -> str:
+        if self.kind in ("percentile", "zscore", "none"):
+            return self.kind
+        return f"{self.kind} (clipped to {self.low:g}..{self.high:g}, mean {self.mean:.4g}, deviation {self.std:.4g})"
+
+
+@dataclass(frozen=True)
+class Intensity:
+    """The normalisation of every channel, and the reason for it."""
+
+    channels: tuple[Channel, ...]
+    reason: str
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """(C, X, Y, Z) to the same in float32."""
+        return torch.cat([channel(image[c : c + 1]) for c, channel in enumerate(self.channels)])
+
+    def describe(self) -> str:
+        kinds = [channel.describe() for channel in self.channels]
+        words = kinds[0] if len(set(kinds)) == 1 else "; ".join(f"channel {c}: {k}" for c, k in enumerate(kinds))
+        return f"{words}; {self.reason}"
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`from_state` reads back; plain lists and numbers, for JSON and checkpoints."""
+        return {"channels": [asdict(channel) for channel in self.channels], "reason": self.reason}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Intensity:
+        return cls(tuple(Channel(**channel) for channel in state["channels"]), str(state["reason"]))
+
+
+@dataclass
+class Measured:
+    """What one case tells of its intensities.
+
+    low, high: of each channel. whole: whether a channel's values are all whole numbers. eight_bits: whether the file
+    has unsigned bytes. foreground: (C, n) float32, a sample of the labelled foreground, where there is a label.
+    """
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    whole: tuple[bool, ...]
+    eight_bits: bool
+    foreground: np.ndarray | None = None
+
+    @property
+    def hounsfield(self) -> tuple[bool, ...]:
+        return tuple(low < HOUNSFIELD and whole for low, whole in zip(self.low, self.whole))
+
+
+def choose_intensity(
+    normalise: str, window: tuple[float, float] | None, modalities: Sequence[str], measured: Sequence[Measured]
+) -> Intensity:
+    """What `--normalise` and `--window` ask for; with auto, what the description of the data and its values suggest.
+
+    Args:
+        normalise: auto, percentile, zscore, ct, rgb or none.
+        window: level and width, or None.
+        modalities: of each channel, from dataset.json; empty where unknown.
+        measured: of every training case.
+    """
+    count = len(measured[0].low)
+    if window:
+        level, width = window
+        channel = Channel("window", level - width / 2, level + width / 2, level, width / 2)
+        return Intensity((channel,) * count, f"--window {level:g},{width:g}")
+    if normalise != "auto":
+        kinds, reasons = [normalise] * count, [f"--normalise {normalise}"]
+    else:
+        kinds, reasons = _guess(count, modalities, measured)
+    if "rgb" in kinds and count != 3:
+        raise UserError(f"--normalise rgb is for three channels, the images have {count}")
+    channels = tuple(_fit(kind, c, measured) for c, kind in enumerate(kinds))
+    return Intensity(channels, "; ".join(dict.fromkeys(reasons)))
+
+
+def _guess(count: int, modalities: Sequence[str], measured: Sequence[Measured]) -> tuple[list[str], list[str]]:
+    if count == 3 and all(m.eight_bits for m in measured):
+        return ["rgb"] * 3, ["auto: three channels of 8 bits"]
+    kinds, reasons = [], []
+    for c in range(count):
+        word = modalities[c].strip().lower() if c < len(modalities) else ""
+        ct = sum(m.hounsfield[c] for m in measured)
+        if word == "ct" and any(m.foreground is not None and m.foreground.size for m in measured):
+            kinds.append("ct")
+            reasons.append("auto: dataset.json says CT")
+        elif word == "nonorm":
+            kinds.append("none")
+            reasons.append("auto: dataset.json says noNorm")
+        elif word == "zscore":
+            kinds.append("zscore")
+            reasons.append("auto: dataset.json says zscore")
+        elif 2 * ct > len(measured):
+            kinds.append("ct")
+            reasons.append(f"auto: whole numbers that reach below {HOUNSFIELD:g}, as Hounsfield units do")
+        else:
+            kinds.append("percentile")
+            reasons.append("auto: neither CT nor 8-bit RGB, so each volume by itself")
+    return kinds, reasons
+
+
+def _fit(kind: str, c: int, measured: Sequence[Measured]) -> Channel:
+    if kind == "rgb":
+        mean, std = RGB_MEAN[c] * 255, RGB_STD[c] * 255
+        return Channel("rgb", 0.0, 255.0, mean, std)
+    if kind != "ct":
+        return Channel(kind)
+    samples = [m.foreground[c] for m in measured if m.foreground is not None and m.foreground.size]
+    if not samples:
+        raise UserError("--normalise ct measures labelled foreground, and no labelled volume has any; use --window")
+    values = np.concatenate(samples).astype(np.float64)
+    body = values[values >= AIR]
+    values = body if len(body) else values
+    low, high = (float(x) for x in np.percentile(values, [0.5, 99.5]))
+    std = float(values.std())
+    if not low < high or std <= 0:
+        raise UserError(f"--normalise ct: the labelled foreground has one value, {low:g}; use --window or percentile")
+    return Channel("ct", low, high, float(values.mean()), std)
+
+
+SAMPLES = 100_000  # foreground voxels of a volume that percentiles are measured on
+
+
+def measure(data: np.ndarray, dtype: np.dtype, foreground: np.ndarray | None) -> Measured:
+    """Of a volume (C, X, Y, Z) float32 from a file of `dtype`, and its foreground (X, Y, Z) bool where it is known."""
+    flat = data.reshape(len(data), -1)
+    low, high = flat.min(axis=1), flat.max(axis=1)
+    whole = [dtype.kind in "iub" or bool((channel == np.rint(channel)).all()) for channel in flat]
+    sample = None
+    if foreground is not None:
+        inside = np.flatnonzero(foreground)
+        sample = flat[:, inside[:: max(1, -(-len(inside) // SAMPLES))]]
+    return Measured(
+        tuple(float(v) for v in low), tuple(float(v) for v in high), tuple(whole), dtype == np.uint8, sample
+    )

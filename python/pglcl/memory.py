@@ -1,0 +1,67 @@
+"""How much memory there is, and refusals before it is exceeded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pglcl.errors import UserError
+
+# How much smaller than its content a file can be: deflate's limit is 1032 to 1.
+DEFLATE_LIMIT = 1032
+CGROUPS = (  # (limit, used) of a container: version 2, version 1
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+)
+
+
+def available_memory() -> int:
+    """Bytes that this process can still have: of the machine, or of its container where that has less."""
+    free = [_machine()]
+    for limit, used in CGROUPS:
+        try:
+            free.append(int(limit.read_text()) - int(used.read_text()))
+        except (OSError, ValueError):  # no container, or one without a limit ("max")
+            continue
+    return max(0, min(free))
+
+
+def _machine() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    except (OSError, ValueError):
+        pass
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def in_words(size: float) -> str:
+    """Bytes with a unit: 1536 is `1.5 KiB`."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"
+
+
+def require_memory(size: int, what: str) -> None:
+    """Refuses what would need more memory than there is.
+
+    Raises:
+        UserError: `what` (a file or option, and what it asks for) with both numbers.
+    """
+    there = available_memory()
+    if size > there:
+        raise UserError(f"{what} needs {in_words(size)} of memory, {in_words(there)} are free")
+
+
+def check_claim(path: Path, claimed: int, there: int | None = None) -> None:
+    """Compares what a header claims, in bytes, with the memory and, where they are raw or deflated, with the bytes that
+    are there; before anything is allocated."""
+    if there is not None and claimed > DEFLATE_LIMIT * (there + 1024):
+        raise UserError(
+            f"{path}: truncated or damaged: its header claims {in_words(claimed)} of voxels, the file has "
+            f"{in_words(there)}"
+        )
+    require_memory(claimed, f"{path}: holds {in_words(claimed)} of voxels, which")

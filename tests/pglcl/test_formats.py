@@ -1,0 +1,365 @@
+"""Each kind of file: read, refused where it is damaged, and written back in the geometry of its image."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from pglcl import formats
+from pglcl.errors import UserError
+from pglcl.volumes import read_label_values, read_volume, write_like
+
+from tests.pglcl.folders import OBLIQUE, STRAIGHT, dicom, save, volume, write
+
+VOXELS = (volume(0)[0] * 10 - 1000).round().astype(np.int16)
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(UserError) as error:
+        read_volume([path])
+    (line,) = error.value.lines
+    assert path.name.split("_0")[0] in line
+    assert "\n" not in line
+    return line
+
+
+# --- NIfTI ----------------------------------------------------------------------------------------------------------
+
+
+def test_one_flipped_bit_of_a_compressed_file_is_refused_or_harmless(tmp_path: Path) -> None:
+    good = save(tmp_path / "a.nii.gz", VOXELS[:12, :10], OBLIQUE)
+    content, expected = good.read_bytes(), read_volume([good])
+    random = np.random.default_rng(0)
+    places = [*range(80), *random.integers(80, 8 * len(content), 250).tolist()]  # the gzip header whole, and a draw
+    places += range(8 * (len(content) - 8), 8 * len(content))  # checksum and length
+    harmless = 0
+    for place in places:
+        changed = bytearray(content)
+        changed[place // 8] ^= 1 << place % 8
+        (tmp_path / "b.nii.gz").write_bytes(changed)
+        try:
+            read = read_volume([tmp_path / "b.nii.gz"])
+        except UserError:
+            continue
+        harmless += 1  # the time, the system and the name in the gzip header
+        np.testing.assert_array_equal(read.data, expected.data)
+        np.testing.assert_array_equal(read.source.affine, expected.source.affine)
+    assert harmless < 80
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nii"])
+def test_cut_anywhere(ending: str, tmp_path: Path) -> None:
+    content = save(tmp_path / f"a{ending}", VOXELS[:12, :10], OBLIQUE).read_bytes()
+    for length in {0, 1, 10, 100, 347, 348, 352, 400, len(content) // 2, len(content) - 9, len(content) - 1}:
+        if length < len(content):
+            (tmp_path / f"b{ending}").write_bytes(content[:length])
+            refused(tmp_path / f"b{ending}")
+
+
+def header_change(**fields: object) -> Callable[[nib.Nifti1Header], None]:
+    def change(header: nib.Nifti1Header) -> None:
+        for name, value in fields.items():
+            header[name] = value
+
+    return change
+
+
+BAD_HEADERS = {
+    "unknown datatype, number 77": header_change(datatype=77),
+    "complex": header_change(datatype=32, bitpix=64),
+    "RGB": header_change(datatype=128, bitpix=24),
+    "RGBA": header_change(datatype=2304, bitpix=32),
+    "vox_offset must be at least 352, got -8": header_change(vox_offset=-8),
+    "vox_offset must be at least 352, got nan": header_change(vox_offset=np.nan),
+    "vox_offset must be at least 352, got 100": header_change(vox_offset=100),
+    "NaN or infinite": header_change(srow_x=[np.nan, 0, 0, 0]),
+    "affine is singular": header_change(srow_x=[0, 0, 0, 0]),
+    "affine is not usable": header_change(sform_code=0, qform_code=1, quatern_b=7.0),
+    "NaN or infinite ": header_change(sform_code=0, qform_code=0, pixdim=[1, np.nan, 1, 1, 1, 1, 1, 1]),
+    "has no voxels": header_change(dim=[3, 30, 0, 5, 1, 1, 1, 1]),
+    "has no voxels, ": header_change(dim=[3, 30, -4, 5, 1, 1, 1, 1]),
+    "axes": header_change(dim=[9, 30, 26, 5, 1, 1, 1, 1]),
+    "must have three axes": header_change(dim=[6, 30, 1, 1, 2, 13, 5, 1]),
+    "its header claims": header_change(dim=[3, 3000, 26, 5, 1, 1, 1, 1]),
+    "bytes more than its header claims": header_change(dim=[3, 29, 26, 5, 1, 1, 1, 1]),
+    "no magic string": header_change(magic=b"abc"),
+    "the header of a pair": header_change(magic=b"ni1"),
+}
+
+
+def rewritten(path: Path, change: Callable[[nib.Nifti1Header], None]) -> Path:
+    content = bytearray(path.read_bytes())
+    header = nib.Nifti1Header(bytes(content[:348]), check=False)
+    change(header)
+    content[:348] = header.binaryblock
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("message", BAD_HEADERS)
+def test_headers_that_are_refused(message: str, tmp_path: Path) -> None:
+    path = rewritten(save(tmp_path / "a.nii", VOXELS, OBLIQUE), BAD_HEADERS[message])
+    assert message.strip() in refused(path)
+
+
+HARMLESS = {
+    "a qform of garbage beside a good sform": header_change(qform_code=1, quatern_b=np.nan, quatern_c=8),
+    "NaN pixdim beside a good sform": header_change(pixdim=[np.nan] * 8),
+    "a code for the sform that is unknown": header_change(sform_code=77),
+    "a code for units that is unknown": header_change(xyzt_units=37),
+    "a NaN slope, which means none": header_change(scl_slope=np.nan),
+    "vox_offset 0, which means after the header": header_change(vox_offset=0),
+    "bitpix of another type": header_change(bitpix=8),
+}
+
+
+@pytest.mark.parametrize("case", HARMLESS)
+def test_headers_that_are_read_and_written(case: str, tmp_path: Path) -> None:
+    path = rewritten(save(tmp_path / "a.nii", VOXELS, OBLIQUE), HARMLESS[case])
+    read = read_volume([path])
+    np.testing.assert_allclose(read.source.affine, OBLIQUE, atol=1e-6)
+    write_like(read.data[0], read.source, tmp_path / "b.nii.gz")
+    back = nib.load(tmp_path / "b.nii.gz")
+    np.testing.assert_array_equal(np.asarray(back.dataobj), VOXELS)
+    np.testing.assert_allclose(back.affine, OBLIQUE, atol=1e-5)
+    assert np.isfinite(back.header["pixdim"]).all()
+
+
+def test_a_small_file_that_claims_much_takes_no_memory(tmp_path: Path) -> None:
+    header = nib.Nifti1Header()
+    header.set_data_dtype(np.int16)
+    header.set_data_shape((1500, 1500, 1500))
+    header["vox_offset"], header["magic"] = 352, b"n+1"
+    path = tmp_path / "a.nii.gz"
+    path.write_bytes(gzip.compress(bytes(header.binaryblock)))
+    assert path.stat().st_size < 200
+    tracemalloc.start()
+    assert "its header claims 6.29 GiB of voxels" in refused(path)
+    assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    tracemalloc.stop()
+
+
+def test_scaled_types_and_other_shapes(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(VOXELS, OBLIQUE)
+    image.header.set_slope_inter(0.5, -3)
+    nib.save(image, tmp_path / "a.nii.gz")
+    stored = np.asarray(nib.as_closest_canonical(nib.load(tmp_path / "a.nii.gz")).dataobj, dtype=np.float32)
+    np.testing.assert_array_equal(read_volume([tmp_path / "a.nii.gz"]).data[0], stored)
+    for shape in ((30, 26), (30, 26, 1), (30, 26, 1, 1)):
+        path = save(tmp_path / "b.nii.gz", VOXELS[:, :, 2].reshape(shape), np.eye(4))
+        assert read_volume([path]).data.shape == (1, 30, 26, 1)
+    vectors = save(tmp_path / "c.nii.gz", np.stack([VOXELS, VOXELS + 1], axis=-1)[:, :, :, None], np.eye(4))
+    assert read_volume([vectors]).data.shape == (2, 30, 26, 5)
+    flat = read_volume([save(tmp_path / "d.nii.gz", VOXELS[:, :, 2], np.eye(4))])
+    write_like(flat.data[0], flat.source, tmp_path / "e.nii.gz")
+    assert nib.load(tmp_path / "e.nii.gz").shape == (30, 26)
+    double = save(tmp_path / "f.nii.gz", np.full((4, 4, 4), 1e200), np.eye(4))
+    assert "64 voxels that are NaN or infinite" in refused(double)
+    nib.save(nib.Nifti2Image(VOXELS, OBLIQUE), tmp_path / "g.nii.gz")
+    second = read_volume([tmp_path / "g.nii.gz"])
+    write_like(second.data[0], second.source, tmp_path / "h.nii.gz")
+    assert isinstance(nib.load(tmp_path / "h.nii.gz"), nib.Nifti2Image)
+
+
+def test_spacing_in_other_units(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(VOXELS, np.diag([500.0, 700, 900, 1]))
+    image.header.set_xyzt_units("micron")
+    nib.save(image, tmp_path / "a.nii")
+    np.testing.assert_allclose(read_volume([tmp_path / "a.nii"]).spacing, (0.5, 0.7, 0.9))
+
+
+# --- the others -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", [".nrrd", ".mha", ".mhd"])
+def test_the_same_volume_in_every_format(ending: str, tmp_path: Path) -> None:
+    expected = read_volume([save(tmp_path / "a.nii.gz", VOXELS, STRAIGHT)])
+    path = write(tmp_path / f"b{ending}", VOXELS, STRAIGHT)
+    read = read_volume([path])
+    np.testing.assert_array_equal(read.data, expected.data)
+    np.testing.assert_allclose(read.source.affine, expected.source.affine, atol=1e-5)
+    np.testing.assert_allclose(read.spacing, expected.spacing, rtol=1e-6)
+    mask = (read.data[0] > 0).astype(np.uint8)
+    suffix = formats.result_suffix(path, mask.dtype)
+    assert suffix == {".mhd": ".mha"}.get(ending, ending)
+    write_like(mask, read.source, tmp_path / f"c{suffix}")
+    back = read_volume([tmp_path / f"c{suffix}"])
+    np.testing.assert_array_equal(back.data[0], mask)
+    np.testing.assert_allclose(back.source.affine, read.source.affine, atol=1e-6)
+    chances = np.stack([read.data[0], -read.data[0]], axis=-1)
+    write_like(chances, read.source, tmp_path / f"d{suffix}")
+    np.testing.assert_array_equal(read_volume([tmp_path / f"d{suffix}"]).data, np.moveaxis(chances, -1, 0))
+
+
+@pytest.mark.parametrize("ending", [".nrrd", ".mha"])
+def test_damaged_voxels_behind_a_text_header(ending: str, tmp_path: Path) -> None:
+    path = write(tmp_path / f"a{ending}", VOXELS, STRAIGHT)
+    content = path.read_bytes()
+    for place in range(len(content) - 1500, len(content), 37):
+        changed = bytearray(content)
+        changed[place] ^= 16
+        path.write_bytes(changed)
+        assert "damaged" in refused(path)
+    path.write_bytes(content[:-600])
+    refused(path)
+
+
+def test_dicom_slices_are_ordered_by_position_and_scaled(tmp_path: Path) -> None:
+    folder = dicom(tmp_path / "scan", 2 * VOXELS - 100, STRAIGHT, slope=2, intercept=-100)
+    (folder / "._000.dcm").write_bytes(b"macOS")
+    expected = read_volume([save(tmp_path / "a.nii.gz", VOXELS, STRAIGHT)])
+    read = read_volume([folder])
+    np.testing.assert_array_equal(read.data, 2 * expected.data - 100)
+    np.testing.assert_allclose(read.spacing, expected.spacing, rtol=1e-5)
+    assert formats.result_suffix(folder, np.dtype(np.uint8)) == ".nii.gz"
+    mask = (read.data[0] > 0).astype(np.uint8)
+    write_like(mask, read.source, tmp_path / "mask.nii.gz")
+    back = nib.as_closest_canonical(nib.load(tmp_path / "mask.nii.gz"))
+    np.testing.assert_array_equal(np.asarray(back.dataobj), mask)
+    np.testing.assert_allclose(back.affine, nib.as_closest_canonical(nib.load(tmp_path / "a.nii.gz")).affine, atol=1e-4)
+    assert (read_label_values(tmp_path / "mask.nii.gz", folder) == mask).all()
+
+
+def test_dicom_folders_that_are_refused(tmp_path: Path) -> None:
+    folder = dicom(tmp_path / "scan", VOXELS, STRAIGHT)
+    files = sorted(folder.iterdir())
+    inner = [f for f in files if formats.itk._information(f, "GDCMImageIO").GetMetaData("0020|0013")][2]
+    content = inner.read_bytes()
+    twin = folder / "twin.dcm"
+    twin.write_bytes(content)
+    assert "two slices lie at one position" in refused(folder)
+    twin.unlink()
+    other = dicom(tmp_path / "another", VOXELS[:20, :20], STRAIGHT)
+    copied = folder / "other.dcm"
+    copied.write_bytes((other / "000.dcm").read_bytes())
+    assert "must hold one DICOM series, got 2" in refused(folder)
+    copied.unlink()
+    positions = {f: np.dot(formats.itk._information(f, "GDCMImageIO").GetOrigin(), [0, 0, 1]) for f in files}
+    middle = sorted(files, key=positions.__getitem__)[2]
+    middle.unlink()
+    assert "is one missing?" in refused(folder)
+
+
+PICTURES = {
+    ("grey.png", "L"): np.arange(48, dtype=np.uint8).reshape(6, 8),
+    ("wide.png", "I;16"): np.arange(48, dtype=np.uint16).reshape(6, 8) * 1000,
+    ("colour.png", "RGB"): np.arange(144, dtype=np.uint8).reshape(6, 8, 3),
+    ("colour.bmp", "RGB"): np.arange(144, dtype=np.uint8).reshape(6, 8, 3),
+    ("colour.tif", "RGB"): np.arange(144, dtype=np.uint8).reshape(6, 8, 3),
+    ("float.tiff", "F"): np.linspace(0, 1, 48, dtype=np.float32).reshape(6, 8),
+    ("wide.tif", "I;16"): np.arange(48, dtype=np.uint16).reshape(6, 8) * 1000,
+}
+
+
+@pytest.mark.parametrize("case", PICTURES, ids=lambda c: c[0])
+def test_pictures(case: tuple[str, str], tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    data = PICTURES[case]
+    path = tmp_path / case[0]
+    image.fromarray(data).save(path)
+    read = read_volume([path])
+    assert read.data.shape == (1 if data.ndim == 2 else 3, 6, 8, 1)
+    np.testing.assert_array_equal(np.moveaxis(read.data[..., 0], 0, -1).squeeze(), data.astype(np.float32))
+    assert (read.source.unit, read.spacing) == ("pixel", (1, 1, 1))
+    for values in ((0, 85, 255), (0, 500, 600)):
+        mask = np.array(values, np.uint8 if values[-1] < 256 else np.uint16)[np.arange(48).reshape(6, 8, 1) % 3]
+        suffix = formats.result_suffix(path, mask.dtype)
+        assert suffix == (
+            ".tif" if "tif" in path.suffix else ".bmp" if path.suffix == ".bmp" and values[-1] < 256 else ".png"
+        )
+        write_like(mask, read.source, tmp_path / f"mask{suffix}")
+        np.testing.assert_array_equal(read_label_values(tmp_path / f"mask{suffix}", path), mask)
+    chances = np.random.default_rng(0).random((6, 8, 1, 4), np.float32)
+    assert formats.result_suffix(path, chances.dtype) == ".tif"
+    write_like(chances, read.source, tmp_path / "p.tif")
+    np.testing.assert_array_equal(read_volume([tmp_path / "p.tif"]).data[0], chances[:, :, 0])
+
+
+def test_pictures_that_would_be_read_as_something_else(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    grey = np.arange(48, dtype=np.uint8).reshape(6, 8)
+    image.fromarray(grey).save(tmp_path / "image.png")
+    image.fromarray(grey).save(tmp_path / "label.jpg")
+    with pytest.raises(UserError, match="JPEG changes values and cannot be a label"):
+        read_label_values(tmp_path / "label.jpg", tmp_path / "image.png")
+    assert read_volume([tmp_path / "label.jpg"]).data.shape == (1, 6, 8, 1)
+    assert formats.result_suffix(tmp_path / "label.jpg", np.dtype(np.uint8)) == ".png"
+    image.fromarray(np.stack([grey, grey, grey[::-1]], axis=-1)).save(tmp_path / "colours.png")
+    with pytest.raises(UserError, match="a label must have one channel, got colours"):
+        read_label_values(tmp_path / "colours.png", tmp_path / "image.png")
+    image.fromarray(np.stack([grey] * 3, axis=-1)).save(tmp_path / "same.png")
+    np.testing.assert_array_equal(read_label_values(tmp_path / "same.png", tmp_path / "image.png")[..., 0], grey)
+    palette = image.fromarray((grey % 3).astype(np.uint8))
+    palette.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
+    palette.save(tmp_path / "palette.png")
+    np.testing.assert_array_equal(read_label_values(tmp_path / "palette.png", tmp_path / "image.png")[..., 0], grey % 3)
+    two_bits = image.fromarray(grey % 3)
+    two_bits.save(tmp_path / "bits.png", bits=2)
+    np.testing.assert_array_equal(read_label_values(tmp_path / "bits.png", tmp_path / "image.png")[..., 0], grey % 3)
+    one_bit = image.fromarray(grey % 2 == 1)
+    one_bit.save(tmp_path / "bit.png")
+    np.testing.assert_array_equal(read_label_values(tmp_path / "bit.png", tmp_path / "image.png")[..., 0], grey % 2)
+    with_alpha = image.fromarray(np.stack([grey, grey, grey, np.full_like(grey, 255)], axis=-1))
+    with_alpha.save(tmp_path / "alpha.png")
+    assert read_volume([tmp_path / "alpha.png"]).data.shape == (3, 6, 8, 1)
+    image.fromarray(grey[:, :5]).save(tmp_path / "small.png")
+    with pytest.raises(UserError, match="must have the shape of its image"):
+        read_label_values(tmp_path / "small.png", tmp_path / "image.png")
+
+
+def png_of_16_bit_colours(path: Path) -> Path:
+    """Which Pillow can read and not write."""
+    import zlib
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = b"".join(b"\0" + bytes(range(24)) for _ in range(4))
+    header = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+    return path
+
+
+def test_colours_of_16_bits_are_refused_by_name(tmp_path: Path) -> None:
+    assert "16 bits a channel" in refused(png_of_16_bit_colours(tmp_path / "a.png"))
+
+
+def test_one_flipped_bit_of_a_png_is_refused_or_harmless(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    path = tmp_path / "a.png"
+    image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 20), dtype=np.uint8)).save(path)
+    content, expected = path.read_bytes(), read_volume([path]).data
+    for place in range(0, 8 * len(content), 41):
+        changed = bytearray(content)
+        changed[place // 8] ^= 1 << place % 8
+        path.write_bytes(changed)
+        try:
+            read = read_volume([path])
+        except UserError:
+            continue
+        assert place // 8 >= len(content) - 12  # the end marker, behind all that is read
+        np.testing.assert_array_equal(read.data, expected)
+
+
+def test_a_missing_reader_is_named_with_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.nrrd", VOXELS, STRAIGHT)
+    monkeypatch.setitem(__import__("sys").modules, "SimpleITK", None)
+    with pytest.raises(UserError, match=r'read with SimpleITK, which is missing; pip install "\.\[formats\]"'):
+        read_volume([path])
+
+
+def test_channels_must_share_a_grid(tmp_path: Path) -> None:
+    first = save(tmp_path / "a_0000.nii.gz", VOXELS, OBLIQUE)
+    shifted = OBLIQUE.copy()
+    shifted[0, 3] += 3
+    with pytest.raises(UserError, match=r"must have the affine of the first channel, a_0000\.nii\.gz: corners"):
+        read_volume([first, save(tmp_path / "a_0001.nii.gz", VOXELS, shifted)])
+    shifted[0, 3] = OBLIQUE[0, 3] + 0.01
+    assert read_volume([first, save(tmp_path / "a_0001.nii.gz", VOXELS, shifted)]).data.shape[0] == 2
