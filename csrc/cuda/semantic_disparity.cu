@@ -38,17 +38,17 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Te
                                             bool needs_a, bool needs_b) {
   const int64_t channels = check_disparity(a, b), n = a.size(0), m = b.size(0);
   const DeviceGuard guard(a);
-  const at::Tensor g = wide(grad), wide_a = wide(a), wide_b = wide(b);
+  const at::Tensor g = grad.to(accumulate_type(grad)), wide_a = wide(a), wide_b = wide(b);
   at::Tensor grad_a = needs_a ? at::empty(a.sizes(), wide_a.options()) : at::empty({0}, wide_a.options());
   at::Tensor grad_b = needs_b ? at::empty(b.sizes(), wide_b.options()) : at::empty({0}, wide_b.options());
   const auto run = [&]<typename T>() {
     const auto stream = current_stream();
     if (needs_a)
       cuda::run_disparity_backward<T>(input_of<T>(g), input_of<T>(wide_a), input_of<T>(wide_b), output_of<T>(grad_a), n,
-                                      m, channels, m, 1, stream);
+                                      m, channels, g.stride(0), g.stride(1), stream);
     if (needs_b)
       cuda::run_disparity_backward<T>(input_of<T>(g), input_of<T>(wide_b), input_of<T>(wide_a), output_of<T>(grad_b), m,
-                                      n, channels, 1, m, stream);
+                                      n, channels, g.stride(1), g.stride(0), stream);
   };
   a.scalar_type() == at::kDouble ? run.operator()<double>() : run.operator()<float>();
   PGLCL_CHECK_LAUNCH();

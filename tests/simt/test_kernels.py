@@ -263,7 +263,7 @@ def test_bounds(positives: bool, itself: bool, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pairwise", [False, True])
 @pytest.mark.parametrize(
-    ("n", "depth", "shared"), [(1, 1, 160), (37, 20, 160), (20, 130, 160), (9, 200, 7), (0, 8, 160)]
+    ("n", "depth", "shared"), [(1, 1, 160), (37, 20, 160), (20, 130, 160), (9, 200, 11), (0, 8, 160)]
 )
 def test_gaussian(n: int, depth: int, shared: int, pairwise: bool, dtype: torch.dtype) -> None:
     anchors, *rest = gaussian_problem(n, depth, pairwise=pairwise, empty=(1,))

@@ -394,6 +394,9 @@ inline uint32_t pack_f16(float low, float high) {
 inline float decode_f16(uint32_t word, int half) { return float16_to_float(uint16_t(half ? word >> 16 : word)); }
 #endif
 
+// Blocks of a grid in y; where there are more rows than that, blocks take several.
+constexpr int64_t kMostRowsOfBlocks = 65535;
+
 // The type that sums over T are kept in.
 template <typename T>
 struct Accumulate {

@@ -32,6 +32,18 @@ struct GaussianState {
   scalar_t shift[kGaussianAnchors], sum[kGaussianAnchors], own_logit[kGaussianAnchors];
 };
 
+// Component e of all anchors of a block: they lie side by side.
+template <typename scalar_t>
+PGLCL_DEVICE void load_anchors(const Shared<scalar_t>& anchors, int e, scalar_t (&out)[kGaussianAnchors]) {
+  constexpr int kVector = 16 / sizeof(scalar_t);
+#pragma unroll
+  for (int v = 0; v < kGaussianAnchors; v += kVector) {
+    const Vector<scalar_t, kVector> part = anchors.template load_vector<kVector>(e * kGaussianAnchors + v);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) out[v + i] = part.at[i];
+  }
+}
+
 // Adds class j of the table to the state of the block's anchors and to their gradients. Every thread keeps the same
 // state: it is computed from sums in shared memory, in one order.
 template <typename T, typename scalar_t>
@@ -47,26 +59,41 @@ PGLCL_DEVICE void add_gaussian(const GaussianArguments<T>& x, int64_t j, int row
 #pragma unroll
   for (int r = 0; r < kGaussianAnchors; ++r) {
     of_mean[r] = of_product[r] = 0;
-    table[r] = x.pairwise ? (own[r] < 0 ? 0 : own[r]) * x.classes + j : j;
+    // An anchor that does not count goes with its neighbour.
+    table[r] = !x.pairwise ? j : own[r] >= 0 ? own[r] * x.classes + j : r > 0 ? table[r - 1] : j;
   }
+  bool one_table = true;  // the same in all threads
+#pragma unroll
+  for (int r = 1; r < kGaussianAnchors; ++r) one_table = one_table && (r >= rows || table[r] == table[0]);
   for (int d = thread; d < depth; d += kGaussianThreads) {
     scalar_t sum[kGaussianAnchors] = {};
-    for (int e = 0; e < depth; ++e) {
-      const scalar_t shared_by_most = covariances.load((table[0] * depth + e) * depth + d);
+    if (one_table) {
+      int64_t at = table[0] * depth * depth + d;
+#pragma unroll 4
+      for (int e = 0; e < depth; ++e, at += depth) {
+        const scalar_t s = covariances.load(at);
+        scalar_t t[kGaussianAnchors];
+        load_anchors(anchors, e, t);
+#pragma unroll
+        for (int r = 0; r < kGaussianAnchors; ++r) sum[r] += t[r] * s;
+      }
+    } else {
 #pragma unroll
       for (int r = 0; r < kGaussianAnchors; ++r) {
         if (r >= rows) break;
-        const scalar_t s = table[r] == table[0] ? shared_by_most : covariances.load((table[r] * depth + e) * depth + d);
-        sum[r] += anchors.load(r * depth + e) * s;
+        int64_t at = table[r] * depth * depth + d;
+        for (int e = 0; e < depth; ++e, at += depth)
+          sum[r] += anchors.load(e * kGaussianAnchors + r) * covariances.load(at);
       }
     }
+    scalar_t own_column[kGaussianAnchors];
+    load_anchors(anchors, d, own_column);
 #pragma unroll
     for (int r = 0; r < kGaussianAnchors; ++r) {
       if (r >= rows) break;
-      const scalar_t t = anchors.load(r * depth + d);
       products.store(r * depth + d, sum[r]);
-      of_product[r] += t * sum[r];
-      of_mean[r] += t * means.load(table[r] * depth + d);
+      of_product[r] += own_column[r] * sum[r];
+      of_mean[r] += own_column[r] * means.load(table[r] * depth + d);
     }
   }
 #pragma unroll
@@ -118,7 +145,7 @@ PGLCL_KERNEL gaussian_contrast_rows(const GaussianArguments<T> x, typename Accum
   using scalar_t = typename Accumulate<T>::type;
   const int depth = int(x.depth), thread = thread_index();
   SharedMemory memory;
-  const Shared<scalar_t> anchors = memory.take<scalar_t>(rows_per_block * depth);
+  const Shared<scalar_t> anchors = memory.take<scalar_t>(kGaussianAnchors * depth);
   const Shared<scalar_t> products = memory.take<scalar_t>(rows_per_block * depth);
   const Shared<scalar_t> gradients = memory.take<scalar_t>(rows_per_block * depth);
   const Shared<scalar_t> partial = memory.take<scalar_t>(kGaussianThreads / 32 * kGaussianAnchors * 2);
@@ -135,13 +162,16 @@ PGLCL_KERNEL gaussian_contrast_rows(const GaussianArguments<T> x, typename Accum
     row[r] = 0;
     state.shift[r] = -scalar_t(INFINITY);
     state.sum[r] = state.own_logit[r] = 0;
-    if (r >= rows) continue;
-    row[r] = x.order ? Global<const int64_t>(x.order).load(first + r) : first + r;
-    const int64_t label = labels.load(row[r]);
-    if (label != x.ignore_index && label >= 0 && label < x.classes && counts.load(label) > 0) own[r] = label;
+    if (r < rows) {
+      row[r] = x.order ? Global<const int64_t>(x.order).load(first + r) : first + r;
+      const int64_t label = labels.load(row[r]);
+      if (label != x.ignore_index && label >= 0 && label < x.classes && counts.load(label) > 0) own[r] = label;
+    }
     for (int d = thread; d < depth; d += kGaussianThreads) {
-      anchors.store(r * depth + d, widen(Global<const T>(x.anchors).load(row[r] * depth + d)));
-      gradients.store(r * depth + d, 0);
+      const bool there = r < rows;
+      anchors.store(d * kGaussianAnchors + r,
+                    there ? scalar_t(widen(Global<const T>(x.anchors).load(row[r] * depth + d))) : scalar_t(0));
+      if (there) gradients.store(r * depth + d, 0);
     }
   }
   int taking_part = 0;
@@ -180,7 +210,8 @@ PGLCL_KERNEL gaussian_contrast_rows(const GaussianArguments<T> x, typename Accum
 // Bytes of shared memory that `rows` anchors take.
 template <typename scalar_t>
 int64_t gaussian_shared_bytes(int rows, int64_t depth) {
-  return 3 * ((rows * depth * int64_t(sizeof(scalar_t)) + 15) / 16 * 16) +
+  return (kGaussianAnchors * depth * int64_t(sizeof(scalar_t)) + 15) / 16 * 16 +
+         2 * ((rows * depth * int64_t(sizeof(scalar_t)) + 15) / 16 * 16) +
          kGaussianThreads / 32 * kGaussianAnchors * 2 * int64_t(sizeof(scalar_t));
 }
 

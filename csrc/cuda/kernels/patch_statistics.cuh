@@ -514,7 +514,8 @@ void run_statistics_backward(const StatisticsInput<T>& s, const Strided<const T>
   const StatisticsGradients<T> grads{
       grad_entropy, grad_confidence, {coefficients.gamma, coefficients.kappa}, grad_input};
   PGLCL_LAUNCH(patch_statistics_backward<T>, (s.grid.pixels + kStatisticsThreads - 1) / kStatisticsThreads,
-               s.grid.batch < 65535 ? s.grid.batch : 65535, kStatisticsThreads, 0, stream, s, grads);
+               s.grid.batch < kMostRowsOfBlocks ? s.grid.batch : kMostRowsOfBlocks, kStatisticsThreads, 0, stream, s,
+               grads);
 }
 
 }  // namespace pglcl::cuda

@@ -19,14 +19,15 @@ PGLCL_DEVICE scalar_t pair_disparity(Global<const scalar_t> a, int64_t i, Global
   return sum / scalar_t(channels);
 }
 
-// One thread per pair; blocks in y are rows.
+// One thread per column; blocks in y share the rows.
 template <typename scalar_t>
 PGLCL_KERNEL semantic_disparity_forward(const scalar_t* a, const scalar_t* b, scalar_t* out_data, int64_t n, int64_t m,
                                         int64_t channels) {
   const Global<scalar_t> out(out_data);
-  const int64_t id = int64_t(block_index()) * block_threads() + thread_index();
-  if (id >= n * m) return;
-  out.store(id, pair_disparity<scalar_t>(a, id / m, b, id % m, channels));
+  const int64_t j = int64_t(block_index()) * kDisparityThreads + thread_index();
+  if (j >= m) return;
+  for (int64_t i = block_index_y(); i < n; i += grid_blocks_y())
+    out.store(i * m + j, pair_disparity<scalar_t>(a, i, b, j, channels));
 }
 
 // One warp per element of the gradient: sum over j of grad_ij sign(a_ic - b_jc). Strides let the same kernel walk rows
@@ -38,18 +39,19 @@ PGLCL_KERNEL semantic_disparity_backward(const scalar_t* grad_data, const scalar
                                          int64_t other_stride) {
   const Global<const scalar_t> grad(grad_data), own(own_data), other(other_data);
   const Global<scalar_t> out(out_data);
-  const int64_t id = int64_t(block_index()) * (kDisparityThreads / 32) + thread_index() / 32;
-  if (id >= own_count * channels) return;  // the whole warp
-  const int64_t i = id / channels, c = id % channels;
-  const scalar_t mine = own.load(id);
-  scalar_t sum = 0;
-  for (int64_t j = thread_index() % 32; j < other_count; j += 32) {
-    const scalar_t d = mine - other.load(j * channels + c);
-    const scalar_t sign = d != d ? d : scalar_t((d > 0) - (d < 0));
-    sum += grad.load(i * own_stride + j * other_stride) * sign;
+  const int64_t i = int64_t(block_index()) * (kDisparityThreads / 32) + thread_index() / 32;
+  if (i >= own_count) return;  // the whole warp
+  for (int64_t c = block_index_y(); c < channels; c += grid_blocks_y()) {
+    const scalar_t mine = own.load(i * channels + c);
+    scalar_t sum = 0;
+    for (int64_t j = thread_index() % 32; j < other_count; j += 32) {
+      const scalar_t d = mine - other.load(j * channels + c);
+      const scalar_t sign = d != d ? d : scalar_t((d > 0) - (d < 0));
+      sum += grad.load(i * own_stride + j * other_stride) * sign;
+    }
+    sum = warp_sum(sum);
+    if (thread_index() % 32 == 0) out.store(i * channels + c, sum / scalar_t(channels));
   }
-  sum = warp_sum(sum);
-  if (thread_index() % 32 == 0) out.store(id, sum / scalar_t(channels));
 }
 
 // One thread per anchor searches keys that were sorted before; `total` of them take part.
@@ -153,20 +155,20 @@ template <typename scalar_t>
 void run_disparity_forward(const scalar_t* a, const scalar_t* b, scalar_t* out, int64_t n, int64_t m, int64_t channels,
                            PglclStream stream) {
   if (n * m == 0) return;
-  PGLCL_LAUNCH(semantic_disparity_forward<scalar_t>, (n * m + kDisparityThreads - 1) / kDisparityThreads, 1,
-               kDisparityThreads, 0, stream, a, b, out, n, m, channels);
+  PGLCL_LAUNCH(semantic_disparity_forward<scalar_t>, (m + kDisparityThreads - 1) / kDisparityThreads,
+               n < kMostRowsOfBlocks ? n : kMostRowsOfBlocks, kDisparityThreads, 0, stream, a, b, out, n, m, channels);
 }
 
-// To a with (own, other) = (a, b) and strides (m, 1); to b, but for the sign, with (b, a) and strides (1, m).
+// To a with (own, other) = (a, b) and the strides of grad; to b, but for the sign, with (b, a) and them exchanged.
 template <typename scalar_t>
 void run_disparity_backward(const scalar_t* grad, const scalar_t* own, const scalar_t* other, scalar_t* out,
                             int64_t own_count, int64_t other_count, int64_t channels, int64_t own_stride,
                             int64_t other_stride, PglclStream stream) {
   constexpr int kWarps = kDisparityThreads / 32;
-  if (own_count * channels == 0) return;
-  PGLCL_LAUNCH(semantic_disparity_backward<scalar_t>, (own_count * channels + kWarps - 1) / kWarps, 1,
-               kDisparityThreads, 0, stream, grad, own, other, out, own_count, other_count, channels, own_stride,
-               other_stride);
+  if (own_count == 0) return;
+  PGLCL_LAUNCH(semantic_disparity_backward<scalar_t>, (own_count + kWarps - 1) / kWarps,
+               channels < kMostRowsOfBlocks ? channels : kMostRowsOfBlocks, kDisparityThreads, 0, stream, grad, own,
+               other, out, own_count, other_count, channels, own_stride, other_stride);
 }
 
 template <typename scalar_t>
