@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
+from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 from torch import Tensor
 
 from pglcl import formats
@@ -84,14 +84,22 @@ def read_label(path: Path, image: Path, labels: LabelMap) -> np.ndarray:
 
 
 def check_same_grid(source: Source, first: Source, role: str) -> None:
-    """That two files have the same voxels at the same places; role: what `first` is to `source`, for messages."""
+    """That two files have the same voxels at the same places, in canonical axes; their own may differ.
+
+    Args:
+        role: what `first` is to `source`, for messages.
+    """
     must, name = f"{source.path}: must have", first.path.name
-    if source.shape != first.shape:
+    if sorted(source.shape) != sorted(first.shape):
         raise UserError(f"{must} the shape of {role} {name}, {first.shape}, got {source.shape}")
     if (source.unit == "mm") != (first.unit == "mm"):
         raise UserError(f"{must} the kind of {role} {name}: one file says where its voxels lie, the other does not")
-    corners = np.array([[*corner, 1] for corner in itertools.product(*((0, n - 1) for n in first.shape))], np.float64)
-    apart = (source.affine * source.scale - first.affine * first.scale)[:3] @ corners.T
+    shape = canonical_shape(first)
+    if canonical_shape(source) != shape:
+        what = "shape" if source.shape != first.shape else "affine"
+        raise UserError(f"{must} the {what} of {role} {name}: along R, A, S {shape}, got {canonical_shape(source)}")
+    corners = np.array([[*corner, 1] for corner in itertools.product(*((0, n - 1) for n in shape))], np.float64)
+    apart = (_canonical_affine(source) - _canonical_affine(first)) @ corners.T
     distance = float(np.sqrt((apart**2).sum(axis=0)).max())
     if distance > APART * min(first.spacing):
         raise UserError(f"{must} the affine of {role} {name}: corners lie up to {distance:.3g} {first.unit} apart")
@@ -113,6 +121,13 @@ def to_canonical_axes(data: np.ndarray, source: Source) -> np.ndarray:
 def to_source_axes(data: np.ndarray, source: Source) -> np.ndarray:
     """(X, Y, Z, ...) from canonical axes back to those of the file; a view."""
     return apply_orientation(data, ornt_transform(CANONICAL, orientation_of(source)))
+
+
+def _canonical_affine(source: Source) -> np.ndarray:
+    """(3, 4), voxels in canonical axes to mm."""
+    back = inv_ornt_aff(ornt_transform(orientation_of(source), CANONICAL), source.shape)
+    affine: np.ndarray = (source.affine @ back)[:3] * source.scale
+    return affine
 
 
 def _file_axes(source: Source) -> np.ndarray:

@@ -150,11 +150,11 @@ def ssl4mis(root: Path, patients: int = 8) -> Path:
 
 
 def pictures(root: Path, count: int = 8, *, ending: str = ".png", colour: bool = True, unlabelled: int = 2) -> Path:
-    """2-D images of the middle slices, 8 bits, with masks of 0, 85 and 170 (PNG, whatever the images are)."""
+    """2-D images of 8 bits, with masks of 0, 85 and 170 (PNG, whatever the images are)."""
     image_of = pytest.importorskip("PIL.Image").fromarray
     for i in range(count):
-        image, label = (array[..., 2] for array in volume(i, (40 + i % 3, 34, 5)))
-        grey = np.clip(image, 0, 255).astype(np.uint8)
+        label = volume(i, (40 + i % 3, 34, 5))[1].max(axis=2)
+        grey = (60 + 50 * label + np.random.default_rng(i).integers(0, 20, label.shape)).astype(np.uint8)
         for folder in ("images", "labels"):
             (root / folder).mkdir(parents=True, exist_ok=True)
         stacked = np.stack([grey, 255 - grey, grey // 2], axis=-1) if colour else grey

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from pglcl.cases import distance_unit, split_patients
 from pglcl.errors import UserError
+from pglcl.inspection import inspect_folder, labels_of, propose, warnings_of
+from pglcl.labels import LabelMap
 from pglcl.layouts import group_files, group_inputs, open_folder
+from pglcl.volumes import read_label
 
-from tests.pglcl.folders import acdc, plain
+from tests.pglcl.folders import (
+    STRAIGHT,
+    acdc,
+    decathlon,
+    describe,
+    dicom,
+    kits,
+    nnunet,
+    pictures,
+    plain,
+    save,
+    ssl4mis,
+    tiny,
+    volume,
+)  # fmt: skip
 
 
 def paths(*names: str) -> list[Path]:
@@ -120,3 +140,241 @@ def test_inputs_of_predict(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has the name of"):
         group_inputs([root / "images", root / "labels"])
     assert [case.name for case in group_inputs([image])] == ["case00"]
+
+
+# --- layouts --------------------------------------------------------------------------------------------------------
+
+
+def test_nnunet(tmp_path: Path) -> None:
+    root = nnunet(tmp_path, channels=2)
+    data = open_folder(root)
+    assert data.layout == "nnunet"
+    assert data.modalities == ("MR0", "MR1")
+    assert data.labels == LabelMap.of_values([1, 2], {1: "ball", 2: "cube"})
+    assert [case.name for case in data.cases] == [f"heart_{i:03d}" for i in range(8)]  # imagesTs is not read
+    assert [len(case.images) for case in data.cases] == [2] * 8
+    assert [case.label is None for case in data.cases] == [False] * 6 + [True] * 2
+    for c in range(2):
+        save(root / "imagesUn" / f"more_{c:04d}.nii.gz", volume(50)[0])
+    assert [case.name for case in open_folder(root).cases if case.label is None] == ["heart_006", "heart_007", "more"]
+    assert not any(r.problems for r in inspect_folder(data))
+
+
+def test_nnunet_in_another_format(tmp_path: Path) -> None:
+    data = open_folder(nnunet(tmp_path, 3, unlabelled=1, ending=".nrrd"))
+    assert [report.problems for report in inspect_folder(data)] == [[], [], []]
+    describe(tmp_path, file_ending=".nii.gz")
+    with pytest.raises(UserError, match=r"heart_000_0000\.nrrd: must end in \.nii\.gz, as dataset\.json says"):
+        open_folder(tmp_path)
+
+
+def test_nnunet_whose_names_do_not_fit(tmp_path: Path) -> None:
+    root = nnunet(tmp_path, channels=2)
+    (root / "imagesTr" / "heart_003_0001.nii.gz").unlink()
+    with pytest.raises(UserError, match="heart_003 must have the channels of the others"):
+        open_folder(root)
+    describe(root)
+    with pytest.raises(UserError, match=r"must end in _0000 to _0000, the channels that dataset\.json names"):
+        open_folder(root)
+
+
+def test_nnunet_labels_to_ignore(tmp_path: Path) -> None:
+    root = nnunet(tmp_path, 3, unlabelled=0)
+    describe(root, labels={"background": 0, "ball": 1, "cube": 2, "ignore": 3})
+    image, label = volume(0)
+    label[:3] = 3
+    save(root / "labelsTr" / "heart_000.nii.gz", label, STRAIGHT)
+    data = open_folder(root)
+    assert data.labels is not None
+    assert data.labels.ignore == (3,)
+    case = data.cases[0]
+    assert case.label is not None
+    classes = read_label(case.label, case.images[0], data.labels)
+    assert (classes == -1).sum() == 3 * image.shape[1] * image.shape[2]
+    assert len(data.labels) == 3
+
+
+def test_nnunet_regions_become_exclusive_classes(tmp_path: Path) -> None:
+    root = nnunet(tmp_path)
+    regions = {"background": 0, "whole": [1, 2], "core": [2]}
+    describe(root, labels=regions, regions_class_order=[1, 2])
+    data = open_folder(root)
+    assert data.labels == LabelMap.of_values([1, 2], {1: "whole alone", 2: "core alone"})
+    assert data.notes == ["regions are trained as exclusive classes: value 1 is whole alone, value 2 is core alone"]
+    describe(root, labels=regions)
+    with pytest.raises(UserError, match=r"regions.* need regions_class_order"):
+        open_folder(root)
+    describe(root, labels={**regions, "whole": [1, 2, 3]}, regions_class_order=[1, 2])
+    with pytest.raises(UserError, match=r"have the values \[1, 2, 3\], regions_class_order \[1, 2\] must have all"):
+        open_folder(root)
+
+
+BAD_DESCRIPTIONS = {
+    "3": "not a Decathlon description",
+    "[1]": "not a Decathlon description",
+    '{"channel_names": 3}': "not an nnU-Net description",
+    '{"channel_names": {"0": "MR"}}': "not an nnU-Net description: KeyError",
+    '{"channel_names": {"0": "MR"}, "labels": {"background": 0, "a": -1}}': "labels must be whole numbers from 0",
+    '{"channel_names": {"0": "MR"}, "labels": {"background": 0, "a": true}}': "labels must be whole numbers from 0",
+    '{"channel_names": {"0": "MR"}, "labels": {"background": 0, "a": 0}}': "have one value, 0",
+    '{"channel_names": {"x": "MR"}, "labels": {}}': "not an nnU-Net description",
+    '{"training": [{"image": 3}]}': "not a Decathlon description",
+    "[" * 100_000: "not readable as JSON",
+    '{"a": ' * 100_000: "not readable as JSON",
+}
+
+
+@pytest.mark.parametrize("text", BAD_DESCRIPTIONS, ids=lambda t: t[:30])
+def test_descriptions_that_are_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "imagesTr").mkdir()
+    (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(UserError) as error:
+        open_folder(tmp_path)
+    assert BAD_DESCRIPTIONS[text] in error.value.lines[0]
+    assert "dataset.json" in error.value.lines[0]
+
+
+def test_decathlon_as_the_first_nnunet_wrote_it(tmp_path: Path) -> None:
+    """dataset.json lists CASE.nii.gz, the files are CASE_0000.nii.gz."""
+    root = decathlon(tmp_path, channels=1)
+    for path in list((root / "imagesTr").iterdir()):
+        path.rename(path.with_name(path.name.replace(".nii.gz", "_0000.nii.gz")))
+    data = open_folder(root)
+    assert [case.images[0].name for case in data.cases][:2] == ["brain_000_0000.nii.gz", "brain_001_0000.nii.gz"]
+    assert not any(r.problems for r in inspect_folder(data))
+
+
+def test_kits(tmp_path: Path) -> None:
+    root = kits(tmp_path)
+    (root / "case_00007" / "segmentation.nii.gz").unlink()
+    data = open_folder(root)
+    assert data.layout == "kits"
+    assert [case.name for case in data.cases] == [f"case_{i:05d}" for i in range(8)]
+    assert data.cases[7].label is None
+    reports = inspect_folder(data)
+    assert labels_of(data, reports, None).names == ("background", "kidney", "tumor")
+    assert propose(data, reports)[-1].value == "ct"
+
+
+def test_ssl4mis(tmp_path: Path) -> None:
+    root = ssl4mis(tmp_path)
+    data = open_folder(root)
+    assert data.layout == "ssl4mis"
+    assert [case.name for case in data.cases] == [f"patient{i:03d}_frame01" for i in range(1, 9)]
+    reports = inspect_folder(data)
+    assert not any(r.problems for r in reports)
+    assert reports[0].shape == (30, 26, 5)  # slices last
+    split = split_patients(data, tiny(labelled=2, validation=-1, test=-1))
+    assert split.as_dict() == {
+        "labelled": ["patient001", "patient002"],
+        "unlabelled": ["patient003", "patient004", "patient005"],
+        "validation": ["patient006"],
+        "test": ["patient007", "patient008"],
+    }
+    (root / "test.list").write_text("patient001_frame01\n")
+    with pytest.raises(UserError, match="lists of train and test share the patient 'patient001'"):
+        open_folder(root)
+
+
+def test_ssl4mis_slices_without_their_volumes(tmp_path: Path) -> None:
+    root = ssl4mis(tmp_path)
+    (root / "data" / "patient001_frame01.h5").unlink()
+    data = open_folder(root)
+    slices = [case for case in data.cases if case.patient == "patient001"]
+    assert len(slices) == 5
+    assert inspect_folder(data)[0].shape == (30, 26, 1)
+
+
+@pytest.mark.parametrize("ending", [".png", ".bmp", ".tif", ".jpg"])
+def test_pictures(ending: str, tmp_path: Path) -> None:
+    data = open_folder(pictures(tmp_path, ending=ending))
+    reports = inspect_folder(data)
+    assert not any(r.problems for r in reports)
+    assert (reports[0].channels, reports[0].axes, reports[0].unit, distance_unit(data)) == (3, 2, "pixel", "pixel")
+    labels = labels_of(data, reports, None)
+    assert labels.values == ((0,), (85,), (170,))
+    assert {p.option: p.value for p in propose(data, reports)} == {
+        "--spatial-dims": "2", "--image-size": "48,32", "--normalise": "rgb",
+    }  # fmt: skip
+
+
+def test_dicom_folders_beside_labels(tmp_path: Path) -> None:
+    for i in range(2):
+        image, label = volume(i)
+        dicom(tmp_path / "images" / f"scan{i}", image.astype(np.int16), STRAIGHT)
+        save(tmp_path / "labels" / f"scan{i}.nii.gz", label, STRAIGHT)
+    data = open_folder(tmp_path)
+    assert [case.name for case in data.cases] == ["scan0", "scan1"]
+    assert not any(r.problems for r in inspect_folder(data))
+    assert [case.name for case in group_inputs([tmp_path / "images" / "scan0"])] == ["scan0"]
+    assert [case.name for case in group_inputs([tmp_path / "images"])] == ["scan0", "scan1"]
+
+
+def listed(root: Path) -> list[dict[str, str]]:
+    rows = []
+    for i in range(4):
+        image, label = volume(i)
+        for name, array in (("t1", image), ("t2", image * 2), ("seg", label)):
+            save(root / "files" / f"p{i // 2}" / f"scan{i}" / f"{name}.nii.gz", array)
+        folder = f"files/p{i // 2}/scan{i}"
+        rows.append({"image": f"{folder}/t1.nii.gz", "channel_t2": f"{folder}/t2.nii.gz", "patient": f"p{i // 2}"})
+        rows[-1]["label"] = f"{folder}/seg.nii.gz" if i < 3 else ""
+    return rows
+
+
+def test_a_list_as_csv_and_as_json(tmp_path: Path) -> None:
+    rows = listed(tmp_path)
+    lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
+    (tmp_path / "list.csv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    (tmp_path / "named.json").write_text(json.dumps({"cases": rows, "labels": {"background": 0, "a": 1, "b": 2}}))
+    for name in ("list.csv", "list.json", "named.json"):
+        data = open_folder(tmp_path / name)
+        assert data.layout == "list"
+        assert data.patients == ["p0", "p1"]
+        assert [case.label is None for case in data.cases] == [False, False, False, True]
+        assert data.cases[0].name == "files_p0_scan0_t1"
+        assert not any(r.problems or r.channels != 2 for r in inspect_folder(data))
+    assert data.labels is not None
+    assert data.labels.names == ("background", "a", "b")
+
+
+def test_lists_that_are_refused(tmp_path: Path) -> None:
+    rows = listed(tmp_path)
+    for change, message in (
+        ({"lable": "x"}, "entry 1: has 'lable'; columns are"),
+        ({"image": ""}, "entry 1: must have an image"),
+        ({"image": 3}, "entry 1: must have an image, and paths"),
+        ({"image": "nowhere.nii.gz"}, "nowhere.nii.gz: not found"),
+        ({"label": "nowhere.nii.gz"}, "nowhere.nii.gz: not found"),
+        ({"name": "../a"}, "must be fit for a file"),
+        ({"image": rows[1]["image"]}, "is listed 2 times"),
+    ):
+        (tmp_path / "list.json").write_text(json.dumps([{**rows[0], **change}, *rows[1:]]))
+        with pytest.raises(UserError) as error:
+            open_folder(tmp_path / "list.json")
+        assert message in error.value.lines[0]
+    for text in ("", "image\n", 'image\n"a', "image\na,b\n"):
+        (tmp_path / "list.csv").write_text(text)
+        with pytest.raises(UserError, match=r"list\.csv"):
+            open_folder(tmp_path / "list.csv")
+    for text in ("3", "[3]", '{"cases": 3}', '{"cases": [], "x": 1}'):
+        (tmp_path / "list.json").write_text(text)
+        with pytest.raises(UserError, match=r"list\.json"):
+            open_folder(tmp_path / "list.json")
+
+
+def test_labels_of_one_patient_or_blank_are_warned_of(tmp_path: Path) -> None:
+    root = plain(tmp_path)
+    for i in range(1, 6):
+        label = volume(i, (30 + i % 3, 26, 5 + i % 2))[1]
+        label[label == 2] = 0
+        save(root / "labels" / f"case{i:02d}.nii.gz", label)
+    data = open_folder(root)
+    reports = inspect_folder(data)
+    labels = labels_of(data, reports, None)
+    assert warnings_of(data, reports, labels) == ["class 2 (label 2, value 2): one labelled patient alone has it"]
+    for i in range(1, 6):
+        save(root / "labels" / f"case{i:02d}.nii.gz", np.zeros((30 + i % 3, 26, 5 + i % 2), np.uint8))
+    reports = inspect_folder(data)
+    assert warnings_of(data, reports, labels)[0] == "5 of 6 labels are blank"

@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from pglcl.errors import UserError
 from pglcl.intensity import Channel, Intensity
 from pglcl.labels import LabelMap
 from pglcl.layouts import Case
@@ -41,6 +42,28 @@ def test_written_where_it_was_read(affine: np.ndarray, tmp_path: Path) -> None:
     canonical = nib.as_closest_canonical(nib.load(path))
     np.testing.assert_array_equal(read.data[0], np.asarray(canonical.dataobj))
     np.testing.assert_allclose(read.spacing, canonical.header.get_zooms(), rtol=1e-5)
+
+
+def test_a_label_in_other_axes_than_its_image(tmp_path: Path) -> None:
+    image, label = volume(0)
+    path = save(tmp_path / "i.nii.gz", image, OBLIQUE)
+    expected = read_label(save(tmp_path / "a.nii.gz", label, OBLIQUE), path, LABELS)
+    turned = nib.Nifti1Image(label, OBLIQUE).as_reoriented(np.array([[1, -1], [2, 1], [0, -1]]))
+    nib.save(turned, tmp_path / "b.nii.gz")
+    np.testing.assert_array_equal(read_label(tmp_path / "b.nii.gz", path, LABELS), expected)
+    flipped = save(tmp_path / "c.nii.gz", np.asarray(turned.dataobj)[::-1], turned.affine)
+    assert not np.array_equal(read_label(flipped, path, LABELS), expected)
+    for shift in (0.05, 1.0):
+        moved = OBLIQUE.copy()
+        moved[2, 3] += shift
+        save(tmp_path / "d.nii.gz", label, moved)
+        if shift > 0.1:
+            with pytest.raises(
+                UserError, match=r"must have the affine of its image i\.nii\.gz: corners lie up to 1 mm"
+            ):
+                read_label(tmp_path / "d.nii.gz", path, LABELS)
+        else:
+            np.testing.assert_array_equal(read_label(tmp_path / "d.nii.gz", path, LABELS), expected)
 
 
 @pytest.mark.parametrize("dims", [2, 3])

@@ -1,0 +1,214 @@
+"""From a folder of each kind to predictions: inspect, train, predict, evaluate, as a user calls them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from pglcl import inspection
+from pglcl.cases import split_patients
+from pglcl.cli import main
+from pglcl.errors import UserError
+from pglcl.formats import read
+from pglcl.inspection import survey
+from pglcl.layouts import open_folder
+from pglcl.model import load_model
+from pglcl.train import Training
+from pglcl.training_data import load_training_data
+
+from tests.pglcl.folders import decathlon, describe, kits, nnunet, pictures, plain, save, ssl4mis, tiny, volume
+
+
+def values_of(path: Path) -> set[int]:
+    return set(np.unique(read(path, label=True)[1]).tolist())
+
+
+def trained(root: Path, run: Path, **changes: Any) -> None:
+    Training(root, run, tiny(**{"steps": 30, "warmup": 10, **changes}), quiet=True).run()
+
+
+def test_pictures_from_inspect_to_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, run, output = pictures(tmp_path / "data"), tmp_path / "run", tmp_path / "masks"
+    assert main(["inspect", str(root), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [c["values"] for c in found["classes"]] == [[0], [85], [170]]
+    assert found["unit"] == "pixel"
+    trained(root, run, steps=60, warmup=20)
+    model = load_model(run)
+    assert [channel.kind for channel in model.intensity.channels] == ["rgb"] * 3
+    assert model.labels.values == ((0,), (85,), (170,))
+    assert (
+        main(["predict", str(run), str(root / "images"), "-o", str(output), "--probabilities", "--entropy", "-q"]) == 0
+    )
+    for i in range(8):
+        size = read(root / "images" / f"cell{i:02d}.png")[1].shape[:3]
+        mask = read(output / f"cell{i:02d}.png", label=True)[1][..., 0]
+        assert mask.shape == size
+        assert values_of(output / f"cell{i:02d}.png") <= {0, 85, 170}
+        assert read(output / f"cell{i:02d}_probabilities.tif")[1].shape[:3] == (*size[:2], 3)
+        assert read(output / f"cell{i:02d}_entropy.tif")[1].shape[:3] == size
+    assert 170 in set().union(*(values_of(output / f"cell{i:02d}.png") for i in range(8)))
+    assert main(["evaluate", str(run), str(root), "-q"]) == 0
+    assert json.loads((run / "scores_test.json").read_text())["unit"] == "pixel"
+    assert main(["report", str(run), "-q"]) == 0
+
+
+def test_nnunet_with_its_splits(tmp_path: Path) -> None:
+    root, run, output = nnunet(tmp_path / "data", ending=".nrrd"), tmp_path / "run", tmp_path / "masks"
+    names = [f"heart_{i:03d}" for i in range(6)]
+    folds = [{"train": names[:4], "val": names[4:]}, {"train": names[2:], "val": names[:2]}]
+    file = tmp_path / "splits_final.json"
+    file.write_text(json.dumps(folds))
+    split = split_patients(open_folder(root), tiny(split_file=str(file), fold=1))
+    assert split.as_dict() == {
+        "labelled": names[2:4], "unlabelled": [*names[4:], "heart_006", "heart_007"],
+        "validation": names[:2], "test": [],
+    }  # fmt: skip
+    for content, message in (
+        ([*folds, {"train": ["x"], "val": []}], "which is no patient of"),
+        ([*folds, {"train": names, "val": names[:1]}], "is in train and in val of fold 2"),
+        ([*folds, {"train": names}], "must have the lists train and val"),
+        (folds, "has the folds 0 to 1, --fold is 2"),
+        ([*folds, {"train": names[:1], "val": names[1:]}], "--labelled 2, but its training part has 1 with labels"),
+    ):
+        file.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=message):
+            split_patients(open_folder(root), tiny(split_file=str(file), fold=2))
+    trained(root, run)
+    assert main(["predict", str(run), str(root / "imagesTs"), "-o", str(output), "-q"]) == 0
+    assert [path.name for path in output.iterdir()] == ["heart_900.nrrd"]
+
+
+def test_ssl4mis_with_its_lists(tmp_path: Path) -> None:
+    root, run, output = ssl4mis(tmp_path / "data"), tmp_path / "run", tmp_path / "masks"
+    trained(root, run, validation=-1, test=-1)
+    assert json.loads((run / "split.json").read_text())["test"] == ["patient007", "patient008"]
+    assert main(["evaluate", str(run), str(root), "-q"]) == 0
+    assert main(["predict", str(run), str(root / "data" / "patient007_frame01.h5"), "-o", str(output), "-q"]) == 0
+    assert nib.load(output / "patient007_frame01.nii.gz").shape == (30, 26, 5)
+
+
+def test_values_in_and_values_out(tmp_path: Path) -> None:
+    """0, 500, 600 in the files; merged, named or not, predictions carry what the files have."""
+    root = plain(tmp_path / "data")
+    for path in (root / "labels").iterdir():
+        image = nib.load(path)
+        label = np.asarray(image.dataobj).astype(np.float32)
+        save(path, np.array([0, 500, 600.0004], np.float32)[label.astype(int)], image.affine)
+    trained(root, tmp_path / "run", steps=60, warmup=20)
+    model = load_model(tmp_path / "run")
+    assert model.labels.describe() == "0,500,600"
+    output = tmp_path / "masks"
+    assert main(["predict", str(tmp_path / "run"), str(root / "images"), "-o", str(output), "-q"]) == 0
+    found = set().union(*(values_of(path) for path in output.iterdir()))
+    assert {0, 500} <= found <= {0, 500, 600}
+    assert nib.load(output / "case00.nii.gz").get_data_dtype() == np.uint16
+    merged = load_training_data(root, tiny(labels="0,500+600=both"))
+    assert merged.num_classes == 2
+    assert set(merged.labelled[0].label.unique().tolist()) <= {-1, 0, 1}
+    with pytest.raises(UserError, match=r"case00\.nii\.gz: has values that are no label: 600 in \d+ voxels") as error:
+        load_training_data(root, tiny(labels="0,500"))
+    assert len(error.value.lines) == 5 + 1  # two labelled, one of validation, two of the test; and their count
+
+
+def test_labels_are_kept_as_bytes_and_padding_is_ignored(tmp_path: Path) -> None:
+    root = nnunet(tmp_path)
+    describe(root, labels={"background": 0, "ball": 1, "cube": 2, "ignore": 7})
+    label = volume(0)[1]
+    label[:4] = 7
+    save(root / "labelsTr" / "heart_000.nii.gz", label, nib.load(root / "labelsTr" / "heart_000.nii.gz").affine)
+    data = load_training_data(root, tiny())
+    kept = data.labelled[0].label
+    assert kept is not None
+    assert kept.element_size() == 1
+    assert set(kept.unique().tolist()) == {-1, 0, 1, 2}
+    assert data.num_classes == 3
+
+
+# --- before an hour is spent ----------------------------------------------------------------------------------------
+
+
+def checked(root: Path, **changes: Any) -> inspection.Survey:
+    return survey(open_folder(root), tiny(**changes))
+
+
+@pytest.mark.parametrize("name", ["case00", "case02", "case03", "case05"])  # labelled, unlabelled, validation, test
+def test_every_part_is_checked(name: str, tmp_path: Path) -> None:
+    root = plain(tmp_path)
+    path = root / "images" / f"{name}.nii.gz"
+    data = nib.load(path)
+    save(path, np.stack([np.asarray(data.dataobj)] * 2, axis=-1), data.affine)
+    with pytest.raises(UserError, match=rf"{name}\.nii\.gz: has 2 channels, the others have 1"):
+        checked(root)
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(UserError, match=rf"{name}\.nii\.gz: truncated or damaged"):
+        checked(root)
+
+
+def test_a_class_that_no_labelled_volume_has_is_said_at_the_start(tmp_path: Path) -> None:
+    root = plain(tmp_path)
+    for i in range(2):
+        path = root / "labels" / f"case{i:02d}.nii.gz"
+        image = nib.load(path)
+        label = np.asarray(image.dataobj).copy()
+        label[label == 2] = 0
+        save(path, label, image.affine)
+    notes = checked(root).notes
+    assert notes[0] == "class 2 (label 2, value 2): no labelled volume has it, it cannot be learned"
+    for i in range(2):
+        path = root / "labels" / f"case{i:02d}.nii.gz"
+        image = nib.load(path)
+        save(path, np.zeros(image.shape, np.uint8), image.affine)
+    with pytest.raises(UserError, match="the labels of all 2 labelled volumes are empty"):
+        checked(root)
+
+
+def test_sizes_that_no_memory_holds(tmp_path: Path) -> None:
+    root = decathlon(tmp_path)
+    with pytest.raises(UserError, match="--image-size 1048576,1048576 and --batch-size 4 need at least"):
+        checked(root, image_size="1048576")
+    with pytest.raises(UserError, match="memory are free; --cache DIR keeps them on the disk"):
+        checked(root, spatial_dims=3, image_size="16", spacing="0.01")
+
+
+def test_two_dimensional_images_need_two_dimensions(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cell00\.png: is a 2-D image; use --spatial-dims 2"):
+        checked(pictures(tmp_path), spatial_dims=3, image_size="32,32,16")
+
+
+def test_ct_is_measured_on_training_cases_alone(tmp_path: Path) -> None:
+    root = kits(tmp_path)
+    first = checked(root).intensity
+    assert [channel.kind for channel in first.channels] == ["ct"]
+    for name in ("case_00006", "case_00007"):  # of the test
+        image = nib.load(root / name / "imaging.nii.gz")
+        save(root / name / "imaging.nii.gz", np.asarray(image.dataobj) + 500, image.affine)
+    assert checked(root).intensity == first
+    assert checked(root, window="40,400").intensity.channels[0].kind == "window"
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_cache_changes_nothing(dims: int, tmp_path: Path) -> None:
+    root = decathlon(tmp_path / "data")
+    options = {"spatial_dims": dims, "image_size": "16" if dims == 3 else "32"}
+    plainly = load_training_data(root, tiny(**options))
+    cached = [load_training_data(root, tiny(**options, cache=str(tmp_path / "cache"))) for _ in range(2)]
+    entries = sorted(path.name for path in (tmp_path / "cache").iterdir())
+    assert len(entries) == len(plainly.labelled) + len(plainly.unlabelled)
+    for data in cached:
+        for pool in ("labelled", "unlabelled"):
+            for a, b in zip(getattr(plainly, pool), getattr(data, pool)):
+                assert a.case == b.case
+                assert (a.image == b.image).all()
+                assert (a.label is None and b.label is None) or (a.label == b.label).all()
+                assert (a.geometry, a.spacing) == (b.geometry, b.spacing)
+                assert (a.foreground == b.foreground).all()
+    (tmp_path / "cache" / entries[0] / "image.npy").write_bytes(b"damaged")
+    (tmp_path / "cache" / ".partial-left").mkdir()
+    again = load_training_data(root, tiny(**options, cache=str(tmp_path / "cache")))
+    assert (again.labelled[0].image == plainly.labelled[0].image).all()
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == entries
