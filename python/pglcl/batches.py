@@ -27,7 +27,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pglcl.config import TrainConfig
+from pglcl.errors import UserError
 from pglcl.prepare import Prepared
+
+PREFETCHED = 4  # batches that each process has ready
 
 
 class StepBatches(Dataset[dict[str, Tensor]]):
@@ -87,6 +90,12 @@ class StepBatches(Dataset[dict[str, Tensor]]):
             batch["weak"], batch["strong"] = (torch.stack(side) for side in zip(*views))
         return batch
 
+    def bytes_of_a_batch(self) -> int:
+        """At most, as tensors."""
+        pixels = math.prod(self.config.size) * self.config.batch_size
+        # An unlabelled image comes in two views, a labelled one with its label.
+        return pixels * (2 * 4 * len(self.labelled[0].image) + 8)
+
     def _labelled(self, random: np.random.RandomState) -> tuple[Tensor, Tensor]:
         item = self._pick(self.labelled, random, foreground=True)
         self.geometric.set_random_state(state=random)
@@ -125,20 +134,28 @@ class StepBatches(Dataset[dict[str, Tensor]]):
 
 
 def loader(batches: StepBatches, first: int, workers: int) -> Iterator[dict[str, Tensor]]:
-    """The batches from step `first` on."""
+    """The batches from step `first` on.
+
+    Raises:
+        UserError: a process that prepares them was killed.
+    """
     options: dict[str, Any] = {}
     if workers:
-        options = {"prefetch_factor": 4, "persistent_workers": False, "multiprocessing_context": "fork"}
-    return iter(
-        DataLoader(
-            batches,
-            batch_size=None,
-            sampler=range(first, len(batches)),
-            num_workers=workers,
-            worker_init_fn=_one_thread,
-            **options,
-        )
+        options = {"prefetch_factor": PREFETCHED, "persistent_workers": False, "multiprocessing_context": "fork"}
+    steps = range(first, len(batches))
+    source = DataLoader(
+        batches, batch_size=None, sampler=steps, num_workers=workers, worker_init_fn=_one_thread, **options
     )
+    try:
+        yield from source
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--workers {workers}: a process that prepares batches has ended ({reason}). Where memory was the reason, "
+            "--workers 0 prepares them in the training process; --resume goes on from the last checkpoint"
+        ) from error
 
 
 def _one_thread(_: int) -> None:

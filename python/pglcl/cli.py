@@ -6,6 +6,7 @@ or the memory; 3 a package is missing; 70 a bug; 130 stopped by the user.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
 import inspect as inspection
@@ -139,83 +140,89 @@ def inspect(
         raise typer.Exit(SKIPPED)
 
 
-def _train(ctx: typer.Context, data: Path, output: Path, **options: Any) -> None:
-    """Trains a model and scores nothing: `pglcl evaluate` does, on the volumes kept for the test."""
+def _train(ctx: typer.Context, data: Path | None, output: Path | None, **options: Any) -> None:
+    """Trains a model and scores nothing: `pglcl evaluate` does, on the volumes kept for the test.
+
+    A run that was stopped goes on with `pglcl train --resume RUN`; its data folder and options are its own.
+    """
+    from pglcl.limits import check_threads
     from pglcl.train import Interrupted, Training
 
-    config_file, resume = options.pop("config"), options.pop("resume")
-    profile, quiet, threads = options.pop("profile"), options.pop("quiet"), options.pop("threads")
-    if config_file is not None:
-        given = {n for n in options if (source := ctx.get_parameter_source(n)) is not None and source.name != "DEFAULT"}
-        for name, value in read_toml(config_file).items():
-            if name not in given:  # flags win
-                options[name] = value
-    if threads:
-        import torch
+    own = {name: options.pop(name) for name in ("config", "resume", "moved_data", "profile", "quiet", "threads")}
+    processes = options.pop("processes")
+    check_threads(own["threads"])
+    if processes > 1 and "RANK" not in os.environ:
+        from pglcl.launcher import launch
 
-        torch.set_num_threads(threads)
+        raise typer.Exit(launch(processes, sys.argv[1:]))
+    given = {n: options[n] for n in options if (source := ctx.get_parameter_source(n)) and source.name != "DEFAULT"}
+    if own["config"] is not None:
+        given = {**read_toml(own["config"]), **given}  # flags win
     try:
-        settings = TrainConfig(**options)
+        root, run, settings = _run_asked_for(data, output, own["moved_data"], own["resume"], given)
     except UserError as error:
         raise UserError(*error.lines, everywhere=True) from None
-    training = Training(data, output, settings, resume=resume, profile=profile, quiet=quiet)
+    if own["threads"]:
+        import torch
+
+        torch.set_num_threads(own["threads"])
+    training = Training(root, run, settings, resume=own["resume"], profile=own["profile"], quiet=own["quiet"])
     try:
         training.run()
     except Interrupted as reason:
-        console(quiet).print(f"{output}: {reason}")
+        if training.speaks:
+            console(own["quiet"]).print(f"{run}: {reason}")
         raise typer.Exit(STOPPED) from None
     if training.speaks:
-        console(quiet).print(f"{output}: done. Next: pglcl evaluate {output} {data}; pglcl report {output}")
+        console(own["quiet"]).print(f"{run}: done. Next: pglcl evaluate {run} {root}; pglcl report {run}")
+
+
+def _run_asked_for(
+    data: Path | None, output: Path | None, moved_data: Path | None, resume: bool, given: dict[str, Any]
+) -> tuple[Path, Path, TrainConfig]:
+    """Data folder, run and options: of a run that is resumed its own, where no others are given."""
+    from pglcl.run_folder import data_of, read_config
+
+    if resume and output is None:  # pglcl train --resume RUN
+        data, output = None, data
+    if output is None:
+        wanted = "--resume needs the folder of the run" if resume else "--output RUN is missing: the folder of the run"
+        raise UserError(wanted)
+    data = moved_data or data
+    saved = {}
+    if resume and (output / "config.json").exists():
+        saved = dataclasses.asdict(read_config(output))
+        data = data or data_of(output)
+    if data is None:
+        raise UserError(f"{output}: no run to resume there" if resume else "DATA is missing: the folder of the volumes")
+    return data, output, TrainConfig(**{**saved, **given})
 
 
 def _train_signature() -> inspection.Signature:
     """The options of TrainConfig as typer reads them: name, type, default and help have one place."""
-    parameter = inspection.Parameter
-    keyword = parameter.KEYWORD_ONLY
-    parameters = [
-        parameter("ctx", keyword, annotation=typer.Context),
-        parameter("data", keyword, annotation=DataArgument),
-        parameter(
-            "output",
-            keyword,
-            annotation=Annotated[Path, typer.Option("--output", "-o", help="folder of the run", show_default=False)],
-        ),
-        parameter(
-            "config",
-            keyword,
-            default=None,
-            annotation=Annotated[Path | None, typer.Option(help="TOML file with any of these options; flags win")],
-        ),
-        parameter(
-            "resume",
-            keyword,
-            default=False,
-            annotation=Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint")],
-        ),
-        parameter(
-            "profile",
-            keyword,
-            default=False,
-            annotation=Annotated[bool, typer.Option("--profile", help="print where a step's time goes")],
-        ),
-        parameter(
-            "quiet",
-            keyword,
-            default=False,
-            annotation=Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but errors")],
-        ),
-        parameter(
-            "threads",
-            keyword,
-            default=0,
-            annotation=Annotated[int, typer.Option(help="CPU threads of this process; 0: PyTorch's choice")],
-        ),
-    ]
+    keyword = inspection.Parameter.KEYWORD_ONLY
+    parameters = [inspection.Parameter("ctx", keyword, annotation=typer.Context)]
+
+    def add(name: str, kind: Any, default: Any, option: Any) -> None:
+        parameters.append(inspection.Parameter(name, keyword, default=default, annotation=Annotated[kind, option]))
+
+    data_help = "the data folder, as pglcl inspect takes it; a run that is resumed knows its own"
+    add("data", Path | None, None, typer.Argument(metavar="DATA", help=data_help, show_default=False))
+    add("output", Path | None, None, typer.Option("--output", "-o", help="folder of the run", show_default=False))
+    add("config", Path | None, None, typer.Option(help="TOML file with any of these options; flags win"))
+    add(
+        "resume", bool, False, typer.Option("--resume", help="go on from the last checkpoint: pglcl train --resume RUN")
+    )
+    add("moved_data", Path | None, None, typer.Option("--data", help="with --resume: the data folder, if it was moved"))
+    add("profile", bool, False, typer.Option("--profile", help="print where a step's time goes"))
+    add("quiet", bool, False, typer.Option("--quiet", "-q", help="print nothing but errors"))
+    add("threads", int, 0, typer.Option(help="CPU threads of this process; 0: PyTorch's choice"))
+    add("processes", int, 1, typer.Option(min=1, max=64, help="that train together on this machine, one for each GPU"))
     for name, described in OPTIONS.items():
         default = DEFAULTS[name]
         names = [f"{flag(name)}/--no-{flag(name)[2:]}"] if isinstance(default, bool) else [flag(name)]
         option = typer.Option(*names, help=described.help, metavar=described.metavar, rich_help_panel=described.group)
-        parameters.append(parameter(name, keyword, default=default, annotation=Annotated[type(default), option]))
+        add(name, type(default), default, option)
     return inspection.Signature(parameters)
 
 

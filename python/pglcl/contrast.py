@@ -22,6 +22,7 @@ from pglcl_ext import (
     class_patches,
     patch_embeddings,
 )
+from pglcl_ext.distributed import gather_rows
 
 CROPS_OBSERVED = 8  # of a class and image, to move the coverage threshold by
 
@@ -65,7 +66,7 @@ class PatchContrast(nn.Module):
 
     def __init__(self, config: TrainConfig, num_classes: int, process_group: Any = None) -> None:
         super().__init__()
-        self.config, self.num_classes = config, num_classes
+        self.config, self.num_classes, self.process_group = config, num_classes, process_group
         self.threshold = CoverageThreshold(num_classes, target=config.coverage_target)
         self.gaussian: GaussianContrastLoss | None = None
         self.infonce: PatchContrastLoss | None = None
@@ -175,7 +176,7 @@ class PatchContrast(nn.Module):
 
         def select(rows: PatchBatch) -> PatchBatch:
             if observe:
-                self.threshold.update(*self.threshold.classes_and_coverage(rows))
+                self._move_threshold(*self.threshold.classes_and_coverage(rows))
             return choose(rows)
 
         return patch_embeddings(
@@ -186,6 +187,12 @@ class PatchContrast(nn.Module):
             prediction=halved(views.prediction),
             select=select,
         )
+
+    def _move_threshold(self, coverage: Tensor, labels: Tensor) -> None:
+        """By the patches of all ranks, so that every rank has the same, and a checkpoint of one holds that of all."""
+        if self.process_group is not None:
+            coverage, labels = gather_rows([coverage, labels], self.process_group)
+        self.threshold.update(coverage, labels)
 
     def _cropped(
         self, network: SegmentationNetwork, weights: Tensor, prediction: Tensor, images: Tensor, observe: bool
@@ -204,7 +211,7 @@ class PatchContrast(nn.Module):
         if observe:
             space = weights.sum(dim=1, keepdim=True)
             every = class_patches(space, weights, size, self.num_classes, max_patches=CROPS_OBSERVED)
-            self.threshold.update(every.coverage, every.labels)
+            self._move_threshold(every.coverage, every.labels)
         if len(crops.labels) == 0:
             nothing = images.new_zeros(0)
             embeddings = images.new_zeros(0, network.feature_channels)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pglcl.config import TrainConfig
 from pglcl.errors import UserError
-from pglcl.files import load_tensors
+from pglcl.files import load_tensors, read_object
 from pglcl.intensity import Intensity
 from pglcl.labels import LabelMap
 
@@ -139,6 +139,7 @@ def load_model(run: Path, device: str = "auto") -> TrainedModel:
     if not path.exists():
         raise UserError(f"{run}: no trained model there (neither model.pt nor checkpoint.pt)")
     whole = load_tensors(path)
+    _check_run(whole, path)
     state = whole.get("model", whole)
     try:
         config = TrainConfig(**state["config"])
@@ -154,6 +155,16 @@ def load_model(run: Path, device: str = "auto") -> TrainedModel:
         )
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: not a model of this version of pglcl: {str(error).splitlines()[0]}") from error
+
+
+def _check_run(state: dict[str, Any], path: Path) -> None:
+    """Raises UserError when a model or checkpoint was put into the folder of another run."""
+    described = path.parent / "run.json"
+    own = state.get("run")
+    if described.exists() and isinstance(own, dict):
+        expected = read_object(described).get("id")
+        if own.get("id") != expected:
+            raise UserError(f"{path}: is of the run {own.get('id')}, not of this one, {expected}")
 
 
 def choose_device(name: str) -> torch.device:

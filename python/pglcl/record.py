@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 import pglcl_ext
+from pglcl.errors import UserError, WriteError
+from pglcl.files import write_text
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
@@ -76,34 +78,67 @@ class Profile:
 
 
 class MetricsLog:
-    """metrics.jsonl and tensorboard; rows of steps that a resumed run takes again are taken out first."""
+    """metrics.jsonl and tensorboard; rows of steps that a resumed run takes again are taken out first.
+
+    Raises:
+        WriteError: the disk is full, or the like; TensorBoard's thread says so when the next number comes.
+    """
 
     def __init__(self, output: Path, first: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = output / "metrics.jsonl"
+        self.path, self.folder = output / "metrics.jsonl", output / "tensorboard"
         kept = [row for row in read_metrics(output) if row["step"] <= first]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (closed with the run)
-        self.board = SummaryWriter(str(output / "tensorboard"), purge_step=first + 1 if first else None)
+        write_text(self.path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
+        with _written(self.path):
+            self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (closed with the run)
+        with _written(self.folder):
+            self.board = SummaryWriter(str(self.folder), purge_step=first + 1 if first else None)
 
     def write(self, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        for name, value in row.items():
-            if name != "step":
-                self.board.add_scalar(name, value, row["step"])
+        with _written(self.path):
+            self.file.write(json.dumps(row, allow_nan=False) + "\n")
+            self.file.flush()
+        with _written(self.folder):
+            for name, value in row.items():
+                if name != "step":
+                    self.board.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
-        self.file.close()
-        self.board.close()
+        """Never raises: the run's own end is what matters then."""
+        for closing in (self.file.close, self.board.close):
+            with contextlib.suppress(OSError):
+                closing()
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a last line cut off by a kill is left out."""
+    """The rows of metrics.jsonl; a last line that a kill cut off is left out.
+
+    Raises:
+        UserError: another line is no object with a whole number as step.
+    """
     path = output / "metrics.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            if number == len(lines):
+                break
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise UserError(f"{path}, line {number}: must be an object with a whole number as step, got {line[:60]!r}")
+        rows.append(row)
     return rows

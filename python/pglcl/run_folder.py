@@ -1,21 +1,56 @@
 """The folder of a run: what it holds, and whether a run may go on in it.
 
-config.json, split.json, environment.json; metrics.jsonl and tensorboard/; checkpoint.pt while it runs; model.pt, the
-teacher, when it has ended.
+config.json, the options; split.json, the patients of each part; run.json, who the run is and what it read;
+environment.json; metrics.jsonl and tensorboard/; checkpoint.pt; model.pt, the teacher, when the run has ended.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import os
+import secrets
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from pglcl.cases import Split
 from pglcl.config import OPTIONS, TrainConfig, flag
 from pglcl.errors import UserError
-from pglcl.files import check_writable, load_tensors, read_json, save_tensors, write_json
+from pglcl.files import (
+    check_writable,
+    fingerprint,
+    load_tensors,
+    read_json,
+    read_object,
+    remove_orphans,
+    save_tensors,
+    write_json,
+)
 from pglcl.model import TrainedModel
 from pglcl.record import environment
+
+PARTS = tuple(field.name for field in dataclasses.fields(Split))
+SHOWN = 20  # files that a message names
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run is, from its first step to its last.
+
+    Its checkpoints hold all of it; a resume compares them with the JSON files.
+
+    id: random. split: patients of each part. files: hash of every file that it reads, by its path from the data folder.
+    ranks: processes that train together. threads: of each.
+    """
+
+    id: str
+    split: dict[str, list[str]]
+    files: dict[str, str]
+    ranks: int
+    threads: int
 
 
 class RunFolder:
@@ -24,54 +59,247 @@ class RunFolder:
     Args:
         path: of the folder.
         data: the folder that its volumes are in.
-        config: its options.
+        config: the options that are asked for.
+
+    Attributes:
+        config: the options of the run: of one that is resumed its own, with those taken over that change no weight, and
+            with more steps if they are asked for.
+        record: None for a run that has not begun.
     """
 
     def __init__(self, path: Path, data: Path, config: TrainConfig) -> None:
         self.path, self.data, self.config = path, data, config
+        self.record: RunRecord | None = None
         self.checkpoint, self.model = path / "checkpoint.pt", path / "model.pt"
 
-    def open(self, *, resume: bool) -> dict[str, Any] | None:
-        """Makes the folder, or finds the run in it; returns the state of its checkpoint, if there is one.
+    @property
+    def split(self) -> Split | None:
+        """That of a run which has begun."""
+        return None if self.record is None else Split(*(tuple(self.record.split[part]) for part in PARTS))
+
+    def open(self, *, resume: bool, ranks: int) -> None:
+        """Finds the run that is to be resumed, or that none is there.
+
+        Args:
+            ranks: processes that train together.
 
         Raises:
-            UserError: a run is there and `resume` is not asked for, or its options are others.
+            UserError: a run is there and `resume` is not asked for; or it is another than what is asked for; or its
+                files do not belong together.
         """
+        remove_orphans(self.path)
         if not (self.path / "config.json").exists():
             check_writable(self.path)
-        elif not resume:
+            return
+        if not resume:
             raise UserError(
                 f"{self.path}: holds a run already; add --resume to go on with it, or choose another --output"
             )
-        else:
-            changed = differences(read_json(self.path / "config.json"), self._options())
-            if changed:
-                raise UserError(f"{self.path}: is a run of another configuration:", *changed)
-        return load_tensors(self.checkpoint) if resume and self.checkpoint.exists() else None
+        saved = read_config(self.path)
+        self._compare_options(saved)
+        self.record = read_record(self.path)
+        if self.record.ranks != ranks:
+            raise UserError(f"{self.path}: is a run of {self.record.ranks} processes, started are {ranks}")
+        self._compare_split_file(saved)
 
-    def begin(self, split: Split) -> None:
-        """Writes what is known of a run before its first step, once."""
-        if (self.path / "config.json").exists():
-            return
-        write_json(self.path / "split.json", split.as_dict())
+    def begin(self, split: Split, root: Path, files: list[Path], ranks: int) -> None:
+        """Writes what is known of a run before its first step."""
+        # From now on as a number, which more steps do not change.
+        self.config = dataclasses.replace(self.config, warmup=self.config.warmup_steps)
+        known = {_name(file, root): fingerprint(file) for file in files}
+        hashes = {name: print["sha256"] for name, print in known.items()}
+        self.record = RunRecord(secrets.token_hex(8), split.as_dict(), hashes, ranks, torch.get_num_threads())
+        write_json(self.path / "split.json", self.record.split)
         write_json(self.path / "environment.json", environment())
-        write_json(self.path / "config.json", self._options())
+        started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        identity = {"id": self.record.id, "started": started, "ranks": ranks, "threads": self.record.threads}
+        write_json(self.path / "run.json", {**identity, "files": known})
+        self._write_options()  # the last: with it, a run is there
+
+    def resume(self, root: Path, files: list[Path]) -> dict[str, Any] | None:
+        """The state to go on from, None when the first checkpoint was not reached.
+
+        Raises:
+            UserError: a file that the run reads is not the one that it began with, or the checkpoint is not this run's.
+        """
+        assert self.record is not None
+        state = self.load_checkpoint()
+        changed = _changed_files(self.record.files, root, files)
+        if changed:
+            more = [f"... and {len(changed) - SHOWN} more files"] if len(changed) > SHOWN else []
+            raise UserError(f"{self.path}: its data are no longer those it began with:", *changed[:SHOWN], *more)
+        return state
+
+    def go_on(self, step: int) -> None:
+        """Writes down what has changed, now that nothing is left to refuse and the run goes on after `step` steps."""
+        if step < self.config.steps:
+            self.model.unlink(missing_ok=True)  # of fewer steps; the checkpoint holds the same teacher
+        self._write_options()
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The run's state, compared with what the run is; None before there is any."""
+        assert self.record is not None
+        if not self.checkpoint.exists():
+            later = [path for path in (self.model, self.path / "metrics.jsonl") if path.exists()]
+            if later:
+                raise UserError(f"{self.checkpoint}: is missing, and {later[0].name} shows that the run had begun")
+            return None
+        state = load_tensors(self.checkpoint)
+        check_identity(state, self.checkpoint, self.record, self.config)
+        return state
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        save_tensors(self.checkpoint, state)
+        save_tensors(self.checkpoint, {**state, "run": self._identity()})
 
     def save_model(self, model: TrainedModel) -> None:
-        save_tensors(self.model, model.state())
+        save_tensors(self.model, {**model.state(), "run": self._identity()})
 
-    def _options(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self.config), "data": str(self.data.resolve())}
+    def notes(self) -> list[str]:
+        """What makes a resumed run end with other last digits."""
+        assert self.record is not None
+        notes, threads = [], torch.get_num_threads()
+        if threads != self.record.threads:
+            notes.append(
+                f"the run began with {self.record.threads} CPU threads and goes on with {threads}: the last digits of "
+                f"its weights may differ; --threads {self.record.threads} keeps them bit for bit"
+            )
+        before = read_object(self.path / "environment.json").get("torch")
+        if before != torch.__version__:
+            notes.append(f"the run began with PyTorch {before} and goes on with {torch.__version__}: as above")
+        return notes
+
+    def _identity(self) -> dict[str, Any]:
+        assert self.record is not None
+        return {**dataclasses.asdict(self.record), "config": dataclasses.asdict(self.config)}
+
+    def _write_options(self) -> None:
+        write_json(self.path / "config.json", {**dataclasses.asdict(self.config), "data": str(self.data.resolve())})
+
+    def _compare_options(self, saved: TrainConfig) -> None:
+        """Refuses options that change weights; takes over the others, and more steps."""
+        asked = self.config
+        # Where the warm-up is a share of the steps, of those that the run began with.
+        warmup = saved.warmup if asked.warmup < 0 else asked.warmup
+        names = [name for name, option in OPTIONS.items() if option.weights and name != "steps"]
+        lines = [] if warmup == saved.warmup else [_difference("warmup", saved.warmup, warmup)]
+        for name in names:
+            before, now = getattr(saved, name), getattr(asked, name)
+            if name != "warmup" and before != now:
+                lines.append(_difference(name, before, now))
+        if asked.steps < saved.steps:
+            lines.append(f"{_difference('steps', saved.steps, asked.steps)}; a run may be given more, not fewer")
+        if lines:
+            raise UserError(f"{self.path}: is a run of another configuration:", *lines)
+        free = {name: getattr(asked, name) for name, option in OPTIONS.items() if not option.weights}
+        self.config = dataclasses.replace(saved, steps=asked.steps, **free)
+
+    def _compare_split_file(self, saved: TrainConfig) -> None:
+        """A split is fixed when a run begins; the file that it came from need not exist any more."""
+        path = Path(saved.split_file)
+        if saved.split_file and path.exists():
+            lines = _split_differences(path, read_json(path), self.record.split if self.record else {})
+            if lines:
+                raise UserError(f"{self.path}: its split is not that of --split-file any more:", *lines)
 
 
-def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """A line for each option that changes weights and is not what the run began with."""
-    kept = {name for name, option in OPTIONS.items() if not option.weights}
+def read_config(run: Path) -> TrainConfig:
+    """The options of a run.
+
+    Raises:
+        UserError: config.json is not what a run of this version wrote.
+    """
+    path = run / "config.json"
+    content = {name: value for name, value in read_object(path).items() if name != "data"}
+    unknown, missing = sorted(set(content) - set(OPTIONS)), sorted(set(OPTIONS) - set(content))
+    if unknown or missing:
+        wrong = f"unknown option {unknown[0]!r}" if unknown else f"no option {missing[0]!r}"
+        raise UserError(f"{path}: not the options of this version of pglcl: {wrong}")
+    try:
+        return TrainConfig(**content)
+    except UserError as error:
+        raise UserError(*(f"{path}: {line}" for line in error.lines)) from None
+
+
+def data_of(run: Path) -> Path:
+    """The data folder of a run."""
+    data = read_object(run / "config.json").get("data")
+    if not isinstance(data, str):
+        raise UserError(f"{run / 'config.json'}: data must be the path of a folder, got {data!r}")
+    return Path(data)
+
+
+def read_record(run: Path) -> RunRecord:
+    """What a run began with.
+
+    Raises:
+        UserError: run.json or split.json is not what a run wrote.
+    """
+    path = run / "run.json"
+    if not path.exists():
+        raise UserError(f"{path}: not found: the run was made by an older pglcl, or the file was removed")
+    content, split = read_object(path), read_object(run / "split.json")
+    for part in PARTS:
+        patients = split.get(part)
+        if not isinstance(patients, list) or not all(isinstance(patient, str) for patient in patients):
+            raise UserError(f"{run / 'split.json'}: {part} must be a list of patients, got {patients!r}")
+    try:
+        files = {str(name): str(print["sha256"]) for name, print in content["files"].items()}
+        numbers = (int(content["ranks"]), int(content["threads"]))
+        return RunRecord(str(content["id"]), {part: split[part] for part in PARTS}, files, *numbers)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not what a run wrote: {error!r}") from None
+
+
+def check_identity(state: dict[str, Any], path: Path, record: RunRecord, config: TrainConfig) -> None:
+    """Raises UserError when a checkpoint is not of this run, or the run's JSON files say other than it."""
+    own = state.get("run")
+    if not isinstance(own, dict) or not isinstance(state.get("step"), int):
+        raise UserError(f"{path}: not a checkpoint of this version of pglcl: it does not say which run it is of")
+    if own.get("id") != record.id:
+        raise UserError(f"{path}: is of the run {own.get('id')}, not of this one, {record.id}")
+    folder = path.parent
+    lines = _split_differences(folder / "split.json", record.split, own.get("split", {}))
+    if own.get("files") != record.files:
+        lines.append(f"{folder / 'run.json'}: its files are not those that the run began with")
+    for name, before in own.get("config", {}).items():
+        now = getattr(config, name, None)
+        if before != now and OPTIONS[name].weights and not (name == "steps" and before < config.steps):
+            lines.append(f"{folder / 'config.json'}: {_difference(name, before, now)}")
+    if lines:
+        raise UserError(f"{folder}: was edited after the run began:", *lines)
+    if not 0 <= state["step"] <= config.steps:
+        raise UserError(f"{path}: must be of step 0 to {config.steps}, got {state['step']}")
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    return f"{flag(name)}: the run has {before!r}, asked for is {now!r}"
+
+
+def _split_differences(path: Path, now: Any, began: dict[str, list[str]]) -> list[str]:
+    """A line for each part of a split that is not the one that the run began with."""
+    if not isinstance(now, dict):
+        return [f"{path}: must be a JSON object, got {type(now).__name__}"]
     return [
-        f"{flag(name)}: the run has {saved.get(name)!r}, asked for is {now.get(name)!r}"
-        for name in sorted({*saved, *now} - kept)
-        if saved.get(name) != now.get(name)
+        f"{path}: {part} has {', '.join(map(str, now.get(part, []))) or 'nobody'}; the run began with "
+        f"{', '.join(began.get(part, [])) or 'nobody'}"
+        for part in PARTS
+        if now.get(part, []) != began.get(part, [])
     ]
+
+
+def _name(file: Path, root: Path) -> str:
+    """The path from the data folder, which may be moved."""
+    return Path(os.path.relpath(file.absolute(), root.absolute())).as_posix()
+
+
+def _changed_files(began: dict[str, str], root: Path, files: list[Path]) -> list[str]:
+    """A line for each file that is not the one that the run began with."""
+    now = {_name(file, root): file for file in files}
+    lines = [f"{root / name}: the run began with it; it is gone" for name in sorted(set(began) - set(now))]
+    lines += [f"{now[name]}: was not there when the run began" for name in sorted(set(now) - set(began))]
+    lines += [
+        f"{now[name]}: its content has changed since the run began"
+        for name in sorted(set(now) & set(began))
+        if fingerprint(now[name])["sha256"] != began[name]
+    ]
+    return lines

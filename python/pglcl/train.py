@@ -17,18 +17,23 @@ import torch
 from torch import Tensor
 
 from pglcl.batches import StepBatches, loader
+from pglcl.cases import split_patients
 from pglcl.config import TrainConfig
 from pglcl.contrast import PatchContrast
 from pglcl.errors import UserError
 from pglcl.evaluate import Score, patient_means, score_case
 from pglcl.files import write_json
+from pglcl.launcher import parent_has_ended
+from pglcl.layouts import open_folder
+from pglcl.limits import check_resources, most_workers
+from pglcl.lock import FolderLock
 from pglcl.model import SegmentationNetwork, TrainedModel, choose_device, update_teacher
 from pglcl.progress import Progress
 from pglcl.ranks import Ranks, average_gradients, launched_ranks
 from pglcl.record import MetricsLog, Profile
 from pglcl.run_folder import RunFolder
 from pglcl.step import StepLoss
-from pglcl.training_data import TrainingData, load_training_data
+from pglcl.training_data import TrainingData, files_read, load_training_data
 
 LOG_EVERY = 10  # steps; reading a loss waits for the device
 
@@ -99,9 +104,12 @@ class Learner:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Raises KeyError, RuntimeError or ValueError for a state of another network."""
+        optimizer = state["optimizer"]
+        if state["step"] and len(optimizer["state"]) != len(self.parameters):
+            raise ValueError(f"its optimiser knows {len(optimizer['state'])} of {len(self.parameters)} parameters")
         self.student.load_state_dict(state["student"])
         self.teacher.load_state_dict(state["model"]["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(optimizer)
         if self.contrast is not None:
             self.contrast.load_state_dict(state["contrast"])
 
@@ -130,6 +138,7 @@ class Training:
     ) -> None:
         self.root, self.output, self.config, self.resume = root, output, config, resume
         self.folder = RunFolder(output, root, config)
+        self.lock: FolderLock | None = None  # of the first rank
         self.device = choose_device(config.device)
         if self.device.type == "cuda" and "LOCAL_RANK" in os.environ:
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -150,41 +159,72 @@ class Training:
             self._run(ranks)
 
     def _run(self, ranks: Ranks) -> None:
-        config, folder = self.config, self.folder
+        with contextlib.ExitStack() as held:
+            with ranks.together():
+                check_resources(self.config, self.device, ranks.size)
+                if ranks.is_first:
+                    self.lock = held.enter_context(FolderLock(self.output))
+                    self.folder.open(resume=self.resume, ranks=ranks.size)
+            self._run_in_folder(ranks)
+
+    def _run_in_folder(self, ranks: Ranks) -> None:
+        folder, progress = self.folder, self.progress
+        # The first rank alone looks into the folder, or another would find what it has just written.
+        folder.config, folder.record = ranks.from_first((folder.config, folder.record))
         state = None
         with ranks.together():
-            if ranks.is_first or self.resume:
-                state = folder.open(resume=self.resume)
-        data = load_training_data(self.root, config, progress=self.progress)
-        if ranks.is_first:
-            folder.begin(data.split)
-        learner = Learner(config, data, ranks, self.profile)
-        first = 0 if state is None else self._restore(learner, state)
-        if first >= config.steps:
-            self.progress.say(f"{self.output}: this run has ended; nothing to resume")
-            if ranks.is_first and not folder.model.exists():
-                folder.save_model(learner.model(config.steps))
+            data_folder = open_folder(self.root)
+            split = folder.split or split_patients(data_folder, folder.config)
+            if ranks.is_first and folder.record is not None:
+                state = folder.resume(self.root, files_read(data_folder, split))
+        if ranks.from_first(state is not None and state["step"] == folder.config.steps and folder.model.exists()):
+            progress.say(f"{self.output}: this run has ended; nothing to resume. More --steps would go on with it")
             return
-        if ranks.is_first and state is None:
-            folder.save_checkpoint(learner.state(0))  # from now on there is always one that loads
-        self._train(learner, first)
+        with ranks.together():
+            data = load_training_data(self.root, folder.config, split, progress=progress)
+            if ranks.is_first and folder.record is None:
+                folder.begin(split, self.root, files_read(data_folder, split), ranks.size)
+            elif ranks.is_first:
+                for note in folder.notes():
+                    progress.say(note)
+        self.config = folder.config = ranks.from_first(folder.config)
+        folder.record = ranks.from_first(folder.record)
+        state = self._state_of_all(ranks, state)
+        learner = Learner(self.config, data, ranks, self.profile)
+        first = 0 if state is None else self._restore(learner, state)
         if ranks.is_first:
-            folder.save_model(learner.model(config.steps))
-            self._show_profile(config.steps - max(first, config.warmup_steps))
+            folder.go_on(first)
+            if state is None:
+                folder.save_checkpoint(learner.state(0))  # from now on there is always one that loads
+        if first < self.config.steps:
+            self._train(learner, first)
+        if ranks.is_first:
+            folder.save_model(learner.model(self.config.steps))
+            self._show_profile(self.config.steps - max(first, self.config.warmup_steps))
+
+    def _state_of_all(self, ranks: Ranks, state: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The first rank's state, which the others read from its file."""
+        exists = ranks.from_first(state is not None)
+        with ranks.together():
+            if exists and state is None:
+                state = self.folder.load_checkpoint()
+        return state
 
     def _restore(self, learner: Learner, state: dict[str, Any]) -> int:
         try:
             learner.restore(state)
             return int(state["step"])
         except (KeyError, RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error.args[0] if isinstance(error, KeyError) else error).splitlines()[0]
             raise UserError(f"{self.folder.checkpoint}: does not fit this run: {reason}") from error
 
     def _train(self, learner: Learner, first: int) -> None:
         """The steps from `first` on."""
         config, data, ranks, progress = self.config, learner.data, learner.ranks, self.progress
         batches = StepBatches(data.labelled, data.unlabelled, config, ranks.rank, semi=config.semi)
-        workers = config.workers if config.workers >= 0 else self._choose_workers(batches, learner)
+        with ranks.together():
+            most = most_workers(batches, config.workers)
+        workers = config.workers if config.workers >= 0 else self._choose_workers(batches, learner, most)
         log = MetricsLog(self.output, first) if ranks.is_first else None
         volumes = f"{len(data.labelled)} labelled and {len(data.unlabelled)} unlabelled volumes"
         progress.start(first, f"{config.method}, {volumes}")
@@ -210,6 +250,8 @@ class Training:
             if not all(math.isfinite(v) for v in numbers.values()):
                 raise UserError(f"step {done}: a loss is not a number: {numbers}. Try a smaller --learning-rate")
             self.progress.step(done, numbers)
+            if self.lock:
+                self.lock.check()
             if log:
                 log.write({"step": done, **numbers})
         if config.validate_every and (done % config.validate_every == 0 or last):
@@ -217,6 +259,8 @@ class Training:
             self.progress.validated(done, dice)
             if log and not math.isnan(dice):
                 log.write({"step": done, "validation_dice": dice})
+        if done % LOG_EVERY == 0 and parent_has_ended():
+            self.stop = True
         # Ranks stop together; they ask each other now and then only.
         stopping = self.stop if ranks.size == 1 else done % LOG_EVERY == 0 and ranks.is_any(self.stop)
         if ranks.is_first and (done % config.checkpoint_every == 0 or last or stopping):
@@ -224,13 +268,13 @@ class Training:
         if stopping and not last:
             raise Interrupted(f"stopped after step {done}; --resume goes on from there")
 
-    def _choose_workers(self, batches: StepBatches, learner: Learner) -> int:
+    def _choose_workers(self, batches: StepBatches, learner: Learner, most: int) -> int:
         """The number with which steps are fastest: workers keep the network fed, but take cores from it."""
         cores = (os.cpu_count() or 1) // learner.ranks.size
         network = copy.deepcopy(learner.student)
         seconds: dict[int, float] = {}
         for workers in sorted({0, 1, min(2, cores - 1), min(4, cores - 1)}):
-            if workers == 0 or (workers > 0 and cores > 1):
+            if workers == 0 or (0 < workers <= most and cores > 1):
                 seconds[workers] = self._seconds_of_a_step(batches, network, workers)
         best = min(seconds, key=lambda w: seconds[w])
         measured = ", ".join(f"{1e3 * s:.0f} ms with {w}" for w, s in seconds.items())
@@ -253,7 +297,7 @@ class Training:
 
     @contextlib.contextmanager
     def _asked_to_stop(self) -> Iterator[None]:
-        """The first Ctrl-C or SIGTERM lets the step end and writes a checkpoint; the second one does not wait."""
+        """The first Ctrl-C, SIGTERM or SIGHUP lets the step end, and writes a checkpoint; the second does not wait."""
 
         def ask(number: int, frame: Any) -> None:
             if self.stop:
@@ -261,7 +305,9 @@ class Training:
             self.stop = True
 
         before = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # started by nohup
             with contextlib.suppress(ValueError):  # not in the main thread
                 before[number] = signal.signal(number, ask)
         try:

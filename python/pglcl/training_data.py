@@ -67,3 +67,20 @@ def load_training_data(
     unlabelled = cases_of(folder, split.unlabelled) if config.semi else []
     without = [prepared(dataclasses.replace(case, label=None), None) for case in unlabelled]
     return TrainingData(folder, split, found, labelled, without, cases_of(folder, split.validation, with_label=True))
+
+
+def files_read(folder: DataFolder, split: Split) -> list[Path]:
+    """The files that a training on this split reads. Labels of unlabelled patients and the test are not among them."""
+    with_label = cases_of(folder, (*split.labelled, *split.validation), with_label=True)
+    paths = {path for case in (*with_label, *cases_of(folder, split.unlabelled)) for path in case.images}
+    paths |= {case.label for case in with_label if case.label is not None}
+    return sorted(file for path in paths for file in _files_of(path))
+
+
+def _files_of(path: Path) -> list[Path]:
+    """All files of an image: a folder of DICOM slices, a header (.mhd) with its voxels beside it, or one file."""
+    if path.is_dir():
+        return [file for file in path.rglob("*") if file.is_file()]
+    if path.suffix.lower() == ".mhd":
+        return [file for file in path.parent.iterdir() if file.is_file() and file.stem == path.stem]
+    return [path]

@@ -1,0 +1,70 @@
+"""Several processes that train together on one machine, started and ended as one.
+
+torchrun does the same and more, on many machines; when a process ends in an error it prints dozens of lines of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+PARENT = "PGLCL_PARENT"  # the environment variable that names the process whose end is the end of all
+GRACE = 20.0  # seconds for the others to end, after one has ended in an error
+
+
+def launch(processes: int, arguments: Sequence[str]) -> int:
+    """Runs ``pglcl`` with `arguments` in so many processes; returns the first exit code that is not 0.
+
+    Signals that ask to stop are passed on.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, PARENT: os.getpid()}
+    if "OMP_NUM_THREADS" not in os.environ:
+        common["OMP_NUM_THREADS"] = max(1, (os.cpu_count() or 1) // processes)
+    children: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, frame: Any) -> None:
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(number)
+
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        for rank in range(processes):
+            own = {name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            command = [sys.executable, "-m", "pglcl", *arguments]
+            # A session of its own: Ctrl-C in the terminal would else reach it twice.
+            children.append(subprocess.Popen(command, env={**os.environ, **own}, start_new_session=True))
+        return _wait(children)
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.kill()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
+    """The first exit code that is not 0; a signal counts as a shell counts it, 128 and its number."""
+    code, until = 0, float("inf")
+    while any(child.poll() is None for child in children) and time.monotonic() < until:
+        time.sleep(0.05)
+        ended = [child.returncode for child in children if child.returncode]
+        if ended and not code:
+            code, until = ended[0], time.monotonic() + GRACE
+    code = code or next((child.returncode for child in children if child.returncode), 0)
+    return 128 - code if code < 0 else code
+
+
+def parent_has_ended() -> bool:
+    """Whether the process that launched this one was killed."""
+    return PARENT in os.environ and os.getppid() != int(os.environ[PARENT])

@@ -1,0 +1,101 @@
+"""What a machine can give, compared with what a training asks for, before it begins."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from pglcl.batches import PREFETCHED, StepBatches
+from pglcl.config import TrainConfig
+from pglcl.errors import UserError
+from pglcl.model import SegmentationNetwork
+
+WORKERS_PER_CORE = 8
+THREADS = 64  # at most, or the number of cores where that is more
+SHARED_MEMORY = Path("/dev/shm")
+GIB = 2**30
+
+
+def check_threads(threads: int) -> None:
+    """Raises UserError for a number of CPU threads that OpenMP may not survive; 0 is PyTorch's choice."""
+    most = max(THREADS, os.cpu_count() or 1)
+    if not 0 <= threads <= most:
+        raise UserError(f"--threads must be 0 to {most}, got {threads}", everywhere=True)
+
+
+def check_resources(config: TrainConfig, device: torch.device, ranks: int) -> None:
+    """Raises UserError for options that this machine cannot meet, whatever the data are.
+
+    Args:
+        ranks: processes that train together, which share the cores.
+    """
+    cores = os.cpu_count() or 1
+    most = max(1, WORKERS_PER_CORE * cores // ranks)
+    if config.workers > most:
+        raise UserError(f"--workers must be at most {most} on the {cores} cores of this machine, got {config.workers}")
+    need, has = bytes_of_a_step(config), memory_of(device)
+    if need > has:
+        sizes = f"--batch-size {config.batch_size}, --image-size {'x'.join(map(str, config.size))}"
+        raise UserError(
+            f"a step takes at least {need / GIB:.3g} GiB, {device} has {has / GIB:.3g} GiB: reduce {sizes}, "
+            f"--channels {config.channels}, --queue-length {config.queue_length} or --embedding-dim "
+            f"{config.embedding_dim}"
+        )
+
+
+def bytes_of_a_step(config: TrainConfig) -> float:
+    """At least: what the student keeps for its backward pass, parameters, their optimiser, and the queue."""
+    classes = max(2, config.num_classes)
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        kept[t.untyped_storage()._cdata] = t.untyped_storage()
+        return t
+
+    try:
+        with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            network = SegmentationNetwork(config.spatial_dims, 1, classes, config.channel_list, config.embedding_dim)
+            network(torch.empty(config.batch_size, 1, *config.size))
+    except (RuntimeError, OverflowError):  # more numbers than 64 bits count
+        return float("inf")
+    parameters = sum(p.numel() for p in network.parameters())
+    activations = sum(storage.nbytes() for storage in kept.values())
+    queue = classes * config.queue_length * config.embedding_dim if config.contrast else 0
+    # Activations may be of half the width; student, teacher, gradient and two moments are not.
+    return (0.5 if config.amp else 1.0) * activations + 4.0 * (5 * parameters + queue)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of the device; of the CPU, what the machine or its container has."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int(Path(path).read_text()))
+        except (OSError, ValueError):
+            continue
+    return total
+
+
+def most_workers(batches: StepBatches, asked: int) -> int:
+    """The processes whose batches fit into the shared memory through which they come.
+
+    Raises:
+        UserError: `asked` for are more. Without room a process waits or is killed, and with it the training.
+    """
+    if not SHARED_MEMORY.is_dir():
+        return max(asked, 64)
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    each = (PREFETCHED + 1) * batches.bytes_of_a_batch()
+    most = int(free // each)
+    if asked > most:
+        mib = 2**20
+        raise UserError(
+            f"--workers {asked}: their batches take {asked * each / mib:.0f} MiB of shared memory, {SHARED_MEMORY} has "
+            f"{free / mib:.0f} MiB. Use --workers {most}, or give the container more (docker run --shm-size=1g)"
+        )
+    return most

@@ -1,0 +1,86 @@
+"""One process at a time writes to a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+from types import TracebackType
+
+from pglcl.errors import UserError, WriteError
+
+_held: set[int] = set()  # file descriptors
+
+
+def _release_in_child() -> None:
+    """A lock belongs to the open file, which a fork shares: processes that prepare batches must not keep it."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_release_in_child)
+
+
+class FolderLock:
+    """Holds a folder, which is made where it is missing, until the block or the process ends, however it ends.
+
+    The lock is the kernel's (``flock`` on ``.lock``): nothing is left to clean up after ``kill -9``.
+
+    Raises:
+        UserError: another process holds it; the line says which.
+        WriteError: the folder cannot be made or written to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / ".lock"
+        self.descriptor = -1
+
+    def __enter__(self) -> FolderLock:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise WriteError(f"{self.folder}: cannot be written: {error.strerror or error}") from error
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = self._owner()
+            os.close(self.descriptor)
+            raise UserError(f"{self.folder}: {owner} writes to it; wait for its end, or stop it") from None
+        except OSError:
+            pass  # a file system without locks
+        _held.add(self.descriptor)
+        with contextlib.suppress(OSError):
+            now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+            os.ftruncate(self.descriptor, 0)
+            owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": now}
+            os.pwrite(self.descriptor, json.dumps(owner).encode(), 0)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.descriptor in _held:
+            _held.remove(self.descriptor)
+            os.close(self.descriptor)
+
+    def check(self) -> None:
+        """Raises UserError when the folder was removed or renamed: files would land in another of its name."""
+        try:
+            there, mine = os.stat(self.path), os.fstat(self.descriptor)
+        except OSError:
+            there = mine = None
+        if there is None or mine is None or (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino):
+            raise UserError(f"{self.folder}: was removed or renamed while the run wrote to it")
+
+    def _owner(self) -> str:
+        try:
+            owner = json.loads(os.pread(self.descriptor, 4096, 0))
+            return f"process {owner['pid']} on {owner['host']}, since {owner['since']},"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "another process"

@@ -1,0 +1,370 @@
+"""A run goes on with its own data, split, options and checkpoint, and with no others."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pglcl import train
+from pglcl.cli import main
+from pglcl.errors import UserError
+from pglcl.files import load_tensors, save_tensors
+from pglcl.model import load_model
+from pglcl.record import read_metrics
+from pglcl.train import Interrupted, Training
+
+from tests.pglcl.folders import plain, save, tiny, volume
+
+STOPPED_AT = 5
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return plain(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def ended(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "ended"
+    Training(data, run, tiny(), quiet=True).run()
+    return run
+
+
+@pytest.fixture(scope="module")
+def stopped(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that Ctrl-C stopped."""
+    run = tmp_path_factory.mktemp("runs") / "stopped"
+    stop_by(signal.SIGINT, data, run)
+    return run
+
+
+@pytest.fixture
+def copies(data: Path, stopped: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A data folder and a stopped run of it, to spoil."""
+    shutil.copytree(data, tmp_path / "data")
+    shutil.copytree(stopped, tmp_path / "run")
+    return tmp_path / "data", tmp_path / "run"
+
+
+def stop_by(number: signal.Signals, data: Path, run: Path, **options: Any) -> None:
+    update = train.update_teacher
+
+    def stopping(teacher: Any, student: Any, decay: float, step: int) -> None:
+        update(teacher, student, decay, step)
+        if step + 1 == STOPPED_AT:
+            os.kill(os.getpid(), number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "update_teacher", stopping)
+        with pytest.raises(Interrupted, match=f"stopped after step {STOPPED_AT}"):
+            Training(data, run, tiny(**options), quiet=True).run()
+
+
+def resume(data: Path, run: Path, **options: Any) -> None:
+    Training(data, run, tiny(**options), resume=True, quiet=True).run()
+
+
+def refused(data: Path, run: Path, **options: Any) -> str:
+    """What a resume says instead of going on. Nothing in the folder has changed then."""
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file() and path.name != ".lock"}
+    with pytest.raises(UserError) as caught:
+        resume(data, run, **options)
+    assert {n: b for n, b in before.items() if (run / n).read_bytes() != b} == {}
+    return "\n".join(caught.value.lines)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_tensors(run / "model.pt")["network"]
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    first, second = weights(a), weights(b)
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+# --- data and split -------------------------------------------------------------------------------------------------
+
+
+def test_volumes_that_are_added_change_nothing(copies: tuple[Path, Path], ended: Path) -> None:
+    data, run = copies
+    split = (run / "split.json").read_text()
+    for i in range(3):
+        image, label = volume(100 + i)
+        save(data / "images" / f"added{i}.nii.gz", image)  # before the others by name
+        save(data / "labels" / f"added{i}.nii.gz", label)
+    resume(data, run)
+    assert (run / "split.json").read_text() == split
+    assert same_weights(run, ended)
+
+
+def test_other_data_are_refused_file_by_file(copies: tuple[Path, Path]) -> None:
+    data, run = copies
+    content = (data / "labels" / "case00.nii.gz").read_bytes()
+    image, label = volume(77, (30, 26, 5))
+    save(data / "labels" / "case00.nii.gz", label)
+    save(data / "images" / "case06.nii.gz", image)
+    (data / "images" / "case02.nii.gz").rename(data / "images" / "other.nii.gz")
+    (data / "labels" / "case02.nii.gz").rename(data / "labels" / "other.nii.gz")
+    said = refused(data, run)
+    assert "labels/case00.nii.gz: its content has changed" in said
+    assert "images/case06.nii.gz: its content has changed" in said
+    assert "images/case02.nii.gz: the run began with it; it is gone" in said
+    assert "case01" not in said
+    assert content != (data / "labels" / "case00.nii.gz").read_bytes()
+
+
+def test_files_that_were_only_touched_or_moved_are_the_same(copies: tuple[Path, Path], ended: Path) -> None:
+    data, run = copies
+    os.utime(data / "images" / "case00.nii.gz", (0, 0))
+    moved = data.rename(data.with_name("moved"))
+    assert main(["train", "--resume", str(run), "--data", str(moved), "-q"]) == 0
+    assert same_weights(run, ended)
+    assert json.loads((run / "config.json").read_text())["data"] == str(moved)
+
+
+def test_a_test_volume_is_never_trained_on_after_the_split_was_edited(copies: tuple[Path, Path]) -> None:
+    data, run = copies
+    split = json.loads((run / "split.json").read_text())
+    split["labelled"].append(split["test"].pop())
+    (run / "split.json").write_text(json.dumps(split))
+    assert "split.json: labelled has case00, case01, case05; the run began with case00, case01" in refused(data, run)
+
+
+def test_an_edited_split_file_is_refused_and_a_missing_one_is_not_needed(data: Path, tmp_path: Path) -> None:
+    file = tmp_path / "split.json"
+    split = {"labelled": ["case00"], "unlabelled": ["case06", "case07"], "validation": [], "test": ["case05"]}
+    file.write_text(json.dumps(split))
+    options = {"split_file": str(file)}
+    stop_by(signal.SIGINT, data, tmp_path / "run", **options)
+    file.write_text(json.dumps({**split, "labelled": ["case00", "case05"], "test": []}))
+    assert "split.json: labelled has case00, case05; the run began with case00" in refused(
+        data, tmp_path / "run", **options
+    )
+    file.unlink()
+    resume(data, tmp_path / "run", **options)
+
+
+def test_what_was_read_is_written_down(data: Path, ended: Path) -> None:
+    files = json.loads((ended / "run.json").read_text())["files"]
+    read = {"labelled": ("case00", "case01"), "unlabelled": ("case02", "case06", "case07"), "validation": ("case03",)}
+    images = {f"images/{name}.nii.gz" for names in read.values() for name in names}
+    labels = {f"labels/{name}.nii.gz" for part in ("labelled", "validation") for name in read[part]}
+    assert set(files) == images | labels
+    for name, print in files.items():
+        assert print["bytes"] == (data / name).stat().st_size
+        assert len(print["sha256"]) == 64
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "model.pt"])
+def test_a_flipped_bit_anywhere_is_refused(name: str, ended: Path, tmp_path: Path) -> None:
+    content = (ended / name).read_bytes()
+    random = np.random.default_rng(0)
+    places = [0, len(content) - 1, len(content) - 70, *random.integers(0, len(content), 60).tolist()]
+    for place in places:
+        spoiled = bytearray(content)
+        spoiled[place] ^= 1 << int(random.integers(8))
+        (tmp_path / name).write_bytes(spoiled)
+        with pytest.raises(UserError, match=rf"{name}: not a checkpoint of pglcl"):
+            load_tensors(tmp_path / name)
+    for length in (0, 1, 76, 77, 78, len(content) - 1):
+        (tmp_path / name).write_bytes(content[:length])
+        with pytest.raises(UserError, match=rf"{name}: not a checkpoint of pglcl"):
+            load_tensors(tmp_path / name)
+
+
+def test_another_runs_checkpoint_and_model_are_refused(copies: tuple[Path, Path], ended: Path) -> None:
+    data, run = copies
+    shutil.copy(ended / "checkpoint.pt", run / "checkpoint.pt")
+    assert "checkpoint.pt: is of the run" in refused(data, run)
+    shutil.copy(ended / "model.pt", run / "model.pt")
+    with pytest.raises(UserError, match=r"model\.pt: is of the run .*, not of this one"):
+        load_model(run, "cpu")
+
+
+def spoil(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    state = load_tensors(path)
+    change(state)
+    save_tensors(path, state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.update(step=10**9), r"must be of step 0 to 8, got 1000000000"),
+        (lambda s: s.update(step=-1), r"must be of step 0 to 8, got -1"),
+        (lambda s: s.update(step="5"), r"does not say which run"),
+        (lambda s: s.pop("run"), r"does not say which run"),
+        (lambda s: s["optimizer"]["state"].clear(), r"its optimiser knows 0 of"),
+        (lambda s: s["optimizer"]["state"].popitem(), r"its optimiser knows"),
+        (lambda s: s.pop("contrast"), r"does not fit this run: contrast"),
+        (lambda s: s["student"].popitem(), r"does not fit this run"),
+        (lambda s: s["run"]["config"].update(learning_rate=0.5), r"--learning-rate: the run has 0.5"),
+        (lambda s: s["run"]["files"].popitem(), r"run.json: its files are not those"),
+    ],
+)
+def test_a_checkpoint_that_is_whole_but_wrong(
+    change: Callable[[dict[str, Any]], None], message: str, copies: tuple[Path, Path]
+) -> None:
+    data, run = copies
+    spoil(run / "checkpoint.pt", change)
+    assert message in refused(data, run)
+
+
+def test_a_missing_checkpoint_is_no_fresh_start(copies: tuple[Path, Path]) -> None:
+    data, run = copies
+    (run / "checkpoint.pt").unlink()
+    assert "checkpoint.pt: is missing, and metrics.jsonl shows that the run had begun" in refused(data, run)
+
+
+@pytest.mark.parametrize("name", ["config.json", "split.json", "run.json", "environment.json", "metrics.jsonl"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[1, 2]", b'"text"', b"\x93\xff\x00", b"[" * 100_000, b'{"step": "x", "labelled": 3}\n'],
+    ids=["empty", "list", "text", "binary", "deep", "types"],
+)
+def test_json_files_of_another_kind(name: str, content: bytes, copies: tuple[Path, Path]) -> None:
+    data, run = copies
+    (run / name).write_bytes(content)
+    if name == "metrics.jsonl" and content in (b"", b"\x93\xff\x00", b"[" * 100_000):
+        resume(data, run)  # no row, or one that a kill cut off
+        return
+    if name == "environment.json" and content.startswith(b'{"step'):
+        resume(data, run)  # an object: it tells what the machine was, nothing depends on it
+        return
+    with pytest.raises(UserError) as caught:
+        resume(data, run)
+    assert name in caught.value.lines[0] or name in "\n".join(caught.value.lines)
+
+
+# --- options --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_resumed_by_its_name_alone(copies: tuple[Path, Path], ended: Path, data: Path) -> None:
+    _, run = copies
+    assert main(["train", "--resume", str(run), "-q"]) == 0
+    assert same_weights(run, ended)
+
+
+def test_options_of_the_run_that_are_not_given_stay(copies: tuple[Path, Path], capsys: Any) -> None:
+    data, run = copies
+    arguments = ["train", str(data), "-o", str(run), "--resume", "-q"]
+    assert main([*arguments, "--learning-rate", "0.1"]) == 2
+    assert "--learning-rate: the run has 0.002, asked for is 0.1" in capsys.readouterr().err
+    assert main([*arguments, "--checkpoint-every", "4"]) == 0
+    assert json.loads((run / "config.json").read_text())["checkpoint_every"] == 4
+
+
+def test_more_steps(copies: tuple[Path, Path], ended: Path, tmp_path: Path) -> None:
+    data, _ = copies
+    run = tmp_path / "more"
+    shutil.copytree(ended, run)
+    assert "a run may be given more, not fewer" in refused(data, run, steps=6)
+    assert main(["train", "--resume", str(run), "--steps", "12", "-q"]) == 0
+    assert load_model(run, "cpu").step == 12
+    assert json.loads((run / "config.json").read_text())["steps"] == 12
+    assert not same_weights(run, ended)
+    assert [row["step"] for row in read_metrics(run)] == [8, 10, 12]
+
+
+def test_a_model_of_fewer_steps_does_not_outlive_them(ended: Path, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(ended, run)
+
+    def stop(*arguments: Any) -> None:
+        raise Interrupted("as if killed")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "_train", stop)
+        with pytest.raises(Interrupted):
+            resume(data, run, steps=20)
+    assert load_model(run, "cpu").step == 8  # of the checkpoint, unfinished
+    assert not (run / "model.pt").exists()
+
+
+def test_the_warm_up_is_a_share_that_more_steps_do_not_change(data: Path, tmp_path: Path) -> None:
+    stop_by(signal.SIGINT, data, tmp_path / "run", warmup=-1)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["warmup"] == 2
+    resume(data, tmp_path / "run", warmup=-1, steps=12)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["warmup"] == 2
+
+
+def test_unlabelled_images_reach_the_weights_by_default(tmp_path: Path) -> None:
+    """A quarter of the steps is warm-up, however few there are."""
+    models = []
+    for seed in (0, 1):
+        data = plain(tmp_path / f"data{seed}")
+        for i in (2, 6, 7) if seed else ():  # noise in place of the unlabelled images
+            shape = volume(i, (30 + i % 3, 26, 5 + i % 2))[0].shape
+            save(data / "images" / f"case{i:02d}.nii.gz", np.random.default_rng(i).normal(size=shape).astype("f4"))
+        Training(data, tmp_path / f"run{seed}", tiny(warmup=-1), quiet=True).run()
+        models.append(tmp_path / f"run{seed}")
+    assert not same_weights(*models)
+
+
+def test_another_number_of_threads_is_said(copies: tuple[Path, Path], capsys: Any) -> None:
+    data, run = copies
+    described = json.loads((run / "run.json").read_text())
+    began = described["threads"]
+    (run / "run.json").write_text(json.dumps({**described, "threads": began + 3}))
+    spoil(run / "checkpoint.pt", lambda s: s["run"].update(threads=began + 3))
+    Training(data, run, tiny(), resume=True).run()
+    assert f"--threads {began + 3} keeps them bit for bit" in capsys.readouterr().err
+
+
+# --- signals and kills ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
+def test_signals_stop_with_a_checkpoint(number: signal.Signals, data: Path, tmp_path: Path) -> None:
+    stop_by(number, data, tmp_path / "run")
+    assert load_tensors(tmp_path / "run" / "checkpoint.pt")["step"] == STOPPED_AT
+
+
+def test_a_hang_up_that_nohup_ignores_is_ignored(data: Path, tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with pytest.raises(pytest.fail.Exception):
+            stop_by(signal.SIGHUP, data, tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (tmp_path / "run" / "model.pt").exists()
+
+
+def test_what_a_kill_left_behind_is_removed(copies: tuple[Path, Path]) -> None:
+    data, run = copies
+    (run / ".partial-4242-checkpoint.pt").write_bytes(b"half")
+    resume(data, run)
+    assert not list(run.glob(".partial-*"))
+
+
+@pytest.fixture
+def removing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    update = train.update_teacher
+
+    def after(run: Path) -> None:
+        def step_and_remove(teacher: Any, student: Any, decay: float, step: int) -> None:
+            update(teacher, student, decay, step)
+            if step == 6:
+                shutil.rmtree(run)
+
+        monkeypatch.setattr(train, "update_teacher", step_and_remove)
+
+    return after
+
+
+def test_a_folder_that_was_removed_meanwhile(data: Path, tmp_path: Path, removing: Callable[[Path], None]) -> None:
+    removing(tmp_path / "run")
+    with pytest.raises(UserError, match="run: was removed or renamed while the run wrote to it"):
+        Training(data, tmp_path / "run", tiny(), quiet=True).run()
+    assert not (tmp_path / "run").exists()
