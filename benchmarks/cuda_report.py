@@ -3,7 +3,7 @@
     python -m benchmarks.cuda_report [--module path/to/_C.so] [--check] [--output file.md]
 
 Reads the compiled module with cuobjdump (pip: nvidia-cuda-cuobjdump); no GPU is needed. With --check it fails when a
-fast-path kernel spills registers or has a stack frame.
+fast-path kernel spills registers or has a stack frame, or when a counted loop takes more instructions than its limit.
 """
 
 from __future__ import annotations
@@ -20,12 +20,106 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # Kernels of the fast path; the plain ones may do as they like.
-FAST = re.compile(r"_tiles|patch_statistics_|semantic_disparity_|disparity_bounds_|contrast_reduce")
+FAST = re.compile(
+    r"_tiles|_mma|gaussian_contrast_rows|patch_statistics_|semantic_disparity_|disparity_bounds_|contrast_reduce"
+)
 INSTRUCTIONS = {"HMMA": r"\bHMMA\.", "FFMA": r"\bFFMA\b", "LDG.128": r"\bLDG\.E\.128", "LDGSTS": r"\bLDGSTS\."}
 
 # Per multiprocessor: registers, shared memory in bytes, threads, blocks. CUDA programming guide, compute capabilities.
 MULTIPROCESSOR = {80: (65536, 164 * 1024, 2048, 32), 90: (65536, 228 * 1024, 2048, 32)}
 THREADS = {"contrast_reduce": 256}
+
+# What is counted in the SASS: kernels, what of, and the most it may be.
+PAIRS = "instructions a pair"  # of the loop over tiles at a depth of 128, copies and products included
+EIGHTS = "instructions for 8 FFMA"  # of the loop over the depth
+LIMITS: list[tuple[str, str, float]] = [
+    (r"contrast_forward_mma<\w+, 128, rule>", PAIRS, 60),
+    (r"contrast_backward_mma<\w+, 128, \w+, rule>", PAIRS, 100),
+    (r"gaussian_contrast_rows<float>", EIGHTS, 30),
+]
+ROWS, DEPTH, BLOCK = 64, 128, 128  # of an mma kernel: rows of a block, depth counted for, threads
+
+
+def columns_of_tile(name: str) -> int:
+    """Columns of a tile of an mma kernel: kMmaColumns in the sources, where the forward pass holds a depth of 128."""
+    return 64 if "forward" in name and " 128," in name else 32
+
+
+@dataclass
+class Instruction:
+    address: int
+    operation: str  # e.g. HMMA.16816.F32
+    target: int | None = None  # of a branch
+    predicated: bool = False
+
+
+def read_instruction(line: str) -> Instruction | None:
+    """An instruction of `cuobjdump -sass`; None for other lines."""
+    match = re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(@\S+ )?([A-Z][A-Z0-9_.]*)([^;]*);", line)
+    if not match:
+        return None
+    address, predicate, operation, operands = match.groups()
+    target = re.search(r"0x([0-9a-f]+)\s*$", operands) if operation == "BRA" else None
+    # A branch may have a second predicate: BRA P0, 0x10.
+    predicated = predicate is not None or bool(re.search(r"P\d", operands))
+    return Instruction(int(address, 16), operation, int(target[1], 16) if target else None, predicated)
+
+
+def loops(sass: list[Instruction]) -> list[tuple[int, int]]:
+    """(first, last) instruction of every loop, the branch back being the last; inner ones come before outer ones."""
+    place = {x.address: i for i, x in enumerate(sass)}
+    found = [(place[x.target], i) for i, x in enumerate(sass) if x.target is not None and x.target < x.address]
+    return sorted(found, key=lambda loop: loop[1] - loop[0])
+
+
+def usual_length(sass: list[Instruction], first: int, last: int) -> int:
+    """Instructions on the way through a stretch.
+
+    Of two alternatives the shorter one counts: the longer ones are for tiles on the diagonal and for rows that are not
+    finite. What may be skipped counts.
+    """
+    place = {x.address: i for i, x in enumerate(sass)}
+    length, i = 0, first
+    while i <= last:
+        x = sass[i]
+        length += 1
+        other = place.get(x.target) if x.target is not None and x.predicated else None
+        if other is not None and i < other <= last:
+            end = sass[other - 1]  # the first alternative ends with a jump over the second one
+            over = place.get(end.target) if end.target is not None and not end.predicated else None
+            if over is not None and other < over <= last + 1:
+                length += min(usual_length(sass, i + 1, other - 1), usual_length(sass, other, over - 1))
+                i = over
+                continue
+        i += 1
+    return length
+
+
+def holds(sass: list[Instruction], first: int, last: int, operation: str) -> int:
+    return sum(x.operation.startswith(operation) for x in sass[first : last + 1])
+
+
+def instructions_per_pair(kernel: Kernel) -> float:
+    """Of one thread for one pair of rows, in the loop over tiles."""
+    sass, columns = kernel.sass, columns_of_tile(kernel.name)
+    all_loops = loops(sass)
+    first, last = max((x for x in all_loops if holds(sass, *x, "HMMA")), key=lambda x: x[1] - x[0])
+    length = float(usual_length(sass, first, last))
+    copies = columns * DEPTH * 2 // 16 / BLOCK  # 16 bytes each
+    for inner in all_loops:
+        if first < inner[0] and inner[1] < last and (body := holds(sass, *inner, "LDGSTS")):
+            length += (copies / body - 1) * (inner[1] - inner[0] + 1)
+            break  # a pipeline of one stage copies at another place
+    return length / (ROWS * columns / BLOCK)
+
+
+def instructions_per_eight(kernel: Kernel) -> float:
+    """Of the loop with most FFMA among those that hold no other loop."""
+    sass = kernel.sass
+    all_loops = loops(sass)
+    innermost = [x for x in all_loops if not any(x[0] <= y[0] and y[1] < x[1] for y in all_loops)]
+    first, last = max(innermost, key=lambda x: holds(sass, *x, "FFMA"))
+    return (last - first + 1) / (holds(sass, first, last, "FFMA") / 8)
 
 
 @dataclass
@@ -36,6 +130,7 @@ class Kernel:
     stack: int
     local: int
     instructions: Counter = field(default_factory=Counter)
+    sass: list[Instruction] = field(default_factory=list)
 
     @property
     def spills(self) -> bool:
@@ -43,6 +138,10 @@ class Kernel:
 
     def shared_bytes(self, depth: int) -> int:
         """Dynamic shared memory of a tile kernel at this depth, two stages (tile_shared_bytes in the sources)."""
+        if "_mma" in self.name:
+            columns, deepest = columns_of_tile(self.name), 128 if " 128," in self.name else 256
+            rows = 0 if columns == 64 else ROWS  # rows that are held pass through a stage
+            return (rows + 2 * columns) * (deepest + 8) * 2 + 2 * 40 * columns + 64
         if "_tiles" not in self.name:
             return 0
         size = 4 if "float" in self.name else 2
@@ -53,7 +152,12 @@ class Kernel:
             return (n + 15) // 16 * 16
 
         tiles = rounded(32 * row * size) + rounded(2 * columns * row * size)
-        return tiles + rounded(32 * (columns + 4) * 4) + columns * 8 + 6 * columns * 4
+        return tiles + rounded(32 * (columns + 4) * 4) + 40 * columns + 64 + 16
+
+    def counted(self) -> list[tuple[str, float, float]]:
+        """(what, how many, the most it may be) for what LIMITS counts in this kernel."""
+        count = {PAIRS: instructions_per_pair, EIGHTS: instructions_per_eight}
+        return [(what, count[what](self), most) for name, what, most in LIMITS if re.fullmatch(name, self.name)]
 
     def occupancy(self, depth: int = 128) -> float:
         """Theoretical, as a share of the threads of a multiprocessor."""
@@ -74,10 +178,17 @@ def find_cuobjdump() -> str:
     sys.exit("cuobjdump not found; install it with: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
 
 
+ENUMERATORS = {"Math": ("FFMA", "TF32"), "Owner": ("anchors", "keys", "both")}
+
+
 def short_name(mangled: str) -> str:
+    """E.g. contrast_backward_mma<BFloat16, 128, both, rule>: the last says whether masks or several channels decide."""
     name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
-    name = re.sub(r"\((?!pglcl::cuda::Math|int|bool).*$", "", name.replace("(pglcl::cuda::Math)0", "FFMA"))
-    name = name.replace("(pglcl::cuda::Math)1", "tensor").replace("(int)", "")
+    for kind, values in ENUMERATORS.items():
+        for number, value in enumerate(values):
+            name = name.replace(f"(pglcl::cuda::{kind}){number}", value)
+    name = re.sub(r"\(.*$", "", name.replace("(int)", ""))
+    name = name.replace(", false>", ", rule>").replace(", true>", ", general>")
     return re.sub(r"^void |pglcl::cuda::|pglcl::", "", name).strip()
 
 
@@ -103,6 +214,8 @@ def read_module(module: Path) -> list[Kernel]:
             if match := re.search(r"Function : (\S+)", line):
                 mangled = match.group(1)
             elif (mangled, architecture) in kernels:
+                if instruction := read_instruction(line):
+                    kernels[mangled, architecture].sass.append(instruction)
                 for label, pattern in INSTRUCTIONS.items():
                     kernels[mangled, architecture].instructions[label] += bool(re.search(pattern, line))
     return [k for k in kernels.values() if "<" in k.name]
@@ -132,7 +245,7 @@ def table(kernels: list[Kernel]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--module", type=Path, help="the compiled module; that of the installed pglcl_ext by default")
-    parser.add_argument("--check", action="store_true", help="fail on a spill or a stack frame in a fast-path kernel")
+    parser.add_argument("--check", action="store_true", help="fail on a spill, a stack frame or a count over its limit")
     parser.add_argument("--output", type=Path, help="write the Markdown table there")
     arguments = parser.parse_args()
     module = arguments.module
@@ -152,7 +265,14 @@ def main() -> None:
     print(f"\n{len(kernels)} kernels for {architectures}; {len(bad)} fast-path kernels spill or have a stack frame")
     for k in bad:
         print(f"  sm_{k.architecture} {k.name}: {k.stack} bytes of stack, {k.local} local")
-    if arguments.check and bad:
+    over = False
+    for k in sorted(kernels, key=lambda k: (k.name, k.architecture)):
+        for what, count, most in k.counted() if k.architecture >= 80 else []:
+            print(
+                f"sm_{k.architecture} {k.name}: {count:.1f} {what}, at most {most:g}{'' if count <= most else ': OVER'}"
+            )
+            over = over or count > most
+    if arguments.check and (bad or over):
         sys.exit(1)
 
 
