@@ -40,8 +40,8 @@ def test_instructions_and_loops_are_read() -> None:
 
 def test_the_shorter_alternative_counts_and_copies_repeat() -> None:
     kernel = Kernel("contrast_forward_mma<BFloat16, 128, rule>", 80, 100, 0, 0, sass=read(SASS))
-    # A thread copies 64 x 256 bytes / 128 threads, 8 times 16, and has 32 pairs. Once around the loop are 7 instructions:
-    # 10 less the three of the longer alternative; the copy's two run 7 more times.
+    # A thread copies 64 x 256 bytes / 128 threads, 8 times 16, and has 32 pairs. Once around the loop are 7
+    # instructions, 10 less the three of the longer alternative; the copy's two run 7 more times.
     assert cuda_report.usual_length(kernel.sass, 1, 10) == 7
     ((what, count, most),) = kernel.counted()
     assert (what, count, most) == (cuda_report.PAIRS, (7 + 7 * 2) / 32, 60)

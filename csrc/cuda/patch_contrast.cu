@@ -2,6 +2,7 @@
 #include "kernels/patch_contrast_launch.cuh"
 
 #include <ATen/Context.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -27,6 +28,16 @@ cuda::DeviceLimits limits() {
   return {compiled_for(cuda::contrast_reduce<float>), device_attribute(DeviceAttribute::kSharedBytes), tf32_allowed()};
 }
 
+// Rows that the fast kernels take: they read 16 bytes at once. A depth that is no multiple of them, or rows that do not
+// begin at one, cost a copy, with zeros behind each row; the plain kernels, which need none, are far slower.
+at::Tensor aligned_rows(const at::Tensor& t) {
+  const at::Tensor rows = t.contiguous();
+  const int64_t elements = 16 / rows.element_size(), depth = rows.size(1);
+  if (rows.scalar_type() == at::kDouble || depth == 0 || depth > cuda::kMaxDepth) return rows;
+  if (depth % elements) return at::constant_pad_nd(rows, {0, elements - depth % elements});
+  return reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 ? rows.clone() : rows;
+}
+
 // The inputs as the kernels read them, and the tensors that keep them alive.
 struct Arguments {
   at::Tensor anchors, keys, labels, key_labels, descriptors, key_descriptors, positive_bounds, negative_bounds;
@@ -35,8 +46,8 @@ struct Arguments {
 
   explicit Arguments(const PatchContrastArgs& args) : x(args), symmetric(!args.keys) {
     const at::ScalarType type = x.accumulate_type();
-    anchors = x.anchors.contiguous();
-    keys = symmetric ? anchors : x.keys->contiguous();
+    anchors = aligned_rows(x.anchors);
+    keys = symmetric ? anchors : aligned_rows(*x.keys);
     labels = x.labels.contiguous();
     key_labels = symmetric ? labels : x.key_labels->contiguous();
     descriptors = converted(x.descriptors, type);
@@ -107,9 +118,14 @@ Forward forward(PGLCL_CONTRAST_PARAMETERS) {
   return {loss, max_logit, log_sum, positive_logit, num_positives, num_valid};
 }
 
-// A gradient like `t`; empty where nobody asks for it.
-at::Tensor gradient_of(const at::Tensor& t, bool needed) {
-  return needed ? at::empty(t.sizes(), t.options()) : at::empty({0}, t.options());
+// A gradient of rows as the kernels write it; empty where nobody asks for it.
+at::Tensor gradient_of(const at::Tensor& rows, bool needed) {
+  return needed ? at::empty(rows.sizes(), rows.options()) : at::empty({0}, rows.options());
+}
+
+// Without what was added to the rows.
+at::Tensor cut_to(const at::Tensor& gradient, int64_t depth) {
+  return gradient.dim() == 1 || gradient.size(1) == depth ? gradient : gradient.narrow(1, 0, depth).contiguous();
 }
 
 std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& max_logit,
@@ -126,8 +142,8 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Te
   const at::Tensor wide_grad = (one_grad && grad.dim() ? grad.select(0, 0) : grad).to(x.accumulate_type()).contiguous();
   const at::Tensor saved_max = max_logit.contiguous(), saved_sum = log_sum.contiguous();
   const at::Tensor saved_count = num_positives.contiguous();
-  at::Tensor grad_anchors = gradient_of(anchors, needs_anchors);
-  at::Tensor grad_keys = gradient_of(needs_keys ? *keys : anchors, needs_keys);
+  at::Tensor grad_anchors = gradient_of(arguments.anchors, needs_anchors);
+  at::Tensor grad_keys = gradient_of(arguments.keys, needs_keys);
   with_element_type(anchors, [&]<typename T>() {
     using scalar_t = typename Accumulate<T>::type;
     const cuda::ContrastArguments<T> inputs = arguments.get<T>();
@@ -145,7 +161,7 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Te
       cuda::run_contrast_backward<T>(inputs, gradients, limits(), output_of<T>(grad_keys), false, true, stream);
   });
   PGLCL_CHECK_LAUNCH();
-  return {grad_anchors, grad_keys};
+  return {cut_to(grad_anchors, anchors.size(1)), cut_to(grad_keys, anchors.size(1))};
 }
 
 }  // namespace
