@@ -1,62 +1,95 @@
-"""The arguments of the ops, each list once, in the order of the schema."""
+"""What the ops take and return, each list once, in the order of the schema."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import islice
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["ContrastArguments", "GaussianArguments", "Side", "StatisticsArguments"]
+__all__ = [
+    "Choice",
+    "ContrastArguments",
+    "ContrastNumbers",
+    "ContrastOutputs",
+    "GaussianArguments",
+    "Side",
+    "StatisticsArguments",
+]
 
 
 class Side(NamedTuple):
-    """One side of the contrast: the anchors, or the keys.
+    """The anchors, or the keys."""
 
-    embeddings: (N, D). labels: (N,) int64. descriptors: (N,) or (N, C), or None where the labels alone decide. All
-    three are None on the side of the keys where the anchors are the keys.
-    """
-
-    embeddings: Tensor | None
-    labels: Tensor | None
-    descriptors: Tensor | None = None
+    embeddings: Tensor  # (N, D)
+    labels: Tensor  # (N,) int64
+    descriptors: Tensor | None = None  # (N,) or (N, C); without them the labels alone decide
 
 
-NO_KEYS = Side(None, None, None)
+class Choice(NamedTuple):
+    """What chooses the positives and negatives of each anchor, where numbers do not."""
+
+    positive_bounds: Tensor | None = None  # (N,)
+    negative_bounds: Tensor | None = None  # (N,)
+    positive_mask: Tensor | None = None  # (N, M) bool
+    negative_mask: Tensor | None = None  # (N, M) bool
 
 
-class ContrastArguments(NamedTuple):
-    """What ``pglcl_ext::patch_contrast`` takes, and its backward op after what the forward op returned.
-
-    positive_bounds, negative_bounds: (N,), in place of the numbers. self_offset: key ``i + self_offset`` is anchor i
-    itself; -1 where there is no such key. reduction: one of :data:`REDUCTIONS`, by number.
-    """
-
-    anchors: Side
-    keys: Side
-    positive_bounds: Tensor | None
-    negative_bounds: Tensor | None
-    positive_mask: Tensor | None
-    negative_mask: Tensor | None
+class ContrastNumbers(NamedTuple):
     temperature: float
     positive_bound: float
     negative_bound: float
     negative_weight: float
     ignore_index: int
-    self_offset: int
-    reduction: int
+    self_offset: int  # key i + self_offset is anchor i itself; -1 where there is no such key
+    reduction: int  # one of REDUCTIONS
+
+
+class ContrastArguments(NamedTuple):
+    """What ``patch_contrast`` takes, and ``patch_contrast_backward`` after the results of the former."""
+
+    anchors: Side
+    keys: Side | None  # None: the anchors
+    choice: Choice
+    numbers: ContrastNumbers
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Those of :meth:`flat` before the first number."""
+        return (*self.anchors, *(self.keys or (None,) * len(Side._fields)), *self.choice)
 
     def flat(self) -> tuple[Any, ...]:
         """As the op takes them."""
-        return (*self.anchors, *self.keys, *self[2:])
+        return (*self.tensors(), *self.numbers)
 
     @classmethod
-    def of(cls, flat: Any) -> ContrastArguments:
+    def nested(cls, flat: Iterable[Any]) -> ContrastArguments:
         """The inverse of :meth:`flat`."""
-        return cls(Side(*flat[:3]), Side(*flat[3:6]), *flat[6:])
+        rest = iter(flat)
+        anchors, keys, choice, numbers = (
+            tuple(islice(rest, len(part._fields))) for part in (Side, Side, Choice, ContrastNumbers)
+        )
+        has_keys = any(t is not None for t in keys)
+        return cls(Side(*anchors), Side(*keys) if has_keys else None, Choice(*choice), ContrastNumbers(*numbers))
+
+
+class ContrastOutputs(NamedTuple):
+    """What ``patch_contrast`` returns. The logarithm of an anchor's denominator is max_logit + log_sum."""
+
+    loss: Tensor  # scalar, or (N,)
+    max_logit: Tensor  # (N,)
+    log_sum: Tensor  # (N,)
+    positive_logit: Tensor  # (N,), the mean over the positives
+    num_positives: Tensor  # (N,) int32
+    num_valid: Tensor  # scalar int64, the anchors that have a positive
+
+    def for_backward(self) -> tuple[Tensor, ...]:
+        """Those that the backward op takes after the gradient of the loss."""
+        return self.max_logit, self.log_sum, self.num_positives, self.num_valid
 
 
 class GaussianArguments(NamedTuple):
-    """What ``pglcl_ext::gaussian_contrast`` takes. needs_gradients: its gradients are wanted, too."""
+    """What ``gaussian_contrast`` takes."""
 
     anchors: Tensor
     labels: Tensor
@@ -72,10 +105,10 @@ class GaussianArguments(NamedTuple):
 
 
 class StatisticsArguments(NamedTuple):
-    """What ``pglcl_ext::patch_statistics`` takes, patch and stride with one entry per spatial dimension."""
+    """What ``patch_statistics`` takes."""
 
     input: Tensor
-    patch_size: list[int]
+    patch_size: list[int]  # one entry per spatial dimension
     stride: list[int]
     probabilities: bool
     normalize: bool

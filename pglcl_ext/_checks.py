@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pglcl_ext._arguments import ContrastArguments, GaussianArguments, Side, StatisticsArguments
+from pglcl_ext._arguments import Choice, ContrastArguments, GaussianArguments, Side, StatisticsArguments
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -252,23 +252,28 @@ def check_choice_of_pairs(
         raise ValueError(f"{', '.join(given)} compare descriptors, but descriptors is None")
 
 
-def check_sides(anchors: Side, keys: Side) -> None:
+def check_keys_come_together(keys: Any, key_labels: Any, key_descriptors: Any) -> None:
+    """That nothing is said of keys without the keys, or of keys without labels."""
+    if (keys is None) != (key_labels is None):
+        raise ValueError(
+            f"keys and key_labels must be given together, got {'key_labels' if keys is None else 'keys'} alone"
+        )
+    if keys is None and key_descriptors is not None:
+        raise ValueError("key_descriptors need keys, got key_descriptors alone")
+
+
+def check_sides(anchors: Side, keys: Side | None) -> None:
     """Anchors, and the keys where there are any."""
     z = anchors.embeddings
     check_embeddings("anchors", z, "N")
-    assert z is not None
     check_labels("labels", anchors.labels, "N", "anchors", z)
     channels = 1
     if anchors.descriptors is not None:
         channels = check_descriptors("descriptors", anchors.descriptors, "N", "anchors", z)
-    if (keys.embeddings is None) != (keys.labels is None):
-        got = "key_labels" if keys.embeddings is None else "keys"
-        raise ValueError(f"keys and key_labels must be given together, got {got} alone")
-    k = keys.embeddings
-    if k is None:
-        if keys.descriptors is not None:
-            raise ValueError("key_descriptors need keys, got key_descriptors alone")
+    if keys is None:
         return
+    k = keys.embeddings
+    check_keys_come_together(*keys)
     check_embeddings("keys", k, "M")
     if k.shape[1] != z.shape[1]:
         raise ValueError(f"keys must have shape (M, D) with D = {z.shape[1]}, got {tuple(k.shape)}")
@@ -302,26 +307,30 @@ def check_bounds(name: str, bounds: Any, anchors: Tensor) -> None:
     check_device(name, bounds, "anchors", anchors)
 
 
+def check_masks(choice: Choice, anchors: Tensor, keys: Tensor) -> None:
+    positive, negative = choice.positive_mask, choice.negative_mask
+    if positive is None and negative is None:
+        return
+    if positive is None or negative is None:
+        got = "positive_mask" if negative is None else "negative_mask"
+        raise ValueError(f"positive_mask and negative_mask must be given together, got {got} alone")
+    check_mask("positive_mask", positive, anchors, keys)
+    check_mask("negative_mask", negative, anchors, keys)
+
+
 def check_contrast(x: ContrastArguments) -> None:
     check_sides(x.anchors, x.keys)
     z = x.anchors.embeddings
-    assert z is not None
-    if x.positive_mask is not None or x.negative_mask is not None:
-        if x.positive_mask is None or x.negative_mask is None:
-            got = "positive_mask" if x.negative_mask is None else "negative_mask"
-            raise ValueError(f"positive_mask and negative_mask must be given together, got {got} alone")
-        k = z if x.keys.embeddings is None else x.keys.embeddings
-        check_mask("positive_mask", x.positive_mask, z, k)
-        check_mask("negative_mask", x.negative_mask, z, k)
-    if x.positive_bounds is not None:
-        check_bounds("max_positive_disparity", x.positive_bounds, z)
-    if x.negative_bounds is not None:
-        check_bounds("min_negative_disparity", x.negative_bounds, z)
-    check_positive("temperature", x.temperature)
-    check_positive("negative_weight", x.negative_weight, or_zero=True)
-    check_bound("max_positive_disparity", x.positive_bound)
-    check_bound("min_negative_disparity", x.negative_bound)
-    check_integer("ignore_index", x.ignore_index)
+    check_masks(x.choice, z, z if x.keys is None else x.keys.embeddings)
+    if x.choice.positive_bounds is not None:
+        check_bounds("max_positive_disparity", x.choice.positive_bounds, z)
+    if x.choice.negative_bounds is not None:
+        check_bounds("min_negative_disparity", x.choice.negative_bounds, z)
+    check_positive("temperature", x.numbers.temperature)
+    check_positive("negative_weight", x.numbers.negative_weight, or_zero=True)
+    check_bound("max_positive_disparity", x.numbers.positive_bound)
+    check_bound("min_negative_disparity", x.numbers.negative_bound)
+    check_integer("ignore_index", x.numbers.ignore_index)
 
 
 # --- gaussian_contrast ----------------------------------------------------------------------------------------------

@@ -6,21 +6,40 @@ after another are merged (``gather="ring"``), which holds the keys of two ranks 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pglcl_ext._arguments import ContrastArguments, ContrastOutputs, Side
+from pglcl_ext._autograd import run
+from pglcl_ext._checks import REDUCTIONS
 from pglcl_ext._library import ops
 
-__all__ = ["GATHERS", "all_keys_contrast", "gather_rows", "ring_contrast"]
+__all__ = ["GATHERS", "SharedGroup", "all_keys_contrast", "first_row", "gather_rows", "ring_contrast"]
 
 GATHERS = ("all", "ring")
-NONE, MEAN, SUM = 0, 1, 2  # reductions, as the op numbers them
+NONE, MEAN, SUM = REDUCTIONS["none"], REDUCTIONS["mean"], REDUCTIONS["sum"]
 
-# temperature, the two bounds as numbers, negative_weight, ignore_index
-Numbers = tuple[float, float, float, float, int]
+
+class SharedGroup:
+    """A process group as part of a module: a copy of the module shares it, and no file can hold it."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedGroup:
+        return self
+
+    def __reduce__(self) -> Any:
+        if self.value is None:
+            return SharedGroup, (None,)
+        raise TypeError(
+            "a module with a process group cannot be pickled, since the group belongs to this process. Save its "
+            "state_dict() and load it into a module made with the group of the other process"
+        )
 
 
 def _sizes(rows: int, device: torch.device, group: Any) -> list[int]:
@@ -79,20 +98,18 @@ def first_row(rows: int, device: torch.device, group: Any) -> int:
     return sum(_sizes(rows, device, group)[: dist.get_rank(group)])
 
 
-def _own_keys(
-    anchors: Tensor,
-    labels: Tensor,
-    descriptors: Tensor | None,
-    keys: Tensor | None,
-    key_labels: Tensor | None,
-    key_descriptors: Tensor | None,
-) -> tuple[Tensor, list[Tensor]]:
-    """This rank's keys, and their labels and, where given, descriptors."""
-    if keys is None:
-        return anchors, [labels] if descriptors is None else [labels, descriptors]
-    if key_labels is None or (descriptors is None) != (key_descriptors is None):
-        raise ValueError("keys need key_labels and, with descriptors, key_descriptors")
-    return keys, [key_labels] if key_descriptors is None else [key_labels, key_descriptors]
+def _own_keys(x: ContrastArguments) -> Side:
+    """This rank's keys."""
+    return x.anchors if x.keys is None else x.keys
+
+
+def _given(side: Side) -> list[Tensor]:
+    """What a side holds: embeddings, labels and, where given, descriptors."""
+    return [t for t in side if t is not None]
+
+
+def _with_keys(x: ContrastArguments, keys: Side, self_offset: int, reduction: int) -> ContrastArguments:
+    return x._replace(keys=keys, numbers=x.numbers._replace(self_offset=self_offset, reduction=reduction))
 
 
 def _reduce(losses: Tensor, num_valid: Tensor, reduction: int, group: Any) -> tuple[Tensor, Tensor]:
@@ -106,39 +123,21 @@ def _reduce(losses: Tensor, num_valid: Tensor, reduction: int, group: Any) -> tu
 
 
 def all_keys_contrast(
-    anchors: Tensor,
-    labels: Tensor,
-    descriptors: Tensor | None,
-    keys: Tensor | None,
-    key_labels: Tensor | None,
-    key_descriptors: Tensor | None,
-    positive_bounds: Tensor | None,
-    negative_bounds: Tensor | None,
-    numbers: Numbers,
-    reduction: int,
-    group: Any,
+    contrast: Callable[[ContrastArguments], ContrastOutputs], x: ContrastArguments, group: Any
 ) -> tuple[Tensor, Tensor]:
-    """(loss, number of counted anchors of all ranks); the keys of all ranks are held at once."""
-    rows, sides = _own_keys(anchors, labels, descriptors, keys, key_labels, key_descriptors)
-    gathered = _GatherKeys.apply(rows, group)
-    other_labels, *other = gather_rows(sides, group)
-    offset = first_row(len(rows), rows.device, group) if keys is None else -1
-    loss, *_, num_valid = ops.patch_contrast(
-        anchors,
-        labels,
-        descriptors,
-        gathered,
-        other_labels,
-        other[0] if other else None,
-        positive_bounds,
-        negative_bounds,
-        None,
-        None,
-        *numbers,
-        offset,
-        NONE if reduction == NONE else SUM,
-    )
-    return _reduce(loss, num_valid, reduction, group)
+    """(loss, number of counted anchors of all ranks); the keys of all ranks are held at once.
+
+    Args:
+        contrast: the differentiable op.
+        x: the anchors and keys of this rank.
+        group: the process group.
+    """
+    own = _own_keys(x)
+    embeddings, *others = _given(own)
+    keys = Side(_GatherKeys.apply(embeddings, group), *gather_rows(others, group))
+    offset = first_row(len(embeddings), embeddings.device, group) if x.keys is None else -1
+    outputs = contrast(_with_keys(x, keys, offset, NONE if x.numbers.reduction == NONE else SUM))
+    return _reduce(outputs.loss, outputs.num_valid, x.numbers.reduction, group)
 
 
 class _Ring:
@@ -172,18 +171,18 @@ class _AnchorSums(NamedTuple):
     max_logit: Tensor
     log_sum: Tensor  # log of the sum of e^(logit - max_logit)
     positive: Tensor  # mean of the positives' logits less max_logit, 0 without a positive
-    count: Tensor  # number of positives
+    num_positives: Tensor
 
     def merge(self, other: _AnchorSums) -> _AnchorSums:
         """The same of both parts together."""
         top = torch.maximum(self.max_logit, other.max_logit)
-        count = self.count + other.count
+        count = self.num_positives + other.num_positives
         log_sums, positive = [], torch.zeros_like(self.positive)
         for part in (self, other):
             lower = torch.where(part.max_logit == top, 0, part.max_logit - top)  # 0 also where both are infinite
             log_sums.append(part.log_sum + lower)
-            share = part.count.to(positive.dtype) / count.clamp(min=1)
-            positive = positive + torch.where(part.count > 0, share * (part.positive + lower), 0)
+            share = part.num_positives.to(top.dtype) / count.clamp(min=1)
+            positive = positive + torch.where(part.num_positives > 0, share * (part.positive + lower), 0)
         return _AnchorSums(top, torch.logaddexp(*log_sums), positive, count)
 
 
@@ -191,161 +190,85 @@ class _RingContrast(torch.autograd.Function):
     """Per-anchor losses and counts. Keys, their labels and descriptors travel as one block of bytes."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        anchors: Tensor,
-        rows: Tensor,
-        labels: Tensor,
-        descriptors: Tensor | None,
-        row_labels: Tensor,
-        row_descriptors: Tensor | None,
-        positive_bounds: Tensor | None,
-        negative_bounds: Tensor | None,
-        numbers: Numbers,
-        own: bool,
-        group: Any,
-    ) -> tuple[Tensor, Tensor]:
-        ring = _Ring(group)
-        ctx.sizes = _sizes(len(rows), rows.device, group)
-        ctx.ring, ctx.numbers, ctx.own = ring, numbers, own
+    def forward(ctx: Any, anchors: Tensor, own_keys: Tensor, x: ContrastArguments, group: Any) -> tuple[Tensor, Tensor]:
+        ctx.ring, ctx.sizes = _Ring(group), _sizes(len(own_keys), own_keys.device, group)
         sums = None
-        for owner, keys, key_labels, key_descriptors in _RingContrast.visit(ctx, rows, row_labels, row_descriptors):
-            part = ops.patch_contrast(
-                anchors,
-                labels,
-                descriptors,
-                keys,
-                key_labels,
-                key_descriptors,
-                positive_bounds,
-                negative_bounds,
-                None,
-                None,
-                *numbers,
-                0 if own and owner == ring.rank else -1,
-                NONE,
-            )
-            loss, max_logit, log_sum, _, count, _ = part
-            part_sums = _AnchorSums(max_logit, log_sum, torch.where(count > 0, log_sum - loss, 0), count)
+        for part in _RingContrast.parts(ctx, x):
+            outputs = ContrastOutputs(*run(ops.patch_contrast.default, part.flat()))
+            count = outputs.num_positives
+            positive = torch.where(count > 0, outputs.log_sum - outputs.loss, 0)
+            part_sums = _AnchorSums(outputs.max_logit, outputs.log_sum, positive, count)
             sums = part_sums if sums is None else sums.merge(part_sums)
         assert sums is not None
-        ctx.save_for_backward(
-            anchors,
-            rows,
-            labels,
-            descriptors,
-            row_labels,
-            row_descriptors,
-            positive_bounds,
-            negative_bounds,
-            sums.max_logit,
-            sums.log_sum,
-            sums.count,
-        )
-        ctx.mark_non_differentiable(sums.count)
-        return torch.where(sums.count > 0, sums.log_sum - sums.positive, 0), sums.count
+        ctx.save_for_backward(sums.max_logit, sums.log_sum, sums.num_positives, *x.tensors())
+        ctx.numbers = x.numbers
+        ctx.mark_non_differentiable(sums.num_positives)
+        return torch.where(sums.num_positives > 0, sums.log_sum - sums.positive, 0), sums.num_positives
 
     @staticmethod
-    def visit(ctx: Any, rows: Tensor, row_labels: Tensor, row_descriptors: Tensor | None) -> Any:
-        """The keys of every rank, one's own first; the next ones are on their way while these are worked on."""
-        sides = [rows, row_labels] + ([] if row_descriptors is None else [row_descriptors])
-        block = torch.cat([_bytes(t, max(ctx.sizes)) for t in sides], dim=1)
-        widths = [_bytes(t[:0], 0).shape[1] for t in sides]
+    def parts(ctx: Any, x: ContrastArguments) -> Iterator[ContrastArguments]:
+        """The contrast with the keys of every rank, one's own first; the next are on their way meanwhile."""
+        own = _given(_own_keys(x))
+        block = torch.cat([_bytes(t, max(ctx.sizes)) for t in own], dim=1)
+        widths = [_bytes(t[:0], 0).shape[1] for t in own]
         for step in range(ctx.ring.world):
             arriving, moves = ctx.ring.start(block) if step + 1 < ctx.ring.world else (block, [])
-            owner = ctx.ring.owner(step)
-            here = block[: ctx.sizes[owner]].split(widths, dim=1)
-            parts = [_from_bytes(columns, t) for columns, t in zip(here, sides)]
-            yield owner, parts[0], parts[1], parts[2] if len(parts) > 2 else None
+            here = block[: ctx.sizes[ctx.ring.owner(step)]].split(widths, dim=1)
+            keys = Side(*(_from_bytes(columns, t) for columns, t in zip(here, own)))
+            yield _with_keys(x, keys, 0 if x.keys is None and step == 0 else -1, NONE)
             for move in moves:
                 move.wait()
             block = arriving
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        (
-            anchors,
-            rows,
-            labels,
-            descriptors,
-            row_labels,
-            row_descriptors,
-            positive_bounds,
-            negative_bounds,
-            max_logit,
-            log_sum,
-            count,
-        ) = ctx.saved_tensors
-        needs_anchors, needs_rows = ctx.needs_input_grad[:2]
+        max_logit, log_sum, count, *tensors = ctx.saved_tensors
+        x = ContrastArguments.nested((*tensors, *ctx.numbers))
+        anchors, own_keys = x.anchors.embeddings, _own_keys(x).embeddings
+        needs_anchors, needs_keys, _, _ = ctx.needs_input_grad
         wide = torch.promote_types(anchors.dtype, torch.float32)
         grad_anchors = torch.zeros(anchors.shape, dtype=wide, device=anchors.device)
-        # What the ranks have said so far about the keys that are here travels behind them, and comes home at the end.
-        travelling = torch.zeros(max(ctx.sizes), rows.shape[1], dtype=wide, device=rows.device)
-        one = torch.ones((), dtype=torch.int64, device=anchors.device)
-        for owner, keys, key_labels, key_descriptors in _RingContrast.visit(ctx, rows, row_labels, row_descriptors):
-            part_anchors, part_keys = ops.patch_contrast_backward(
-                grad,
-                max_logit,
-                log_sum,
-                count,
-                one,
-                anchors,
-                labels,
-                descriptors,
-                keys,
-                key_labels,
-                key_descriptors,
-                positive_bounds,
-                negative_bounds,
-                None,
-                None,
-                *ctx.numbers,
-                0 if ctx.own and owner == ctx.ring.rank else -1,
-                NONE,
-                needs_anchors,
-                needs_rows,
-            )
-            if needs_anchors:
-                grad_anchors += part_anchors
-            if needs_rows:
-                travelling[: ctx.sizes[owner]] += part_keys
-                travelling, moves = ctx.ring.start(travelling)
-                for move in moves:
-                    move.wait()
-        grad_rows = travelling[: len(rows)]
-        return (
+        # The gradient of the keys that are here, as far as the ranks have added to it, travels behind them and comes
+        # home at the end.
+        travelling = torch.zeros(max(ctx.sizes), own_keys.shape[1], dtype=wide, device=own_keys.device)
+        forward = (max_logit, log_sum, count, torch.ones((), dtype=torch.int64, device=anchors.device))
+        with torch.no_grad():
+            for step, part in enumerate(_RingContrast.parts(ctx, x)):
+                arguments = (grad, *forward, *part.flat(), needs_anchors, needs_keys)
+                part_anchors, part_keys = run(ops.patch_contrast_backward.default, arguments)
+                if needs_anchors:
+                    grad_anchors += part_anchors
+                if needs_keys:
+                    travelling[: ctx.sizes[ctx.ring.owner(step)]] += part_keys
+                    travelling, moves = ctx.ring.start(travelling)
+                    for move in moves:
+                        move.wait()
+        grads = (
             grad_anchors.to(anchors.dtype) if needs_anchors else None,
-            grad_rows.to(rows.dtype) if needs_rows else None,
-            *[None] * 9,
+            travelling[: len(own_keys)].to(own_keys.dtype) if needs_keys else None,
         )
+        if torch.is_grad_enabled():
+            return (*(None if g is None else _Twice.apply(g, grad, anchors, own_keys) for g in grads), None, None)
+        return (*grads, None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError("pglcl_ext.patch_contrast_loss has no forward-mode derivative")
 
 
-def ring_contrast(
-    anchors: Tensor,
-    labels: Tensor,
-    descriptors: Tensor | None,
-    keys: Tensor | None,
-    key_labels: Tensor | None,
-    key_descriptors: Tensor | None,
-    positive_bounds: Tensor | None,
-    negative_bounds: Tensor | None,
-    numbers: Numbers,
-    reduction: int,
-    group: Any,
-) -> tuple[Tensor, Tensor]:
+class _Twice(torch.autograd.Function):
+    """A gradient, which cannot be differentiated by what it was computed from."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *computed_from: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise NotImplementedError("pglcl_ext.patch_contrast_loss cannot be differentiated twice")
+
+
+def ring_contrast(x: ContrastArguments, group: Any) -> tuple[Tensor, Tensor]:
     """As :func:`all_keys_contrast`, with the keys of two ranks held at a time."""
-    rows, sides = _own_keys(anchors, labels, descriptors, keys, key_labels, key_descriptors)
-    losses, count = _RingContrast.apply(
-        anchors,
-        rows,
-        labels,
-        descriptors,
-        sides[0],
-        sides[1] if len(sides) > 1 else None,
-        positive_bounds,
-        negative_bounds,
-        numbers,
-        keys is None,
-        group,
-    )
-    return _reduce(losses, (count > 0).sum(), reduction, group)
+    losses, count = _RingContrast.apply(x.anchors.embeddings, _own_keys(x).embeddings, x, group)
+    return _reduce(losses, (count > 0).sum(), x.numbers.reduction, group)

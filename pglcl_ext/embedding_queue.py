@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pglcl_ext.distributed import gather_rows
+from pglcl_ext._checks import (
+    check_device,
+    check_embeddings,
+    check_floating,
+    check_integer,
+    check_labels,
+    dtype_name,
+)
+from pglcl_ext.distributed import SharedGroup, gather_rows
 
 __all__ = ["EmbeddingQueue", "QueuedKeys"]
 
@@ -31,6 +40,9 @@ class EmbeddingQueue(nn.Module):
     (keys, write positions, counts) is saved, restored and moved with the module. From METHOD sections 6 and 9: the
     authors queue 4096 keys of each class.
 
+    A key that is not finite, or has a descriptor that is not, would spoil every later loss. It is left out and counted
+    in `num_refused`; on the CPU, where looking costs nothing, a warning says so.
+
     Args:
         num_classes: K.
         embedding_dim: D.
@@ -38,13 +50,21 @@ class EmbeddingQueue(nn.Module):
         descriptor_dim: C, numbers kept beside each key (its entropy, say); none by default.
         ignore_index: keys with this label, or one outside [0, K), are not queued.
         process_group: the keys of all its ranks are queued on every rank, in the order of the ranks, so that the queues
-            stay equal. Exchanging how many there are waits for the GPU.
+            stay equal. Exchanging how many there are waits for the GPU. A copy of the queue shares the group; a queue
+            with a group cannot be pickled.
 
     Attributes:
         counts: (K,) int64, the keys held of each class.
+        num_refused: int64 scalar, the keys that were left out since they were not finite. It is not saved. Reading it
+            on a GPU waits.
+
+    Raises:
+        TypeError: sizes that are not ints.
+        ValueError: sizes that are too small.
     """
 
     counts: Tensor
+    num_refused: Tensor
     positions: Tensor
     storage: Tensor
     descriptor_storage: Tensor
@@ -60,75 +80,89 @@ class EmbeddingQueue(nn.Module):
         process_group: Any = None,
     ) -> None:
         super().__init__()
-        sizes = {"num_classes": num_classes, "embedding_dim": embedding_dim, "length": length}
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if descriptor_dim < 0:
-            raise ValueError(f"descriptor_dim must be at least 0, got {descriptor_dim}")
-        self.num_classes = num_classes
-        self.embedding_dim = embedding_dim
-        self.length = length
-        self.descriptor_dim = descriptor_dim
-        self.ignore_index = ignore_index
-        self.process_group = process_group
+        self.num_classes = check_integer("num_classes", num_classes, least=1)
+        self.embedding_dim = check_integer("embedding_dim", embedding_dim, least=1)
+        self.length = check_integer("length", length, least=1)
+        self.descriptor_dim = check_integer("descriptor_dim", descriptor_dim, least=0)
+        self.ignore_index = check_integer("ignore_index", ignore_index)
+        self._group = SharedGroup(process_group)
+        num_classes, length, descriptor_dim = self.num_classes, self.length, self.descriptor_dim
         # One row more than there are slots: what is not to be kept is written there, and wiped.
-        self.register_buffer("storage", torch.zeros(num_classes * length + 1, embedding_dim))
+        self.register_buffer("storage", torch.zeros(num_classes * length + 1, self.embedding_dim))
         self.register_buffer("descriptor_storage", torch.zeros(num_classes * length + 1, descriptor_dim))
         self.register_buffer("positions", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
+        self.register_buffer("num_refused", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    @property
+    def process_group(self) -> Any:
+        return self._group.value
 
     @torch.no_grad()
     def enqueue(self, embeddings: Tensor, labels: Tensor, descriptors: Tensor | None = None) -> None:
         """Adds keys, in order; of more than `length` of a class the last ones stay.
 
         Args:
-            embeddings: (M, D) floating point.
+            embeddings: (M, D) floating point, on the device of the queue; they are kept in its dtype.
             labels: (M,) int64.
             descriptors: (M, C), or (M,) for C = 1; needed exactly when the queue has a `descriptor_dim`.
 
         Raises:
-            ValueError: shapes that do not fit.
-            TypeError: labels that are not int64.
+            ValueError: shapes or devices that do not fit.
+            TypeError: wrong dtypes.
         """
         descriptors = self._checked(embeddings, labels, descriptors)
         if self.process_group is not None:
             embeddings, labels, descriptors = gather_rows([embeddings, labels, descriptors], self.process_group)
+        embeddings, descriptors = embeddings.to(self.storage.dtype), descriptors.to(self.storage.dtype)
         k, length = self.num_classes, self.length
         known = (labels != self.ignore_index) & (labels >= 0) & (labels < k)
+        known = known & self._finite(embeddings, descriptors, known)
         classes = torch.where(known, labels, k)
         order = classes.argsort(stable=True)
         classes = classes[order]
         arrivals = torch.zeros(k + 1, dtype=torch.int64, device=labels.device).scatter_add_(
             0, classes, torch.ones_like(classes)
         )
-        # The how-manieth of its class each key is.
+        # Each key's index within its class.
         place = torch.arange(len(classes), device=labels.device) - (arrivals.cumsum(0) - arrivals)[classes]
         kept = (classes < k) & (place >= arrivals[classes] - length)
         slot = classes * length + (self.positions[classes.clamp(max=k - 1)] + place) % length
         slot = torch.where(kept, slot, k * length)
         for storage, rows in ((self.storage, embeddings), (self.descriptor_storage, descriptors)):
-            storage[slot] = rows[order].to(storage.dtype)
+            storage[slot] = rows[order]
             storage[-1] = 0
         self.positions.add_(arrivals[:k]).remainder_(length)
         self.counts.add_(arrivals[:k]).clamp_(max=length)
 
+    def _finite(self, embeddings: Tensor, descriptors: Tensor, known: Tensor) -> Tensor:
+        """(M,) bool, which keys are finite; those of a known class that are not are counted, and warned of."""
+        finite = embeddings.isfinite().all(dim=1) & descriptors.isfinite().all(dim=1)
+        refused = (known & ~finite).sum()
+        self.num_refused.add_(refused)
+        readable = type(refused) is Tensor and refused.device.type == "cpu" and not torch.compiler.is_compiling()
+        if readable and refused > 0:
+            count = f"{int(refused)} of {len(known)} keys"
+            warnings.warn(f"EmbeddingQueue leaves out {count}: not finite in {dtype_name(embeddings)}", stacklevel=4)
+        return finite
+
     def _checked(self, embeddings: Tensor, labels: Tensor, descriptors: Tensor | None) -> Tensor:
-        if embeddings.dim() != 2 or embeddings.shape[1] != self.embedding_dim:
+        check_embeddings("embeddings", embeddings, "M")
+        if embeddings.shape[1] != self.embedding_dim:
             raise ValueError(f"embeddings must have shape (M, {self.embedding_dim}), got {tuple(embeddings.shape)}")
-        if labels.dtype != torch.int64:
-            raise TypeError(f"labels must be int64, got {labels.dtype}")
-        if labels.shape != embeddings.shape[:1]:
-            raise ValueError(f"labels must have shape (M,) = ({len(embeddings)},), got {tuple(labels.shape)}")
+        check_device("embeddings", embeddings, "the queue", self.storage)
+        check_labels("labels", labels, "M", "embeddings", embeddings)
         if descriptors is None:
             if self.descriptor_dim:
                 raise ValueError(f"descriptors must be given: the queue keeps {self.descriptor_dim} of each key")
             return embeddings.new_zeros(len(embeddings), 0)
+        check_floating("descriptors", descriptors)
         if descriptors.dim() == 1:
             descriptors = descriptors[:, None]
         if descriptors.shape != (len(embeddings), self.descriptor_dim):
             expected = (len(embeddings), self.descriptor_dim)
             raise ValueError(f"descriptors must have shape (M, C) = {expected}, got {tuple(descriptors.shape)}")
+        check_device("descriptors", descriptors, "embeddings", embeddings)
         return descriptors
 
     def _filled(self) -> Tensor:

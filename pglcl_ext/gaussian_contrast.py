@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pglcl_ext._arguments import GaussianArguments
+from pglcl_ext._autograd import OpFunction, in_functorch, in_graph, is_traced, register
 from pglcl_ext._checks import (
     REDUCTIONS,
     check_gaussian,
@@ -19,7 +20,7 @@ from pglcl_ext._checks import (
     check_reduction,
     check_tensor,
 )
-from pglcl_ext._library import no_double_backward, ops
+from pglcl_ext._library import ops
 from pglcl_ext.embedding_queue import EmbeddingQueue
 from pglcl_ext.hard_negatives import hard_negative_statistics
 from pglcl_ext.semantic_disparity import accumulate_dtype
@@ -90,15 +91,16 @@ def gaussian_contrast_loss(
         check_number("negative_weight", negative_weight),
         check_integer("ignore_index", ignore_index),
         REDUCTIONS[reduction],
-        anchors.requires_grad and torch.is_grad_enabled(),
+        torch.is_grad_enabled() and (anchors.requires_grad or in_functorch()),
     )
     check_gaussian(x)
-    if torch.compiler.is_compiling():
-        return ops.gaussian_contrast(*x)[0]  # type: ignore[no-any-return]
+    if is_traced():
+        return _in_graph(*x)[0]  # type: ignore[no-any-return]
     try:
-        return ops.gaussian_contrast(*x)[0]  # type: ignore[no-any-return]
-    except (RuntimeError, ValueError):  # of labels, which only the kernel reads
-        check_known_labels(labels, counts.shape[0], x.ignore_index)
+        return _Gaussian.call(x)[0]  # type: ignore[no-any-return]
+    except (RuntimeError, ValueError):
+        if labels.device.type == "cpu" and not in_functorch():  # the kernel is the first that reads them
+            check_known_labels(labels, counts.shape[0], x.ignore_index)
         raise
 
 
@@ -186,7 +188,6 @@ class GaussianContrastLoss(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split())
 
 
-@torch.library.register_fake("pglcl_ext::gaussian_contrast")
 def _fake(anchors: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     check_gaussian(GaussianArguments(anchors, *rest))
     reduction, needs_gradients = rest[-2:]
@@ -198,30 +199,50 @@ def _fake(anchors: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-@torch.library.register_fake("pglcl_ext::gaussian_contrast_backward")
 def _fake_backward(grad: Tensor, anchors: Tensor, gradients: Tensor, num_valid: Tensor, reduction: int) -> Tensor:
     return torch.empty_like(gradients, dtype=anchors.dtype)
 
 
-_INPUTS = 11
+@register
+class _Gaussian(OpFunction):
+    name = "gaussian_contrast_loss"
+    op = ops.gaussian_contrast.default
+    backward_op = ops.gaussian_contrast_backward.default
+    fake = staticmethod(_fake)
+    backward_fake = staticmethod(_fake_backward)
+
+    @classmethod
+    def differentiable(cls, arguments: GaussianArguments) -> tuple[Tensor | None, ...]:
+        return (arguments.anchors,)
+
+    @classmethod
+    def nested(cls, flat: tuple[Any, ...]) -> GaussianArguments:
+        return GaussianArguments(*flat)
+
+    @classmethod
+    def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x: GaussianArguments = inputs[-1]
+        _, gradients, num_valid = output
+        ctx.mark_non_differentiable(gradients, num_valid)
+        ctx.set_materialize_grads(False)
+        ctx.reduction, ctx.has_gradients = x.reduction, x.needs_gradients
+        if x.needs_gradients:
+            ctx.save_for_backward(num_valid, x.anchors, gradients)
+        else:
+            cls.save(ctx, (num_valid,), x)
+
+    @classmethod
+    def backward(cls, ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | None, None]:
+        if grad is None:
+            return None, None
+        num_valid, anchors, *rest = ctx.saved_tensors
+        if ctx.has_gradients:
+            (gradients,) = rest
+        else:  # a graph that was made for inputs without gradients
+            with torch.no_grad():
+                x = cls.nested((anchors, *rest, *ctx.options))
+                _, gradients, _ = cls.call(x._replace(needs_gradients=True))
+        return cls.run_backward(grad, anchors, gradients, num_valid, ctx.reduction), None
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, gradients, num_valid = output
-    ctx.mark_non_differentiable(gradients, num_valid)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inputs[0], gradients, num_valid)
-    ctx.reduction, ctx.has_gradients = inputs[-2:]
-
-
-def _backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None] * _INPUTS
-    if grad is not None and ctx.needs_input_grad[0]:
-        if not ctx.has_gradients:
-            raise RuntimeError("gaussian_contrast was called with needs_gradients=False and cannot be differentiated")
-        grads[0] = ops.gaussian_contrast_backward(grad, *ctx.saved_tensors, ctx.reduction)
-    return tuple(grads)
-
-
-torch.library.register_autograd("pglcl_ext::gaussian_contrast", _backward, setup_context=_setup_context)
-torch.library.register_autograd("pglcl_ext::gaussian_contrast_backward", no_double_backward("gaussian_contrast_loss"))
+_in_graph = in_graph(_Gaussian)

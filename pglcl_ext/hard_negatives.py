@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from pglcl_ext._checks import check_device, check_embeddings, check_integer, check_labels
 from pglcl_ext.embedding_queue import EmbeddingQueue
 
 __all__ = ["hard_negative_statistics"]
@@ -38,7 +39,8 @@ def hard_negative_statistics(
         labels: (N,) int64.
         queue: holds the keys.
         num_samples: drawn for each pair of classes, at least 2.
-        generator: of the anchors' device; the default one otherwise. Every call draws the same amount of numbers.
+        generator: of the anchors' device; the default one by default, and always under torch.compile. Every call draws
+            the same amount of numbers.
 
     Returns:
         means (K, K, D) and covariances (K, K, D, D) in the dtype of the queue (float32 or wider), first index the
@@ -46,14 +48,17 @@ def hard_negative_statistics(
         the pair has no anchor, a singular covariance, an empty slab, or no sample that qualifies.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes or devices that do not fit, fewer than 2 samples, a generator under torch.compile.
+        TypeError: wrong dtypes.
     """
-    if anchors.dim() != 2 or anchors.shape[1] != queue.embedding_dim:
+    check_embeddings("anchors", anchors, "N")
+    if anchors.shape[1] != queue.embedding_dim:
         raise ValueError(f"anchors must have shape (N, {queue.embedding_dim}), got {tuple(anchors.shape)}")
-    if labels.shape != anchors.shape[:1]:
-        raise ValueError(f"labels must have shape (N,) = ({len(anchors)},), got {tuple(labels.shape)}")
-    if num_samples < 2:
-        raise ValueError(f"num_samples must be at least 2, got {num_samples}")
+    check_labels("labels", labels, "N", "anchors", anchors)
+    check_device("anchors", anchors, "the queue", queue.storage)
+    num_samples = check_integer("num_samples", num_samples, least=2)
+    if generator is not None and torch.compiler.is_compiling():
+        raise ValueError("generator must be None in a compiled function, which draws from the default one")
     with torch.no_grad(), torch.autocast(anchors.device.type, enabled=False):
         return _pairwise_statistics(anchors.detach().double(), labels, queue, num_samples, generator)
 
@@ -78,7 +83,7 @@ def _pairwise_statistics(
                 continue
             key_distance = _mahalanobis(keys[j], means[i], factors[i]).masked_fill(~filled[j], math.inf)
             anchor_distance = _mahalanobis(anchors, means[j], factors[j]).masked_fill(~own, math.inf)
-            nearest_key, nearest_anchor = keys[j][key_distance.argmin()], anchors[anchor_distance.argmin()]
+            nearest_key, nearest_anchor = _nearest(keys[j], key_distance), _nearest(anchors, anchor_distance)
             direction = nearest_key - nearest_anchor
             samples, found = sample_slab(
                 means[j],
@@ -117,6 +122,11 @@ def _mahalanobis(x: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
     """(N,) distances of the rows of x from N(mean, factor factor')."""
     distances: Tensor = torch.linalg.solve_triangular(factor, (x - mean).mT, upper=False).norm(dim=0)
     return distances
+
+
+def _nearest(rows: Tensor, distances: Tensor) -> Tensor:
+    """The row at the smallest distance. Indexing with a scalar tensor would wait for the device."""
+    return rows.index_select(0, distances.argmin(dim=0, keepdim=True)).squeeze(0)
 
 
 def _mend(

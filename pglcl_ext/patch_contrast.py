@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pglcl_ext._arguments import ContrastArguments
+from pglcl_ext._arguments import Choice, ContrastArguments, ContrastNumbers, ContrastOutputs, Side
+from pglcl_ext._autograd import OpFunction, in_functorch, in_graph, is_traced, register
 from pglcl_ext._checks import (
     REDUCTIONS,
     check_bound,
@@ -17,13 +18,13 @@ from pglcl_ext._checks import (
     check_choice_of_pairs,
     check_contrast,
     check_integer,
+    check_keys_come_together,
     check_number,
     check_positive,
     check_reduction,
-    check_tensor,
 )
-from pglcl_ext._library import no_double_backward, ops
-from pglcl_ext.distributed import GATHERS, all_keys_contrast, first_row, gather_rows, ring_contrast
+from pglcl_ext._library import ops
+from pglcl_ext.distributed import GATHERS, SharedGroup, all_keys_contrast, first_row, gather_rows, ring_contrast
 from pglcl_ext.semantic_disparity import accumulate_dtype, disparity_bounds
 
 __all__ = ["PatchContrastLoss", "patch_contrast_loss"]
@@ -150,8 +151,7 @@ def patch_contrast(
     """:func:`patch_contrast_loss` and the number of anchors it counted, an int64 scalar tensor."""
     check_reduction(reduction)
     check_choice("gather", gather, GATHERS)
-    if group is not None and (positive_mask is not None or negative_mask is not None):
-        raise ValueError("positive_mask and negative_mask cannot be given with a process group")
+    check_keys_come_together(keys, key_labels, key_descriptors)
     check_choice_of_pairs(
         descriptors,
         max_positive_disparity,
@@ -161,75 +161,53 @@ def patch_contrast(
         positive_mask,
         negative_mask,
     )
-    temperature = check_number("temperature", temperature)
-    negative_weight = check_number("negative_weight", negative_weight)
-    ignore_index = check_integer("ignore_index", ignore_index)
-    check_tensor("anchors", anchors)
-    if isinstance(keys, Tensor) and keys.dtype != anchors.dtype and torch.is_autocast_enabled(anchors.device.type):
-        wide = torch.promote_types(anchors.dtype, keys.dtype)
-        anchors, keys = anchors.to(wide), keys.to(wide)
-
+    anchors, keys = _promoted(anchors, keys)
     positive_bound, positive_bounds = _bound("max_positive_disparity", max_positive_disparity, math.inf)
     negative_bound, negative_bounds = _bound("min_negative_disparity", min_negative_disparity, 0.0)
-    sides = (anchors, labels, descriptors, keys, key_labels, key_descriptors)
-    choice = (positive_bounds, negative_bounds, positive_mask, negative_mask)
-    numbers = (temperature, positive_bound, negative_bound, negative_weight, ignore_index, -1, REDUCTIONS[reduction])
-    check_contrast(ContrastArguments.of((*sides, *choice, *numbers)))
-    if num_positives is not None or num_negatives is not None:
-        side: tuple[Tensor | None, Tensor | None, Tensor | None] = (keys, key_labels, key_descriptors)
-        self_offset = -1
-        if group is not None:  # which n are the most similar depends on the keys of all ranks
-            own_labels, own_descriptors = (labels, descriptors) if keys is None else (key_labels, key_descriptors)
-            if own_labels is None or own_descriptors is None:
-                raise ValueError("keys need key_labels and, with descriptors, key_descriptors")
-            all_labels, all_descriptors = gather_rows([own_labels, own_descriptors], group)
-            side = (anchors, all_labels, all_descriptors)
-            self_offset = first_row(len(own_labels), anchors.device, group) if keys is None else -1
-        positive_bounds, negative_bounds = _counted_bounds(
-            anchors,
-            labels,
-            descriptors,
-            *side,
-            (num_positives, positive_bounds),
-            (num_negatives, negative_bounds),
-            ignore_index,
-            self_offset,
-        )
-    if group is not None:
-        contrast = all_keys_contrast if gather == "all" else ring_contrast
-        return contrast(
-            anchors,
-            labels,
-            descriptors,
-            keys,
-            key_labels,
-            key_descriptors,
-            positive_bounds,
-            negative_bounds,
-            (temperature, positive_bound, negative_bound, negative_weight, ignore_index),
+    x = ContrastArguments(
+        Side(anchors, labels, descriptors),
+        None if keys is None else Side(keys, key_labels, key_descriptors),  # type: ignore[arg-type]
+        Choice(positive_bounds, negative_bounds, positive_mask, negative_mask),
+        ContrastNumbers(
+            check_number("temperature", temperature),
+            positive_bound,
+            negative_bound,
+            check_number("negative_weight", negative_weight),
+            check_integer("ignore_index", ignore_index),
+            -1,
             REDUCTIONS[reduction],
-            group,
-        )
-    loss, *_, num_valid = ops.patch_contrast(
-        anchors,
-        labels,
-        descriptors,
-        keys,
-        key_labels,
-        key_descriptors,
-        positive_bounds,
-        negative_bounds,
-        positive_mask,
-        negative_mask,
-        temperature,
-        positive_bound,
-        negative_bound,
-        negative_weight,
-        ignore_index,
-        -1,
-        REDUCTIONS[reduction],
+        ),
     )
-    return loss, num_valid
+    check_contrast(x)
+    if group is not None:
+        _check_group(x)
+    if num_positives is not None or num_negatives is not None:
+        x = _with_counted_bounds(x, num_positives, num_negatives, group)
+    if group is not None:
+        return all_keys_contrast(_contrast, x, group) if gather == "all" else ring_contrast(x, group)
+    outputs = _contrast(x)
+    return outputs.loss, outputs.num_valid
+
+
+def _contrast(x: ContrastArguments) -> ContrastOutputs:
+    return ContrastOutputs(*(_in_graph(*x.flat()) if is_traced() else _Contrast.call(x)))
+
+
+def _promoted(anchors: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Under autocast, anchors and keys of different dtypes in the wider one."""
+    if not isinstance(keys, Tensor) or not isinstance(anchors, Tensor) or keys.dtype == anchors.dtype:
+        return anchors, keys
+    if not torch.is_autocast_enabled(anchors.device.type):
+        return anchors, keys
+    wide = torch.promote_types(anchors.dtype, keys.dtype)
+    return anchors.to(wide), keys.to(wide)
+
+
+def _check_group(x: ContrastArguments) -> None:
+    if x.choice.positive_mask is not None:
+        raise ValueError("positive_mask and negative_mask cannot be given with a process group")
+    if in_functorch():
+        raise NotImplementedError("pglcl_ext.patch_contrast_loss with a process group cannot be used in torch.func")
 
 
 def _bound(name: str, value: float | Tensor | None, default: float) -> tuple[float, Tensor | None]:
@@ -241,43 +219,32 @@ def _bound(name: str, value: float | Tensor | None, default: float) -> tuple[flo
     return check_bound(name, value), None
 
 
-def _counted_bounds(
-    anchors: Tensor,
-    labels: Tensor,
-    descriptors: Tensor | None,
-    keys: Tensor | None,
-    key_labels: Tensor | None,
-    key_descriptors: Tensor | None,
-    positives: tuple[int | None, Tensor | None],
-    negatives: tuple[int | None, Tensor | None],
-    ignore_index: int,
-    self_offset: int = -1,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Counts turned into bounds per anchor; (count, bound) pairs without a count keep their bound."""
-    assert descriptors is not None
-    dtype = accumulate_dtype(anchors.dtype)
-    own = descriptors.to(dtype)
-    if keys is None:
-        other, other_labels, self_offset = own, labels, 0
-    elif key_descriptors is None or key_labels is None:
-        raise ValueError("keys need key_labels and, with descriptors, key_descriptors")
-    else:
-        other, other_labels = key_descriptors.to(dtype), key_labels
-    bounds: list[Tensor | None] = []
-    for (count, bound), is_positive in ((positives, True), (negatives, False)):
+def _with_counted_bounds(
+    x: ContrastArguments, num_positives: int | None, num_negatives: int | None, group: Any
+) -> ContrastArguments:
+    """Counts turned into a bound for each anchor, from the labels and descriptors of all keys, of all ranks."""
+    keys = x.anchors if x.keys is None else x.keys
+    assert x.anchors.descriptors is not None
+    assert keys.descriptors is not None
+    labels, descriptors, self_offset = keys.labels, keys.descriptors, 0
+    if group is not None:
+        labels, descriptors = gather_rows([labels, descriptors], group)
+        self_offset = first_row(len(keys.labels), keys.labels.device, group)
+    dtype = accumulate_dtype(x.anchors.embeddings.dtype)
+    bounds = {}
+    for name, count, positives in (("positive", num_positives, True), ("negative", num_negatives, False)):
         if count is not None:
-            bound = disparity_bounds(
-                own,
+            bounds[f"{name}_bounds"] = disparity_bounds(
+                x.anchors.descriptors.to(dtype),
+                x.anchors.labels,
+                descriptors.to(dtype),
                 labels,
-                other,
-                other_labels,
-                count,
-                positives=is_positive,
-                ignore_index=ignore_index,
-                self_offset=self_offset,
+                check_integer(f"num_{name}s", count),
+                positives=positives,
+                ignore_index=x.numbers.ignore_index,
+                self_offset=self_offset if x.keys is None else -1,
             )
-        bounds.append(bound)
-    return bounds[0], bounds[1]
+    return x._replace(choice=x.choice._replace(**bounds))
 
 
 class PatchContrastLoss(nn.Module):
@@ -328,9 +295,13 @@ class PatchContrastLoss(nn.Module):
         self.negative_weight = negative_weight
         self.ignore_index = ignore_index
         self.reduction = reduction
-        self.group = group
+        self._group = SharedGroup(group)
         self.gather = gather
         self.num_valid = None
+
+    @property
+    def group(self) -> Any:
+        return self._group.value
 
     def forward(
         self,
@@ -348,7 +319,7 @@ class PatchContrastLoss(nn.Module):
         if self.normalize:
             embeddings = F.normalize(embeddings, dim=-1) if embeddings.dim() == 2 else embeddings
             keys = F.normalize(keys, dim=-1) if keys is not None and keys.dim() == 2 else keys
-        loss, self.num_valid = patch_contrast(
+        loss, num_valid = patch_contrast(
             embeddings,
             labels,
             descriptors,
@@ -368,6 +339,8 @@ class PatchContrastLoss(nn.Module):
             group=self.group,
             gather=self.gather,
         )
+        if not torch.compiler.is_exporting():  # an exported program changes no attribute
+            self.num_valid = num_valid
         return loss
 
     def extra_repr(self) -> str:
@@ -376,67 +349,68 @@ class PatchContrastLoss(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split() if getattr(self, name) is not None)
 
 
-@torch.library.register_fake("pglcl_ext::patch_contrast")
-def _fake(anchors: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    check_contrast(ContrastArguments.of((anchors, *rest)))
-    reduction = rest[-1]
-    n, dtype = anchors.shape[0], accumulate_dtype(anchors.dtype)
-    loss = anchors.new_empty((n,) if reduction == REDUCTIONS["none"] else (), dtype=dtype)
-    return (
-        loss,
-        anchors.new_empty((n,), dtype=dtype),
-        anchors.new_empty((n,), dtype=dtype),
-        anchors.new_empty((n,), dtype=dtype),
-        anchors.new_empty((n,), dtype=torch.int32),
-        anchors.new_empty((), dtype=torch.int64),
+def _fake(*flat: Any) -> ContrastOutputs:
+    x = ContrastArguments.nested(flat)
+    check_contrast(x)
+    z = x.anchors.embeddings
+    n, dtype = z.shape[0], accumulate_dtype(z.dtype)
+    return ContrastOutputs(
+        z.new_empty((n,) if x.numbers.reduction == REDUCTIONS["none"] else (), dtype=dtype),
+        z.new_empty((n,), dtype=dtype),
+        z.new_empty((n,), dtype=dtype),
+        z.new_empty((n,), dtype=dtype),
+        z.new_empty((n,), dtype=torch.int32),
+        z.new_empty((), dtype=torch.int64),
     )
 
 
-@torch.library.register_fake("pglcl_ext::patch_contrast_backward")
 def _fake_backward(
-    grad: Tensor,
-    max_logit: Tensor,
-    log_sum: Tensor,
-    num_positives: Tensor,
-    num_valid: Tensor,
-    anchors: Tensor,
-    labels: Tensor,
-    descriptors: Tensor | None,
-    keys: Tensor | None,
-    *rest: Any,
+    grad: Tensor, max_logit: Tensor, log_sum: Tensor, num_positives: Tensor, num_valid: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    inputs = (anchors, labels, descriptors, keys, *rest[:-2])
-    check_contrast(ContrastArguments.of(inputs))
-    needs_anchors, needs_keys = rest[-2:]
+    *flat, needs_anchors, needs_keys = rest
+    x = ContrastArguments.nested(flat)
+    check_contrast(x)
+    z = x.anchors.embeddings
     return (
-        anchors.new_empty(anchors.shape if needs_anchors else (0,)),
-        anchors.new_empty(keys.shape if keys is not None and needs_keys else (0,)),
+        z.new_empty(z.shape if needs_anchors else (0,)),
+        z.new_empty(x.keys.embeddings.shape if x.keys is not None and needs_keys else (0,)),
     )
 
 
-_TENSOR_INPUTS = 10  # the arguments of the op before the first number
+@register
+class _Contrast(OpFunction):
+    name = "patch_contrast_loss"
+    op = ops.patch_contrast.default
+    backward_op = ops.patch_contrast_backward.default
+    fake = staticmethod(_fake)
+    backward_fake = staticmethod(_fake_backward)
+
+    @classmethod
+    def differentiable(cls, arguments: ContrastArguments) -> tuple[Tensor | None, ...]:
+        return arguments.anchors.embeddings, None if arguments.keys is None else arguments.keys.embeddings
+
+    @classmethod
+    def flat(cls, arguments: ContrastArguments) -> tuple[Any, ...]:
+        return arguments.flat()
+
+    @classmethod
+    def nested(cls, flat: tuple[Any, ...]) -> ContrastArguments:
+        return ContrastArguments.nested(flat)
+
+    @classmethod
+    def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        outputs = ContrastOutputs(*output)
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+        cls.save(ctx, outputs.for_backward(), inputs[-1])
+
+    @classmethod
+    def backward(cls, ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None
+        needs_anchors, needs_keys, _ = ctx.needs_input_grad
+        grad_anchors, grad_keys = cls.run_backward(grad, *ctx.saved_tensors, *ctx.options, needs_anchors, needs_keys)
+        return grad_anchors if needs_anchors else None, grad_keys if needs_keys else None, None
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, max_logit, log_sum, positive_logit, num_positives, num_valid = output
-    ctx.mark_non_differentiable(max_logit, log_sum, positive_logit, num_positives, num_valid)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(max_logit, log_sum, num_positives, num_valid, *inputs[:_TENSOR_INPUTS])
-    ctx.options = inputs[_TENSOR_INPUTS:]
-
-
-def _backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None] * (_TENSOR_INPUTS + len(ctx.options))
-    needs_anchors, needs_keys = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-    if grad is not None and (needs_anchors or needs_keys):
-        # Saved are max_logit, log_sum, num_positives, num_valid and the tensors among the inputs.
-        grad_anchors, grad_keys = ops.patch_contrast_backward(
-            grad, *ctx.saved_tensors, *ctx.options, needs_anchors, needs_keys
-        )
-        grads[0] = grad_anchors if needs_anchors else None
-        grads[3] = grad_keys if needs_keys else None
-    return tuple(grads)
-
-
-torch.library.register_autograd("pglcl_ext::patch_contrast", _backward, setup_context=_setup_context)
-torch.library.register_autograd("pglcl_ext::patch_contrast_backward", no_double_backward("patch_contrast_loss"))
+_in_graph = in_graph(_Contrast)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from pglcl_ext._arguments import StatisticsArguments
+from pglcl_ext._autograd import OpFunction, in_graph, is_traced, register
 from pglcl_ext._checks import check_statistics, check_tensor, per_dimension
-from pglcl_ext._library import no_double_backward, ops
+from pglcl_ext._library import ops
 
 __all__ = ["PatchStatistics", "patch_entropy", "patch_statistics"]
 
@@ -72,7 +73,7 @@ def patch_statistics(
     patch, step = patch_grid_arguments(input, patch_size, stride)
     x = StatisticsArguments(input, patch, step, probabilities, normalize)
     check_statistics(x)
-    return PatchStatistics(*ops.patch_statistics(*x))
+    return PatchStatistics(*(_in_graph(*x) if is_traced() else _Statistics.call(x)))
 
 
 def patch_entropy(
@@ -90,7 +91,6 @@ def patch_entropy(
     return patch_statistics(input, patch_size, stride, probabilities=probabilities, normalize=normalize).entropy
 
 
-@torch.library.register_fake("pglcl_ext::patch_statistics")
 def _fake(
     input: Tensor, patch_size: list[int], stride: list[int], probabilities: bool, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,7 +104,6 @@ def _fake(
     )
 
 
-@torch.library.register_fake("pglcl_ext::patch_statistics_backward")
 def _fake_backward(
     grad_entropy: Tensor,
     grad_confidence: Tensor,
@@ -118,16 +117,28 @@ def _fake_backward(
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, *ctx.options = inputs
-    _, confidence, class_entropy = output
-    ctx.save_for_backward(input, confidence, class_entropy)
+@register
+class _Statistics(OpFunction):
+    name = "patch_statistics"
+    op = ops.patch_statistics.default
+    backward_op = ops.patch_statistics_backward.default
+    fake = staticmethod(_fake)
+    backward_fake = staticmethod(_fake_backward)
+
+    @classmethod
+    def differentiable(cls, arguments: Any) -> tuple[Tensor | None, ...]:
+        return (arguments[0],)
+
+    @classmethod
+    def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *_, arguments = inputs
+        _, confidence, class_entropy = output
+        ctx.save_for_backward(arguments[0], confidence, class_entropy)
+        ctx.options = arguments[1:]
+
+    @classmethod
+    def backward(cls, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return cls.run_backward(*grads, *ctx.saved_tensors, *ctx.options), None
 
 
-def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    grad = ops.patch_statistics_backward(*grads, *ctx.saved_tensors, *ctx.options)
-    return (grad, *(None for _ in ctx.options))
-
-
-torch.library.register_autograd("pglcl_ext::patch_statistics", _backward, setup_context=_setup_context)
-torch.library.register_autograd("pglcl_ext::patch_statistics_backward", no_double_backward("patch_statistics"))
+_in_graph = in_graph(_Statistics)

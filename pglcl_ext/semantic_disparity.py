@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pglcl_ext._autograd import OpFunction, in_graph, is_traced, op_in_graph, register, register_op
 from pglcl_ext._checks import check_disparity, check_disparity_bounds
-from pglcl_ext._library import no_double_backward, ops
+from pglcl_ext._library import ops
 
 __all__ = ["semantic_disparity"]
 
@@ -32,7 +33,8 @@ def semantic_disparity(a: Tensor, b: Tensor | None = None) -> Tensor:
     """
     b = a if b is None else b
     check_disparity(a, b)
-    return ops.semantic_disparity(a, b)  # type: ignore[no-any-return]
+    disparity: Tensor = _in_graph(a, b) if is_traced() else _Disparity.call((a, b))
+    return disparity
 
 
 def disparity_bounds(
@@ -63,9 +65,11 @@ def disparity_bounds(
         (N,) in float32 (float64 for float64 descriptors); infinity or 0 where there are not more than `count` keys.
     """
     check_disparity_bounds(descriptors, labels, key_descriptors, key_labels, count, positives)
-    return ops.disparity_bounds(  # type: ignore[no-any-return]
+    op = _bounds_in_graph if is_traced() else ops.disparity_bounds.default
+    bounds: Tensor = op(
         descriptors.detach(), labels, key_descriptors.detach(), key_labels, count, positives, ignore_index, self_offset
     )
+    return bounds
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -73,19 +77,16 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@torch.library.register_fake("pglcl_ext::semantic_disparity")
 def _fake(a: Tensor, b: Tensor) -> Tensor:
     check_disparity(a, b)
     return a.new_empty((a.shape[0], b.shape[0]))
 
 
-@torch.library.register_fake("pglcl_ext::semantic_disparity_backward")
 def _fake_backward(grad: Tensor, a: Tensor, b: Tensor, needs_a: bool, needs_b: bool) -> tuple[Tensor, Tensor]:
     check_disparity(a, b)
     return a.new_empty(a.shape if needs_a else (0,)), b.new_empty(b.shape if needs_b else (0,))
 
 
-@torch.library.register_fake("pglcl_ext::disparity_bounds")
 def _fake_bounds(
     descriptors: Tensor,
     labels: Tensor,
@@ -100,15 +101,31 @@ def _fake_bounds(
     return descriptors.new_empty((descriptors.shape[0],), dtype=accumulate_dtype(descriptors.dtype))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+@register
+class _Disparity(OpFunction):
+    name = "semantic_disparity"
+    op = ops.semantic_disparity.default
+    backward_op = ops.semantic_disparity_backward.default
+    fake = staticmethod(_fake)
+    backward_fake = staticmethod(_fake_backward)
+
+    @classmethod
+    def differentiable(cls, arguments: tuple[Tensor, Tensor]) -> tuple[Tensor | None, ...]:
+        return arguments
+
+    @classmethod
+    def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        cls.save(ctx, (), inputs[-1])
+
+    @classmethod
+    def backward(cls, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs_a, needs_b, _ = ctx.needs_input_grad
+        grad_a, grad_b = cls.run_backward(grad, *ctx.saved_tensors, needs_a, needs_b)
+        return grad_a if needs_a else None, grad_b if needs_b else None, None
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    needs_a, needs_b = ctx.needs_input_grad
-    grad_a, grad_b = ops.semantic_disparity_backward(grad, *ctx.saved_tensors, needs_a, needs_b)
-    return grad_a if needs_a else None, grad_b if needs_b else None
+_in_graph = in_graph(_Disparity)
 
 
-torch.library.register_autograd("pglcl_ext::semantic_disparity", _backward, setup_context=_setup_context)
-torch.library.register_autograd("pglcl_ext::semantic_disparity_backward", no_double_backward("semantic_disparity"))
+register_op(ops.disparity_bounds.default, _fake_bounds)
+_bounds_in_graph = op_in_graph(ops.disparity_bounds.default, _fake_bounds)

@@ -217,7 +217,7 @@ def test_sums_of_parts_merge_at_any_size_of_logits(scale: float) -> None:
 
     merged = part(slice(0, 30)).merge(part(slice(30, 50))).merge(part(slice(50, 90)))
     whole = part(slice(0, 90))
-    assert torch.equal(merged.count, whole.count)
+    assert torch.equal(merged.num_positives, whole.num_positives)
     for a, b in (
         (merged.max_logit + merged.log_sum, whole.max_logit + whole.log_sum),
         (merged.log_sum - merged.positive, whole.log_sum - whole.positive),

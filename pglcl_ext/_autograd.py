@@ -1,0 +1,226 @@
+"""What makes an op differentiable, and a citizen of torch.func, torch.compile and torch.export.
+
+``torch.library.register_autograd`` costs about 100 us in every step, several times what a small op takes. An op is
+differentiated by a plain ``torch.autograd.Function`` here: the public functions apply it in eager mode, and it is the
+op's autograd kernel for whoever calls the op itself, compilers among them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+__all__ = ["OpFunction", "in_functorch", "in_graph", "is_traced", "op_in_graph", "register", "register_op", "run"]
+
+library = torch.library.Library("pglcl_ext", "FRAGMENT")
+in_functorch = torch._C._are_functorch_transforms_active
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+class OpFunction(torch.autograd.Function):
+    """An op and its backward op, for PyTorch's autograd.
+
+    A subclass names both, and what they return for fake tensors. It is applied to the tensors that gradients flow to,
+    and then to all arguments of the op as one tuple: what autograd does not see costs nothing.
+    """
+
+    name: ClassVar[str]  # the public function
+    op: ClassVar[Any]
+    backward_op: ClassVar[Any]
+    fake: ClassVar[Callable[..., Any]]  # of the op: tensors without content, in the shapes that it returns
+    backward_fake: ClassVar[Callable[..., Any]]
+    backward_function: ClassVar[type[OpFunction]]  # of the backward op; `register` makes it
+    leading_tensors: ClassVar[int]  # arguments of the op before the first that is no tensor
+    generate_vmap_rule = True
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        kinds = [str(a.type) for a in cls.op._schema.arguments]
+        cls.leading_tensors = next((i for i, kind in enumerate(kinds) if "Tensor" not in kind), len(kinds))
+
+    @classmethod
+    def apply(cls, *inputs: Any) -> Any:
+        if in_functorch():
+            return super().apply(*inputs)
+        # Function.apply first binds default arguments, of which there are none; that takes longer than a small op.
+        return super(torch.autograd.Function, cls).apply(*inputs)  # type: ignore[misc]
+
+    @classmethod
+    def differentiable(cls, arguments: Any) -> tuple[Tensor | None, ...]:
+        """Those of the op's arguments that gradients flow to."""
+        raise NotImplementedError
+
+    @classmethod
+    def call(cls, arguments: Any) -> Any:
+        """The op's outputs, differentiable where that is asked for."""
+        inputs = cls.differentiable(arguments)
+        if torch.is_grad_enabled():
+            for t in inputs:
+                if t is not None and t.requires_grad:
+                    return cls.apply(*inputs, arguments)
+        if forward_ad._current_level >= 0 or in_functorch():
+            return cls.apply(*inputs, arguments)
+        return run(cls.op, cls.flat(arguments))
+
+    @classmethod
+    def flat(cls, arguments: Any) -> tuple[Any, ...]:
+        """The arguments as the op takes them."""
+        return arguments  # type: ignore[no-any-return]
+
+    @classmethod
+    def nested(cls, flat: tuple[Any, ...]) -> Any:
+        """The inverse of :meth:`flat`."""
+        return flat
+
+    @classmethod
+    def save(cls, ctx: Any, outputs: tuple[Tensor, ...], arguments: Any) -> None:
+        """Keeps the op's arguments, after some of its outputs: ``saved_tensors`` and then ``options``."""
+        flat = cls.flat(arguments)
+        ctx.save_for_backward(*outputs, *flat[: cls.leading_tensors])
+        ctx.options = flat[cls.leading_tensors :]
+
+    @classmethod
+    def forward(cls, *inputs: Any) -> Any:
+        return run(cls.op, cls.flat(inputs[-1]))
+
+    @classmethod
+    def run_backward(cls, *arguments: Any) -> Any:
+        """The backward op, which refuses to be differentiated again."""
+        return cls.backward_function.call(arguments)
+
+    @classmethod
+    def jvp(cls, ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(f"pglcl_ext.{cls.name} has no forward-mode derivative")
+
+
+def run(op: Any, arguments: tuple[Any, ...]) -> Any:
+    """The op's kernel; its own autograd kernel is not asked, since the caller is one."""
+    if in_functorch():
+        return op(*arguments)
+    with below_autograd():
+        return op(*arguments)
+
+
+def _for_each(op: Any) -> Callable[..., Any]:
+    """A rule for torch.vmap: one call for each element of the batch."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        results = []
+        for i in range(info.batch_size):
+            results.append(op(*(a.select(d, i) if isinstance(d, int) else a for a, d in zip(arguments, in_dims))))
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(torch.stack(parts) for parts in zip(*results))
+        return stacked, (0,) * len(stacked)
+
+    return rule
+
+
+def register_op(op: Any, fake: Callable[..., Any]) -> None:
+    """Of an op that needs no derivative, or has one: fake tensors, and torch.vmap."""
+    torch.library.register_fake(op, fake, lib=library)
+    torch.library.register_vmap(op, _for_each(op), lib=library)
+
+
+def _register_function(function: type[OpFunction]) -> None:
+    def kernel(*flat: Any) -> Any:
+        if in_functorch():
+            raise NotImplementedError(f"torch.func takes pglcl_ext.{function.name}, not the op {function.op}")
+        return function.call(function.nested(flat))
+
+    library.impl(function.op, kernel, "Autograd")
+    register_op(function.op, function.fake)
+
+
+def register(function: type[OpFunction]) -> type[OpFunction]:
+    """Makes `function` the derivative of its op, and refuses by name that of its backward op."""
+
+    class Backward(OpFunction):
+        name, op, fake = function.name, function.backward_op, function.backward_fake
+
+        @classmethod
+        def differentiable(cls, arguments: Any) -> tuple[Tensor | None, ...]:
+            return tuple(t for t in arguments if isinstance(t, Tensor))
+
+        @classmethod
+        def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            pass
+
+        @classmethod
+        def backward(cls, ctx: Any, *grads: Any) -> Any:
+            raise NotImplementedError(f"pglcl_ext.{cls.name} cannot be differentiated twice")
+
+    function.backward_function = Backward
+    _register_function(function)
+    _register_function(Backward)
+    return function
+
+
+# --- compilers ------------------------------------------------------------------------------------------------------
+
+
+def is_traced() -> bool:
+    """Whether a graph is being made in which the op itself is to stand."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
+def _floats(op: Any) -> frozenset[int]:
+    return frozenset(i for i, a in enumerate(op._schema.arguments) if str(a.type) == "float")
+
+
+def _twin(op: Any, fake: Callable[..., Any]) -> tuple[Any, Callable[..., Any]]:
+    """An op like `op` that takes floats as scalar tensors and integers as symbols, and its fake."""
+    schema = str(op._schema).removeprefix("pglcl_ext::")
+    for kind, traced in (("float", "Tensor"), (r"int\[\]", "SymInt[]"), ("int", "SymInt")):
+        schema = re.sub(rf"\b{kind} (?=\w)", f"{traced} ", schema)
+    name = f"{op._opname}_traced"
+    library.define(schema.replace(op._opname, name, 1))
+    twin = getattr(torch.ops.pglcl_ext, name).default
+    floats = _floats(op)
+
+    def kernel(*flat: Any) -> Any:
+        return op(*(float(a) if i in floats else a for i, a in enumerate(flat)))
+
+    def twin_fake(*flat: Any) -> Any:
+        return fake(*(1.0 if i in floats else a for i, a in enumerate(flat)))
+
+    library.impl(twin, kernel, "CompositeExplicitAutograd")
+    return twin, twin_fake
+
+
+def _in_graph(op: Any, twin: Any) -> Callable[..., Any]:
+    floats = _floats(op)
+
+    def call(*flat: Any) -> Any:
+        if torch.compiler.is_exporting() or not torch.compiler.is_compiling():
+            return op(*flat)
+        one = torch.ones((), dtype=torch.float64, device="cpu")
+        return twin(*(one * a if i in floats else a for i, a in enumerate(flat)))
+
+    return call
+
+
+def in_graph(function: type[OpFunction]) -> Callable[..., Any]:
+    """The op as it stands in a graph.
+
+    torch.compile turns the number that an op is given into a constant, and compiles anew for every other value; after a
+    few it gives up. So its graphs hold a twin of the op, which takes numbers that vary. Exported programs hold the op.
+    """
+    twin, fake = _twin(function.op, function.fake)
+    backward_twin, backward_fake = _twin(function.backward_op, function.backward_fake)
+    ops = {"op": twin, "backward_op": backward_twin}
+    fakes = {"fake": staticmethod(fake), "backward_fake": staticmethod(backward_fake)}
+    register(type(f"{function.__name__}Traced", (function,), ops | fakes))
+    return _in_graph(function.op, twin)
+
+
+def op_in_graph(op: Any, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for an op that needs no derivative."""
+    twin, twin_fake = _twin(op, fake)
+    register_op(twin, twin_fake)
+    return _in_graph(op, twin)
