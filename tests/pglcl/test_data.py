@@ -14,12 +14,13 @@ from pglcl.cases import split_patients
 from pglcl.cli import main
 from pglcl.errors import UserError
 from pglcl.formats import read
-from pglcl.inspection import survey
+from pglcl.inspection import labels_of, propose, survey
 from pglcl.layouts import open_folder
 from pglcl.model import load_model
 from pglcl.train import Training
 from pglcl.training_data import load_training_data
 
+from tests.conftest import data_folder
 from tests.pglcl.folders import decathlon, describe, kits, nnunet, pictures, plain, save, ssl4mis, tiny, volume
 
 
@@ -212,3 +213,57 @@ def test_a_cache_changes_nothing(dims: int, tmp_path: Path) -> None:
     again = load_training_data(root, tiny(**options, cache=str(tmp_path / "cache")))
     assert (again.labelled[0].image == plainly.labelled[0].image).all()
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == entries
+
+
+# --- real data ------------------------------------------------------------------------------------------------------
+
+NO_DATA = "no real volumes: neither PGLCL_DATA nor shared/data"
+
+
+@pytest.mark.skipif(data_folder() is None, reason=NO_DATA)
+def test_real_folders_are_read_without_a_problem() -> None:
+    root = data_folder()
+    assert root is not None
+    nuclei = open_folder(root / "Histology_nuclei")
+    reports = inspection.inspect_cases(nuclei.cases[:8])
+    assert not any(r.problems for r in reports)
+    assert labels_of(nuclei, reports, None).values == ((0,), (255,))
+    assert {p.option: p.value for p in propose(nuclei, reports)}["--normalise"] == "rgb"
+    split = split_patients(nuclei, tiny(labelled=50, validation=0, test=15))
+    assert split.test == tuple(sorted(nuclei.patients)[-15:])
+
+
+def slabs(root: Path, source: Path) -> Path:
+    """One CT cut along its axis into ten slabs: six with labels for training, two without, two for the test."""
+    image, label = (nib.load(source / name) for name in ("torso_0000.nii.gz", "torso.nii.gz"))
+    for i in range(10):
+        place = slice(3 * i, 3 * i + 3)
+        name = f"slab{i:02d}"
+        affine = image.affine @ nib.affines.from_matvec(np.eye(3), [0, 0, 3 * i])
+        save(root / "imagesTr" / f"{name}_0000.nii.gz", np.asarray(image.dataobj)[:, :, place], affine)
+        if i not in (2, 5):
+            save(root / "labelsTr" / f"{name}.nii.gz", np.asarray(label.dataobj)[:, :, place], affine)
+    describe(root, channel_names={"0": "CT"}, labels={"background": 0, **{f"v{v}": v for v in range(1, 118)}})
+    return root
+
+
+@pytest.mark.skipif(data_folder() is None, reason=NO_DATA)
+def test_a_few_organs_of_a_real_ct(tmp_path: Path) -> None:
+    source = data_folder()
+    assert source is not None
+    root, run, output = slabs(tmp_path / "data", source / "CT_torso"), tmp_path / "run", tmp_path / "masks"
+    labels = "0+*,1=spleen,5=liver,10-14=lung,86+87=muscle"
+    trained(root, run, labels=labels, steps=40, warmup=10, labelled=4, validation=0, test=2, image_size="64")
+    model = load_model(run)
+    assert model.class_names == {0: "background", 1: "spleen", 2: "liver", 3: "lung", 4: "muscle"}
+    (channel,) = model.intensity.channels
+    assert channel.kind == "ct"
+    assert -1024 <= channel.low < channel.mean < channel.high < 3000
+    assert main(["predict", str(run), str(root / "imagesTr"), "-o", str(output), "-q"]) == 0
+    found = set().union(*(values_of(path) for path in output.iterdir()))
+    assert {0, 10} <= found <= {0, 1, 5, 10, 86}  # the lung is most of what is not background
+    for path in output.iterdir():
+        assert nib.load(path).shape == (122, 101, 3)
+    assert main(["evaluate", str(run), str(root), "-q"]) == 0
+    rows = {row["class"]: row for row in json.loads((run / "scores_test.json").read_text())["summary"]}
+    assert {"spleen", "liver", "lung", "muscle"} <= set(rows)
