@@ -343,6 +343,23 @@ def report(
 
 
 @command
+def export(
+    run: RunArgument,
+    kind: Annotated[str, typer.Option("--format", help="torchscript or onnx", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="the file; default: model.ts or model.onnx in the run")
+    ] = None,
+    overwrite: OverwriteOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Writes the network for other programs, and checks that it gives the same logits there."""
+    from pglcl.export import export_run
+
+    path, difference = export_run(run, kind, output, overwrite=overwrite)
+    console(quiet).print(f"{path}: logits differ by at most {difference:.1e} of the largest")
+
+
+@command
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="folder of the runs")] = Path("pglcl-demo"),
     steps: Annotated[int, typer.Option(help="training steps of each of the two runs")] = 400,

@@ -428,14 +428,18 @@ def read_scores(path: Path) -> Evaluation | None:
             return None
         known = {field.name for field in fields(Subject)}
         subject = Subject(**{name: value for name, value in content["subject"].items() if name in known})
-        rows: list[dict[str, Any]] = content["scores"]
-        scores = [Score(**{n: math.nan if v is None else v for n, v in row.items()}) for row in rows]
+        scores = [_score_of(row) for row in content["scores"]]
         names = {int(k): str(name) for k, name in content["class_names"].items()}
         found = Evaluation(subject, scores, names, str(content["unit"]), score_files(path.parent, subject.part))
         _ = found.summary  # fails on values of other types
         return found
     except (UserError, KeyError, TypeError, ValueError, AttributeError):
         return None
+
+
+def _score_of(row: dict[str, Any]) -> Score:
+    values: dict[str, Any] = {name: math.nan if value is None else value for name, value in row.items()}
+    return Score(**values)
 
 
 def may_renew(files: Sequence[Path], subject: Subject) -> Callable[[Path], bool]:

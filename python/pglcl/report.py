@@ -1,70 +1,81 @@
-"""One HTML file that shows what a run learned: nothing is loaded from elsewhere."""
+"""One HTML file that shows what a run learned: nothing is loaded from elsewhere, and nothing needs a script."""
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import html
-import io
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from pglcl.bases import one_hot
 from pglcl.cases import distance_unit
 from pglcl.errors import UserError
 from pglcl.evaluate import (
     METRICS,
+    PARTS,
     Evaluation,
-    Row,
     Subject,
     may_renew,
+    patient_means,
     read_scores,
+    read_split,
     score_cases,
     score_files,
     subject_of,
 )
+from pglcl.figures import CURVES, Picture, Shown, colour, curves, embeddings
 from pglcl.files import read_json, write_text
-from pglcl.layouts import Case, open_folder
+from pglcl.layouts import Case, DataFolder, open_folder
 from pglcl.model import TrainedModel, load_model
 from pglcl.outputs import check_outputs
-from pglcl.predict import Predictor, entropy_map, network_output, probabilities
-from pglcl.prepare import Prepared, prepare
+from pglcl.predict import Predictor
+from pglcl.progress import duration
 from pglcl.record import read_metrics
-from pglcl.volumes import read_label, read_volume
-from pglcl_ext import patch_embeddings, patch_statistics, semantic_disparity
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.patches import Rectangle
-
-# Told apart by most who see colours differently (Okabe and Ito).
-COLOURS = ["#999999", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F0E442"]
 GENERATOR = "<meta name=generator content=pglcl>"
 FIGURE_VOLUMES = 6  # test volumes that embeddings are taken from
+WORST = 3  # volumes whose outlines are shown
+OPEN_ROWS = 12  # patients: a longer table is folded
 
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 60rem; padding: 1rem; }
-h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
-.scroll { overflow-x: auto; }
-.row { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .4rem; margin-bottom: .6rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-td, th { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-td:first-child, th:first-child { text-align: left; }
-p.note { color: GrayText; margin: .25rem 0 .5rem; }
-.key span { display: inline-block; margin-right: 1rem; } .key i { display: inline-block; width: .9em; height: .9em;
-  border-radius: 2px; margin-right: .3em; vertical-align: -.1em; }
-p.warning { border-left: 4px solid #D55E00; padding: .3rem .8rem; background: var(--soft); }
-details summary { cursor: pointer; }
+:root { color-scheme: light dark; --line: #8886; --soft: #8882; --page: Canvas; --shadow: #0005; }
+@media (prefers-color-scheme: dark) { :root { --shadow: #fff5; } }
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 64rem; padding: 1rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; margin: .5rem 0; line-height: 1.25; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .5rem; }
+h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; }
+.row { display: grid; grid-template-columns: repeat(4, 1fr); gap: .6rem; margin-bottom: .8rem; }
+.row.three { grid-template-columns: repeat(3, 1fr); } .row.two { grid-template-columns: repeat(2, 1fr); }
+@media (max-width: 46rem) { .row { grid-template-columns: repeat(2, 1fr); }
+  .row.three, .row.two.wide { grid-template-columns: 1fr; } }
+figure { margin: 0; } figcaption { font-size: .875rem; line-height: 1.35; padding-top: .2rem; }
+img { display: block; width: 100%; height: auto; background: #fff; border-radius: 4px; }
+.single img { max-width: 44rem; }
+.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 4px; background:
+  linear-gradient(to right, var(--page) 30%, transparent) left / 3rem 100% no-repeat local,
+  linear-gradient(to left, var(--page) 30%, transparent) right / 3rem 100% no-repeat local,
+  radial-gradient(farthest-side at 0 50%, var(--shadow), transparent) left / 1rem 100% no-repeat scroll,
+  radial-gradient(farthest-side at 100% 50%, var(--shadow), transparent) right / 1rem 100% no-repeat scroll; }
+.scroll:focus-visible { outline: 2px solid Highlight; }
+.hint { display: none; font-size: .875rem; margin: .3rem 0; }
+@media (max-width: 32rem) { .hint { display: block; } }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
+caption { text-align: left; font-size: .875rem; padding: .3rem .6rem; }
+td, th { padding: .35rem .6rem; border-top: 1px solid var(--line); text-align: right; white-space: nowrap;
+  vertical-align: top; }
+th { font-weight: 600; } th[scope=row], th:first-child, table.text td { text-align: left; }
+table.text td { white-space: normal; } td small { display: block; opacity: .8; }
+tr.mean > * { font-weight: 600; border-top-width: 2px; }
+p.note { margin: .25rem 0 .6rem; opacity: .85; }
+p.warning { border-left: 4px solid #D55E00; padding: .4rem .8rem; background: var(--soft); font-weight: 600; }
+ul.key { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1rem; padding: 0; margin: .4rem 0; }
+.key i { display: inline-block; width: .9em; height: .9em; border-radius: 2px; margin-right: .35em;
+  vertical-align: -.1em; }
+details { margin: .5rem 0; } details summary { cursor: pointer; padding: .2rem 0; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: .4rem 0; } dd { margin: 0; }
+@media (max-width: 46rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .4rem; } }
 """
 
 
@@ -77,58 +88,45 @@ def write_report(
     overwrite: bool = False,
     quiet: bool = True,
 ) -> Path:
-    """The report of a run, on its test volumes; scores them first where that was not done."""
+    """The report of a run on its test volumes, which are scored first where that was not done.
+
+    Args:
+        run: the folder that training wrote.
+        data: the data folder; default: that of the run.
+        output: the HTML file; default: report.html in the run, where an earlier report is renewed.
+        device: as for training.
+        overwrite: replace `output` if it exists.
+        quiet: show no progress.
+
+    Returns:
+        The path of the HTML file.
+
+    Raises:
+        UserError: the run, the data or a patient is missing or damaged, or a file is in the way.
+    """
     path = output or run / "report.html"
-    mine = output is None and _is_report(path)
     predictor = Predictor([load_model(run, device)])
-    model = predictor.models[0]
-    config = read_json(run / "config.json")
-    root = data or Path(config["data"])
-    folder = open_folder(root)
+    folder = open_folder(data or _data_of(run))
     subject, cases = subject_of(run, predictor, folder)
-    inputs = [file for case in cases for file in (*case.images, case.label) if file is not None]
-    check_outputs([path], inputs=inputs, overwrite=overwrite, renewed=lambda path: mine)
+    read = [file for case in cases for file in (*case.images, case.label) if file is not None]
+    mine = output is None and _is_report(path)
+    check_outputs([path], inputs=[*read, *_files_of(run)], overwrite=overwrite, renewed=lambda _: mine)
     found = _scores(run, predictor, subject, cases, distance_unit(folder), quiet=quiet)
-    unit = found.unit
-    scores: dict[str, Any] = {"summary": found.summary, "scores": [vars(s) for s in found.scores]}
-    viewed = [View(model, case) for case in _worst_median_best(cases, scores)]
-    title = f"{run.name}: {config['method']}"
-    parts = [
-        f"<h1>{html.escape(title)}</h1>",
-        f"<p class=note>{html.escape(_subtitle(config, run, folder.root.name))}</p>",
-        *([] if subject.finished else [_warning(f"This run is unfinished: step {subject.step} of {subject.steps}.")]),
-        "<h2>Scores on the test volumes</h2>",
-        f"<p class=note>{html.escape(subject.title())}</p>",
-        _score_table(scores["summary"], unit),
-        "<h2>Training</h2>",
-        _image(curves(read_metrics(run)), "Losses and validation Dice by step"),
-        "<h2>Worst, median and best test volume</h2>",
-        _legend(model),
-        "<p class=note>The slice with most foreground of each: image, truth, prediction, and the entropy of the "
-        "prediction in nats.</p>",
-        *(
-            _images(view.overlay(name), f"{name}: {view.case.name}")
-            for name, view in zip(("worst", "median", "best"), viewed)
-        ),
-        "<h2>Entropy, disparity, and the patches that are chosen by it</h2>",
-        "<p class=note>Average entropy of the patches; disparity of all patches from one anchor (white). Solid: "
-        "positives, same class and similar entropy. Dashed: negatives, another class.</p>",
-        _images(viewed[1].disparity(), "Patch entropies and disparities"),
-        "<h2>Embeddings of patches</h2>",
-        "<p class=note>First two principal components of the projected patches of test volumes, coloured by their true "
-        "class.</p>",
-        _image(embedding_plot(model, cases[:FIGURE_VOLUMES]), "Embeddings coloured by class"),
-        "<h2>Configuration</h2>",
-        _details(config, read_json(run / "environment.json")),
-    ]
-    page = (
-        "<!doctype html><html lang=en><meta charset=utf-8>"
-        f"{GENERATOR}"
-        '<meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style><body>{''.join(parts)}</body></html>\n"
-    )
-    write_text(path, page)
+    write_text(path, _page(run, predictor, folder, cases, found))
     return path
+
+
+def _data_of(run: Path) -> Path:
+    path = run / "config.json"
+    config = read_json(path)
+    if not isinstance(config, dict) or not isinstance(config.get("data"), str):
+        raise UserError(f"{path}: does not say where the data is; name the folder with --data")
+    return Path(config["data"])
+
+
+def _files_of(run: Path) -> list[Path]:
+    """Everything in the run but its report: none of it may become the page."""
+    return [file for file in run.iterdir() if file.name != "report.html"]
 
 
 def _is_report(path: Path) -> bool:
@@ -155,261 +153,246 @@ def _scores(
     return found
 
 
-def _subtitle(config: dict[str, Any], run: Path, data: str) -> str:
-    split = read_json(run / "split.json")
-    counts = ", ".join(f"{len(split[part])} {part}" for part in ("labelled", "unlabelled", "validation", "test"))
-    base = "" if config["method"] == "supervised" else f", base {config['consistency']}"
-    contrast = f", {config['loss']} loss on {config['patches']} patches" if config["method"] == "patchcl" else ""
-    return f"{data}: {counts} patients{base}{contrast}, {config['steps']} steps, seed {config['seed']}"
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+def _page(run: Path, predictor: Predictor, folder: DataFolder, cases: Sequence[Case], found: Evaluation) -> str:
+    model, subject = predictor.models[0], found.subject
+    ranked = _ranked(cases, found)
+    views = {case.name: Shown(predictor, case) for case in {c.name: c for c in _chosen(ranked).values()}.values()}
+    worst = [views.get(case.name) or Shown(predictor, case) for case in ranked[:WORST]]
+    middle = views[_chosen(ranked)["median" if len(ranked) > 2 else "best" if len(ranked) > 1 else "only"].name]
+    rows, problem = _metric_rows(run)
+    title = f"{run.resolve().name}: {model.config.method}"
+    named = " and ".join(", ".join(_chosen(ranked)).rsplit(", ", 1))
+    parts = [
+        f"<h1>{_text(title)}</h1>",
+        f"<p class=note>{_text(_subtitle(run, model, folder))}</p>",
+        *_warnings(run, folder, subject),
+        "<h2>Scores on the test volumes</h2>",
+        _score_table(found),
+        _patient_table(found),
+        "<h2>Training</h2>",
+        _facts(model, subject, rows),
+        *([_warning(problem)] if problem else []),
+        _pictures(curves(rows), "three" if len(CURVES) > 2 else "two"),
+        _split_lists(run),
+        f"<h2>The {_text(named)} test volume{'s' if len(ranked) > 1 else ''}</h2>",
+        _legend(model),
+        "<p class=note>The slice with most foreground of each: image, truth, prediction, and the entropy of the "
+        "prediction in nats.</p>",
+        *(
+            f"<h3>{_text(kind)}: {_text(case.name)}</h3>{_pictures(views[case.name].overlay())}"
+            for kind, case in _chosen(ranked).items()
+        ),
+        "<h2>Outlines and stray pieces of the worst volumes</h2>",
+        "<p class=note>White and dashed: truth. Coloured: prediction, as it is and with the largest piece of every "
+        "class alone (--postprocess largest-component). Red: pieces that are then removed. The slice with most of "
+        "them, or else with most errors.</p>",
+        *(f"<h3>{_text(view.case.name)}</h3>{_pictures(view.islands(), 'two')}" for view in worst),
+        "<h2>Entropy, disparity, and the patches that are chosen by it</h2>",
+        "<p class=note>Average entropy of the patches; disparity of all patches from one anchor (white). Solid: "
+        "positives, same class and similar entropy. Dashed: negatives, another class.</p>",
+        f"<h3>{_text(middle.case.name)}</h3>",
+        _pictures(middle.disparity(), "three"),
+        "<h2>Embeddings of patches</h2>",
+        "<p class=note>First two principal components of the projected patches of test volumes, coloured by their true "
+        "class.</p>",
+        _legend(model, background=True),
+        _pictures([embeddings(model, ranked[:FIGURE_VOLUMES])], "single"),
+        "<h2>Configuration</h2>",
+        _details(run, model, subject),
+    ]
+    return (
+        "<!doctype html><html lang=en><head><meta charset=utf-8>"
+        f"{GENERATOR}"
+        '<meta name=viewport content="width=device-width, initial-scale=1">'
+        f"<title>{_text(title)}</title><style>{STYLE}</style></head><body><main>{''.join(parts)}</main></body></html>\n"
+    )
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value), quote=True)
 
 
 def _warning(text: str) -> str:
-    return f"<p class=warning role=alert>{html.escape(text)}</p>"
+    return f"<p class=warning role=alert>{_text(text)}</p>"
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+def _warnings(run: Path, folder: DataFolder, subject: Subject) -> list[str]:
+    found = []
+    if not subject.finished:
+        found.append(f"This run is unfinished: step {subject.step} of {subject.steps}.")
+    with contextlib.suppress(UserError):
+        own = _data_of(run)
+        if own.resolve() != folder.root.resolve():
+            found.append(f"Scores and images are of {folder.root}; the run was trained on {own}.")
+    return [_warning(text) for text in found]
 
 
-def _score_table(rows: list[Row], unit: str) -> str:
-    names = {"dice": "Dice", "hd95": f"HD95 [{unit}]", "asd": f"ASD [{unit}]"}
-    head = "".join(f"<th>{names[m]}<th>95 %" for m in METRICS)
-    body = ""
-    for row in rows:
+def _subtitle(run: Path, model: TrainedModel, folder: DataFolder) -> str:
+    config = model.config
+    counts = ", ".join(f"{len(patients)} {part}" for part, patients in read_split(run).items())
+    base = "" if config.method == "supervised" else f", base {config.consistency}"
+    contrast = f", {config.loss} loss on {config.patches} patches" if config.method == "patchcl" else ""
+    name = folder.root.resolve().name
+    return f"{name}: {counts} patients{base}{contrast}, {config.steps} steps, seed {config.seed}"
+
+
+def _number(value: float, digits: int) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _table(caption: str, head: Sequence[str], body: Iterable[str]) -> str:
+    """A table that scrolls on its own where it is wider than the screen, with a cue that it does."""
+    columns = "".join(f"<th scope=col>{name}" for name in head)
+    return (
+        f"<p class=hint aria-hidden=true>The table scrolls sideways →</p><div class=scroll tabindex=0 role=region "
+        f"aria-label='{_text(caption)}'><table><caption>{_text(caption)}</caption><thead><tr>{columns}</thead>"
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _score_table(found: Evaluation) -> str:
+    names = {"dice": "Dice", "hd95": f"HD95 [{found.unit}]", "asd": f"ASD [{found.unit}]"}
+    body = []
+    for row in found.summary:
         cells = ""
         for metric in METRICS:
             digits = 3 if metric == "dice" else 2
             low, high = row[f"{metric}_interval"]
             cells += f"<td>{_number(row[metric], digits)} ± {_number(row[f'{metric}_std'], digits)}"
-            cells += f"<td>{_number(low, digits)} to {_number(high, digits)}"
-        body += f"<tr><td>{html.escape(row['class'])}{cells}<td>{row['absent']}<td>{row['missed']}"
+            cells += f"<small>{_number(low, digits)} to {_number(high, digits)}</small>"
+        kind = " class=mean" if row["label"] is None else ""
+        body.append(f"<tr{kind}><th scope=row>{_text(row['class'])}{cells}<td>{row['absent']}<td>{row['missed']}")
     note = (
-        "mean ± deviation over patients, bootstrap interval of the mean; absent: not in the truth, no score; missed: "
+        "Mean ± deviation over patients; below, the 95 % bootstrap interval of the mean. Absent: not in the truth, no "
+        "score. Missed: there, not predicted, scored as the worst that could be."
     )
-    note += "there, not predicted, scored as the worst"
+    head = ["class", *names.values(), "absent", "missed"]
+    return f"{_table(found.subject.title(), head, body)}<p class=note>{note}</p>"
+
+
+def _patient_table(found: Evaluation) -> str:
+    """A row for each patient, the worst first."""
+    labels = sorted({score.label for score in found.scores})
+    by_class = {label: patient_means(found.scores, "dice", label) for label in labels}
+    overall = {metric: patient_means(found.scores, metric) for metric in METRICS}
+    patients = sorted(found.subject.patients, key=lambda p: overall["dice"].get(p, math.inf))
+    head = [
+        "patient", "Dice", *(f"Dice, {_text(_class_name(found.class_names, k))}" for k in labels),
+        f"HD95 [{found.unit}]", f"ASD [{found.unit}]", "missed",
+    ]  # fmt: skip
+    body = []
+    for patient in patients:
+        cells = [_number(overall["dice"].get(patient, math.nan), 3)]
+        cells += [_number(by_class[k].get(patient, math.nan), 3) for k in labels]
+        cells += [_number(overall[metric].get(patient, math.nan), 2) for metric in ("hd95", "asd")]
+        cells.append(str(sum(s.status == "missed" for s in found.scores if s.patient == patient)))
+        body.append(f"<tr><th scope=row>{_text(patient)}" + "".join(f"<td>{cell}" for cell in cells))
+    opened = " open" if len(patients) <= OPEN_ROWS else ""
+    values = list(overall["hd95"].values())
+    median = f" Median HD95 over patients: {statistics.median(values):.2f} {found.unit}." if values else ""
     return (
-        f"<div class=scroll><table><tr><th>class{head}<th>absent<th>missed{body}</table></div><p class=note>{note}</p>"
+        f"<details{opened}><summary>Scores of each patient, the worst first ({len(patients)})</summary>"
+        f"{_table('Mean over the volumes of each patient', head, body)}<p class=note>{median}</p></details>"
     )
 
 
-def _legend(model: TrainedModel) -> str:
+def _class_name(names: dict[int, str], k: int) -> str:
+    return names.get(k, "background" if k == 0 else f"class {k}")
+
+
+def _legend(model: TrainedModel, *, background: bool = False) -> str:
     items = [
-        f"<span><i style='background:{COLOURS[k % len(COLOURS)]}'></i>{html.escape(_class_name(model, k))}</span>"
-        for k in range(1, model.num_classes)
+        f"<li><i style='background:{colour(k)}'></i>{_text(_class_name(model.class_names, k))}"
+        for k in range(0 if background else 1, model.num_classes)
     ]
-    return f"<p class=key>{''.join(items)}</p>"
+    return f"<ul class=key aria-label='Colours of the classes'>{''.join(items)}</ul>"
 
 
-def _class_name(model: TrainedModel, k: int) -> str:
-    return model.class_names.get(k, f"class {k}")
+def _pictures(pictures: Sequence[Picture], columns: str = "") -> str:
+    """Side by side where there is room."""
+    figures = "".join(
+        f"<figure><img alt='{_text(p.text)}' src='{p.url}'><figcaption>{_text(p.caption)}</figcaption></figure>"
+        for p in pictures
+    )
+    return f"<div class='{'single' if columns == 'single' else f'row {columns}'.strip()}'>{figures}</div>"
 
 
-def _details(config: dict[str, Any], environment: dict[str, Any]) -> str:
-    def rows(values: dict[str, Any]) -> str:
-        return "".join(f"<tr><td>{html.escape(str(k))}<td>{html.escape(str(v))}" for k, v in values.items())
+def _metric_rows(run: Path) -> tuple[list[dict[str, Any]], str]:
+    """Rows with a step and numbers; what is wrong with the file, if anything."""
+    path = run / "metrics.jsonl"
+    try:
+        found = read_metrics(run)
+    except (OSError, ValueError, RecursionError) as error:
+        return [], f"{path.name}: cannot be read: {str(error).splitlines()[0]}"
+    rows = []
+    for row in found:
+        if isinstance(row, dict) and _is_number(row.get("step")):
+            rows.append({name: value for name, value in row.items() if _is_number(value)})
+    return rows, "" if rows else f"{path.name}: has no row of a step"
 
-    return (
-        f"<details><summary>Options</summary><div class=scroll><table>{rows(config)}</table></div></details>"
-        "<details><summary>Versions and machine</summary><div class=scroll>"
-        f"<table>{rows(environment)}</table></div></details>"
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _facts(model: TrainedModel, subject: Subject, rows: Sequence[dict[str, Any]]) -> str:
+    seconds = max((row["seconds"] for row in rows if "seconds" in row), default=math.nan)
+    validation = [(row["validation_dice"], row["step"]) for row in rows if "validation_dice" in row]
+    facts = {
+        "Steps": f"{subject.step} of {subject.steps}" + ("" if subject.finished else " (unfinished)"),
+        "Training time": "not recorded" if math.isnan(seconds) else duration(seconds),
+        "Device": model.config.device,
+    }
+    if validation:
+        best = max(validation)
+        facts["Validation Dice"] = f"{validation[-1][0]:.3f} last, {best[0]:.3f} best at step {best[1]}"
+    return "<dl>" + "".join(f"<dt>{_text(name)}<dd>{_text(value)}" for name, value in facts.items()) + "</dl>"
+
+
+def _split_lists(run: Path) -> str:
+    split = read_split(run)
+    items = "".join(f"<dt>{part} ({len(split[part])})<dd>{_text(', '.join(split[part])) or 'none'}" for part in PARTS)
+    return f"<details><summary>Patients of each part of the split</summary><dl>{items}</dl></details>"
+
+
+def _details(run: Path, model: TrainedModel, subject: Subject) -> str:
+    def listed(values: dict[str, Any]) -> str:
+        return "".join(f"<tr><th scope=row>{_text(k)}<td>{_text(v)}" for k, v in values.items())
+
+    try:
+        environment = read_json(run / "environment.json")
+    except UserError as error:
+        environment = {"environment.json": error.lines[0]}
+    if not isinstance(environment, dict):
+        environment = {"environment.json": "not an object"}
+    scored = {"data": subject.data, "weights (SHA-256)": subject.model, "postprocess": subject.postprocess}
+    tables = {"Options": vars(model.config), "Versions and machine": environment, "What was scored": scored}
+    return "".join(
+        f"<details><summary>{name}</summary><table class=text>{listed(values)}</table></details>"
+        for name, values in tables.items()
     )
 
 
-def _tag(figure: Any, text: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", facecolor="white")
-    plt.close(figure)
-    encoded = base64.b64encode(buffer.getvalue()).decode()
-    return f"<img alt='{html.escape(text, quote=True)}' src='data:image/png;base64,{encoded}'>"
+# --- which volumes are shown ----------------------------------------------------------------------------------------
 
 
-def _image(figure: Any, text: str) -> str:
-    return f"<p>{_tag(figure, text)}</p>"
-
-
-def _images(figures: list[Any], text: str) -> str:
-    """Side by side where there is room."""
-    return f"<div class=row>{''.join(_tag(figure, text) for figure in figures)}</div>"
-
-
-def _panel(title: str) -> tuple[Any, Any]:
-    figure, axis = plt.subplots(figsize=(3.2, 3.2))
-    axis.axis("off")
-    axis.set_title(title, fontsize=10)
-    return figure, axis
-
-
-def curves(metrics: list[dict[str, Any]]) -> Any:
-    names = [n for n in ("segmentation", "contrast", "validation_dice") if any(n in row for row in metrics)]
-    figure, axes = plt.subplots(1, max(1, len(names)), figsize=(4 * max(1, len(names)), 2.8), squeeze=False)
-    for axis, name in zip(axes[0], names):
-        points = [(row["step"], row[name]) for row in metrics if name in row]
-        steps, values = zip(*points)
-        many = len(values) > 40
-        axis.plot(steps, values, color="#0072B2", alpha=0.3 if many else 1, marker=None if many else "o", markersize=3)
-        if many:
-            width = max(1, len(values) // 25)
-            smooth = np.convolve(values, np.ones(width) / width, mode="valid")
-            axis.plot(steps[width - 1 :], smooth, color="#0072B2")
-        axis.set_title(name.replace("_", " "), fontsize=10)
-        axis.set_xlabel("step", fontsize=9)
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
-def _worst_median_best(cases: list[Case], scores: dict[str, Any]) -> list[Case]:
+def _ranked(cases: Sequence[Case], found: Evaluation) -> list[Case]:
+    """The cases from the worst Dice to the best; those without any class have no score and are left out."""
     by_case: dict[str, list[float]] = {}
-    for score in scores["scores"]:
-        if score["dice"] is not None and not math.isnan(score["dice"]):
-            by_case.setdefault(score["case"], []).append(score["dice"])
-    ranked = sorted((c for c in cases if c.name in by_case), key=lambda c: float(np.mean(by_case[c.name]))) or cases
-    return [ranked[0], ranked[len(ranked) // 2], ranked[-1]]
+    for score in found.scores:
+        if not math.isnan(score.dice):
+            by_case.setdefault(score.case, []).append(score.dice)
+    scored = [case for case in cases if case.name in by_case]
+    return sorted(scored, key=lambda case: statistics.fmean(by_case[case.name])) or list(cases)
 
 
-class View:
-    """A test volume, its prediction, and the slice of it that is shown."""
-
-    def __init__(self, model: TrainedModel, case: Case) -> None:
-        self.model, self.case = model, case
-        self.prepared: Prepared = prepare(case, model.config, model.slice_axis, model.intensity)
-        self.p = probabilities(model.network, self.prepared, model.config, model.slice_axis)
-        assert case.label is not None
-        self.truth = torch.from_numpy(read_label(case.label, case.images[0], model.labels))
-        self.axis = 2 if model.slice_axis is None else model.slice_axis
-        area = (self.truth > 0).movedim(self.axis, 0).flatten(1).sum(dim=1)
-        self.slice = int(area.argmax())
-
-    def _plane(self, x: Tensor) -> np.ndarray:
-        """As radiologists look at it: first axis to the right, second up. A picture as it is."""
-        plane = x.select(self.axis, self.slice).numpy()
-        return plane.T[::-1] if self.prepared.source.unit == "mm" else plane
-
-    def overlay(self, name: str) -> list[Any]:
-        image = self._plane(torch.from_numpy(read_volume(self.case.images).data[0]))
-        low, high = np.percentile(image, [1, 99])
-        dice = _mean_dice(self.p.argmax(dim=0), self.truth, self.model.num_classes)
-        most = math.log(self.model.num_classes)
-        labels = {"truth": self.truth, f"prediction, Dice {dice:.3f}": self.p.argmax(dim=0)}
-        figures = []
-        for title in (f"{name}: {self.case.name}", *labels, "entropy [nats]"):
-            figure, axis = _panel(title)
-            figures.append(figure)
-            if title == "entropy [nats]":
-                shown = axis.imshow(self._plane(entropy_map(self.p)), cmap="magma", vmin=0, vmax=most)
-                figure.colorbar(shown, ax=axis, fraction=0.046)
-                continue
-            axis.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
-            plane = self._plane(labels[title]) if title in labels else np.zeros_like(image)
-            for k in range(1, self.model.num_classes):
-                if (plane == k).any():
-                    colour = matplotlib.colors.to_rgba(COLOURS[k % len(COLOURS)])
-                    axis.imshow(np.where((plane == k)[..., None], np.array([*colour[:3], 0.45]), 0.0))
-                    axis.contour(plane == k, levels=[0.5], colors=[colour], linewidths=0.8)
-        return figures
-
-    def disparity(self) -> list[Any]:
-        """At the resolution of the network, where patches are."""
-        model, config = self.model, self.model.config
-        logits = network_output(model.network, self.prepared.image, config)
-        image = self.prepared.image
-        z = min(self.slice, image.shape[-1] - 1)
-        # Without what was padded.
-        inside = [n for axis, n in enumerate(self.prepared.geometry.resized) if axis != self.axis]
-        p = logits[:, : inside[0], : inside[1], z].softmax(dim=0)[None]
-        patch = config.patch_size if config.spatial_dims == 2 else max(4, config.patch_size // 2)
-        statistics = patch_statistics(p, patch, probabilities=True)
-        entropy = statistics.entropy[0]
-        share = statistics.confidence[0]  # (K, gy, gx)
-        present = share.clone()
-        present[0] = torch.where(share[1:].amax(dim=0) > 0.1, 0, share[0])  # a patch counts for what is not background
-        label = present.argmax(dim=0).flatten()
-        delta = semantic_disparity(entropy.flatten())
-        candidates = (label > 0).nonzero().squeeze(1)
-        anchor = int(candidates[entropy.flatten()[candidates].argmax()]) if len(candidates) else int(entropy.argmax())
-        scale = math.log(model.num_classes)
-        upper, lower = config.max_positive_disparity * scale, config.min_negative_disparity * scale
-        same, row = label == label[anchor], delta[anchor]
-        positive = same & (row <= upper)
-        positive[anchor] = False
-        negative = ~same & (row >= lower)
-
-        background = image[0, : inside[0], : inside[1], z].numpy()
-        rows, columns = entropy.shape
-        extent = (-0.5, columns * patch - 0.5, rows * patch - 0.5, -0.5)
-        boxed = [j for j in range(rows * columns) if j == anchor or positive[j] or (negative[j] and label[j] > 0)]
-        # Around the boxes, which are small where patches are.
-        window = []
-        for places, count in (([j % columns for j in boxed], columns), ([j // columns for j in boxed], rows)):
-            margin = 2 + (max(places) - min(places)) // 4
-            window.append((max(0, min(places) - margin) * patch, min(count, max(places) + margin + 1) * patch))
-        figures = []
-        for values, title, boxes in (
-            (None, "image", True),
-            (entropy, "average entropy [nats]", False),
-            (row.view(rows, columns), "disparity from the anchor [nats]", True),
-        ):
-            figure, axis = _panel(title)
-            figures.append(figure)
-            axis.imshow(background, cmap="gray")
-            if values is not None:
-                shown = axis.imshow(values.numpy(), cmap="viridis", alpha=0.65, extent=extent)
-                figure.colorbar(shown, ax=axis, fraction=0.046)
-            axis.set_xlim(window[0][0] - 0.5, window[0][1] - 0.5)
-            axis.set_ylim(window[1][1] - 0.5, window[1][0] - 0.5)
-            for j in boxed if boxes else ():
-                y, x = divmod(j, columns)
-                colour = "white" if j == anchor else COLOURS[int(label[j]) % len(COLOURS)]
-                style = "-" if j == anchor or positive[j] else "--"
-                box = Rectangle((x * patch, y * patch), patch - 1, patch - 1, fill=False, edgecolor=colour)
-                box.set(linestyle=style, linewidth=2.5 if j == anchor else 1.0)
-                axis.add_patch(box)
-        return figures
-
-
-def _mean_dice(p: Tensor, t: Tensor, num_classes: int) -> float:
-    values = []
-    for k in range(1, num_classes):
-        a, b = p == k, t == k
-        if b.any():
-            values.append(2 * float((a & b).sum()) / float(a.sum() + b.sum()))
-    return float(np.mean(values)) if values else math.nan
-
-
-@torch.no_grad()
-def embedding_plot(model: TrainedModel, cases: list[Case]) -> Any:
-    config, network = model.config, model.network
-    device = next(network.parameters()).device
-    embeddings, labels = [], []
-    for case in cases:
-        prepared = prepare(case, config, model.slice_axis, model.intensity, model.labels)
-        assert prepared.label is not None
-        if config.spatial_dims == 2:
-            images, target = prepared.image.movedim(-1, 0), prepared.label.movedim(-1, 0)
-        else:
-            first = [(n - s) // 2 for n, s in zip(prepared.label.shape, config.size)]
-            place = tuple(slice(f, f + s) for f, s in zip(first, config.size))
-            images, target = prepared.image[(slice(None), *place)][None], prepared.label[place][None]
-        _, features = network.with_features(images.to(device))
-        pool = F.avg_pool2d if config.spatial_dims == 2 else F.avg_pool3d
-        weights = pool(one_hot(target, model.num_classes), network.feature_stride).to(device)
-        batch = patch_embeddings(features, weights, config.patch_size // network.feature_stride, coverage=0.2).compact()
-        embeddings.append(network.projection(batch.embeddings).cpu())
-        labels.append(batch.labels.cpu())
-    z, y = torch.cat(embeddings), torch.cat(labels)
-    figure, axis = plt.subplots(figsize=(6, 4.5))
-    if len(z) > 2:
-        centred = z - z.mean(dim=0)
-        _, _, directions = torch.linalg.svd(centred, full_matrices=False)
-        flat = centred @ directions[:2].T
-        for k in range(model.num_classes):
-            own = flat[y == k]
-            shown = own[:: max(1, len(own) // 400)]
-            axis.scatter(
-                shown[:, 0], shown[:, 1], s=9, color=COLOURS[k % len(COLOURS)], label=_class_name(model, k), alpha=0.7
-            )
-        axis.legend(fontsize=8, frameon=False)
-    axis.set_xticks([])
-    axis.set_yticks([])
-    axis.spines[:].set_visible(False)
-    return figure
+def _chosen(ranked: Sequence[Case]) -> dict[str, Case]:
+    """Worst, median and best, as far as they differ."""
+    if len(ranked) == 1:
+        return {"only": ranked[0]}
+    if len(ranked) == 2:
+        return {"worst": ranked[0], "best": ranked[1]}
+    return {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}

@@ -22,7 +22,7 @@ from tests.pglcl.folders import plain, tiny
 from tests.pglcl.test_train import flags
 
 
-@pytest.mark.parametrize("name", ["inspect", "train", "predict", "evaluate", "report", "demo"])
+@pytest.mark.parametrize("name", ["inspect", "train", "predict", "evaluate", "report", "export", "demo"])
 def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     text = capsys.readouterr().out

@@ -1,0 +1,147 @@
+"""The network of a run as a file that other programs read: TorchScript or ONNX."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pglcl.errors import UserError
+from pglcl.files import replacing
+from pglcl.model import TrainedModel, load_model
+from pglcl.outputs import check_outputs
+
+SUFFIXES = {"torchscript": ".ts", "onnx": ".onnx"}
+INSTALL = "pip install onnx onnxruntime onnxscript"
+TOLERANCE = 1e-4  # of the largest logit: other programs sum in another order
+
+
+class Logits(nn.Module):
+    """The network without its features and its projection."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, C, *S), prepared as in training, to logits (B, K, *S)."""
+        logits: Tensor = self.network(image)
+        return logits
+
+
+def export_run(run: Path, kind: str, output: Path | None = None, *, overwrite: bool = False) -> tuple[Path, float]:
+    """Writes the network of `run`, reads it back, and compares its logits.
+
+    Args:
+        run: the folder that training wrote.
+        kind: "torchscript" or "onnx".
+        output: the file; default: model.ts or model.onnx in the run.
+        overwrite: replace `output` if it exists.
+
+    Returns:
+        The file, and the largest difference of a logit, as a share of the largest logit. Batch and sides of the image
+        may differ from those of training; sides must be multiples of the network's stride.
+
+    Raises:
+        UserError: an unknown format, a missing package, a file in the way, or logits that are not the same.
+    """
+    if kind not in SUFFIXES:
+        raise UserError(f"--format must be one of {', '.join(SUFFIXES)}, got {kind}")
+    missing = [n for n in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(n) is None]
+    if kind == "onnx" and missing:
+        raise UserError(f"--format onnx needs {', '.join(missing)}: {INSTALL}")
+    path = output or run / f"model{SUFFIXES[kind]}"
+    model = load_model(run, "cpu")
+    check_outputs([path], inputs=[p for p in run.iterdir() if p != path], overwrite=overwrite)
+    network = Logits(model.network).eval()
+    save, load = {"torchscript": (_save_script, _load_script), "onnx": (_save_onnx, _load_onnx)}[kind]
+    with replacing(path) as partial:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the exporters say to their own developers
+            save(network, _example(model, 2), partial, description(model))
+        difference = _compare(model, network, load(partial))
+        if not difference <= TOLERANCE:
+            raise UserError(f"{path}: not written: its logits differ by {difference:.2g} of the largest")
+    return path, difference
+
+
+def description(model: TrainedModel) -> dict[str, Any]:
+    """What a program that runs the network has to know; kept in the file as "pglcl"."""
+    config = model.config
+    return {
+        "classes": [
+            model.class_names.get(k, "background" if k == 0 else f"class {k}") for k in range(model.num_classes)
+        ],
+        "label_values": model.labels.describe(),
+        "intensity": model.intensity.state(),
+        "channels": model.channels,
+        "spatial_dims": config.spatial_dims,
+        "size": list(config.size),
+        "stride": _stride(model),
+        "spacing": config.target_spacing,
+        "slice_axis": model.slice_axis,
+        "step": model.step,
+    }
+
+
+def _stride(model: TrainedModel) -> int:
+    return int(2 ** (len(model.config.channel_list) - 1))
+
+
+def _example(model: TrainedModel, batch: int, more: int = 0) -> Tensor:
+    """Noise; `more` strides are added to each side."""
+    generator = torch.Generator().manual_seed(batch + more)
+    size = [n + more * _stride(model) for n in model.config.size]
+    return torch.randn(batch, model.channels, *size, generator=generator)
+
+
+@torch.no_grad()
+def _compare(model: TrainedModel, network: nn.Module, exported: Callable[[Tensor], Tensor]) -> float:
+    """Over other batches and sizes than that which was exported."""
+    worst = 0.0
+    for batch, more in ((1, 0), (2, 0), (3, 1)):
+        image = _example(model, batch, more)
+        expected, got = network(image), exported(image)
+        if got.shape != expected.shape:
+            return float("inf")
+        worst = max(worst, float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6)))
+    return worst
+
+
+@torch.no_grad()
+def _save_script(network: nn.Module, example: Tensor, path: Path, about: dict[str, Any]) -> None:
+    script = torch.jit.trace(network, example, check_trace=False)  # type: ignore[no-untyped-call]
+    torch.jit.save(script, str(path), _extra_files={"pglcl": json.dumps(about)})
+
+
+def _load_script(path: Path) -> Callable[[Tensor], Tensor]:
+    loaded: Callable[[Tensor], Tensor] = torch.jit.load(str(path))  # type: ignore[no-untyped-call]
+    return loaded
+
+
+@torch.no_grad()
+def _save_onnx(network: nn.Module, example: Tensor, path: Path, about: dict[str, Any]) -> None:
+    import onnx
+
+    axes = {0: "batch", **{axis: f"side{axis - 1}" for axis in range(2, example.ndim)}}
+    torch.onnx.export(
+        network, (example,), str(path), input_names=["image"], output_names=["logits"], opset_version=17,
+        dynamic_axes={"image": axes, "logits": axes}, dynamo=False,
+    )  # fmt: skip
+    content = onnx.load(str(path))
+    onnx.helper.set_model_props(content, {"pglcl": json.dumps(about)})
+    onnx.checker.check_model(content)
+    onnx.save(content, str(path))
+
+
+def _load_onnx(path: Path) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    return lambda image: torch.from_numpy(session.run(None, {"image": image.numpy()})[0])

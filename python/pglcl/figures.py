@@ -1,0 +1,329 @@
+"""The pictures of the report. No text of the user's is drawn: names stand in the page, beside the picture."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pglcl.bases import one_hot
+from pglcl.labels import IGNORE
+from pglcl.layouts import Case
+from pglcl.model import TrainedModel
+from pglcl.postprocess import components, keep_largest
+from pglcl.predict import Predictor, network_output
+from pglcl.prepare import Prepared, prepare
+from pglcl.volumes import read_label, read_volume
+from pglcl_ext import patch_embeddings, patch_statistics, semantic_disparity
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+# Told apart by most who see colours differently (Okabe and Ito).
+COLOURS = ["#999999", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F0E442"]
+CURVES = {"segmentation": "segmentation loss", "contrast": "contrastive loss", "validation_dice": "validation Dice"}
+STRIP = 0.42  # inches, for the scale below a panel
+MANY_POINTS = 40  # from here on a curve is shown with its running mean
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG as a data URL. caption: what stands below it. text: what is read aloud instead of it."""
+
+    url: str
+    caption: str
+    text: str
+
+
+def picture(figure: Figure, caption: str, text: str = "") -> Picture:
+    """Draws a figure, all of its canvas, and closes it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, facecolor="white")
+    plt.close(figure)
+    return Picture("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(), caption, text or caption)
+
+
+def colour(k: int) -> str:
+    """Of class k, as CSS and matplotlib write it."""
+    return COLOURS[k % len(COLOURS)]
+
+
+def panel(ratio: float, *, strip: bool) -> tuple[Figure, Axes]:
+    """An image, height by width as `ratio`, above a strip for its scale.
+
+    Panels that stand side by side have the same ratio, and all or none of them the strip: they are of one size.
+    """
+    ratio = min(max(ratio, 0.4), 2.5)
+    width, below = 3.0, STRIP if strip else 0.0
+    figure = plt.figure(figsize=(width, width * ratio + below))
+    share = below / (width * ratio + below)
+    axis = figure.add_axes((0.0, share, 1.0, 1 - share))
+    axis.axis("off")
+    return figure, axis
+
+
+def scale(figure: Figure, shown: Any) -> None:
+    """A colour bar in the strip of a panel."""
+    height = figure.get_size_inches()[1]
+    place = figure.add_axes((0.1, 0.62 * STRIP / height, 0.8, 0.25 * STRIP / height))
+    figure.colorbar(shown, cax=place, orientation="horizontal").locator = MaxNLocator(4)
+    place.tick_params(labelsize=11, length=2, pad=1)
+
+
+def curves(rows: Sequence[dict[str, Any]]) -> list[Picture]:
+    """A picture for each number that training wrote down."""
+    pictures = []
+    for name, title in CURVES.items():
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if not points:
+            continue
+        steps, values = zip(*points)
+        figure, axis = plt.subplots(figsize=(4.2, 2.8), layout="constrained")
+        many = len(values) > MANY_POINTS
+        axis.plot(steps, values, color="#0072B2", alpha=0.3 if many else 1, marker=None if many else "o", markersize=4)
+        if many:
+            width = max(1, len(values) // 25)
+            smooth = np.convolve(values, np.ones(width) / width, mode="valid")
+            axis.plot(steps[width - 1 :], smooth, color="#0072B2", linewidth=2)
+        axis.set_xlabel("step", fontsize=12)
+        axis.tick_params(labelsize=11)
+        axis.locator_params(nbins=5)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        text = f"{title} from {values[0]:.3g} at step {steps[0]} to {values[-1]:.3g} at step {steps[-1]}"
+        pictures.append(picture(figure, title, text))
+    return pictures
+
+
+class Shown:
+    """A test volume with its truth and its prediction.
+
+    Attributes:
+        mask: (X, Y, Z), as it is predicted. plain: before post-processing. entropy: nats.
+        slice: the index along `axis` that is shown: that with most foreground.
+    """
+
+    def __init__(self, predictor: Predictor, case: Case) -> None:
+        assert case.label is not None
+        self.model, self.case = predictor.models[0], case
+        prediction, self.prepared = predictor(case)
+        self.plain = prediction.plain_mask()
+        self.mask = prediction.change(self.plain)
+        self.entropy = prediction.entropy()
+        del prediction  # it holds probabilities
+        self.image = torch.from_numpy(read_volume(case.images).data[0])
+        self.truth = torch.from_numpy(read_label(case.label, case.images[0], self.model.labels))
+        self.axis = 2 if self.model.slice_axis is None else self.model.slice_axis
+        self.slice = _fullest((self.truth > 0), self.axis)
+        first, second = (s for axis, s in enumerate(self.prepared.spacing) if axis != self.axis)
+        self.upright = self.prepared.source.unit != "mm"  # a picture: rows run down already
+        self.aspect = first / second if self.upright else second / first  # of a pixel: height by width
+
+    def dice(self, mask: Tensor) -> float:
+        """The mean over the classes that the truth has."""
+        values = []
+        for k in range(1, self.model.num_classes):
+            p, t = (mask == k) & (self.truth != IGNORE), self.truth == k
+            if t.any():
+                values.append(2 * float((p & t).sum()) / float(p.sum() + t.sum()))
+        return float(np.mean(values)) if values else math.nan
+
+    def plane(self, x: Tensor, index: int) -> np.ndarray:
+        """As radiologists look at it: first axis to the right, second up. A picture as it is."""
+        array: np.ndarray = x.select(self.axis, index).numpy()
+        return array if self.upright else array.T[::-1]
+
+    def _image(self, index: int, *, strip: bool) -> tuple[Figure, Axes]:
+        image = self.plane(self.image, index)
+        figure, axis = panel(self.aspect * image.shape[0] / image.shape[1], strip=strip)
+        low, high = np.percentile(image, [1, 99])
+        axis.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=self.aspect)
+        return figure, axis
+
+    def _filled(self, axis: Axes, mask: Tensor, index: int, opacity: float = 0.45) -> None:
+        plane = self.plane(mask, index)
+        for k in range(1, self.model.num_classes):
+            if (plane == k).any():
+                rgb = matplotlib.colors.to_rgb(colour(k))
+                axis.imshow(np.where((plane == k)[..., None], np.array([*rgb, opacity]), 0.0), aspect=self.aspect)
+                axis.contour(plane == k, levels=[0.5], colors=[colour(k)], linewidths=0.9)
+
+    def _outlines(self, axis: Axes, mask: Tensor, index: int, colours: str | None, style: str) -> None:
+        plane = self.plane(mask, index)
+        for k in range(1, self.model.num_classes):
+            if (plane == k).any():
+                axis.contour(
+                    plane == k, levels=[0.5], colors=[colours or colour(k)], linestyles=[style], linewidths=1.3
+                )
+
+    def overlay(self) -> list[Picture]:
+        """Image, truth, prediction and the entropy of the prediction, in one slice."""
+        dice = self.dice(self.mask)
+        pictures = []
+        for mask, caption in (
+            (None, "image"),
+            (self.truth, "truth"),
+            (self.mask, f"prediction, Dice {dice:.3f}"),
+        ):
+            figure, axis = self._image(self.slice, strip=True)
+            if mask is not None:
+                self._filled(axis, mask, self.slice)
+            pictures.append(picture(figure, caption))
+        plane = self.plane(self.entropy, self.slice)
+        figure, axis = panel(self.aspect * plane.shape[0] / plane.shape[1], strip=True)
+        most = math.log(self.model.num_classes)
+        shown = axis.imshow(plane, cmap="magma", vmin=0, vmax=most, aspect=self.aspect)
+        scale(figure, shown)
+        return [*pictures, picture(figure, "entropy [nats]")]
+
+    def islands(self) -> list[Picture]:
+        """Outlines of truth (white, dashed) and prediction, before and after the largest component alone is kept."""
+        largest = keep_largest(self.plain, range(1, self.model.num_classes))
+        stray = self.plain != largest
+        index = (
+            _fullest(stray, self.axis)
+            if stray.any()
+            else _fullest((self.plain != self.truth) & (self.truth != IGNORE), self.axis)
+        )
+        pieces = sum(max(0, components(self.plain, k) - 1) for k in range(1, self.model.num_classes))
+        before = f"as predicted, Dice {self.dice(self.plain):.3f}; {_count(pieces, 'stray piece')}"
+        before += f" of {int(stray.sum())} voxels" if pieces else ""
+        after = f"largest pieces alone, Dice {self.dice(largest):.3f}"
+        pictures = []
+        for mask, marked, caption in ((self.plain, stray, before), (largest, None, after)):
+            figure, axis = self._image(index, strip=False)
+            if marked is not None and marked.any():
+                plane = self.plane(marked, index)
+                axis.imshow(np.where(plane[..., None], np.array([1.0, 0.0, 0.0, 0.6]), 0.0), aspect=self.aspect)
+            self._outlines(axis, self.truth, index, "white", "dashed")
+            self._outlines(axis, mask, index, None, "solid")
+            pictures.append(picture(figure, caption))
+        return pictures
+
+    def disparity(self) -> list[Picture]:
+        """Entropies of patches, and their disparity from one of them; at the resolution of the network."""
+        model, config, image = self.model, self.model.config, self.prepared.image
+        z = min(self.slice, image.shape[-1] - 1)
+        # Without what was padded.
+        inside = [n for axis, n in enumerate(self.prepared.geometry.resized) if axis != self.axis]
+        logits = network_output(model.network, image, config)
+        p = logits[:, : inside[0], : inside[1], z].softmax(dim=0)[None]
+        del logits
+        patch = config.patch_size if config.spatial_dims == 2 else max(4, config.patch_size // 2)
+        patch = min(patch, *inside)
+        statistics = patch_statistics(p, patch, probabilities=True)
+        entropy = statistics.entropy[0]
+        label = _patch_labels(statistics.confidence[0])
+        delta = semantic_disparity(entropy.flatten())
+        candidates = (label > 0).nonzero().squeeze(1)
+        anchor = int(candidates[entropy.flatten()[candidates].argmax()]) if len(candidates) else int(entropy.argmax())
+        unit = math.log(model.num_classes)
+        row = delta[anchor]
+        positive = (label == label[anchor]) & (row <= config.max_positive_disparity * unit)
+        positive[anchor] = False
+        negative = (label != label[anchor]) & (row >= config.min_negative_disparity * unit)
+        rows, columns = entropy.shape
+        boxed = [j for j in range(rows * columns) if j == anchor or positive[j] or (negative[j] and label[j] > 0)]
+        window = _window(boxed, rows, columns, patch)
+        pictures = []
+        for values, caption, boxes in (
+            (None, "image", True),
+            (entropy, "average entropy [nats]", False),
+            (row.view(rows, columns), "disparity from the anchor [nats]", True),
+        ):
+            (left, right), (top, bottom) = window
+            figure, axis = panel((bottom - top) / (right - left), strip=True)
+            axis.imshow(image[0, : inside[0], : inside[1], z].numpy(), cmap="gray")
+            if values is not None:
+                extent = (-0.5, columns * patch - 0.5, rows * patch - 0.5, -0.5)
+                scale(figure, axis.imshow(values.numpy(), cmap="viridis", alpha=0.65, extent=extent))
+            axis.set_xlim(left - 0.5, right - 0.5)
+            axis.set_ylim(bottom - 0.5, top - 0.5)
+            for j in boxed if boxes else ():
+                y, x = divmod(j, columns)
+                edge = "white" if j == anchor else colour(int(label[j]))
+                box = Rectangle((x * patch, y * patch), patch - 1, patch - 1, fill=False, edgecolor=edge)
+                box.set_linestyle("-" if j == anchor or positive[j] else "--")
+                box.set_linewidth(2.5 if j == anchor else 1.0)
+                axis.add_patch(box)
+            pictures.append(picture(figure, caption))
+        return pictures
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number or 'no'} {what}{'' if number == 1 else 's'}"
+
+
+def _fullest(mask: Tensor, axis: int) -> int:
+    return int(mask.movedim(axis, 0).flatten(1).sum(dim=1).argmax())
+
+
+def _patch_labels(share: Tensor) -> Tensor:
+    """(N,) class of each patch of shares (K, gy, gx): a patch counts for what is not background."""
+    present = share.clone()
+    present[0] = torch.where(share[1:].amax(dim=0) > 0.1, 0, share[0])
+    return present.argmax(dim=0).flatten()
+
+
+def _window(boxed: Iterable[int], rows: int, columns: int, patch: int) -> list[tuple[int, int]]:
+    """Pixels around the boxes along x and y: patches are small in a whole image."""
+    boxed = list(boxed)
+    window = []
+    for places, count in (([j % columns for j in boxed], columns), ([j // columns for j in boxed], rows)):
+        margin = 2 + (max(places) - min(places)) // 4
+        window.append((max(0, min(places) - margin) * patch, min(count, max(places) + margin + 1) * patch))
+    return window
+
+
+@torch.no_grad()
+def embeddings(model: TrainedModel, cases: Sequence[Case]) -> Picture:
+    """The first two principal components of the projected patches of `cases`, coloured by their true class."""
+    found = [_case_embeddings(model, case) for case in cases]
+    z, y = torch.cat([z for z, _ in found]), torch.cat([y for _, y in found])
+    figure, axis = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+    if len(z) > 2:
+        centred = z - z.mean(dim=0)
+        _, _, directions = torch.linalg.svd(centred, full_matrices=False)
+        flat = centred @ directions[:2].T
+        for k in range(model.num_classes):
+            own = flat[y == k]
+            dots = own[:: max(1, len(own) // 400)]
+            axis.scatter(dots[:, 0], dots[:, 1], s=12, color=colour(k), alpha=0.7)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines[:].set_visible(False)
+    return picture(figure, f"{len(z)} patches of {_count(len(cases), 'test volume')}", "Embeddings coloured by class")
+
+
+def _case_embeddings(model: TrainedModel, case: Case) -> tuple[Tensor, Tensor]:
+    config, network = model.config, model.network
+    device = next(network.parameters()).device
+    prepared: Prepared = prepare(case, config, model.slice_axis, model.intensity, model.labels)
+    assert prepared.label is not None
+    if config.spatial_dims == 2:
+        images, target = prepared.image.movedim(-1, 0), prepared.label.movedim(-1, 0)
+        z = int((target > 0).flatten(1).sum(dim=1).argmax())  # slices around that with most foreground
+        near = slice(max(0, z - 8), z + 8)
+        images, target = images[near], target[near]
+    else:
+        first = [(n - s) // 2 for n, s in zip(prepared.label.shape, config.size)]
+        place = tuple(slice(f, f + s) for f, s in zip(first, config.size))
+        images, target = prepared.image[(slice(None), *place)][None], prepared.label[place][None]
+    _, features = network.with_features(images.to(device))
+    pool = F.avg_pool2d if config.spatial_dims == 2 else F.avg_pool3d
+    weights = pool(one_hot(target, model.num_classes), network.feature_stride).to(device)
+    batch = patch_embeddings(features, weights, config.patch_size // network.feature_stride, coverage=0.2).compact()
+    return network.projection(batch.embeddings).cpu(), batch.labels.cpu()

@@ -1,0 +1,63 @@
+"""Exported networks give the logits of the run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from pglcl import export
+from pglcl.cli import main
+from pglcl.model import load_model
+
+Trained = tuple[Path, Path]
+
+
+def test_torchscript(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, path = trained[1], tmp_path / "network.ts"
+    assert main(["export", str(run), "--format", "torchscript", "-o", str(path)]) == 0
+    assert str(path) in capsys.readouterr().out
+    about = {"pglcl": ""}
+    script = torch.jit.load(str(path), _extra_files=about)
+    image = torch.randn(3, 1, 48, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(script(image), load_model(run).network(image))
+    assert json.loads(about["pglcl"])["classes"] == ["background", "class 1", "class 2"]
+    assert main(["export", str(run), "--format", "torchscript", "-o", str(path)]) == 2
+    assert "exists; add --overwrite" in capsys.readouterr().err
+    assert main(["export", str(run), "--format", "torchscript", "-o", str(run / "model.pt"), "--overwrite"]) == 2
+    assert main(["export", str(run), "--format", "tflite", "-o", str(tmp_path / "x")]) == 2
+    assert "--format must be one of torchscript, onnx, got tflite" in capsys.readouterr().err
+
+
+def test_other_logits_are_not_written(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = export._load_script
+    monkeypatch.setattr(export, "_load_script", lambda path: lambda image: load(path)(image) + 0.01)
+    assert main(["export", str(trained[1]), "--format", "torchscript", "-o", str(tmp_path / "network.ts")]) == 2
+    assert "not written: its logits differ" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_onnx(trained: Trained, tmp_path: Path) -> None:
+    onnxruntime, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
+    run, path = trained[1], tmp_path / "network.onnx"
+    assert main(["export", str(run), "--format", "onnx", "-o", str(path), "-q"]) == 0
+    session = onnxruntime.InferenceSession(str(path))
+    image = torch.randn(1, 1, 64, 32)
+    with torch.no_grad():
+        expected = load_model(run).network(image)
+    found = torch.from_numpy(session.run(["logits"], {"image": image.numpy()})[0])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert json.loads(onnx.load(str(path)).metadata_props[0].value)["spatial_dims"] == 2
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnx") is not None, reason="onnx is installed")
+def test_onnx_is_named_where_it_is_missing(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(trained[1]), "--format", "onnx", "-o", str(tmp_path / "network.onnx")]) == 2
+    assert "--format onnx needs onnx" in capsys.readouterr().err
