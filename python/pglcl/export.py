@@ -58,7 +58,8 @@ def export_run(run: Path, kind: str, output: Path | None = None, *, overwrite: b
         raise UserError(f"--format onnx needs {', '.join(missing)}: {INSTALL}")
     path = output or run / f"model{SUFFIXES[kind]}"
     model = load_model(run, "cpu")
-    check_outputs([path], inputs=[p for p in run.iterdir() if p != path], overwrite=overwrite)
+    of_the_run = [file for file in run.iterdir() if file.suffix not in SUFFIXES.values()]
+    check_outputs([path], inputs=of_the_run, overwrite=overwrite)
     network = Logits(model.network).eval()
     save, load = {"torchscript": (_save_script, _load_script), "onnx": (_save_onnx, _load_onnx)}[kind]
     with replacing(path) as partial:

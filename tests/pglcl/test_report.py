@@ -1,0 +1,180 @@
+"""The report: what it shows, whatever names and files it meets."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from pglcl.cli import main
+from pglcl.evaluate import Evaluation, Score, Subject
+from pglcl.figures import curves
+from pglcl.layouts import Case
+from pglcl.report import _chosen, _metric_rows, _ranked
+from pglcl.train import Training
+
+from tests.pglcl.folders import plain, tiny
+
+Trained = tuple[Path, Path]
+# Mathematics of matplotlib, HTML, a long word, letters that its font lacks.
+NAMES = ["p08_$x^$", "<img src=x>&amp;", "x" * 120, "肝臓_ß"]
+
+
+class Page(HTMLParser):
+    """Tags that are open and the text between them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+@pytest.fixture
+def run(trained: Trained, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained[1], tmp_path / "run"))
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    root = plain(tmp_path / "data & <b>", 8)
+    for old, new in zip(("case02", "case03", "case04", "case05"), NAMES):
+        for kind in ("images", "labels"):
+            (root / kind / f"{old}.nii.gz").rename(root / kind / f"{new}.nii.gz")
+    split = {"labelled": ["case00", "case01"], "unlabelled": ["case06", "case07"], "test": NAMES}
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    run = tmp_path / "run $1_$ <i>"
+    config = tiny(split_file=str(tmp_path / "split.json"), method="supervised", steps=2, warmup=0)
+    Training(root, run, config, quiet=True).run()
+    assert main(["report", str(run), "-q"]) == 0
+    page = Page((run / "report.html").read_text(encoding="utf-8"))
+    text = " ".join(page.words)
+    for name in (*NAMES, run.name, root.name):
+        assert name in text
+    assert {"b", "i", "script"} & set(page.tags) == {"i"}  # the squares of the legend
+    assert page.tags.count("img") == (page.tags.count("figure"))
+
+
+def test_what_a_reader_looks_for(run: Path, trained: Trained) -> None:
+    (run / "scores_test.json").unlink(missing_ok=True)
+    assert main(["report", str(run), "-q"]) == 0
+    page = Page((run / "report.html").read_text(encoding="utf-8"))
+    text = " ".join(page.words)
+    split = json.loads((run / "split.json").read_text())
+    for patients in split.values():
+        assert all(patient in text for patient in patients)
+    for words in (
+        "Scores of each patient, the worst first (2)", "Training time", "40 of 40", "median HD95", "The worst and best",
+        "stray piece", "largest pieces alone, Dice", "Patients of each part of the split",
+    ):  # fmt: skip
+        assert words.lower() in text.lower()
+    assert "unfinished" not in text.lower()
+    assert "median test volume" not in text  # two volumes have no median
+    assert page.tags.count("caption") == page.tags.count("table") - 3  # the folded ones have a summary
+    sizes = re.findall(r"alt='(?:image|truth|entropy \[nats\])' src='data:image/png;base64,([^']+)'", _row(run))
+    assert len({_size(data) for data in sizes}) == 1
+
+
+def _row(run: Path) -> str:
+    """The panels of the worst volume."""
+    text = (run / "report.html").read_text()
+    return text[text.index("<h3>worst") : text.index("<h3>best")]
+
+
+def _size(data: str) -> tuple[int, int]:
+    import base64
+
+    header = base64.b64decode(data)[16:24]
+    return int.from_bytes(header[:4], "big"), int.from_bytes(header[4:], "big")
+
+
+def test_volumes_that_are_shown_differ() -> None:
+    cases = [Case(f"c{i}", f"p{i}", (), None) for i in range(4)]
+    for count, expected in ((1, ["only"]), (2, ["worst", "best"]), (3, ["worst", "median", "best"])):
+        chosen = _chosen(cases[:count])
+        assert list(chosen) == expected
+        assert len({case.name for case in chosen.values()}) == count
+    scores = [Score(f"p{i}", f"c{i}", 1, dice, 0.0, 0.0, "ok") for i, dice in enumerate((0.5, 0.2, float("nan"), 0.9))]
+    subject = Subject("r", "m", 1, 1, "test", "/d", {}, [], [])
+    ranked = _ranked(cases, Evaluation(subject, scores, {}, "mm"))
+    assert [case.name for case in ranked] == ["c1", "c0", "c3"]
+
+
+@pytest.mark.parametrize(("name", "text", "code", "says"), [
+    ("config.json", "", 2, "not readable as JSON"),
+    ("config.json", "[1]", 2, "does not say where the data is"),
+    ("config.json", '{"data": 3}', 2, "does not say where the data is"),
+    ("config.json", '{"data": "/nowhere"}', 2, "/nowhere: no such folder"),
+    ("split.json", "[]", 2, "must be an object with lists of patients"),
+    ("split.json", '{"test": {"a": 1}}', 2, "must be an object with lists of patients"),
+    ("split.json", "[" * 100000, 2, "not readable as JSON"),
+    ("environment.json", "3", 0, "not an object"),
+    ("environment.json", "\x00", 0, "not readable as JSON"),
+    ("metrics.jsonl", "3\n[]\n{\"step\": \"a\"}\nnull\n{\"step\": 1, \"segmentation\": \"x\"}", 0, ""),
+    ("metrics.jsonl", "", 0, "metrics.jsonl: has no row of a step"),
+    ("scores_test.json", "{}", 0, ""),
+])  # fmt: skip
+def test_files_of_a_run_that_are_damaged(
+    name: str, text: str, code: int, says: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / name).write_text(text)
+    assert main(["report", str(run), "-q"]) == code
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    shown = error if code else (run / "report.html").read_text()
+    assert says in shown
+    if name == "scores_test.json":
+        assert (run / name).read_text() == text  # another's file stays
+
+
+def test_bytes_that_are_no_text(run: Path) -> None:
+    (run / "metrics.jsonl").write_bytes(b"\xff\xfe\x00")
+    rows, problem = _metric_rows(run)
+    assert rows == []
+    assert problem.startswith("metrics.jsonl: ")
+
+
+def test_a_run_that_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = {"report": [], "evaluate": [str(tmp_path)], "predict": [str(tmp_path), "-o", "x"]}
+    more["export"] = ["--format", "torchscript"]
+    for command, arguments in more.items():
+        assert main([command, str(tmp_path / "run"), *arguments]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert "run" in lines[0]
+
+
+def test_a_page_replaces_nothing_else(run: Path, trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    scan = trained[0] / "images" / "case00.nii.gz"
+    other = run / "report.html"
+    other.write_text("<p>mine</p>")
+    for path in (run / "config.json", other, run):
+        assert main(["report", str(run), "-o", str(path)]) == 2
+    assert main(["report", str(run)]) == 2  # no report of ours
+    assert main(["report", str(run), "-o", str(run / "config.json"), "--overwrite"]) == 2
+    assert other.read_text() == "<p>mine</p>"
+    assert main(["report", str(run), "--overwrite", "-q"]) == 0
+    assert main(["report", str(run), "-q"]) == 0  # renewed
+    test = trained[0] / "images" / f"{json.loads((run / 'split.json').read_text())['test'][0]}.nii.gz"
+    assert main(["report", str(run), "-o", str(test), "--overwrite"]) == 2
+    assert nib.load(test).shape
+    assert np.isfinite(nib.load(scan).get_fdata()).all()
+    assert json.loads((run / "config.json").read_text())
+
+
+def test_curves_of_few_and_many_points() -> None:
+    assert curves([]) == []
+    few = [{"step": 1, "segmentation": 0.5}, {"step": 2, "validation_dice": 0.1}]
+    assert [p.caption for p in curves(few)] == ["segmentation loss", "validation Dice"]
+    many = [{"step": i, "contrast": 1 / (1 + i)} for i in range(500)]
+    assert "from 1 at step 0 to 0.002 at step 499" in curves(many)[0].text
