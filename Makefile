@@ -32,6 +32,15 @@ test: setup
 test-fast: setup
 	$(BIN)/python -m pytest -m "not slow" tests
 
+# Minutes in CI, hours by hand: MINUTES=120 SEED=1 make fuzz
+MINUTES ?= 3
+SEED ?= 0
+fuzz: setup
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) --seed $(SEED)
+
+sanitize: setup
+	PYTHON="$(CURDIR)/$(BIN)/python" tools/sanitize.sh
+
 bench: setup
 	$(BIN)/python -m benchmarks
 
