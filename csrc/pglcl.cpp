@@ -49,4 +49,8 @@ TORCH_LIBRARY(pglcl_ext, m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled ops of pglcl_ext; importing it registers them as torch.ops.pglcl_ext.";
   m.def("cpu_instruction_set", [] { return pglcl::kernel_table().name; });
+  pybind11::list names;
+  for (int level = 0; pglcl::instruction_set(level); ++level) names.append(pglcl::instruction_set(level));
+  m.attr("INSTRUCTION_SETS") = pybind11::tuple(names);
+  pglcl::kernel_table();  // an unknown PGLCL_CPU_ISA ends the import
 }

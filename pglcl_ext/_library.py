@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 REBUILD = "pip install --force-reinstall --no-deps --no-build-isolation ."
 
 
-def _load() -> None:
+def _load() -> Any:
     try:
         from pglcl_ext import _build_config
     except ImportError as error:
@@ -27,7 +27,7 @@ def _load() -> None:
             f"running. Rebuild it from its source folder: {REBUILD}"
         )
     try:
-        import pglcl_ext._C  # noqa: F401
+        return importlib.import_module("pglcl_ext._C")
     except ModuleNotFoundError as error:
         raise ImportError(_why_not_built()) from error
 
@@ -49,10 +49,10 @@ def _why_not_built() -> str:
     return f"pglcl_ext in {here} is not built. Install it from its source folder: pip install {here.parent}"
 
 
-_load()
+compiled = _load()
 ops = torch.ops.pglcl_ext
 
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
+INSTRUCTION_SETS: tuple[str, ...] = compiled.INSTRUCTION_SETS
 
 
 def build_info() -> dict[str, Any]:
@@ -62,17 +62,10 @@ def build_info() -> dict[str, Any]:
         A dict with ``version`` (of pglcl-ext), ``torch_built`` and ``torch_running``, ``cuda_built`` (bool) and
         ``cuda_reason`` (why not, else ""), ``cuda_architectures`` (list of str) and ``cpu_instruction_set``, the one
         in use: the best that the processor and the environment variable ``PGLCL_CPU_ISA`` (``baseline``, ``avx2``,
-        ``avx512`` or ``avx512_bf16``) allow.
-
-    Raises:
-        ValueError: if ``PGLCL_CPU_ISA`` names no instruction set.
+        ``avx512`` or ``avx512_bf16``) allow. An unknown name in it ends the import.
     """
-    import pglcl_ext._C as compiled
     from pglcl_ext import _build_config
 
-    wanted = os.environ.get("PGLCL_CPU_ISA")
-    if wanted is not None and wanted not in INSTRUCTION_SETS:
-        raise ValueError(f"PGLCL_CPU_ISA must be one of {', '.join(INSTRUCTION_SETS)}, got {wanted!r}")
     return {
         "version": importlib.metadata.version("pglcl-ext"),
         "torch_built": _build_config.torch_version,

@@ -74,8 +74,10 @@ def test_sources_without_a_module_say_what_to_do(tmp_path: Path) -> None:
 def test_instruction_set_is_chosen_by_the_environment() -> None:
     code = "from pglcl_ext import build_info; print(build_info()['cpu_instruction_set'])"
     assert run_python(code, PGLCL_CPU_ISA="baseline").stdout.strip() == "baseline"
-    result = run_python(code, PGLCL_CPU_ISA="sse9")
-    assert "PGLCL_CPU_ISA must be one of" in result.stderr
+    assert run_python(code, PGLCL_CPU_ISA="").stdout.strip() == build_info()["cpu_instruction_set"]
+    result = run_python("import pglcl_ext", PGLCL_CPU_ISA="sse9")
+    assert result.returncode != 0
+    assert f"PGLCL_CPU_ISA must be one of {', '.join(INSTRUCTION_SETS)}, got 'sse9'" in result.stderr
 
 
 def test_core_needs_only_torch_and_numpy() -> None:

@@ -450,6 +450,46 @@ def test_what_is_not_a_number_spreads_to_what_depends_on_it(bad: float, m: int |
     assert torch.isnan(grads[0][3]).all()
 
 
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_row_that_is_not_a_number_spoils_no_other(isa: str, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGLCL_CPU_ISA", isa)
+    if build_info()["cpu_instruction_set"] != isa:
+        pytest.skip(f"this processor has no {isa}")
+    # Key 0 is a positive of the anchors of its class that are near it, and a negative of the others that are far.
+    g = torch.Generator().manual_seed(0)
+    z, k = torch.randn(150, 6, generator=g), torch.randn(140, 6, generator=g)
+    y, key_y = torch.randint(0, 2, (150,), generator=g), torch.randint(0, 2, (140,), generator=g)
+    h, key_h = torch.rand(150, generator=g), torch.rand(140, generator=g)
+    positives, negatives, _ = reference.guided_masks(
+        y, h, key_y, key_h, max_positive_disparity=0.3, min_negative_disparity=0.5
+    )
+    k[0] = math.nan
+    z.requires_grad_()
+    k.requires_grad_()
+    if masked:
+        options: dict[str, Any] = {"positive_mask": positives, "negative_mask": negatives}
+    else:
+        options = {"max_positive_disparity": 0.3, "min_negative_disparity": 0.5}
+        options.update(descriptors=h, key_descriptors=key_h)
+    loss = patch_contrast_loss(z, y, keys=k, key_labels=key_y, reduction="none", **options)
+    uses = (positives | negatives)[:, 0] & positives.any(1)
+    assert torch.equal(torch.isnan(loss), uses)
+    # An anchor whose loss is left out has no say about any gradient.
+    grads = torch.autograd.grad(loss, (z, k), torch.where(uses, 0, 1.0), retain_graph=True)
+    for grad in grads:
+        assert torch.isfinite(grad).all()
+    grad_z, grad_k = torch.autograd.grad(loss, (z, k), torch.ones_like(loss))
+    assert torch.equal(torch.isnan(grad_z).any(1), uses)
+    met = (positives | negatives)[uses].any(0)
+    assert torch.equal(torch.isnan(grad_k).any(1), met)
+    # What no NaN reaches is as it is without that key.
+    others = patch_contrast_loss(
+        z, y, keys=torch.where(torch.isfinite(k), k, 0), key_labels=key_y, reduction="none", **options
+    )
+    torch.testing.assert_close(loss[~uses], others[~uses])
+
+
 NINE, TEN, FIVE = torch.zeros(9), torch.zeros(10), torch.zeros(5, dtype=torch.long)
 MASK, KEYS = torch.ones(10, 10, dtype=torch.bool), torch.zeros(5, 4)
 BAD_CALLS = [

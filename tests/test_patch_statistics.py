@@ -106,6 +106,46 @@ def test_extreme_logits(device: torch.device) -> None:
     assert torch.isfinite(grad).all()
 
 
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("gap", [60.0, 80.0, 87.0, 90.0, 100.0, 104.0, 1e4])
+def test_a_class_of_hardly_any_probability(gap: float, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGLCL_CPU_ISA", isa)
+    if build_info()["cpu_instruction_set"] != isa:
+        pytest.skip(f"this processor has no {isa}")
+    x = torch.randn(1, 2, 8, 8)
+    x[:, 1] -= gap
+    ours, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    got, want = patch_statistics(ours, 4), reference.patch_statistics(exact, 4)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
+    (a,) = torch.autograd.grad([t.sum() for t in got], ours)
+    (b,) = torch.autograd.grad([t.sum() for t in want], exact)
+    torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_class_entropy_of_confident_logits_in_low_precision(dtype: torch.dtype) -> None:
+    x = torch.randn(1, 3, 16, 16)
+    x[:, 0] += 9
+    x = x.to(dtype)
+    ours, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    weights = torch.tensor([1.0, -2.0, 3.0])[:, None, None] * 64  # a loss scale: float16 would lose small gradients
+    (a,) = torch.autograd.grad(patch_statistics(ours, 8).class_entropy, ours, weights.expand(1, 3, 2, 2).to(dtype))
+    (b,) = torch.autograd.grad(
+        reference.patch_statistics(exact, 8).class_entropy, exact, weights.expand(1, 3, 2, 2).double()
+    )
+    torch.testing.assert_close(a.double(), b, rtol=2 * torch.finfo(dtype).eps, atol=float(1e-3 * b.abs().max()))
+
+
+def test_probabilities_below_the_smallest_normal_number(device: torch.device) -> None:
+    tiny = torch.tensor([1e-37, 1.5e-38, 1e-39, 1e-42, 1.4e-45], device=device)
+    p = torch.stack([torch.ones_like(tiny), tiny]).reshape(1, 2, 1, 5)
+    ours, exact = p.clone().requires_grad_(), p.double().requires_grad_()
+    (a,) = torch.autograd.grad(patch_entropy(ours, 1, probabilities=True).sum(), ours)
+    (b,) = torch.autograd.grad(reference.patch_entropy(exact, 1, probabilities=True).sum(), exact)
+    torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=1e-6)  # -(log p + 1): 95.7 at 1e-42
+
+
 def test_absent_class_and_certain_probabilities(device: torch.device) -> None:
     p = torch.zeros(1, 3, 8, 8, device=device)
     p[:, 0] = 1

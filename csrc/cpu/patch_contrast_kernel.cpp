@@ -88,7 +88,7 @@ void rank_labels(std::vector<Patch>& a, std::vector<Patch>& b) {
 template <typename scalar_t>
 struct PackedSide {
   ContrastSide<scalar_t> view{};
-  Buffer<scalar_t> rows, panels, descriptor;
+  Buffer<scalar_t> rows, finite_rows, panels, descriptor;
   Buffer<uint16_t> rows_bf16, panels_bf16;
   Buffer<integer_t<scalar_t>> label, identity;
   Buffer<int32_t> index;
@@ -188,6 +188,16 @@ struct PackedSide {
     });
     for (double value : longest_of)
       if (!(value <= longest)) longest = std::isnan(longest) ? longest : value;
+    view.finite_rows = view.rows;
+    if (!std::isfinite(longest)) copy_finite_rows();
+  }
+
+  // What is not a number reaches the gradients through the weights of its pairs alone: in a product it would meet the
+  // weight 0 of all others, and 0 times NaN is NaN.
+  void copy_finite_rows() {
+    finite_rows = Buffer<scalar_t>(rows.size());
+    for (int64_t i = 0; i < rows.size(); ++i) finite_rows[i] = std::isfinite(rows[i]) ? rows[i] : scalar_t(0);
+    view.finite_rows = finite_rows.data();
   }
 };
 
@@ -201,10 +211,43 @@ struct BlockRange {
 // --- Step 3: the problem, ready for its tiles
 // ---------------------------------------------------------------------------
 
-struct Task {
-  int32_t row_block, column_block;
-  int32_t row_turn, column_turn;
-  TileKind kind;
+// The order of the tiles: in rounds, within which no block appears twice, so that its tiles can run side by side. A
+// block meets its tiles in the order of the rounds, whatever the number of threads, and with it every sum is the same.
+struct Step {
+  int64_t row_block, column_block;
+  int64_t row_turn, column_turn;  // how many rounds must lie behind the last tile of the block before this one
+  int64_t round;
+};
+
+class Rounds {
+ public:
+  Rounds(int64_t rows, int64_t columns, bool symmetric)
+      : rows_(rows), columns_(columns), symmetric_(symmetric), short_(std::min(rows, columns)) {}
+
+  int64_t count() const { return rows_ * columns_; }
+
+  // False where the step has no tile: a symmetric problem meets each pair of blocks once.
+  bool step(int64_t ticket, Step& out) const {
+    const int64_t round = ticket / short_, i = ticket % short_;
+    if (symmetric_) {
+      const int64_t j = (round - i + rows_) % rows_;
+      out = {i, j, round, round, round};
+      return i <= j;
+    }
+    const int64_t longer = std::max(rows_, columns_), j = (i + round) % longer;
+    // A block of the longer side pauses after it has met the first block of the shorter one.
+    const int64_t turn = std::max<int64_t>(i + 1 < short_ ? round : round + short_ - longer, 0);
+    if (rows_ <= columns_)
+      out = {i, j, round, turn, round};
+    else
+      out = {j, i, turn, round, round};
+    return true;
+  }
+
+ private:
+  int64_t rows_, columns_;
+  bool symmetric_;
+  int64_t short_;
 };
 
 template <typename scalar_t>
@@ -239,7 +282,8 @@ class Problem {
 
     set_bounds();
     set_tile();
-    make_tasks();
+    row_ranges_ = block_ranges(tile_.anchors, true);
+    if (!inputs.symmetric()) column_ranges_ = block_ranges(tile_.keys, false);
   }
 
   const ContrastTile<scalar_t>& tile() const { return tile_; }
@@ -249,6 +293,12 @@ class Problem {
   int32_t index(int64_t i) const { return anchors_.index[i]; }
 
   double weight_of_sums() const { return weight_of_sums_; }
+
+  // No pair of this anchor counts from here on.
+  void leave_out(int64_t i) {
+    positive_bound_[i] = -std::numeric_limits<scalar_t>::infinity();
+    negative_bound_[i] = std::numeric_limits<scalar_t>::infinity();
+  }
 
   // Exponents are measured from a bound of all logits, or from the largest logit of each anchor. The weight of
   // negatives multiplies the sums where they can bear it: added to a large logit, its logarithm would be rounded away.
@@ -272,28 +322,29 @@ class Problem {
   }
 
   void run(typename ContrastKernels<scalar_t>::Function function) {
-    if (tasks_.empty()) return;
-    const int64_t row_blocks = anchors_.view.padded / kTile;
-    const int64_t column_blocks = tile_.keys.padded / kTile;
-    std::vector<std::atomic<int32_t>> row_turn(row_blocks),
+    const int64_t row_blocks = tile_.anchors.padded / kTile, column_blocks = tile_.keys.padded / kTile;
+    const Rounds rounds(row_blocks, column_blocks, inputs_.symmetric());
+    if (rounds.count() == 0) return;
+    // How many rounds lie behind the last tile of each block.
+    std::vector<std::atomic<int64_t>> row_turn(row_blocks),
         column_turn_storage(inputs_.symmetric() ? 0 : column_blocks);
-    std::vector<std::atomic<int32_t>>& column_turn = inputs_.symmetric() ? row_turn : column_turn_storage;
+    std::vector<std::atomic<int64_t>>& column_turn = inputs_.symmetric() ? row_turn : column_turn_storage;
     std::atomic<int64_t> next{0};
-    const int workers = int(std::min<int64_t>(workers_, tasks_.size()));
-    // Tasks are taken in order and wait for earlier ones alone, so some task can always run. The order of the tasks
-    // that meet in a block is fixed, and with it every sum.
+    const int workers = int(std::min<int64_t>(workers_, rounds.count()));
+    // Steps are taken in order and wait for earlier ones alone, so some step can always run.
     parallel_.run(workers, [&](int) {
       Scratch scratch(table_.contrast<scalar_t>());
       for (;;) {
         const int64_t ticket = next.fetch_add(1, std::memory_order_relaxed);
-        if (ticket >= int64_t(tasks_.size())) return;
-        const Task& task = tasks_[ticket];
-        wait_for(row_turn[task.row_block], task.row_turn);
-        wait_for(column_turn[task.column_block], task.column_turn);
-        function(tile_, position(task), scratch.view);
-        row_turn[task.row_block].fetch_add(1, std::memory_order_release);
-        if (!(inputs_.symmetric() && task.row_block == task.column_block))
-          column_turn[task.column_block].fetch_add(1, std::memory_order_release);
+        if (ticket >= rounds.count()) return;
+        Step step;
+        if (!rounds.step(ticket, step)) continue;
+        wait_for(row_turn[step.row_block], step.row_turn);
+        wait_for(column_turn[step.column_block], step.column_turn);
+        TileKind kind;
+        if (classify(step, kind)) function(tile_, position(step, kind), scratch.view);
+        row_turn[step.row_block].store(step.round + 1, std::memory_order_release);
+        column_turn[step.column_block].store(step.round + 1, std::memory_order_release);
       }
     });
   }
@@ -317,7 +368,7 @@ class Problem {
           view{dots.data(), disparity.data(), codes.data(), row_sums.data(), weights.data()} {}
   };
 
-  static void wait_for(const std::atomic<int32_t>& turn, int32_t wanted) {
+  static void wait_for(const std::atomic<int64_t>& turn, int64_t wanted) {
     for (int spins = 0; turn.load(std::memory_order_acquire) != wanted; ++spins)
       if (spins > 256) std::this_thread::yield();
   }
@@ -357,6 +408,7 @@ class Problem {
     tile_.channels = inputs_.channels;
     tile_.symmetric = inputs_.symmetric();
     const double longest_key = inputs_.symmetric() ? anchors_.longest : keys_.longest;
+    tile_.finite = std::isfinite(anchors_.longest) && std::isfinite(longest_key);
     const double bound = anchors_.longest * longest_key / inputs_.temperature * kLog2E;
     const double weight = inputs_.negative_weight;
     tile_.scale = scalar_t(kLog2E / inputs_.temperature);
@@ -393,8 +445,12 @@ class Problem {
   }
 
   // The kind of a tile; false when no pair of it can count.
-  bool classify(const BlockRange& rows, const BlockRange& columns, bool may_share_identity, int64_t width,
-                TileKind& kind) const {
+  bool classify(const Step& step, TileKind& kind) const {
+    const BlockRange& rows = row_ranges_[step.row_block];
+    const BlockRange& columns = (inputs_.symmetric() ? row_ranges_ : column_ranges_)[step.column_block];
+    const bool diagonal = inputs_.symmetric() && step.row_block == step.column_block;
+    const bool may_share_identity = diagonal || inputs_.self_offset >= 0;
+    const int64_t width = std::min<int64_t>(kTile, tile_.keys.count - step.column_block * kTile);
     if (masked_) {
       kind = TileKind::kMasked;
       return true;
@@ -424,45 +480,11 @@ class Problem {
     return true;
   }
 
-  // Tiles in rounds: within a round no block appears twice, so its tiles can run side by side, and a block meets its
-  // tiles in the order of the rounds.
-  void make_tasks() {
-    const int64_t row_blocks = anchors_.view.padded / kTile;
-    const int64_t column_blocks = tile_.keys.padded / kTile;
-    if (row_blocks == 0 || column_blocks == 0) return;
-    const std::vector<BlockRange> rows = block_ranges(tile_.anchors, true);
-    const std::vector<BlockRange> columns = inputs_.symmetric() ? rows : block_ranges(tile_.keys, false);
-    std::vector<int32_t> row_turns(row_blocks, 0), key_turns(inputs_.symmetric() ? 0 : column_blocks, 0);
-    std::vector<int32_t>& column_turns = inputs_.symmetric() ? row_turns : key_turns;
-    const auto add = [&](int64_t i, int64_t j) {
-      const bool diagonal = inputs_.symmetric() && i == j;
-      const int64_t width = std::min<int64_t>(kTile, tile_.keys.count - j * kTile);
-      TileKind kind;
-      if (!classify(rows[i], columns[j], diagonal || inputs_.self_offset >= 0, width, kind)) return;
-      tasks_.push_back({int32_t(i), int32_t(j), row_turns[i], column_turns[j], kind});
-      ++row_turns[i];
-      if (!diagonal) ++column_turns[j];
-    };
-    const int64_t rounds = std::max(row_blocks, column_blocks);
-    for (int64_t round = 0; round < rounds; ++round) {
-      if (inputs_.symmetric()) {
-        for (int64_t i = 0; i < row_blocks; ++i) {
-          const int64_t j = (round - i + row_blocks) % row_blocks;
-          if (i <= j) add(i, j);
-        }
-      } else if (row_blocks <= column_blocks) {
-        for (int64_t i = 0; i < row_blocks; ++i) add(i, (i + round) % column_blocks);
-      } else {
-        for (int64_t j = 0; j < column_blocks; ++j) add((j + round) % row_blocks, j);
-      }
-    }
-  }
-
-  TilePosition position(const Task& task) const {
-    const int64_t row = task.row_block * kTile, column = task.column_block * kTile;
-    return {row,       std::min<int64_t>(kTile, tile_.anchors.count - row),
-            column,    std::min<int64_t>(kTile, tile_.keys.count - column),
-            task.kind, inputs_.symmetric() && task.row_block == task.column_block};
+  TilePosition position(const Step& step, TileKind kind) const {
+    const int64_t row = step.row_block * kTile, column = step.column_block * kTile;
+    return {row,    std::min<int64_t>(kTile, tile_.anchors.count - row),
+            column, std::min<int64_t>(kTile, tile_.keys.count - column),
+            kind,   inputs_.symmetric() && step.row_block == step.column_block};
   }
 
   const ContrastInputs<scalar_t>& inputs_;
@@ -475,7 +497,7 @@ class Problem {
   PackedSide<scalar_t> anchors_, keys_;
   Buffer<scalar_t> positive_bound_, negative_bound_;
   ContrastTile<scalar_t> tile_;
-  std::vector<Task> tasks_;
+  std::vector<BlockRange> row_ranges_, column_ranges_;
 };
 
 }  // namespace
@@ -548,17 +570,20 @@ struct Coefficients {
   Buffer<scalar_t> max_logit, positive, negative, mean;
   double largest = 0;
 
-  Coefficients(const Problem<scalar_t>& problem, const ContrastInputs<scalar_t>& inputs,
-               const ContrastTile<scalar_t>& tile, const scalar_t* grad_rows, const scalar_t* saved_max_logit,
-               const scalar_t* log_sum, const int32_t* num_positives)
+  Coefficients(Problem<scalar_t>& problem, const ContrastInputs<scalar_t>& inputs, const ContrastTile<scalar_t>& tile,
+               const scalar_t* grad_rows, const scalar_t* saved_max_logit, const scalar_t* log_sum,
+               const int32_t* num_positives)
       : max_logit(problem.padded(), std::numeric_limits<scalar_t>::infinity()),
         positive(problem.padded(), 0),
         negative(problem.padded(), 0),
         mean(problem.padded(), 0) {
     for (int64_t i = 0; i < problem.count(); ++i) {
       const int64_t row = problem.index(i);
-      if (num_positives[row] == 0) continue;
       const double g = double(grad_rows[row]) / inputs.temperature;
+      if (num_positives[row] == 0 || g == 0) {
+        problem.leave_out(i);
+        continue;
+      }
       // What turns the kernel's exponentials into shares.
       const double base = tile.fixed_shift ? double(tile.shift) * kLn2 - double(saved_max_logit[row]) : 0;
       const double share = g * std::exp(base - double(log_sum[row]));
@@ -623,7 +648,7 @@ void patch_contrast_backward(const ContrastInputs<scalar_t>& inputs, const scala
   std::vector<scalar_t> unknown(inputs.depth, std::numeric_limits<scalar_t>::quiet_NaN());
   for (int64_t i = 0; i < problem.count(); ++i) {
     const int64_t out = problem.index(i);
-    if (num_positives[out] > 0 && std::isnan(log_sum[out]))
+    if (num_positives[out] > 0 && std::isnan(log_sum[out]) && grad_rows[out] != 0)
       write_elements(unknown.data(), inputs.depth, grad_anchors, inputs.anchors.dtype, out * inputs.depth);
   }
 }

@@ -22,7 +22,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& input, 
   const StatisticsInputs inputs{grid, contiguous.const_data_ptr(), dtype_of(input), probabilities, normalize};
   const auto kernel =
       input.scalar_type() == at::kDouble ? patch_statistics_forward<double> : patch_statistics_forward<float>;
-  kernel(inputs, entropy.data_ptr(), confidence.data_ptr(), class_entropy.data_ptr(), torch_threads());
+  kernel(inputs, {entropy.data_ptr(), confidence.data_ptr(), class_entropy.data_ptr(), inputs.dtype}, torch_threads());
   return {entropy, confidence, class_entropy};
 }
 

@@ -16,9 +16,13 @@ struct StatisticsInputs {
   bool normalize;
 };
 
+struct StatisticsOutputs {
+  void *entropy, *confidence, *class_entropy;
+  DType dtype;
+};
+
 template <typename scalar_t>
-void patch_statistics_forward(const StatisticsInputs& inputs, void* entropy, void* confidence, void* class_entropy,
-                              const Parallel& parallel);
+void patch_statistics_forward(const StatisticsInputs& inputs, const StatisticsOutputs& out, const Parallel& parallel);
 
 // The outputs of the forward pass and the gradients of the loss with respect to them; grad_input is written whole.
 template <typename scalar_t>

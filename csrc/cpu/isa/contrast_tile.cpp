@@ -79,6 +79,12 @@ void panel_disparity(const ContrastTile<scalar_t>& t, const TilePosition& at, in
   }
 }
 
+// Whether an anchor has a gradient; in the forward pass all do.
+template <typename scalar_t>
+PGLCL_INLINE bool counts(const ContrastState<scalar_t>& state, int64_t anchor) {
+  return !state.mean_coefficient || state.mean_coefficient[anchor] != 0;
+}
+
 template <typename scalar_t>
 void panel_codes(const ContrastTile<scalar_t>& t, const TilePosition& at, int64_t key, bool columns,
                  integer_t<scalar_t>* codes) {
@@ -86,19 +92,30 @@ void panel_codes(const ContrastTile<scalar_t>& t, const TilePosition& at, int64_
   const ContrastMasks& m = t.masks;
   for (int64_t r = 0; r < at.rows; ++r) {
     const int64_t i = t.anchors.index[at.row + r];
+    const bool row_counts = counts(t.state, at.row + r);
     for (int64_t c = 0; c < kPanel; ++c) {
       int code = 0;
       if (key + c < t.keys.count && t.anchors.identity[at.row + r] != t.keys.identity[key + c]) {
         const int64_t j = t.keys.index[key + c];
-        code |= m.positive[i * m.positive_stride[0] + j * m.positive_stride[1]] ? kRowPositive : 0;
-        code |= m.negative[i * m.negative_stride[0] + j * m.negative_stride[1]] ? kRowNegative : 0;
-        if (columns) {
+        code |= row_counts && m.positive[i * m.positive_stride[0] + j * m.positive_stride[1]] ? kRowPositive : 0;
+        code |= row_counts && m.negative[i * m.negative_stride[0] + j * m.negative_stride[1]] ? kRowNegative : 0;
+        if (columns && counts(t.state, key + c)) {
           code |= m.positive[j * m.positive_stride[0] + i * m.positive_stride[1]] ? kColumnPositive : 0;
           code |= m.negative[j * m.negative_stride[0] + i * m.negative_stride[1]] ? kColumnNegative : 0;
         }
       }
       codes[r * kPanel + c] = code;
     }
+  }
+}
+
+// An infinite product becomes NaN, and with it the weight of its pair, if that counts.
+template <typename scalar_t>
+void spoil_infinite(const TilePosition& at, scalar_t* dots) {
+  constexpr int kLanes = Simd<scalar_t>::kLanes;
+  for (int64_t i = 0; i < at.rows * Simd<scalar_t>::kPanel; i += kLanes) {
+    const vec_t<scalar_t> dot = load(dots + i);
+    store(dots + i, dot + (dot - dot));
   }
 }
 
@@ -332,6 +349,7 @@ void run_panels(const ContrastTile<scalar_t>& t, const TilePosition& at, const C
     } else
 #endif
       panel_dots(t, at, key, scratch.dots);
+    if (kPass == Pass::kGradient && !t.finite) spoil_infinite(at, scratch.dots);
     if (at.kind == TileKind::kMasked)
       panel_codes(t, at, key, columns, scratch.codes);
     else if (t.channels > 1)
@@ -369,11 +387,11 @@ void tile_gradient(const ContrastTile<scalar_t>& t, const TilePosition& at, cons
   run_panels<scalar_t, Pass::kGradient>(t, at, scratch, t.symmetric);
   if (t.grad_anchors)
     tile_gemm<scalar_t, true>(at.rows, t.depth, at.columns, scratch.weights, kTile, 1,
-                              t.keys.rows + at.column * t.keys.row_stride, t.keys.row_stride,
+                              t.keys.finite_rows + at.column * t.keys.row_stride, t.keys.row_stride,
                               gradient_rows(t, t.grad_anchors, t.anchors.index, at.row));
   if (t.grad_keys && !(t.symmetric && at.diagonal))
     tile_gemm<scalar_t, true>(at.columns, t.depth, at.rows, scratch.weights, 1, kTile,
-                              t.anchors.rows + at.row * t.anchors.row_stride, t.anchors.row_stride,
+                              t.anchors.finite_rows + at.row * t.anchors.row_stride, t.anchors.row_stride,
                               gradient_rows(t, t.grad_keys, t.keys.index, at.column));
 }
 

@@ -27,6 +27,7 @@ struct ContrastSide {
   int64_t padded;
   const scalar_t* rows;  // (padded, row_stride)
   int64_t row_stride;
+  const scalar_t* finite_rows;          // the same with 0 for what is not finite
   const scalar_t* panels;               // (padded / panel, D, panel): keys only
   const uint16_t* rows_bf16;            // (padded, depth_bf16), null unless bfloat16 products run in hardware
   const uint16_t* panels_bf16;          // (padded / panel, depth_bf16 / 2, panel, 2)
@@ -80,6 +81,7 @@ struct ContrastTile {
   ContrastMasks masks;
   int64_t depth;                 // D
   int64_t depth_bf16;            // D rounded up to even
+  bool finite;                   // every embedding and product is
   int64_t channels;              // descriptor channels
   bool fixed_shift;              // all exponents are known to lie in [-115, 0] once shifted: no maximum is needed
   scalar_t scale;                // with fixed_shift, log2(e) / temperature

@@ -1,7 +1,11 @@
 #include "kernel_table.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
+#include <stdexcept>
+#include <string>
 
 namespace pglcl {
 
@@ -86,14 +90,18 @@ int best_supported() {
 
 }  // namespace
 
+const char* instruction_set(int level) { return level < int(std::size(kNames)) ? kNames[level] : nullptr; }
+
 const KernelTable& kernel_table() {
   static const int best = best_supported();
   const char* wanted = std::getenv("PGLCL_CPU_ISA");
-  if (wanted) {
-    for (int level = 0; level <= best; ++level)
-      if (std::strcmp(wanted, kNames[level]) == 0) return table_of(level);
+  if (!wanted || !*wanted) return table_of(best);
+  std::string names;
+  for (int level = 0; level < int(std::size(kNames)); ++level) {
+    if (std::strcmp(wanted, kNames[level]) == 0) return table_of(std::min(level, best));
+    names += (level ? ", " : "") + std::string(kNames[level]);
   }
-  return table_of(best);
+  throw std::invalid_argument("PGLCL_CPU_ISA must be one of " + names + ", got '" + wanted + "'");
 }
 
 }  // namespace pglcl

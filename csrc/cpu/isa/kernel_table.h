@@ -62,9 +62,13 @@ struct KernelTable {
   }
 };
 
-// The table for this machine: the best instruction set that both the processor and PGLCL_CPU_ISA allow. The variable
-// takes baseline, avx2, avx512 or avx512_bf16 and is read at every call, which costs nothing beside a kernel.
+// The table for this machine: the best instruction set that both the processor and PGLCL_CPU_ISA allow. Empty is unset,
+// and an unknown name throws std::invalid_argument. The variable is read at every call, which costs nothing beside a
+// kernel; the module asks once when it is imported.
 const KernelTable& kernel_table();
+
+// The names that PGLCL_CPU_ISA takes, from the least to the most demanding; null past the last.
+const char* instruction_set(int level);
 
 #ifdef PGLCL_ISA
 namespace PGLCL_ISA {

@@ -201,9 +201,8 @@ PGLCL_INLINE vec_t<double> exp2(vec_t<double> x) {
   return result;
 }
 
-// Natural logarithm of x > 0; numbers below the smallest normal one count as that one. NaN gives NaN.
-PGLCL_INLINE vec_t<float> log(vec_t<float> x) {
-  x = x < 1.17549435e-38f ? broadcast(1.17549435e-38f) : x;
+// The same without instructions of its own.
+PGLCL_INLINE vec_t<float> log_by_bits(vec_t<float> x) {
   mask_t<float> bits = (mask_t<float>)x;
   // x = 2^e * m with m in [sqrt(1/2), sqrt(2)).
   mask_t<float> exponent = (bits - 0x3f3504f3) >> 23;
@@ -226,8 +225,16 @@ PGLCL_INLINE vec_t<float> log(vec_t<float> x) {
 }
 
 #if !defined(__AVX512F__)
-PGLCL_INLINE vec_t<float> log_of_normal(vec_t<float> x) { return log(x); }
+// Natural logarithm of a normal x > 0. NaN gives NaN.
+PGLCL_INLINE vec_t<float> log_of_normal(vec_t<float> x) { return log_by_bits(x); }
 #endif
+
+// Natural logarithm of any x > 0. NaN gives NaN.
+PGLCL_INLINE vec_t<float> log(vec_t<float> x) {
+  const mask_t<float> subnormal = x < 1.17549435e-38f;
+  const vec_t<float> result = log_by_bits(subnormal ? x * 33554432.0f : x);  // 2^25
+  return subnormal ? result - 17.3286795f : result;
+}
 
 PGLCL_INLINE vec_t<double> exp2_to_zero(vec_t<double> x) { return exp2(x); }
 PGLCL_INLINE vec_t<double> exp2_to_zero_of_any(vec_t<double> x) { return exp2(x); }
@@ -236,8 +243,7 @@ PGLCL_INLINE vec_t<double> at_most_zero(vec_t<double> x) { return x > 0.0 ? vec_
 
 PGLCL_INLINE vec_t<double> log(vec_t<double> x) {
   vec_t<double> result = x;
-  for (int i = 0; i < Simd<double>::kLanes; ++i)
-    result[i] = __builtin_log(x[i] < 2.2250738585072014e-308 ? 2.2250738585072014e-308 : x[i]);
+  for (int i = 0; i < Simd<double>::kLanes; ++i) result[i] = __builtin_log(x[i]);
   return result;
 }
 
