@@ -11,13 +11,15 @@ import numpy as np
 from rich.console import Console
 
 from pglcl.config import TrainConfig
+from pglcl.errors import UserError
 from pglcl.evaluate import evaluate_run
-from pglcl.files import replacing, write_json
+from pglcl.files import check_writable, read_json, replacing, write_json
 from pglcl.report import write_report
 from pglcl.train import Training
 
 # Slabs of the brain stand in for patients.
 SLAB = 6
+NAME = "MNI152 template in slabs (pglcl demo)"  # by which a folder of the demo is known again
 LABELLED, VALIDATION = (4, 10), (7,)
 CLASSES = {0: "background", 1: "grey matter", 2: "white matter"}
 
@@ -42,13 +44,35 @@ def write_template(folder: Path) -> dict[str, list[str]]:
             with replacing(folder / kind / f"{name}.nii.gz") as partial:
                 nib.save(nib.Nifti1Image(np.ascontiguousarray(data[:, :, rows]), affine), partial)
     training = [{"image": f"imagesTr/{n}.nii.gz", "label": f"labelsTr/{n}.nii.gz"} for n in names]
-    write_json(folder / "dataset.json", {"name": "MNI152", "labels": CLASSES, "training": training})
+    write_json(folder / "dataset.json", {"name": NAME, "labels": CLASSES, "training": training})
     labelled, validation = [names[i] for i in LABELLED], [names[i] for i in VALIDATION]
     rest = [n for n in names if n not in {*labelled, *validation}]
     return {"labelled": labelled, "unlabelled": rest[::2], "validation": validation, "test": rest[1::2]}
 
 
+def check_folder(output: Path) -> None:
+    """Raises UserError for a folder with files in it that no earlier demo wrote: nothing of theirs is replaced."""
+    own = output / "data" / "dataset.json"
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output}: must be a folder, is a file")
+    if not output.is_dir() or not any(output.iterdir()):
+        check_writable(output)
+        return
+    try:
+        mine = read_json(own).get("name") == NAME
+    except (UserError, AttributeError):
+        mine = False
+    if not mine:
+        raise UserError(f"{output}: holds files of others; choose another --output for the demo")
+
+
 def run_demo(output: Path, steps: int, *, quiet: bool = False) -> None:
+    """Trains twice and writes a report; a folder of an earlier demo is renewed.
+
+    Raises:
+        UserError: `output` holds files that no demo wrote, or runs of other options.
+    """
+    check_folder(output)
     console = Console(quiet=quiet, highlight=False, soft_wrap=True, markup=False)
     start = time.perf_counter()
     console.print(

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from pglcl.cases import cases_of, distance_unit
 from pglcl.errors import UserError
-from pglcl.files import read_json, write_json, write_text
+from pglcl.files import fingerprint, read_json, write_json, write_text
 from pglcl.labels import IGNORE
 from pglcl.layouts import Case, DataFolder, open_folder
 from pglcl.model import TrainedModel, load_model
 from pglcl.outputs import check_outputs
 from pglcl.predict import Predictor, Report
 from pglcl.progress import Volumes
+from pglcl.training_data import files_of
 from pglcl.volumes import read_label
 
 METRICS = ("dice", "hd95", "asd")
@@ -249,7 +250,7 @@ class Subject:
     Scores say what they belong to, and are shown only beside the same.
 
     Attributes:
-        run: the folder of the run.
+        run: the name of the run's folder. id: of the run; empty where it has none.
         model: SHA-256 of the weights.
         step: that the weights are of. steps: of the whole run.
         part: of the run's split, or "all".
@@ -270,6 +271,7 @@ class Subject:
     missing: list[str]
     tta: str = "none"
     postprocess: str = "none"
+    id: str = ""
 
     @property
     def finished(self) -> bool:
@@ -310,16 +312,13 @@ def weights_hash(network: nn.Module) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file; of the files in it for a folder."""
-    digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-        try:
-            with open(file, "rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
-    return digest.hexdigest()
+    """SHA-256 of an image: of its file, or of the names and hashes of its files where they are several."""
+    files = sorted(files_of(path))
+    hashes = [str(fingerprint(file)["sha256"]) for file in files]
+    if files == [path]:
+        return hashes[0]
+    listed = "".join(f"{file.relative_to(path.parent)} {digest}\n" for file, digest in zip(files, hashes))
+    return hashlib.sha256(listed.encode(errors="surrogateescape")).hexdigest()
 
 
 def read_split(run: Path) -> dict[str, list[str]]:
@@ -362,7 +361,8 @@ def subject_of(
     model = predictor.models[0]
     files = {case.name: [file_hash(path) for path in (*case.images, case.label) if path is not None] for case in cases}
     return Subject(
-        run=run.name or str(run),
+        run=run.resolve().name,
+        id=_id_of(run),
         model=weights_hash(model.network),
         step=model.step,
         steps=model.config.steps,
@@ -374,6 +374,13 @@ def subject_of(
         tta=predictor.tta,
         postprocess=predictor.postprocess,
     ), cases
+
+
+def _id_of(run: Path) -> str:
+    try:
+        return str(read_json(run / "run.json")["id"])
+    except (UserError, KeyError, TypeError):
+        return ""
 
 
 @dataclass(frozen=True)
@@ -446,7 +453,8 @@ def may_renew(files: Sequence[Path], subject: Subject) -> Callable[[Path], bool]
     """Whether score files are earlier ones of the same run and data: these are renewed unasked."""
     old = read_scores(files[-1])
     same_data = old is not None and (old.subject.data == subject.data or old.subject.files == subject.files)
-    mine = old is not None and old.subject.run == subject.run and same_data
+    same_run = old is not None and (old.subject.id or old.subject.run) == (subject.id or subject.run)
+    mine = same_run and same_data
     return lambda path: mine
 
 

@@ -18,7 +18,7 @@ from pglcl.model import TrainedModel, load_model
 from pglcl.outputs import check_outputs
 
 SUFFIXES = {"torchscript": ".ts", "onnx": ".onnx"}
-INSTALL = "pip install onnx onnxruntime onnxscript"
+INSTALL = "pip install '.[export]'"
 TOLERANCE = 1e-4  # of the largest logit: other programs sum in another order
 
 
@@ -55,7 +55,7 @@ def export_run(run: Path, kind: str, output: Path | None = None, *, overwrite: b
         raise UserError(f"--format must be one of {', '.join(SUFFIXES)}, got {kind}")
     missing = [n for n in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(n) is None]
     if kind == "onnx" and missing:
-        raise UserError(f"--format onnx needs {', '.join(missing)}: {INSTALL}")
+        raise UserError(f"--format onnx needs {', '.join(missing)}. From the source folder: {INSTALL}")
     path = output or run / f"model{SUFFIXES[kind]}"
     model = load_model(run, "cpu")
     of_the_run = [file for file in run.iterdir() if file.suffix not in SUFFIXES.values()]

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from pglcl.config import TrainConfig
 from pglcl.errors import UserError
-from pglcl.files import read_json
 from pglcl.formats import result_suffix
 from pglcl.labels import LabelMap
 from pglcl.layouts import Case
@@ -24,6 +23,8 @@ from pglcl.model import TrainedModel
 from pglcl.outputs import check_outputs, check_outside_data
 from pglcl.postprocess import POSTPROCESS, keep_largest
 from pglcl.prepare import Prepared, prepare
+from pglcl.run_folder import data_of
+from pglcl.training_data import files_of
 from pglcl.volumes import Geometry, write_like
 
 SLICES_AT_ONCE = 16
@@ -257,8 +258,8 @@ def probabilities(network: nn.Module, prepared: Prepared, config: TrainConfig, s
 def data_folders(run: Path, inputs: Sequence[Path]) -> list[Path]:
     """Folders whose images and labels must stay what they are: that of the run, and those that inputs come from."""
     found = []
-    with contextlib.suppress(UserError, KeyError, TypeError):  # a model without its run
-        found.append(Path(read_json(run / "config.json")["data"]))
+    with contextlib.suppress(UserError):  # a model without its run
+        found.append(data_of(run))
     folders = [path if path.is_dir() else path.parent for path in inputs]
     return [*found, *dict.fromkeys(f.resolve().parent for f in folders if f.resolve().name.startswith("images"))]
 
@@ -285,7 +286,7 @@ class Writer:
         for root in roots:
             check_outside_data(self.folder, root)
         outputs = [path for case in cases for path in self.files(case)]
-        read = [path for case in cases for path in case.images]
+        read = [path for case in cases for image in case.images for path in files_of(image)]
         check_outputs(outputs, inputs=read, overwrite=self.overwrite)
 
     def write(self, prediction: Prediction, prepared: Prepared) -> list[Path]:

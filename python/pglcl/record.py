@@ -89,6 +89,8 @@ class MetricsLog:
 
         self.path, self.folder = output / "metrics.jsonl", output / "tensorboard"
         kept = [row for row in read_metrics(output) if row["step"] <= first]
+        # Seconds that the run has taken so far, without those of steps that are taken again.
+        self.start = time.monotonic() - max((row.get("seconds", 0.0) for row in kept), default=0.0)
         write_text(self.path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
         with _written(self.path):
             self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (closed with the run)
@@ -96,8 +98,10 @@ class MetricsLog:
             self.board = SummaryWriter(str(self.folder), purge_step=first + 1 if first else None)
 
     def write(self, row: dict[str, Any]) -> None:
+        """Adds the seconds of training up to this row to metrics.jsonl."""
+        timed = {**row, "seconds": round(time.monotonic() - self.start, 3)}
         with _written(self.path):
-            self.file.write(json.dumps(row, allow_nan=False) + "\n")
+            self.file.write(json.dumps(timed, allow_nan=False) + "\n")
             self.file.flush()
         with _written(self.folder):
             for name, value in row.items():

@@ -33,6 +33,8 @@ from pglcl.outputs import check_outputs
 from pglcl.predict import Predictor
 from pglcl.progress import duration
 from pglcl.record import read_metrics
+from pglcl.run_folder import data_of
+from pglcl.training_data import files_of
 
 GENERATOR = "<meta name=generator content=pglcl>"
 FIGURE_VOLUMES = 6  # test volumes that embeddings are taken from
@@ -106,22 +108,15 @@ def write_report(
     """
     path = output or run / "report.html"
     predictor = Predictor([load_model(run, device)])
-    folder = open_folder(data or _data_of(run))
+    folder = open_folder(data or data_of(run))
     subject, cases = subject_of(run, predictor, folder)
-    read = [file for case in cases for file in (*case.images, case.label) if file is not None]
+    images = [path for case in cases for path in (*case.images, case.label) if path is not None]
+    read = [file for path in images for file in files_of(path)]
     mine = output is None and _is_report(path)
     check_outputs([path], inputs=[*read, *_files_of(run)], overwrite=overwrite, renewed=lambda _: mine)
     found = _scores(run, predictor, subject, cases, distance_unit(folder), quiet=quiet)
     write_text(path, _page(run, predictor, folder, cases, found))
     return path
-
-
-def _data_of(run: Path) -> Path:
-    path = run / "config.json"
-    config = read_json(path)
-    if not isinstance(config, dict) or not isinstance(config.get("data"), str):
-        raise UserError(f"{path}: does not say where the data is; name the folder with --data")
-    return Path(config["data"])
 
 
 def _files_of(run: Path) -> list[Path]:
@@ -224,7 +219,7 @@ def _warnings(run: Path, folder: DataFolder, subject: Subject) -> list[str]:
     if not subject.finished:
         found.append(f"This run is unfinished: step {subject.step} of {subject.steps}.")
     with contextlib.suppress(UserError):
-        own = _data_of(run)
+        own = data_of(run)
         if own.resolve() != folder.root.resolve():
             found.append(f"Scores and images are of {folder.root}; the run was trained on {own}.")
     return [_warning(text) for text in found]
@@ -325,8 +320,8 @@ def _metric_rows(run: Path) -> tuple[list[dict[str, Any]], str]:
     path = run / "metrics.jsonl"
     try:
         found = read_metrics(run)
-    except (OSError, ValueError, RecursionError) as error:
-        return [], f"{path.name}: cannot be read: {str(error).splitlines()[0]}"
+    except UserError as error:
+        return [], f"{path.name}: cannot be read: {error.lines[0]}"
     rows = []
     for row in found:
         if isinstance(row, dict) and _is_number(row.get("step")):

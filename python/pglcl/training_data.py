@@ -74,10 +74,10 @@ def files_read(folder: DataFolder, split: Split) -> list[Path]:
     with_label = cases_of(folder, (*split.labelled, *split.validation), with_label=True)
     paths = {path for case in (*with_label, *cases_of(folder, split.unlabelled)) for path in case.images}
     paths |= {case.label for case in with_label if case.label is not None}
-    return sorted(file for path in paths for file in _files_of(path))
+    return sorted(file for path in paths for file in files_of(path))
 
 
-def _files_of(path: Path) -> list[Path]:
+def files_of(path: Path) -> list[Path]:
     """All files of an image: a folder of DICOM slices, a header (.mhd) with its voxels beside it, or one file."""
     if path.is_dir():
         return [file for file in path.rglob("*") if file.is_file()]

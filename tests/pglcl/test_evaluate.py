@@ -158,6 +158,9 @@ def test_earlier_scores_are_renewed_and_others_kept(tmp_path: Path) -> None:
     assert may_renew(files, evaluation(files={"c": ["1", "corrected"]}).subject)(files[0])
     assert not may_renew(files, evaluation(data="/other", files={"c": ["5"]}).subject)(files[0])
     assert not may_renew(files, evaluation(run="other").subject)(files[0])
+    evaluation(id="7").save(files)
+    assert may_renew(files, evaluation(run="renamed", id="7").subject)(files[0])
+    assert not may_renew(files, evaluation(id="8").subject)(files[0])
 
 
 def test_a_box_around_both_masks_changes_no_score() -> None:

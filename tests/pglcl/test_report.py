@@ -73,6 +73,7 @@ def test_what_a_reader_looks_for(run: Path, trained: Trained) -> None:
     split = json.loads((run / "split.json").read_text())
     for patients in split.values():
         assert all(patient in text for patient in patients)
+    assert "not recorded" not in text
     for words in (
         "Scores of each patient, the worst first (2)", "Training time", "40 of 40", "median HD95", "The worst and best",
         "stray piece", "largest pieces alone, Dice", "Patients of each part of the split",
@@ -112,8 +113,8 @@ def test_volumes_that_are_shown_differ() -> None:
 
 @pytest.mark.parametrize(("name", "text", "code", "says"), [
     ("config.json", "", 2, "not readable as JSON"),
-    ("config.json", "[1]", 2, "does not say where the data is"),
-    ("config.json", '{"data": 3}', 2, "does not say where the data is"),
+    ("config.json", "[1]", 2, "must be a JSON object"),
+    ("config.json", '{"data": 3}', 2, "data must be the path of a folder"),
     ("config.json", '{"data": "/nowhere"}', 2, "/nowhere: no such folder"),
     ("split.json", "[]", 2, "must be an object with lists of patients"),
     ("split.json", '{"test": {"a": 1}}', 2, "must be an object with lists of patients"),

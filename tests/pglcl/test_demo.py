@@ -1,0 +1,35 @@
+"""The demo writes into a folder of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from pglcl.cli import main
+from pglcl.demo import NAME, check_folder
+from pglcl.errors import UserError
+
+
+def test_the_demo_replaces_nothing_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "split.json"
+    mine.write_text("mine")
+    assert main(["demo", "--output", str(tmp_path)]) == 2
+    assert "holds files of others" in capsys.readouterr().err
+    assert main(["demo", "--output", str(mine)]) == 2
+    assert "must be a folder" in capsys.readouterr().err
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_folder_of_the_demo_is_known_again(tmp_path: Path) -> None:
+    check_folder(tmp_path)
+    check_folder(tmp_path / "new")
+    (tmp_path / "new").rmdir()
+    described = tmp_path / "data" / "dataset.json"
+    described.parent.mkdir()
+    for text in ('{"name": "MNI152"}', "[]", "{"):
+        described.write_text(text)
+        with pytest.raises(UserError, match="holds files of others"):
+            check_folder(tmp_path)
+    described.write_text(json.dumps({"name": NAME}))
+    check_folder(tmp_path)
