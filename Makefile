@@ -82,7 +82,7 @@ cuda-check: $(CUDA_VENV)/.torch
 	  $(CUDA_VENV)/bin/pip install --quiet --no-build-isolation --no-deps --force-reinstall .
 	cd tools && ../$(CUDA_VENV)/bin/python check_cuda_build.py
 	$(CUDA_VENV)/bin/python -m benchmarks.cuda_report --check \
-	  --module $$(ls $(CUDA_VENV)/lib/python3*/site-packages/pglcl_ext/_C*.so) --output build/cuda_report.md
+	  --module $$(ls $(CUDA_VENV)/lib/python3*/site-packages/pglcl_ext/_C*.so) --output build/cuda_report.md --counts build/cuda_counts.json
 
 cuda-all:
 	$(MAKE) cuda-check CUDA_ARCHS="$(ALL_CUDA_ARCHS)"

@@ -1,6 +1,6 @@
 """What the CUDA binary holds: registers, shared memory, spills, occupancy and the instructions that matter, per kernel.
 
-    python -m benchmarks.cuda_report [--module path/to/_C.so] [--check] [--output file.md]
+    python -m benchmarks.cuda_report [--module path/to/_C.so] [--check] [--output file.md] [--counts file.json]
 
 Reads the compiled module with cuobjdump (pip: nvidia-cuda-cuobjdump); no GPU is needed. With --check it fails when a
 fast-path kernel spills registers or has a stack frame, or when a counted loop takes more instructions than its limit.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import json
 import re
 import shutil
 import subprocess
@@ -32,10 +33,12 @@ THREADS = {"contrast_reduce": 256}
 # What is counted in the SASS: kernels, what of, and the most it may be.
 PAIRS = "instructions a pair"  # of the loop over tiles at a depth of 128, copies and products included
 EIGHTS = "instructions for 8 FFMA"  # of the loop over the depth
+LOGITS = "instructions a logit"  # of the loop over the pixels of a patch
 LIMITS: list[tuple[str, str, float]] = [
     (r"contrast_forward_mma<\w+, 128, rule>", PAIRS, 60),
     (r"contrast_backward_mma<\w+, 128, \w+, rule>", PAIRS, 100),
     (r"gaussian_contrast_rows<float>", EIGHTS, 30),
+    (r"patch_statistics_(forward|coefficients)<float, 4, 4>", LOGITS, 60),
 ]
 ROWS, DEPTH, BLOCK = 64, 128, 128  # of an mma kernel: rows of a block, depth counted for, threads
 
@@ -122,6 +125,13 @@ def instructions_per_eight(kernel: Kernel) -> float:
     return (last - first + 1) / (holds(sass, first, last, "FFMA") / 8)
 
 
+def instructions_per_logit(kernel: Kernel) -> float:
+    """Of the loop that reads four classes of four pixels at once."""
+    sass = kernel.sass
+    first, last = min((x for x in loops(sass) if holds(sass, *x, "LDG.E.128")), key=lambda x: x[1] - x[0])
+    return usual_length(sass, first, last) / (4 * holds(sass, first, last, "LDG.E.128"))
+
+
 @dataclass
 class Kernel:
     name: str
@@ -156,7 +166,7 @@ class Kernel:
 
     def counted(self) -> list[tuple[str, float, float]]:
         """(what, how many, the most it may be) for what LIMITS counts in this kernel."""
-        count = {PAIRS: instructions_per_pair, EIGHTS: instructions_per_eight}
+        count = {PAIRS: instructions_per_pair, EIGHTS: instructions_per_eight, LOGITS: instructions_per_logit}
         return [(what, count[what](self), most) for name, what, most in LIMITS if re.fullmatch(name, self.name)]
 
     def occupancy(self, depth: int = 128) -> float:
@@ -247,6 +257,7 @@ def main() -> None:
     parser.add_argument("--module", type=Path, help="the compiled module; that of the installed pglcl_ext by default")
     parser.add_argument("--check", action="store_true", help="fail on a spill, a stack frame or a count over its limit")
     parser.add_argument("--output", type=Path, help="write the Markdown table there")
+    parser.add_argument("--counts", type=Path, help="write what benchmarks.roofline reads there")
     arguments = parser.parse_args()
     module = arguments.module
     if module is None:
@@ -260,6 +271,14 @@ def main() -> None:
     print(text)
     if arguments.output:
         arguments.output.write_text(text + "\n")
+    if arguments.counts:
+        of = min(k.architecture for k in kernels if k.architecture >= 80)
+        counts = {
+            k.name: {what: round(count, 1) for what, count, _ in k.counted()} | {"registers": k.registers}
+            for k in sorted(kernels, key=lambda k: k.name)
+            if k.architecture == of and k.counted()
+        }
+        arguments.counts.write_text(json.dumps({"architecture": of, "kernels": counts}, indent=1) + "\n")
     bad = [k for k in kernels if FAST.search(k.name) and k.spills]
     architectures = ", ".join(f"sm_{a}" for a in sorted({k.architecture for k in kernels}))
     print(f"\n{len(kernels)} kernels for {architectures}; {len(bad)} fast-path kernels spill or have a stack frame")

@@ -1,93 +1,148 @@
-"""Predicted times of the CUDA kernels on A100 and H100: bytes and operations over the vendor's peaks. No GPU is needed.
+"""Predicted times of the CUDA kernels on A100 and H100, from counts. No GPU is needed.
 
     python -m benchmarks.roofline [--output file.md]
 
-A prediction from counts, not a measurement: the largest of the times that arithmetic, exponentials, the second-level
-cache and memory would take alone.
+A prediction, not a measurement. Each kernel has a time for every resource that it needs, were it alone: instruction
+issue, tensor cores, exponentials, shared memory, the second-level cache, memory. The largest is the prediction, and the
+others are taken to hide behind it, so that it is a lower bound. Instructions come from the SASS
+(results/cuda_counts.json, written by benchmarks.cuda_report), and what happens within a multiprocessor is stretched by
+the blocks that the busiest one has, and by too few warps to issue every cycle.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.runner import markdown
+
+COUNTS = Path(__file__).parent / "results" / "cuda_counts.json"
 
 
 @dataclass
 class Gpu:
-    """Peaks per second: datasheet values, dense; special functions are 16 per clock and multiprocessor."""
+    """Datasheet values, dense.
+
+    Per clock and multiprocessor 128 lanes issue (four schedulers, a warp each), and 16 special functions and 128 bytes of
+    shared memory are served (CUDA programming guide).
+    """
 
     name: str
-    ffma: float
-    tf32: float
-    half: float
-    exponentials: float
-    memory: float
-    cache: float  # A100: 5120 bytes per clock, from its whitepaper; H100: assumed the same per clock
+    multiprocessors: int
+    clock: float
+    tensor: float  # 16-bit operations per second
+    memory: float  # bytes per second
+    cache: float  # bytes per second; A100: 5120 per clock, from its whitepaper; H100: assumed the same per clock
+    shared: int  # bytes of a multiprocessor
+
+    @property
+    def cycles(self) -> float:
+        """Of all multiprocessors together, per second."""
+        return self.multiprocessors * self.clock
 
 
 GPUS = [
-    Gpu("A100 SXM 80 GB", 19.5e12, 156e12, 312e12, 108 * 16 * 1.41e9, 2.04e12, 5120 * 1.41e9),
-    Gpu("H100 SXM", 66.9e12, 494e12, 989e12, 132 * 16 * 1.83e9, 3.35e12, 5120 * 1.83e9),
+    Gpu("A100 SXM 80 GB", 108, 1.41e9, 312e12, 2.04e12, 5120 * 1.41e9, 164 * 1024),
+    Gpu("H100 SXM", 132, 1.83e9, 989e12, 3.35e12, 5120 * 1.83e9, 228 * 1024),
 ]
 
-ROWS = 32  # of a block: kRows in patch_contrast_tiles.cuh
+WARPS_TO_ISSUE = 2  # of a scheduler, to issue every cycle: a result takes 4 cycles, and half of the code waits for none
 
 
-def contrast(n: int, d: int, size: int, gpu: Gpu, *, tensor: bool, backward: bool) -> tuple[float, str]:
-    """Anchors = keys: every block streams all keys from the second-level cache."""
-    dots = 2.0 * n * n * d
-    rate = gpu.ffma if not tensor else gpu.half if size == 2 else gpu.tf32
-    times = {
-        "arithmetic": dots / rate,
-        "exponentials": (2.0 if backward else 1.0) * n * n / gpu.exponentials,
-        "cache": n / ROWS * n * d * size / gpu.cache,
-        "memory": (2 if backward else 1) * n * d * size / gpu.memory,
+@dataclass
+class Launch:
+    """What keeps a kernel from using every multiprocessor at full rate."""
+
+    blocks: int
+    registers: int  # of a thread; blocks have 128 threads
+    shared_bytes: int  # of a block
+
+    def stretch(self, gpu: Gpu) -> tuple[float, float]:
+        """(for what a multiprocessor does at its own rate, for instruction issue)."""
+        waves = math.ceil(self.blocks / gpu.multiprocessors) * gpu.multiprocessors / self.blocks
+        resident = min(65536 // (math.ceil(self.registers / 8) * 8 * 128), gpu.shared // (self.shared_bytes + 1024))
+        warps = min(resident, math.ceil(self.blocks / gpu.multiprocessors))  # of a scheduler: 4 warps, 4 schedulers
+        return waves, waves * max(1.0, WARPS_TO_ISSUE / warps)
+
+
+ROWS, DEPTH, SIZE = 64, 128, 2  # of a block; of a row; bytes of an element
+
+
+def contrast(counts: dict[str, Any], n: int, gpu: Gpu, *, backward: bool) -> dict[str, float]:
+    """Seconds by resource: bfloat16, D = 128, anchors = keys, one temperature, labels and one descriptor."""
+    name = (
+        "contrast_backward_mma<BFloat16, 128, both, rule>" if backward else "contrast_forward_mma<BFloat16, 128, rule>"
+    )
+    kernel = counts[name]
+    columns = 32 if backward else 64
+    row = (DEPTH + 8) * SIZE
+    blocks = math.ceil(n / ROWS)
+    if not backward:  # keys are shared out as contrast_part_count has it
+        blocks *= max(1, min(3 * gpu.multiprocessors // blocks, n // 256, 16))
+    launch = Launch(blocks, kernel["registers"], (2 * columns + (ROWS if backward else 0)) * row + 80 * columns + 64)
+    waves, issue = launch.stretch(gpu)
+    pairs = float(n) * n
+    # Of a warp's 16 rows each column of a tile is read once per product; its own rows again where they are not held.
+    matrices = DEPTH * SIZE / 16 * (2 if backward else 1) + (DEPTH * SIZE / columns if backward else 0)
+    copies = DEPTH * SIZE / ROWS
+    side = (8 + 4 * (7 if backward else 1)) * 32 / 4 / 16 / 8  # 8 lanes of a warp read the same column at once
+    return {
+        "issue": pairs * kernel["instructions a pair"] / (128 * gpu.cycles) * issue,
+        "tensor cores": pairs * 2 * DEPTH * (2 if backward else 1) / gpu.tensor * waves,
+        "exponentials": pairs * (2 if backward else 1) / (16 * gpu.cycles) * waves,
+        "shared memory": pairs * (matrices + copies + side) / (128 * gpu.cycles) * waves,
+        "cache": n / ROWS * n * DEPTH * SIZE / gpu.cache,
+        "memory": (2 if backward else 1) * n * DEPTH * SIZE / gpu.memory,
     }
-    if backward:  # the dots again, then weights times keys, through TF32 on tensor cores
-        times["arithmetic"] += dots / (gpu.tf32 if tensor else gpu.ffma)
-    bound = max(times, key=times.__getitem__)
-    return times[bound], bound
 
 
-def statistics(batch: int, classes: int, image: int, size: int, gpu: Gpu, *, backward: bool) -> tuple[float, str]:
-    pixels = batch * image * image
-    values = pixels * classes
-    exponentials = (classes + 2) * pixels * (2 if backward else 1)
-    times = {
-        "memory": values * size * (2 if backward else 1) / gpu.memory,
-        "exponentials": exponentials / gpu.exponentials,
-        "arithmetic": 2 * 25.0 * values * (2 if backward else 1) / gpu.ffma,
+def statistics(counts: dict[str, Any], batch: int, image: int, gpu: Gpu, *, backward: bool) -> dict[str, float]:
+    """float32, four classes, patches of 16 x 16.
+
+    Backward: the sums again, then a pixel each, which is counted in bytes and exponentials alone, as its loops are not
+    unrolled.
+    """
+    pixels = float(batch * image * image)
+    values = 4 * pixels
+    kernel = counts[
+        "patch_statistics_coefficients<float, 4, 4>" if backward else "patch_statistics_forward<float, 4, 4>"
+    ]
+    waves, issue = Launch(math.ceil(batch * (image // 16) ** 2 / 4), kernel["registers"], 0).stretch(gpu)
+    return {
+        "issue": values * kernel["instructions a logit"] / (128 * gpu.cycles) * issue,
+        "exponentials": pixels * (4 + 2) * (3 if backward else 1) / (16 * gpu.cycles) * waves,
+        "memory": values * 4 * (3 if backward else 1) / gpu.memory,
     }
-    bound = max(times, key=times.__getitem__)
-    return times[bound], bound
 
 
-def table() -> str:
+def table(counts: dict[str, Any]) -> str:
     rows = []
     for backward in (False, True):
         name = "backward" if backward else "forward"
         for n in (4096, 65536):
-            for label, size, tensor in (("float32 FFMA", 4, False), ("float32 TF32", 4, True), ("bfloat16", 2, True)):
-                cells = [contrast(n, 128, size, g, tensor=tensor, backward=backward) for g in GPUS]
-                rows.append([f"contrast {name}, N = {n}, D = 128, {label}", *(_cell(*c) for c in cells)])
+            cells = [_cell(contrast(counts, n, g, backward=backward)) for g in GPUS]
+            rows.append([f"contrast {name}, N = {n}, D = 128, bfloat16", *cells])
         for batch, image in ((16, 256), (64, 512)):
-            cells = [statistics(batch, 4, image, 4, g, backward=backward) for g in GPUS]
-            rows.append([f"statistics {name}, {batch}x4x{image}x{image}, float32", *(_cell(*c) for c in cells)])
-    return markdown(["kernel", *(g.name for g in GPUS)], rows)
+            cells = [_cell(statistics(counts, batch, image, g, backward=backward)) for g in GPUS]
+            rows.append([f"statistics {name}, {batch}x4x{image}x{image}, float32", *cells])
+    return markdown(["kernel (predicted, not measured)", *(g.name for g in GPUS)], rows)
 
 
-def _cell(seconds: float, bound: str) -> str:
-    return f"{seconds * 1e6:.3g} us ({bound})"
+def _cell(times: dict[str, float]) -> str:
+    """The prediction, what bounds it, and the runner-up."""
+    (bound, most), (second, less) = sorted(times.items(), key=lambda x: -x[1])[:2]
+    return f"{most * 1e6:.3g} us ({bound}; {second} {less * 1e6:.3g})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="write the Markdown table there")
     arguments = parser.parse_args()
-    text = table()
+    text = table(json.loads(COUNTS.read_text())["kernels"])
     print(text)
     if arguments.output:
         arguments.output.write_text(text + "\n")

@@ -25,7 +25,8 @@ bool tf32_allowed() {
 }
 
 cuda::DeviceLimits limits() {
-  return {compiled_for(cuda::contrast_reduce<float>), device_attribute(DeviceAttribute::kSharedBytes), tf32_allowed()};
+  return {compiled_for(cuda::contrast_reduce<float>), device_attribute(DeviceAttribute::kSharedBytes), tf32_allowed(),
+          device_attribute(DeviceAttribute::kMultiprocessors)};
 }
 
 // Rows that the fast kernels take: they read 16 bytes at once. A depth that is no multiple of them, or rows that do not
@@ -110,8 +111,12 @@ Forward forward(PGLCL_CONTRAST_PARAMETERS) {
     const cuda::ContrastSums<scalar_t> sums{output_of<scalar_t>(max_logit), output_of<scalar_t>(log_sum),
                                             output_of<scalar_t>(positive_logit), output_of<int32_t>(num_positives),
                                             output_of<scalar_t>(losses)};
-    cuda::run_contrast_forward<T>(arguments.get<T>(), limits(), sums, reduction == kMean,
-                                  reduction == kNone ? nullptr : output_of<scalar_t>(loss),
+    const cuda::ContrastArguments<T> inputs = arguments.get<T>();
+    const cuda::DeviceLimits device = limits();
+    const int64_t parts = cuda::contrast_parts_size(cuda::contrast_part_count(inputs, device), n);
+    at::Tensor workspace = parts ? at::empty({parts}, options) : at::Tensor();
+    cuda::run_contrast_forward<T>(inputs, device, sums, parts ? output_of<float>(workspace) : nullptr,
+                                  reduction == kMean, reduction == kNone ? nullptr : output_of<scalar_t>(loss),
                                   output_of<int64_t>(num_valid), current_stream());
   });
   PGLCL_CHECK_LAUNCH();

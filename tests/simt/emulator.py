@@ -216,6 +216,7 @@ class Contrast(ctypes.Structure):
         ),
         ("capability", c_int64),
         ("shared_bytes", c_int64),
+        ("multiprocessors", c_int64),
         *((name, c_bool) for name in ("per_anchor", "mean", "own_anchor", "own_key", "allow_tf32")),
     ]
 
@@ -238,6 +239,7 @@ def patch_contrast(
     capability: int = 80,
     shared_bytes: int = 160 * 1024,
     allow_tf32: bool = False,
+    multiprocessors: int = 1,
     upstream: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss, and its gradients to anchors and keys for an upstream gradient, which counts up from 1/2 to 3/2."""
@@ -271,6 +273,7 @@ def patch_contrast(
         s.positive_stride = (c_int64 * 2)(*positive_mask.stride())
         s.negative_stride = (c_int64 * 2)(*negative_mask.stride())
     s.capability, s.shared_bytes, s.allow_tf32 = capability, shared_bytes, allow_tf32
+    s.multiprocessors = multiprocessors
     s.per_anchor, s.mean = reduction == "none", reduction == "mean"
 
     max_logit, log_sum, logit = (torch.empty(n, dtype=wide) for _ in range(3))

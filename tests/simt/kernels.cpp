@@ -1,6 +1,7 @@
 // The CUDA kernels and their launches, compiled for the emulator and exported with a C interface. A call returns null,
 // or the emulator's message.
 #include <string>
+#include <vector>
 
 #include "cuda/kernels/gaussian_contrast.cuh"
 #include "cuda/kernels/patch_contrast_launch.cuh"
@@ -155,7 +156,7 @@ struct Contrast {
   int64_t* num_valid;
   const void* grad;
   void* grad_rows;
-  int64_t capability, shared_bytes;
+  int64_t capability, shared_bytes, multiprocessors;
   bool per_anchor, mean, own_anchor, own_key, allow_tf32;
 };
 
@@ -186,12 +187,14 @@ const char* contrast(int dtype, const Contrast* c, bool backward) {
                                               scalar_t(std::log1p(c->negative_weight)),
                                               c->ignore_index,
                                               c->self_offset};
-    const pglcl::cuda::DeviceLimits device{int(c->capability), c->shared_bytes, c->allow_tf32};
+    const pglcl::cuda::DeviceLimits device{int(c->capability), c->shared_bytes, c->allow_tf32, int(c->multiprocessors)};
     if (!backward) {
       const pglcl::cuda::ContrastSums<scalar_t> sums{
           static_cast<scalar_t*>(c->max_logit), static_cast<scalar_t*>(c->log_sum), static_cast<scalar_t*>(c->logit),
           c->count, static_cast<scalar_t*>(c->losses)};
-      pglcl::cuda::run_contrast_forward<T>(x, device, sums, c->mean,
+      std::vector<float> workspace(pglcl::cuda::contrast_parts_size(pglcl::cuda::contrast_part_count(x, device), c->n));
+      simt::global_memory().announce(workspace.data(), workspace.size() * sizeof(float), "workspace", false);
+      pglcl::cuda::run_contrast_forward<T>(x, device, sums, workspace.data(), c->mean,
                                            c->per_anchor ? nullptr : static_cast<scalar_t*>(c->loss), c->num_valid, 0);
     } else {
       const pglcl::cuda::ContrastGradients<scalar_t> g{

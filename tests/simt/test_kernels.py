@@ -293,6 +293,7 @@ PATHS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "TF32": (torch.float32, {"allow_tf32": True}),
     "mma bfloat16": (torch.bfloat16, {}),
     "mma float16": (torch.float16, {}),
+    "mma bfloat16 in parts": (torch.bfloat16, {"multiprocessors": 6}),
 }
 
 
@@ -373,3 +374,21 @@ def test_masks_that_call_a_key_both_count_it_twice(path) -> None:
         "negative_weight": 3.0,
     }
     assert_contrast(problem, dtype, **device)
+
+
+@pytest.mark.parametrize("name", ["plain", "none", "bounds"])
+def test_keys_shared_out_among_blocks(name: str) -> None:
+    """600 keys in up to two parts of four tiles; the same loss as one block finds, undecided anchors included."""
+    problem = ContrastProblem.random(70, 16, m=600, classes=3, **OPTIONS[name])
+    assert_contrast(problem, torch.bfloat16, multiprocessors=6)
+    assert_contrast(ContrastProblem.random(600, 16, classes=3, **OPTIONS[name]), torch.bfloat16, multiprocessors=60)
+    if name != "none":
+        return
+    z, labels = problem.anchors.bfloat16(), problem.labels
+    for place in (0, 599):
+        descriptors = problem.key_descriptors.clone()
+        descriptors[place] = math.nan
+        arguments = (z, labels, problem.descriptors)
+        keys = {"keys": problem.keys.bfloat16(), "key_labels": problem.key_labels.abs(), "key_descriptors": descriptors}
+        loss, _ = emulator.patch_contrast(*arguments, **keys, multiprocessors=6, **problem.options)
+        assert torch.equal(loss.isnan(), labels != -1)

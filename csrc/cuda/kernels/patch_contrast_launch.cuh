@@ -10,7 +10,10 @@ struct DeviceLimits {
   int compiled_for;      // compute capability that the running code was compiled for, e.g. 80; never above the device's
   int64_t shared_bytes;  // most that a block can ask for
   bool allow_tf32;       // PyTorch's own switch for float32 products
+  int multiprocessors = 1;
 };
+
+inline int64_t blocks_of(int64_t rows, int64_t per_block) { return (rows + per_block - 1) / per_block; }
 
 enum class Path { kPlain, kFfma, kTf32, kMma };
 
@@ -49,8 +52,6 @@ void with_rule(const ContrastArguments<T>& x, Body body) {
     body.template operator()<false>();
 }
 
-inline int64_t blocks_of(int64_t rows, int64_t per_block) { return (rows + per_block - 1) / per_block; }
-
 template <typename T, Math kMath>
 void launch_forward_tiles(const ContrastArguments<T>& x, const DeviceLimits& device, const ContrastSums<float>& out,
                           int stages, PglclStream stream) {
@@ -62,28 +63,43 @@ void launch_forward_tiles(const ContrastArguments<T>& x, const DeviceLimits& dev
   });
 }
 
+// Blocks among which the keys of a row are shared out, so that each multiprocessor gets three, with four tiles at
+// least.
+template <typename T>
+int contrast_part_count(const ContrastArguments<T>& x, const DeviceLimits& device) {
+  if (x.n == 0 || choose_path(x, device).path != Path::kMma) return 1;
+  const int64_t rows = blocks_of(x.n, kMmaRows), wanted = 3 * device.multiprocessors / rows;
+  const int64_t most = x.m / (4 * kMmaColumns<true>);
+  const int64_t parts = wanted < most ? wanted : most;
+  return parts < 1 ? 1 : parts > 16 ? 16 : int(parts);
+}
+
 template <typename T, int kDepth>
 void launch_forward_mma(const ContrastArguments<T>& x, const DeviceLimits& device, const ContrastSums<float>& out,
-                        int stages, PglclStream stream) {
+                        const ContrastParts& parts, int stages, PglclStream stream) {
   with_rule(x, [&]<bool kGeneral>() {
     const int64_t bytes = mma_shared_bytes<kDepth, kHeldForward<kDepth>>(stages);
     PGLCL_ALLOW_SHARED((contrast_forward_mma<T, kDepth, kGeneral>), bytes, device.shared_bytes);
-    PGLCL_LAUNCH((contrast_forward_mma<T, kDepth, kGeneral>), blocks_of(x.n, kMmaRows), 1, kContrastThreads, bytes,
-                 stream, x, out, stages);
+    PGLCL_LAUNCH((contrast_forward_mma<T, kDepth, kGeneral>), blocks_of(x.n, kMmaRows), parts.count, kContrastThreads,
+                 bytes, stream, x, out, parts, stages);
   });
+  if (parts.count > 1)
+    PGLCL_LAUNCH(contrast_merge_parts, blocks_of(x.n, kContrastThreads), 1, kContrastThreads, 0, stream, parts, out);
 }
 
-// loss: one number; null where out.losses are the result.
+// loss: one number; null where out.losses are the result. workspace: contrast_parts_size(contrast_part_count(x,
+// device), n) numbers.
 template <typename T, typename scalar_t = typename Accumulate<T>::type>
 void run_contrast_forward(const ContrastArguments<T>& x, const DeviceLimits& device, const ContrastSums<scalar_t>& out,
-                          bool mean, scalar_t* loss, int64_t* num_valid, PglclStream stream) {
+                          float* workspace, bool mean, scalar_t* loss, int64_t* num_valid, PglclStream stream) {
   if (x.n > 0) {
     const Choice choice = choose_path(x, device);
     if constexpr (sizeof(T) == 2) {
+      const ContrastParts parts = contrast_parts(workspace, contrast_part_count(x, device), x.n);
       if (choice.path == Path::kMma && x.depth <= 128)
-        launch_forward_mma<T, 128>(x, device, out, choice.stages, stream);
+        launch_forward_mma<T, 128>(x, device, out, parts, choice.stages, stream);
       else if (choice.path == Path::kMma)
-        launch_forward_mma<T, 256>(x, device, out, choice.stages, stream);
+        launch_forward_mma<T, 256>(x, device, out, parts, choice.stages, stream);
     }
     if constexpr (sizeof(T) == 4)
       if (choice.path == Path::kTf32) launch_forward_tiles<T, Math::kTensor>(x, device, out, choice.stages, stream);

@@ -248,9 +248,53 @@ PGLCL_DEVICE void meet_columns(const ContrastArguments<T>& x, const MmaSide<kHel
   for (int r = 0; r < 2; ++r) sums[r].add(logits[r], positive[r]);
 }
 
+// The keys may be shared out among several blocks of the same rows, when there are too few rows for the GPU. Each
+// leaves its part of an anchor's sums here, and contrast_merge_parts puts them together in one order. (parts, n) each.
+struct ContrastParts {
+  float *highest, *sum, *spread;
+  int32_t *positives, *undecided;
+  int64_t n;
+  int count;
+
+  PGLCL_DEVICE void store(int part, int64_t i, const RunningSums<float>& sums) const {
+    const int64_t at = part * n + i;
+    Global<float>(highest).store(at, sums.highest);
+    Global<float>(sum).store(at, sums.sum);
+    Global<float>(spread).store(at, sums.spread);
+    Global<int32_t>(positives).store(at, sums.positives);
+    Global<int32_t>(undecided).store(at, sums.undecided);
+  }
+  PGLCL_DEVICE RunningSums<float> load(int part, int64_t i) const {
+    const int64_t at = part * n + i;
+    RunningSums<float> sums;
+    sums.highest = Global<const float>(highest).load(at);
+    sums.sum = Global<const float>(sum).load(at);
+    sums.spread = Global<const float>(spread).load(at);
+    sums.positives = Global<const int32_t>(positives).load(at);
+    sums.undecided = Global<const int32_t>(undecided).load(at) != 0;
+    return sums;
+  }
+};
+
+// Of `workspace`, which holds contrast_parts_size(count, n) numbers.
+constexpr int64_t contrast_parts_size(int count, int64_t n) { return count > 1 ? 5 * count * n : 0; }
+inline ContrastParts contrast_parts(float* workspace, int count, int64_t n) {
+  const int64_t each = count > 1 ? count * n : 0;
+  const auto integers = [&](int k) { return reinterpret_cast<int32_t*>(workspace + k * each); };
+  return {workspace, workspace + each, workspace + 2 * each, integers(3), integers(4), n, count};
+}
+
+PGLCL_KERNEL contrast_merge_parts(ContrastParts parts, ContrastSums<float> out) {
+  const int64_t i = int64_t(block_index()) * kContrastThreads + thread_index();
+  if (i >= parts.n) return;
+  RunningSums<float> sums = parts.load(0, i);
+  for (int part = 1; part < parts.count; ++part) sums.merge(parts.load(part, i));
+  sums.write(i, out);
+}
+
 // kGeneral: masks or several channels decide, instead of decide_by_rule.
 template <typename T, int kDepth, bool kGeneral>
-PGLCL_KERNEL contrast_forward_mma(ContrastArguments<T> x, ContrastSums<float> out, int stages) {
+PGLCL_KERNEL contrast_forward_mma(ContrastArguments<T> x, ContrastSums<float> out, ContrastParts parts, int stages) {
   constexpr bool kHeld = kHeldForward<kDepth>;
   constexpr int kColumns = kMmaColumns<kHeld>, kTiles = kColumns / 8;
   SharedMemory shared;
@@ -269,9 +313,11 @@ PGLCL_KERNEL contrast_forward_mma(ContrastArguments<T> x, ContrastSums<float> ou
   }
   KeyScan<float> scan;
   RowFragments<T, kDepth, kHeld> fragments(memory.rows);
-  const int64_t tiles = (x.m + kColumns - 1) / kColumns;
+  const int64_t tiles = (x.m + kColumns - 1) / kColumns, share = (tiles + parts.count - 1) / parts.count;
+  const int64_t first_tile = block_index_y() * share, end = first_tile + share;
+  const int64_t last_tile = end < tiles ? end : tiles;
   stream_tiles<T, kDepth, kHeld>(
-      memory, fragments, x.anchors, first_row, x.n, x.keys, x.m, 0, tiles, x.depth, stages,
+      memory, fragments, x.anchors, first_row, x.n, x.keys, x.m, first_tile, last_tile, x.depth, stages,
       [&](int64_t first) { return load_patch(x, thread_index() < kColumns ? first + thread_index() : x.m, false); },
       [&](const Patch<float>& patch, const MmaSide<kHeld>& side) {
         if (thread_index() >= kColumns) return;
@@ -293,8 +339,13 @@ PGLCL_KERNEL contrast_forward_mma(ContrastArguments<T> x, ContrastSums<float> ou
     sums[r].merge(1);
     sums[r].merge(2);
     if constexpr (!kGeneral)
-      sums[r].undecided = keys.undecided(anchor[r], terms[r], is_its_own_key(x, index[r], 0, x.m));
-    if (lane % 4 == 0 && index[r] < x.n) sums[r].write(index[r], out);
+      sums[r].undecided =
+          keys.undecided(anchor[r], terms[r], is_its_own_key(x, index[r], first_tile * kColumns, last_tile * kColumns));
+    if (lane % 4 != 0 || index[r] >= x.n) continue;
+    if (parts.count > 1)
+      parts.store(block_index_y(), index[r], sums[r]);
+    else
+      sums[r].write(index[r], out);
   }
 }
 
