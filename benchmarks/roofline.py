@@ -27,8 +27,8 @@ COUNTS = Path(__file__).parent / "results" / "cuda_counts.json"
 class Gpu:
     """Datasheet values, dense.
 
-    Per clock and multiprocessor 128 lanes issue (four schedulers, a warp each), and 16 special functions and 128 bytes of
-    shared memory are served (CUDA programming guide).
+    Per clock and multiprocessor 128 lanes issue (four schedulers, a warp each), and 16 special functions and 128 bytes
+    of shared memory are served (CUDA programming guide).
     """
 
     name: str
