@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-fast bench docs fuzz sanitize format lint clean test-cuda bench-cuda cuda-all cuda-check
+.PHONY: setup demo test test-fast bench docs torture fuzz sanitize format lint clean test-cuda bench-cuda cuda-all cuda-check
 
 # The native sources are part of the stamp: the extension is rebuilt when one changes.
 SOURCES := $(shell find csrc tools -type f) CMakeLists.txt setup.py pyproject.toml
@@ -43,6 +43,12 @@ sanitize: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+# Kills, turned bits and bad inputs: half an hour. Writes the table of docs/reliability.md.
+KILLS ?= 50
+FLIPS ?= 200
+torture: setup
+	$(BIN)/python -W ignore -m tests.torture --kills $(KILLS) --flips $(FLIPS) --output docs/reliability.md
 
 # A warning is an error, and so is a link that leads nowhere.
 docs: setup

@@ -1,0 +1,14 @@
+"""A small draw of ``make torture``, with a seed: what it counts is in docs/reliability.md."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.torture.__main__ import run
+
+
+@pytest.mark.slow
+def test_a_small_draw() -> None:
+    tallies = run(kill_count=2, flip_count=8, input_count=12, seed=1)
+    assert [fault for tally in tallies for fault in tally.faults] == []
+    assert all(tally.counts for tally in tallies)
