@@ -293,7 +293,13 @@ def test_report_is_one_whole_file(copied: tuple[Path, Path], tmp_path: Path) -> 
     assert "<script" not in text
     assert text.count("data:image/png;base64,") >= 3 * 4 + 3 + 2
     assert "viewport" in text
-    for part in ("Scores on the test volumes", "Worst, median and best", "Entropy, disparity", "Embeddings", "Options"):
+    for part in (
+        "Scores on the test volumes",
+        "The worst and best test volumes",
+        "Entropy, disparity",
+        "Embeddings",
+        "Options",
+    ):
         assert part in text
     assert text.count("alt='") == text.count("<img")
 
