@@ -49,3 +49,32 @@ def test_differences_name_tests_that_exist() -> None:
         assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{path}::{function}"
     rows = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line][1:]
     assert all("::" in row for row in rows)
+
+
+def test_docstrings_cite_sections_that_the_method_has() -> None:
+    text = (ROOT / "docs" / "method.md").read_text()
+    numbers = [int(number) for number in re.findall(r"^## (\d+)\. ", text, flags=re.MULTILINE)]
+    assert numbers == list(range(1, 11))
+    sources = [path for folder in ("pglcl_ext", "python", "csrc") for path in (ROOT / folder).rglob("*.*")]
+    cited = {
+        int(number)
+        for path in sources
+        if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")
+        for pair in re.findall(r"METHOD\s+sections?\s+(\d+)(?:\s+and\s+(\d+))?", path.read_text())
+        for number in pair
+        if number
+    }
+    assert len(cited) >= 7
+    assert cited <= set(numbers)
+
+
+def test_every_page_is_in_the_index() -> None:
+    listed = set((ROOT / "docs" / "index.md").read_text().split())
+    assert {path.stem for path in (ROOT / "docs").glob("*.md")} - listed == {"index"}
+
+
+def test_links_of_the_first_pages_lead_somewhere() -> None:
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "NOTES.md"]:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -86,6 +86,18 @@ def test_core_needs_only_torch_and_numpy() -> None:
     assert run_python(code).stdout.strip() == "fine"
 
 
+def test_every_package_of_the_sources_is_installed() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 has it")
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = (ROOT, ROOT / "python")
+    found = {
+        ".".join(file.parent.relative_to(folder).parts)
+        for folder, name in zip(folders, ("pglcl_ext", "pglcl"))
+        for file in (folder / name).rglob("__init__.py")
+    }
+    assert set(listed) == found
+
+
 def test_public_names() -> None:
     for name in pglcl_ext.__all__:
         assert getattr(pglcl_ext, name).__doc__, f"{name} has no docstring"
