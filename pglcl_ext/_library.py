@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +74,3 @@ def build_info() -> dict[str, Any]:
         "cuda_architectures": list(_build_config.cuda_architectures),
         "cpu_instruction_set": compiled.cpu_instruction_set(),
     }
-
-
-def no_double_backward(op: str) -> Callable[..., Any]:
-    """An autograd formula for the backward op of `op`: differentiating it again is refused by name."""
-
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(f"pglcl_ext.{op} cannot be differentiated twice")
-
-    return backward

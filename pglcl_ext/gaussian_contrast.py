@@ -98,6 +98,8 @@ def gaussian_contrast_loss(
         return _in_graph(*x)[0]  # type: ignore[no-any-return]
     try:
         return _Gaussian.call(x)[0]  # type: ignore[no-any-return]
+    except NotImplementedError:  # of what cannot be differentiated
+        raise
     except (RuntimeError, ValueError):
         if labels.device.type == "cpu" and not in_functorch():  # the kernel is the first that reads them
             check_known_labels(labels, counts.shape[0], x.ignore_index)

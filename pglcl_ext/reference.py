@@ -146,8 +146,13 @@ def patch_contrast_loss(
         num_negatives=num_negatives,
         ignore_index=ignore_index,
     )
+    undefined = torch.zeros_like(allowed)
     if positive_mask is not None and negative_mask is not None:
         positives, negatives = positive_mask & allowed, negative_mask & allowed
+    elif descriptors is not None:
+        # A disparity that is no finite number compares with no bound: the loss is no number, either.
+        other = None if key_descriptors is None else key_descriptors.detach()
+        undefined = ~semantic_disparity(descriptors.detach(), other).isfinite() & allowed
 
     logits = anchors @ (anchors if keys is None else keys).t() / temperature
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -165,6 +170,8 @@ def patch_contrast_loss(
     log_denominator = torch.cat([positive_logits, negative_logits], dim=1).logsumexp(dim=1)
     mean_positive = torch.where(positives, logits, 0).sum(dim=1) / count.clamp(min=1)
     loss = torch.where(valid, log_denominator - mean_positive, 0)
+    spoilt = undefined.any(dim=1)
+    loss = loss + torch.where(spoilt, logits.sum(dim=1), 0) * torch.where(spoilt, math.nan, 0)
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.sum() / valid.sum().clamp(min=1)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import math
+import pickle
+import warnings
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pglcl_ext import EmbeddingQueue, PatchContrastLoss
+from pglcl_ext import EmbeddingQueue, GaussianContrastLoss, PatchContrastLoss
 
 
 class ListQueue:
@@ -128,6 +134,18 @@ def test_keys_are_those_of_the_loss(device: torch.device) -> None:
         ("labels must be int64", TypeError, (torch.zeros(5, 4), torch.zeros(5))),
         ("labels must have shape", ValueError, (torch.zeros(5, 4), torch.zeros(4).long())),
         ("descriptors must have shape", ValueError, (torch.zeros(5, 4), torch.zeros(5).long(), torch.zeros(5))),
+        ("labels must be int64, got int32", TypeError, (torch.zeros(5, 4), torch.zeros(5).int())),
+        ("labels must be a tensor, got list", TypeError, (torch.zeros(5, 4), [0] * 5)),
+        (
+            "embeddings must be on the device of the queue, cpu, got meta",
+            ValueError,
+            (torch.zeros(5, 4, device="meta"), torch.zeros(5).long()),
+        ),
+        (
+            "labels must be on the device of embeddings, cpu, got meta",
+            ValueError,
+            (torch.zeros(5, 4), torch.zeros(5).long().to("meta")),
+        ),
     ],
 )
 def test_bad_input(message: str, error: type[Exception], arguments: tuple[Tensor, ...]) -> None:
@@ -140,3 +158,45 @@ def test_bad_options() -> None:
         EmbeddingQueue(3, 4, 0)
     with pytest.raises(ValueError, match="descriptors must be given"):
         EmbeddingQueue(3, 4, descriptor_dim=1).enqueue(torch.zeros(5, 4), torch.zeros(5).long())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e300])
+def test_keys_that_are_not_finite_are_left_out_with_a_word(bad: float) -> None:
+    queue, expected = (EmbeddingQueue(2, 3, 8, descriptor_dim=1) for _ in range(2))
+    z, y = torch.randn(9, 3, dtype=torch.float64), torch.arange(9) % 2
+    h = torch.rand(9, dtype=torch.float64)
+    z[2, 1] = h[5] = bad  # 1e300 is none in the float32 of the queue
+    with pytest.warns(UserWarning, match="EmbeddingQueue leaves out 2 of 9 keys: not finite in float32"):
+        queue.enqueue(z, y, h)
+    kept = [i for i in range(9) if i not in (2, 5)]
+    expected.enqueue(z[kept], y[kept], h[kept])
+    assert queue.num_refused == 2
+    assert expected.num_refused == 0
+    for name, t in queue.state_dict().items():
+        assert torch.equal(t, expected.state_dict()[name]), name
+    assert all(t.isfinite().all() for t in queue.statistics())
+    y[2] = y[5] = -1  # of no class, and so not worth a word
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        queue.enqueue(z, y, h)
+    assert queue.num_refused == 2
+
+
+def test_modules_with_a_group_are_copied_and_say_why_they_are_not_pickled() -> None:
+    class Group:
+        def __reduce__(self) -> Any:
+            raise TypeError("cannot pickle 'ProcessGroup' object")
+
+    group = Group()
+    queue = EmbeddingQueue(2, 3, 4, process_group=group)
+    loss = PatchContrastLoss(group=group)
+    gaussian = GaussianContrastLoss(2, 3, process_group=group)
+    assert copy.deepcopy(queue).process_group is group
+    assert copy.deepcopy(loss).group is group
+    assert copy.deepcopy(gaussian).queue.process_group is group
+    for module in (queue, loss, gaussian):
+        with pytest.raises(TypeError, match="a module with a process group cannot be pickled"):
+            pickle.dumps(module)
+    for module in (EmbeddingQueue(2, 3, 4), PatchContrastLoss(), GaussianContrastLoss(2, 3)):
+        assert repr(pickle.loads(pickle.dumps(module))) == repr(module)
+    assert pickle.loads(pickle.dumps(PatchContrastLoss())).group is None

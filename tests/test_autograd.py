@@ -1,0 +1,206 @@
+"""The ops as citizens of torch.func, forward-mode differentiation, torch.compile and torch.export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+
+from pglcl_ext import (
+    GaussianContrastLoss,
+    PatchContrastLoss,
+    gaussian_contrast_loss,
+    patch_contrast_loss,
+    patch_entropy,
+    patch_statistics,
+    semantic_disparity,
+)
+from tests.problems import ContrastProblem, gaussian_problem
+
+CONTRAST = ContrastProblem.random(12, 5, m=9, classes=2)
+ANCHORS, *GAUSSIAN = gaussian_problem(12, 5)
+KEYS = {"keys": CONTRAST.keys, "key_labels": CONTRAST.key_labels, "key_descriptors": CONTRAST.key_descriptors}
+# Each op as a scalar function of one tensor.
+FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+    "patch_contrast_loss": (
+        lambda z: patch_contrast_loss(z, CONTRAST.labels, CONTRAST.descriptors, max_positive_disparity=0.5),
+        CONTRAST.anchors,
+    ),
+    "patch_contrast_loss with keys": (
+        lambda z: patch_contrast_loss(z, CONTRAST.labels, CONTRAST.descriptors, **KEYS, num_positives=2),
+        CONTRAST.anchors,
+    ),
+    "gaussian_contrast_loss": (lambda z: gaussian_contrast_loss(z, *GAUSSIAN), ANCHORS),
+    "patch_statistics": (
+        lambda x: sum((t.square().sum() for t in patch_statistics(x, 4)), torch.zeros(())),
+        torch.linspace(-2, 2, 2 * 3 * 9 * 8, dtype=torch.float64).sin().view(2, 3, 9, 8),
+    ),
+    "semantic_disparity": (lambda a: semantic_disparity(a, a * a).sum(), torch.rand(7, 2, dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_torch_func_gives_the_gradient_of_autograd(name: str) -> None:
+    function, x = FUNCTIONS[name]
+    leaf = x.clone().requires_grad_()
+    (want,) = torch.autograd.grad(function(leaf), leaf)
+    assert want.abs().max() > 0
+    torch.testing.assert_close(torch.func.grad(function)(x), want)
+    torch.testing.assert_close(torch.func.jacrev(function)(x), want)
+    torch.testing.assert_close(torch.func.vjp(function, x)[1](torch.ones((), dtype=x.dtype))[0], want)
+    batch = torch.stack([x * 0.5, x])
+    torch.testing.assert_close(torch.vmap(function)(batch)[1], function(x))
+    torch.testing.assert_close(torch.vmap(torch.func.grad(function))(batch)[1], want)
+    whole = torch.func.grad(lambda b: torch.vmap(function)(b).sum())(batch)
+    torch.testing.assert_close(whole[1], want)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_forward_mode_and_second_derivatives_are_refused_by_name(name: str) -> None:
+    function, x = FUNCTIONS[name]
+    forward = f"pglcl_ext.{name.split()[0]} has no forward-mode derivative"
+    for transform in (
+        lambda: torch.func.jvp(function, (x,), (x,)),
+        lambda: torch.func.jacfwd(function)(x),
+        lambda: torch.func.linearize(function, x),
+        lambda: torch.func.hessian(function)(x),
+    ):
+        with pytest.raises(NotImplementedError, match=forward):
+            transform()
+    with forward_ad.dual_level():
+        for requires_grad in (False, True):
+            dual = forward_ad.make_dual(x.clone().requires_grad_(requires_grad), torch.ones_like(x))
+            with pytest.raises(NotImplementedError, match=forward):
+                function(dual)
+    with pytest.raises(NotImplementedError, match=f"{name.split()[0]} cannot be differentiated twice"):
+        torch.func.grad(lambda x: torch.func.grad(function)(x).sum())(x)
+
+
+class Scheduled(nn.Module):
+    """Reads its numbers from attributes, as a schedule sets them."""
+
+    def __init__(self, function: Callable[..., Tensor], **numbers: float) -> None:
+        super().__init__()
+        self.function = function
+        for name, value in numbers.items():
+            setattr(self, name, value)
+        self.names = tuple(numbers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, **{name: getattr(self, name) for name in self.names})
+
+
+LABELS = CONTRAST.labels.clamp(min=0)
+SCHEDULES: dict[str, tuple[Callable[..., Tensor], Tensor, dict[str, Any]]] = {
+    "temperature": (lambda z, **o: patch_contrast_loss(z, LABELS, **o), CONTRAST.anchors, {"temperature": 0.1}),
+    "negative_weight": (lambda z, **o: patch_contrast_loss(z, LABELS, **o), CONTRAST.anchors, {"negative_weight": 1.5}),
+    "bound": (
+        lambda z, **o: patch_contrast_loss(z, LABELS, CONTRAST.descriptors, **o),
+        CONTRAST.anchors,
+        {"max_positive_disparity": 0.2},
+    ),
+    "count": (
+        lambda z, **o: patch_contrast_loss(z, LABELS, CONTRAST.descriptors, **o),
+        CONTRAST.anchors,
+        {"num_positives": 2},
+    ),
+    "ignore_index": (lambda z, **o: patch_contrast_loss(z, LABELS, **o), CONTRAST.anchors, {"ignore_index": 7}),
+    "gaussian temperature": (
+        lambda z, **o: gaussian_contrast_loss(z, GAUSSIAN[0].clamp(min=0), *GAUSSIAN[1:], **o),
+        ANCHORS,
+        {"temperature": 0.2},
+    ),
+    "covariance_scale": (
+        lambda z, **o: gaussian_contrast_loss(z, GAUSSIAN[0].clamp(min=0), *GAUSSIAN[1:], **o),
+        ANCHORS,
+        {"covariance_scale": 0.2},
+    ),
+}
+
+
+# An integer that is an attribute of a module is a constant to torch.compile, unless this is set.
+@torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True)
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("attribute", [False, True])
+def test_a_number_that_changes_compiles_at_most_once_more(name: str, attribute: bool) -> None:
+    function, x, numbers = SCHEDULES[name]
+    ((option, first),) = numbers.items()
+    torch._dynamo.reset()
+    counters.clear()
+    leaf = x.clone().requires_grad_()
+    module = Scheduled(function, **numbers)
+    run: Any = module if attribute else lambda z, value: function(z, **{option: value})
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for step in range(10):
+        value = first + (step if isinstance(first, int) else 0.05 * step)
+        setattr(module, option, value)
+        got, want = (f(leaf) if attribute else f(leaf, value) for f in (compiled, run))
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(torch.autograd.grad(got, leaf), torch.autograd.grad(want, leaf))
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
+def test_exported_losses_can_be_trained_through() -> None:
+    queue = GaussianContrastLoss(3, 5, queue_length=8)
+    queue.enqueue(torch.randn(20, 5), torch.arange(20) % 3)
+    z, y = torch.randn(12, 5), torch.arange(12) % 3
+    for module in (queue, PatchContrastLoss()):
+        program = torch.export.export(module, (z, y)).module()
+        leaf = z.clone().requires_grad_()
+        (got,) = torch.autograd.grad(program(leaf, y), leaf)
+        (want,) = torch.autograd.grad(module(leaf, y), leaf)
+        assert want.abs().max() > 0
+        torch.testing.assert_close(got, want)
+
+
+def test_hard_negatives_compile_whole() -> None:
+    module = GaussianContrastLoss(2, 3, queue_length=16, hard_negatives=True)
+    module.enqueue(torch.randn(40, 3), torch.arange(40) % 2)
+    z, y = torch.randn(10, 3, requires_grad=True), torch.arange(10) % 2
+    results = []
+    for function in (module, torch.compile(module, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(0)
+        loss = function(z, y)
+        results.append((loss.detach(), *torch.autograd.grad(loss, z)))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_is_refused_eagerly_is_refused_at_tracing() -> None:
+    x, y, z = torch.zeros(2, 3, 8, 8), torch.zeros(5, dtype=torch.int64), torch.zeros(6, 4)
+    calls: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = [
+        ("patch_size must not exceed the image", patch_entropy, (x, 9)),
+        ("stride must be positive", patch_statistics, (x, 4, 0)),
+        ("labels must have shape", patch_contrast_loss, (z, y)),
+        ("labels must have shape", gaussian_contrast_loss, (z, y, z[:2], torch.zeros(2, 4, 4), y[:2])),
+        ("as many channels", semantic_disparity, (z, z[:, :3])),
+    ]
+    for message, function, arguments in calls:
+        with pytest.raises(ValueError, match=message):
+            function(*arguments)
+        with FakeTensorMode() as mode, pytest.raises(ValueError, match=message):
+            function(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments))
+        with pytest.raises(Exception, match=message):
+            torch.compile(function, fullgraph=True, backend="aot_eager")(*arguments)
+    # The ops themselves, which tracers call.
+    with FakeTensorMode() as mode, pytest.raises(ValueError, match="stride must be positive"):
+        torch.ops.pglcl_ext.patch_statistics(mode.from_tensor(x), [4, 4], [0, 4], False, False)
+
+
+@pytest.mark.parametrize("position", range(5))
+def test_other_devices_are_refused(position: int) -> None:
+    cpu = [torch.zeros(6, 4), torch.zeros(6).long(), torch.zeros(2, 4), torch.zeros(2, 4, 4), torch.ones(2).long()]
+    meta = [t.to("meta") for t in cpu]
+    assert gaussian_contrast_loss(*meta).device.type == "meta"
+    for some, others in ((cpu, meta), (meta, cpu)):
+        call = [*some[:position], others[position], *some[position + 1 :]]
+        with pytest.raises(ValueError, match="must be on the device of"):
+            gaussian_contrast_loss(*call)
+    with pytest.raises(ValueError, match="b must be on the device of a, cpu, got meta"):
+        semantic_disparity(cpu[0], meta[0])
