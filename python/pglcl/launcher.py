@@ -26,7 +26,10 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, PARENT: os.getpid()}
+    common: dict[str, object] = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common[PARENT] = os.getpid()
+    if "TORCH_CPP_LOG_LEVEL" not in os.environ:
+        common["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # without advice to authors of distributed programs
     if "OMP_NUM_THREADS" not in os.environ:
         common["OMP_NUM_THREADS"] = max(1, (os.cpu_count() or 1) // processes)
     children: list[subprocess.Popen[bytes]] = []

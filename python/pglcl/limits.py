@@ -11,12 +11,12 @@ import torch
 from pglcl.batches import PREFETCHED, StepBatches
 from pglcl.config import TrainConfig
 from pglcl.errors import UserError
+from pglcl.memory import available_memory, in_words
 from pglcl.model import SegmentationNetwork
 
 WORKERS_PER_CORE = 8
 THREADS = 64  # at most, or the number of cores where that is more
 SHARED_MEMORY = Path("/dev/shm")
-GIB = 2**30
 
 
 def check_threads(threads: int) -> None:
@@ -36,11 +36,11 @@ def check_resources(config: TrainConfig, device: torch.device, ranks: int) -> No
     most = max(1, WORKERS_PER_CORE * cores // ranks)
     if config.workers > most:
         raise UserError(f"--workers must be at most {most} on the {cores} cores of this machine, got {config.workers}")
-    need, has = bytes_of_a_step(config), memory_of(device)
+    need, has = bytes_of_a_step(config), _memory_of(device)
     if need > has:
         sizes = f"--batch-size {config.batch_size}, --image-size {'x'.join(map(str, config.size))}"
         raise UserError(
-            f"a step takes at least {need / GIB:.3g} GiB, {device} has {has / GIB:.3g} GiB: reduce {sizes}, "
+            f"a step takes at least {in_words(need)}, {device} has {in_words(has)}: reduce {sizes}, "
             f"--channels {config.channels}, --queue-length {config.queue_length} or --embedding-dim "
             f"{config.embedding_dim}"
         )
@@ -68,19 +68,6 @@ def bytes_of_a_step(config: TrainConfig) -> float:
     return (0.5 if config.amp else 1.0) * activations + 4.0 * (5 * parameters + queue)
 
 
-def memory_of(device: torch.device) -> int:
-    """Bytes of the device; of the CPU, what the machine or its container has."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            total = min(total, int(Path(path).read_text()))
-        except (OSError, ValueError):
-            continue
-    return total
-
-
 def most_workers(batches: StepBatches, asked: int) -> int:
     """The processes whose batches fit into the shared memory through which they come.
 
@@ -93,9 +80,14 @@ def most_workers(batches: StepBatches, asked: int) -> int:
     each = (PREFETCHED + 1) * batches.bytes_of_a_batch()
     most = int(free // each)
     if asked > most:
-        mib = 2**20
         raise UserError(
-            f"--workers {asked}: their batches take {asked * each / mib:.0f} MiB of shared memory, {SHARED_MEMORY} has "
-            f"{free / mib:.0f} MiB. Use --workers {most}, or give the container more (docker run --shm-size=1g)"
+            f"--workers {asked}: their batches take {in_words(asked * each)} of shared memory, {SHARED_MEMORY} has "
+            f"{in_words(free)}. Use --workers {most}, or give the container more (docker run --shm-size=1g)"
         )
     return most
+
+
+def _memory_of(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return available_memory()

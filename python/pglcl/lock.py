@@ -58,8 +58,8 @@ class FolderLock:
         with contextlib.suppress(OSError):
             now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
             os.ftruncate(self.descriptor, 0)
-            owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": now}
-            os.pwrite(self.descriptor, json.dumps(owner).encode(), 0)
+            myself = {"host": socket.gethostname(), "pid": os.getpid(), "since": now}
+            os.pwrite(self.descriptor, json.dumps(myself).encode(), 0)
         return self
 
     def __exit__(
@@ -72,10 +72,10 @@ class FolderLock:
     def check(self) -> None:
         """Raises UserError when the folder was removed or renamed: files would land in another of its name."""
         try:
-            there, mine = os.stat(self.path), os.fstat(self.descriptor)
+            same = os.path.samestat(os.stat(self.path), os.fstat(self.descriptor))
         except OSError:
-            there = mine = None
-        if there is None or mine is None or (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino):
+            same = False
+        if not same:
             raise UserError(f"{self.folder}: was removed or renamed while the run wrote to it")
 
     def _owner(self) -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from pglcl.config import TrainConfig
 from pglcl.errors import UserError
 
 
@@ -98,16 +101,17 @@ def launched_ranks(device: torch.device) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def average_gradients(parameters: Sequence[Tensor], ranks: Ranks) -> None:
-    """As DistributedDataParallel does, in one message; a parameter that a rank did not use counts as zero there."""
-    if ranks.group is None:
-        return
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-    dist.all_reduce(flat, group=ranks.group)
-    flat /= ranks.size
-    for p, mean in zip(parameters, flat.split([p.numel() for p in parameters])):
-        assert p.grad is not None
-        p.grad.copy_(mean.view_as(p))
+def averaging(loss: nn.Module, config: TrainConfig) -> nn.Module:
+    """The same loss; its gradients are averaged over the ranks while ``backward`` runs.
+
+    With `find_unused_parameters` a rank that has no anchors holds nobody up, and buckets stay as they are first made: a
+    run that is resumed adds up in the same order.
+    """
+    # Without a queue, the contrast exchanges keys in its own backward pass: one bucket comes after all of that. A group
+    # of its own keeps the two kinds of messages apart.
+    options = {} if config.queue_length or not config.contrast else {"bucket_cap_mb": 1 << 20}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of a name that newer versions change
+        return DistributedDataParallel(
+            loss, process_group=dist.new_group(), find_unused_parameters=True, broadcast_buffers=False, **options
+        )

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pglcl.batches import StepBatches, loader
 from pglcl.cases import split_patients
@@ -29,7 +29,7 @@ from pglcl.limits import check_resources, most_workers
 from pglcl.lock import FolderLock
 from pglcl.model import SegmentationNetwork, TrainedModel, choose_device, update_teacher
 from pglcl.progress import Progress
-from pglcl.ranks import Ranks, average_gradients, launched_ranks
+from pglcl.ranks import Ranks, averaging, launched_ranks
 from pglcl.record import MetricsLog, Profile
 from pglcl.run_folder import RunFolder
 from pglcl.step import StepLoss
@@ -68,7 +68,9 @@ class Learner:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
         )
-        self.loss = StepLoss(self.student, self.teacher, self.contrast, config, profile)
+        self.loss: nn.Module = StepLoss(self.student, self.teacher, self.contrast, config, profile)
+        if ranks.size > 1:
+            self.loss = averaging(self.loss, config)
 
     def step(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """Takes step `step`, counted from 0; returns the losses, on the device."""
@@ -82,7 +84,6 @@ class Learner:
         with self.profile("backward"):
             loss.backward()
         with self.profile("update"):
-            average_gradients(self.parameters, ranks)
             self.optimizer.step()
             update_teacher(self.teacher, self.student, config.ema_decay, step)
         return parts

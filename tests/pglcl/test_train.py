@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from pglcl.evaluate import evaluate_run
 from pglcl.files import load_tensors, save_tensors
 from pglcl.ranks import launched_ranks
 from pglcl.record import read_metrics
+from pglcl.run_folder import RunFolder
 from pglcl.train import Interrupted, Training
 
 from tests.conftest import ROOT
@@ -112,7 +114,9 @@ def command(*arguments: object) -> list[str]:
 
 
 def flags(**changes) -> list[str]:
-    return [part for name, value in {**TINY, **changes}.items() for part in ("--" + name.replace("_", "-"), str(value))]
+    """A switch has the value ""."""
+    pairs = (("--" + name.replace("_", "-"), str(value)) for name, value in {**TINY, **changes}.items())
+    return [part for pair in pairs for part in pair if part]
 
 
 def test_killed_and_resumed(folder: Path, tmp_path: Path) -> None:
@@ -242,24 +246,49 @@ def test_a_process_group_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> No
     torch.multiprocessing.spawn(leave_no_thread, nprocs=2)
 
 
-@pytest.mark.parametrize("options", [{}, {"queue_length": 0}, {"loss": "gaussian"}], ids=str)
-def test_two_processes(options: dict, folder: Path, tmp_path: Path) -> None:
-    result = torchrun(folder, tmp_path / "run", **options)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.count("done. Next") == 1  # the first rank speaks and writes
-    again = torchrun(folder, tmp_path / "again", **options)
-    assert again.returncode == 0, again.stderr[-2000:]
-    assert_same(weights(tmp_path / "run"), weights(tmp_path / "again"))
-    single = run_to_end(folder, tmp_path / "single", **options)
-    assert not torch.equal(
-        single["projection.layers.0.weight"], weights(tmp_path / "run")["projection.layers.0.weight"]
+def processes(folder: Path, run: Path, *more: str, **changes: Any) -> subprocess.Popen[str]:
+    """Two that train together, started by one command."""
+    arguments = command("train", folder, "-o", run, "--processes", 2, *flags(**changes), *more)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    if not options:
-        checkpoint = load_tensors(tmp_path / "run" / "checkpoint.pt")
-        assert checkpoint["contrast"]["queue.counts"].max() > 0
-        refused = torchrun(folder, tmp_path / "run")
-        assert refused.returncode != 0
-        assert "holds a run already" in refused.stderr
+
+
+@pytest.mark.parametrize("options", [{}, {"queue_length": 0}, {"loss": "gaussian", "hard_negatives": ""}], ids=str)
+def test_two_processes_stopped_and_resumed(options: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    """They end with the same bits as two that nobody stopped, which one command or torchrun started."""
+    options = {"steps": 40, "checkpoint_every": 1000, **options}
+    straight = torchrun(folder, tmp_path / "straight", **options)
+    assert straight.returncode == 0, straight.stderr[-2000:]
+    assert straight.stdout.count("done. Next") == 1  # the first rank speaks and writes
+    run = processes(folder, tmp_path / "run", "--resume", **options)  # of a folder that is not there: a fresh start
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    before = time.monotonic()
+    while run.poll() is None and time.monotonic() - before < 240 and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.01)
+    run.send_signal(signal.SIGTERM)
+    out, err = run.communicate(timeout=240)
+    assert run.returncode == 130, err
+    assert "stopped after step" in out
+    assert 0 < load_tensors(tmp_path / "run" / "checkpoint.pt")["step"] < 40
+    again = processes(folder, tmp_path / "run", "--resume", **options)
+    _, err = again.communicate(timeout=240)
+    assert again.returncode == 0, err
+    assert_same(weights(tmp_path / "straight"), weights(tmp_path / "run"))
+    assert load_tensors(tmp_path / "run" / "checkpoint.pt")["contrast"]["threshold.updates"].max() > 0
+
+
+def test_an_error_of_two_processes_is_one_line(folder: Path, tmp_path: Path) -> None:
+    run_to_end(folder, tmp_path / "run", steps=1, method="supervised")
+    refused = processes(folder, tmp_path / "run")
+    _, err = refused.communicate(timeout=240)
+    assert refused.returncode == 2
+    assert err.strip().splitlines() == [
+        f"pglcl: {tmp_path / 'run'}: holds a run already; add --resume to go on with it, or choose another --output"
+    ]
+    with pytest.raises(UserError, match="is a run of 1 processes, started are 2"):
+        RunFolder(tmp_path / "run", folder, tiny(steps=1, method="supervised")).open(resume=True, ranks=2)
 
 
 def test_profile(folder: Path, tmp_path: Path) -> None:

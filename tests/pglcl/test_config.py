@@ -1,0 +1,81 @@
+"""The table of options: what each may be, and what it needs beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pglcl.config import DEFAULTS, OPTIONS, TrainConfig, flag, read_toml
+from pglcl.errors import UserError
+
+from tests.pglcl.folders import tiny
+
+
+def test_the_defaults_are_allowed_and_the_warm_up_is_a_share() -> None:
+    config = TrainConfig()
+    assert config.warmup_steps == config.steps // 4
+    assert TrainConfig(steps=300).warmup_steps == 75
+    assert set(OPTIONS) == {field.name for field in dataclasses.fields(TrainConfig)}
+    assert all(option.help and option.group for option in OPTIONS.values())
+
+
+@pytest.mark.parametrize("name", [name for name, value in DEFAULTS.items() if isinstance(value, float)])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0])
+def test_no_number_is_infinite_or_none(name: str, value: float) -> None:
+    with pytest.raises(UserError, match=flag(name)):
+        TrainConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", [name for name, value in DEFAULTS.items() if type(value) is int])
+@pytest.mark.parametrize("value", [-2, 10**20])
+def test_whole_numbers_have_bounds(name: str, value: int) -> None:
+    with pytest.raises(UserError, match=flag(name)):
+        TrainConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": 10**19}, "--seed must be at most 4294967295, got 10000000000000000000"),
+        ({"slice_axis": 7}, "--slice-axis must be at most 2, got 7"),
+        ({"spacing": "1e-6", "spatial_dims": 3}, "--spacing must be at least 0.01, got '1e-6'"),
+        ({"spacing": "nan", "spatial_dims": 3}, "--spacing must be a finite number, got nan"),
+        ({"channels": "4"}, "--channels must have at least two numbers"),
+        ({"channels": "4,-8"}, "--channels must be at least 1, got '4,-8'"),
+        ({"channels": "4,x"}, "--channels must be numbers with commas between"),
+        ({"image_size": "4", "channels": "4,8,8"}, "--image-size must exceed 4 along an axis"),
+        ({"temperature": math.nan}, "--temperature must be a number > 0, got nan"),
+        ({"confidence": 1.0, "consistency": "weak-to-strong"}, "--confidence must lie between 0 and 1, got 1.0"),
+        ({"steps": 300, "warmup": 500}, "--warmup must be less than --steps 300, or --method patchcl would never use"),
+        ({"steps": 500, "warmup": 500, "method": "semi"}, "--warmup must be less than --steps 500"),
+        ({"hard_negatives": True}, "--hard-negatives needs --loss gaussian, got infonce"),
+        ({"temperature": 0.5, "loss": "gaussian"}, "--temperature needs --loss infonce, got gaussian"),
+        ({"confidence": 0.5}, "--confidence needs --consistency weak-to-strong, got copy-paste"),
+        ({"crops_per_class": 2}, "--crops-per-class needs --patches crop, got pooled"),
+        ({"spacing": "1"}, "--spacing needs --spatial-dims 3, got 2"),
+    ],
+)
+def test_one_line_names_option_expectation_and_value(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        TrainConfig(**options)
+    (line,) = caught.value.lines
+    assert message in line
+
+
+def test_every_problem_is_named_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        TrainConfig(steps=0, labelled=0, method="magic")
+    assert [line.split()[0] for line in caught.value.lines] == ["--labelled", "--method", "--steps"]
+
+
+def test_a_warm_up_does_not_matter_without_unlabelled_images() -> None:
+    assert tiny(method="supervised", warmup=100).warmup_steps == 100
+
+
+def test_deep_toml(tmp_path: Path) -> None:
+    (tmp_path / "deep.toml").write_text("steps = " + "[" * 5000)
+    with pytest.raises(UserError, match=r"deep\.toml: not readable as TOML"):
+        read_toml(tmp_path / "deep.toml")

@@ -1,0 +1,123 @@
+"""What a machine can give is compared with what is asked for, before a training begins."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pglcl import limits
+from pglcl.batches import StepBatches, loader
+from pglcl.cli import main
+from pglcl.config import TrainConfig
+from pglcl.errors import UserError, WriteError
+from pglcl.limits import bytes_of_a_step, check_resources, check_threads, most_workers
+from pglcl.record import MetricsLog
+from pglcl.train import Training
+from pglcl.training_data import load_training_data
+
+from tests.pglcl.folders import plain, tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return plain(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def batches(folder: Path) -> StepBatches:
+    data = load_training_data(folder, tiny())
+    return StepBatches(data.labelled, data.unlabelled, tiny())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"image_size": "1000000"},
+        {"batch_size": 10**9},
+        {"queue_length": 10**9},
+        {"channels": "16,100000000"},
+        {"embedding_dim": 10**9},
+        {"spatial_dims": 3, "image_size": "4096"},
+    ],
+    ids=str,
+)
+def test_more_memory_than_there_is(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"a step takes at least .*, cpu has .*: reduce --batch-size"):
+        check_resources(TrainConfig(**options), torch.device("cpu"), 1)
+
+
+def test_bytes_of_a_step_are_those_that_autograd_keeps() -> None:
+    small, large = tiny(), tiny(image_size="64")
+    assert 3 < (bytes_of_a_step(large) - 1e5) / (bytes_of_a_step(small) - 1e5) < 5  # four times the pixels
+    assert 1e6 < bytes_of_a_step(TrainConfig()) < 2**30  # the default fits anywhere
+    check_resources(TrainConfig(), torch.device("cpu"), 1)
+
+
+def test_processes_and_threads(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=r"--workers must be at most .* got 1000"):
+        check_resources(tiny(workers=1000), torch.device("cpu"), 1)
+    for threads in (-1, 100000):
+        with pytest.raises(UserError, match=rf"--threads must be 0 to \d+, got {threads}"):
+            check_threads(threads)
+        assert main(["train", str(folder), "-o", str(tmp_path / "run"), "--threads", str(threads)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    check_threads(0)
+    check_threads(os.cpu_count() or 1)
+
+
+def test_an_output_of_300_characters(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(folder), "-o", str(tmp_path / ("x" * 300)), "--labelled", "2"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "cannot be written: File name too long" in line
+
+
+def test_little_shared_memory(batches: StepBatches, monkeypatch: pytest.MonkeyPatch) -> None:
+    each = 5 * batches.bytes_of_a_batch()
+    batch = batches[5]
+    assert sum(t.numel() * t.element_size() for t in batch.values()) <= batches.bytes_of_a_batch()
+    for free, most in ((each - 1, 0), (each, 1), (3 * each, 3)):
+        monkeypatch.setattr(limits.shutil, "disk_usage", lambda path, free=free: Usage(free))
+        assert most_workers(batches, -1) == most
+        assert most_workers(batches, most) == most
+        with pytest.raises(UserError, match=rf"--workers {most + 1}: .* Use --workers {most}, or .*--shm-size"):
+            most_workers(batches, most + 1)
+
+
+class Usage:
+    def __init__(self, free: int) -> None:
+        self.free = free
+
+
+def test_a_process_that_prepares_batches_is_killed(batches: StepBatches) -> None:
+    before = children()
+    source = loader(batches, 0, 1)
+    next(source)
+    (worker,) = children() - before
+    os.kill(worker, signal.SIGKILL)
+    with pytest.raises(UserError, match=r"--workers 1: a process that prepares batches has ended .*--workers 0"):
+        list(source)
+
+
+def children() -> set[int]:
+    return {int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()}
+
+
+def test_a_full_disk_while_tensorboard_writes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    log = MetricsLog(tmp_path / "log", 0)
+    monkeypatch.setattr(log.board, "add_scalar", full)
+    with pytest.raises(WriteError, match="tensorboard: cannot be written: No space left on device"):
+        log.write({"step": 1, "segmentation": 0.5})
+    log.close()
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
+    with pytest.raises(UserError, match="tensorboard: cannot be written: No space left on device"):
+        Training(folder, tmp_path / "run", tiny(), quiet=True).run()
