@@ -1,6 +1,6 @@
 // Every op's schema, once, and the pybind11 module.
 #include <pybind11/pybind11.h>
-#include <torch/library.h>
+#include <torch/csrc/stable/library.h>
 
 #include "cpu/isa/kernel_table.h"
 
@@ -11,7 +11,7 @@
   "Tensor? negative_mask, float temperature, float positive_bound, float negative_bound, "             \
   "float negative_weight, int ignore_index, int self_offset, int reduction"
 
-TORCH_LIBRARY(pglcl_ext, m) {
+STABLE_TORCH_LIBRARY(pglcl_ext, m) {
   m.def(
       "patch_statistics(Tensor input, int[] patch_size, int[] stride, bool probabilities, bool normalize) -> "
       "(Tensor entropy, Tensor confidence, Tensor class_entropy)");

@@ -13,6 +13,15 @@ import torch
 REBUILD = "pip install --force-reinstall --no-deps --no-build-isolation ."
 
 
+# What CMakeLists.txt gives as TORCH_TARGET_VERSION: the stable interface of this version is all that the binary uses.
+OLDEST_TORCH = (2, 13)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(2, 14) for 2.14.1+cu130."""
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+
+
 def _load() -> Any:
     try:
         from pglcl_ext import _build_config
@@ -20,10 +29,14 @@ def _load() -> Any:
         raise ImportError(_why_not_built()) from error
     if not Path(__file__).with_name("_build_config.py").exists():  # an editable install lends that of another checkout
         raise ImportError(_why_not_built())
-    if _build_config.torch_version != torch.__version__:
+    if _release(torch.__version__) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise ImportError(f"pglcl_ext needs torch {oldest} or later, but torch {torch.__version__} is running")
+    # The CUDA ops use interfaces of torch that differ from one version to the next; the CPU ops use none of them.
+    if _build_config.cuda_built and _build_config.torch_version != torch.__version__:
         raise ImportError(
-            f"pglcl_ext was built against torch {_build_config.torch_version}, but torch {torch.__version__} is "
-            f"running. Rebuild it from its source folder: {REBUILD}"
+            f"pglcl_ext was built with CUDA against torch {_build_config.torch_version}, but torch "
+            f"{torch.__version__} is running. Rebuild it from its source folder: {REBUILD}"
         )
     try:
         return importlib.import_module("pglcl_ext._C")

@@ -205,6 +205,15 @@ def _fake_backward(grad: Tensor, anchors: Tensor, gradients: Tensor, num_valid: 
     return torch.empty_like(gradients, dtype=anchors.dtype)
 
 
+@torch.library.impl("pglcl_ext::gaussian_contrast_backward", "CompositeExplicitAutograd")
+def _product(grad: Tensor, anchors: Tensor, gradients: Tensor, num_valid: Tensor, reduction: int) -> Tensor:
+    """The gradient of the anchors, on any device: the forward pass left d loss_i / d anchor_i, (N, D)."""
+    scale = grad.to(gradients.dtype)
+    if reduction == REDUCTIONS["mean"]:
+        scale = scale / num_valid.clamp(min=1)
+    return (gradients * (scale.unsqueeze(1) if reduction == REDUCTIONS["none"] else scale)).to(anchors.dtype)
+
+
 @register
 class _Gaussian(OpFunction):
     name = "gaussian_contrast_loss"

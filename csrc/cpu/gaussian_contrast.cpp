@@ -1,71 +1,60 @@
 // CPU implementation of the op gaussian_contrast: check, allocate, call the kernel, reduce. Its backward op is a
-// product by then, the same on every device.
+// product by then, the same on every device, and stands in gaussian_contrast.py.
 #include "gaussian_contrast_kernel.h"
 
-#include <ATen/TensorOperators.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/scalar_tensor.h>
-#include <torch/library.h>
-
-#include "../checks.h"
+#include "reduction.h"
 #include "torch_threads.h"
 
 namespace pglcl {
 namespace {
 
-template <typename scalar_t>
-std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_typed(const GaussianContrastArgs& x) {
-  check_gaussian_contrast(x);
-  const at::ScalarType type = x.accumulate_type();
-  const at::Tensor anchors = x.anchors.contiguous(), labels = x.labels.contiguous(), counts = x.counts.contiguous();
-  const at::Tensor means = x.means.to(type).contiguous(), covariances = x.covariances.to(type).contiguous();
-  const int64_t n = anchors.size(0), depth = anchors.size(1);
-  const GaussianInputs<scalar_t> inputs{anchors.const_data_ptr(),
-                                        dtype_of(anchors),
-                                        n,
-                                        depth,
-                                        counts.size(0),
-                                        labels.const_data_ptr<int64_t>(),
-                                        means.const_data_ptr<scalar_t>(),
-                                        covariances.const_data_ptr<scalar_t>(),
-                                        counts.const_data_ptr<int64_t>(),
-                                        means.dim() == 3,
-                                        x.temperature,
-                                        x.covariance_scale,
-                                        x.negative_weight,
-                                        x.ignore_index};
-  const int64_t bad = find_bad_label(inputs);
-  TORCH_CHECK_VALUE(bad < 0, "labels must lie in [0, K) = [0, ", inputs.classes,
-                    ") or be ignore_index = ", x.ignore_index, ", got ", inputs.labels[bad], " at ", bad);
-  const at::TensorOptions options = anchors.options().dtype(type);
-  at::Tensor losses = at::empty({n}, options);
-  at::Tensor gradients = at::empty({x.needs_gradients ? n : 0, depth}, options);
-  scalar_t* loss_data = losses.mutable_data_ptr<scalar_t>();
-  const int64_t valid = gaussian_contrast(
-      inputs, loss_data, x.needs_gradients ? gradients.mutable_data_ptr<scalar_t>() : nullptr, torch_threads());
-  const at::Tensor num_valid = at::scalar_tensor(valid, options.dtype(at::kLong));
-  if (x.reduction == kNone) return {losses, gradients, num_valid};
-  double total = 0;
-  for (int64_t i = 0; i < n; ++i) total += double(loss_data[i]);
-  if (x.reduction == kMean) total /= double(std::max<int64_t>(valid, 1));
-  return {at::scalar_tensor(total, options), gradients, num_valid};
-}
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& anchors, const Tensor& labels, const Tensor& means,
+                                           const Tensor& covariances, const Tensor& counts, double temperature,
+                                           double covariance_scale, double negative_weight, int64_t ignore_index,
+                                           int64_t reduction, bool needs_gradients) {
+  require_floating(anchors, "anchors", anchors);
+  require(anchors.dim() == 2, "anchors");
+  require(counts.dim() == 1, "counts");
+  const int64_t n = anchors.size(0), depth = anchors.size(1), k = counts.size(0);
+  require_tensor(labels, "labels", anchors, ScalarType::Long, {n});
+  require_tensor(counts, "counts", anchors, ScalarType::Long, {k});
+  require_floating(means, "means", anchors);
+  require_floating(covariances, "covariances", anchors);
+  const bool pairwise = means.dim() == 3;
+  require(shape_of(means) == (pairwise ? Shape{k, k, depth} : Shape{k, depth}), "means");
+  require(shape_of(covariances) == (pairwise ? Shape{k, k, depth, depth} : Shape{k, depth, depth}), "covariances");
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(PGLCL_GAUSSIAN_PARAMETERS) {
-  const GaussianContrastArgs x PGLCL_GAUSSIAN_ARGUMENTS;
-  return x.accumulate_type() == at::kDouble ? forward_typed<double>(x) : forward_typed<float>(x);
-}
-
-at::Tensor backward(const at::Tensor& grad, const at::Tensor& anchors, const at::Tensor& gradients,
-                    const at::Tensor& num_valid, int64_t reduction) {
-  at::Tensor scale = grad.to(gradients.scalar_type());
-  if (reduction == kMean) scale = scale / num_valid.clamp_min(1);
-  return (gradients * (reduction == kNone ? scale.unsqueeze(1) : scale)).to(anchors.scalar_type());
+  const ScalarType type = accumulate_type(anchors);
+  const Tensor rows = as_contiguous(anchors), own = as_contiguous(labels), number = as_contiguous(counts);
+  const Tensor mean = as_contiguous(means, type), covariance = as_contiguous(covariances, type);
+  const Tensor losses = empty(anchors, {n}, type);
+  const Tensor gradients = empty(anchors, {needs_gradients ? n : 0, depth}, type);
+  return with_accumulate_type(anchors, [&]<typename scalar_t>() -> std::tuple<Tensor, Tensor, Tensor> {
+    const GaussianInputs<scalar_t> inputs{rows.const_data_ptr(),
+                                          dtype_of(rows),
+                                          n,
+                                          depth,
+                                          k,
+                                          data<int64_t>(own),
+                                          data<scalar_t>(mean),
+                                          data<scalar_t>(covariance),
+                                          data<int64_t>(number),
+                                          pairwise,
+                                          temperature,
+                                          covariance_scale,
+                                          negative_weight,
+                                          ignore_index};
+    require(find_bad_label(inputs) < 0, "labels");
+    const int64_t valid =
+        gaussian_contrast(inputs, mutable_data<scalar_t>(losses),
+                          needs_gradients ? mutable_data<scalar_t>(gradients) : nullptr, torch_threads());
+    const Tensor num_valid = cpu_scalar<int64_t>(anchors, ScalarType::Long, valid);
+    return {reduced<scalar_t>(losses, valid, reduction), gradients, num_valid};
+  });
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(pglcl_ext, CPU, m) { m.impl("gaussian_contrast", forward); }
-TORCH_LIBRARY_IMPL(pglcl_ext, CompositeExplicitAutograd, m) { m.impl("gaussian_contrast_backward", backward); }
+STABLE_TORCH_LIBRARY_IMPL(pglcl_ext, CPU, m) { m.impl("gaussian_contrast", TORCH_BOX(&forward)); }
 
 }  // namespace pglcl

@@ -1,19 +1,20 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
+#include <cstdint>
+
 namespace pglcl {
 
-// Asks for 2 MiB pages under a tensor that is about to be written for the first time. A fresh gradient of some MiB
+// Asks for 2 MiB pages under memory that is about to be written for the first time. A fresh gradient of some MiB
 // otherwise costs more in page faults (one per 4 KiB) than in arithmetic. A hint: nothing depends on it.
-inline void advise_huge_pages(const at::Tensor& t) {
+inline void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kHuge = uintptr_t(1) << 21;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(t.data_ptr()) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(t.data_ptr()) + t.nbytes()) / kHuge * kHuge;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
   if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
 }

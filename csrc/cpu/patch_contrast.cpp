@@ -1,147 +1,192 @@
 // CPU implementation of the op patch_contrast: check, allocate, call the kernel, reduce.
 #include "patch_contrast_kernel.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/scalar_tensor.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
-
-#include "../checks.h"
+#include "reduction.h"
 #include "torch_threads.h"
 
 namespace pglcl {
 namespace {
 
-at::Tensor converted(const std::optional<at::Tensor>& t, at::ScalarType type) {
-  return t ? t->to(type).contiguous() : at::Tensor();
+using OptionalTensor = std::optional<Tensor>;
+
+// The inputs of both ops, as the schema has them.
+// clang-format off
+#define PGLCL_CONTRAST_PARAMETERS                                                                            \
+  const Tensor &anchors, const Tensor &labels, const OptionalTensor &descriptors, const OptionalTensor &keys, \
+  const OptionalTensor &key_labels, const OptionalTensor &key_descriptors,                                   \
+  const OptionalTensor &positive_bounds, const OptionalTensor &negative_bounds,                              \
+  const OptionalTensor &positive_mask, const OptionalTensor &negative_mask, double temperature,              \
+  double positive_bound, double negative_bound, double negative_weight, int64_t ignore_index,                \
+  int64_t self_offset, int64_t reduction
+
+#define PGLCL_CONTRAST_ARGUMENTS                                                                             \
+  {anchors, labels, descriptors, keys, key_labels, key_descriptors, positive_bounds, negative_bounds,        \
+   positive_mask, negative_mask, temperature, positive_bound, negative_bound, negative_weight,               \
+   ignore_index, self_offset, reduction}
+// clang-format on
+
+struct ContrastArguments {
+  const Tensor &anchors, &labels;
+  const OptionalTensor &descriptors, &keys, &key_labels, &key_descriptors, &positive_bounds, &negative_bounds,
+      &positive_mask, &negative_mask;
+  double temperature, positive_bound, negative_bound, negative_weight;
+  int64_t ignore_index, self_offset, reduction;
+};
+
+// (rows,) or (rows, C); returns C.
+int64_t require_descriptors(const Tensor& t, const char* name, int64_t rows, const Tensor& anchors) {
+  require_floating(t, name, anchors);
+  require((t.dim() == 1 || t.dim() == 2) && t.size(0) == rows, name);
+  require(t.dim() == 1 || t.size(1) > 0, name);
+  return t.dim() == 1 ? 1 : t.size(1);
 }
 
-template <typename scalar_t>
-const scalar_t* data_or_null(const at::Tensor& t) {
-  return t.defined() ? t.const_data_ptr<scalar_t>() : nullptr;
+void require_bounds(const OptionalTensor& t, const char* name, const Tensor& anchors) {
+  if (!t) return;
+  require_floating(*t, name, anchors);
+  require(shape_of(*t) == Shape{anchors.size(0)}, name);
 }
 
-// loss, max_logit, log_sum, positive_logit, num_positives, num_valid
-using ContrastOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+void require_contrast(const ContrastArguments& x) {
+  constexpr int64_t kMostRows = int64_t(1) << 31;
+  require_floating(x.anchors, "anchors", x.anchors);
+  require(x.anchors.dim() == 2 && x.anchors.size(0) < kMostRows, "anchors");
+  const int64_t n = x.anchors.size(0), m = x.keys && x.keys->dim() == 2 ? x.keys->size(0) : n;
+  require_tensor(x.labels, "labels", x.anchors, ScalarType::Long, {n});
+  require(x.keys.has_value() == x.key_labels.has_value(), "key_labels");
+  require(x.key_descriptors.has_value() == (x.keys && x.descriptors), "key_descriptors");
+  if (x.keys) {
+    require_tensor(*x.keys, "keys", x.anchors, x.anchors.scalar_type(), {m, x.anchors.size(1)});
+    require(m < kMostRows, "keys");
+    require_tensor(*x.key_labels, "key_labels", x.anchors, ScalarType::Long, {m});
+  }
+  const int64_t channels = x.descriptors ? require_descriptors(*x.descriptors, "descriptors", n, x.anchors) : 1;
+  if (x.key_descriptors)
+    require(require_descriptors(*x.key_descriptors, "key_descriptors", m, x.anchors) == channels, "key_descriptors");
+  require(x.positive_mask.has_value() == x.negative_mask.has_value(), "negative_mask");
+  if (x.positive_mask) {
+    require_tensor(*x.positive_mask, "positive_mask", x.anchors, ScalarType::Bool, {n, m});
+    require_tensor(*x.negative_mask, "negative_mask", x.anchors, ScalarType::Bool, {n, m});
+  }
+  require_bounds(x.positive_bounds, "max_positive_disparity", x.anchors);
+  require_bounds(x.negative_bounds, "min_negative_disparity", x.anchors);
+}
+
+OptionalTensor converted(const OptionalTensor& t, ScalarType type) {
+  return t ? OptionalTensor(as_contiguous(*t, type)) : std::nullopt;
+}
+
+template <typename T>
+const T* data_or_null(const OptionalTensor& t) {
+  return t ? data<T>(*t) : nullptr;
+}
 
 // The inputs as the kernel reads them, and the tensors that keep them alive.
 template <typename scalar_t>
 struct Arguments {
-  at::Tensor anchors, keys, labels, key_labels, descriptors, key_descriptors, positive_bounds, negative_bounds;
+  Tensor anchors, labels;
+  OptionalTensor keys, key_labels, descriptors, key_descriptors, positive_bounds, negative_bounds;
   ContrastInputs<scalar_t> inputs;
 
-  explicit Arguments(const PatchContrastArgs& x) {
-    check_patch_contrast(x);
-    const at::ScalarType type = x.accumulate_type();
-    anchors = x.anchors.contiguous();
-    keys = converted(x.keys, anchors.scalar_type());
-    labels = x.labels.contiguous();
-    key_labels = converted(x.key_labels, at::kLong);
-    descriptors = converted(x.descriptors, type);
-    key_descriptors = converted(x.key_descriptors, type);
-    positive_bounds = converted(x.positive_bounds, type);
-    negative_bounds = converted(x.negative_bounds, type);
-    inputs = ContrastInputs<scalar_t>{};
+  explicit Arguments(const ContrastArguments& x)
+      : anchors(as_contiguous(x.anchors)),
+        labels(as_contiguous(x.labels)),
+        keys(converted(x.keys, x.anchors.scalar_type())),
+        key_labels(converted(x.key_labels, ScalarType::Long)),
+        descriptors(converted(x.descriptors, accumulate_type(x.anchors))),
+        key_descriptors(converted(x.key_descriptors, accumulate_type(x.anchors))),
+        positive_bounds(converted(x.positive_bounds, accumulate_type(x.anchors))),
+        negative_bounds(converted(x.negative_bounds, accumulate_type(x.anchors))),
+        inputs{} {
     inputs.anchors = {anchors.const_data_ptr(), dtype_of(anchors), anchors.size(0)};
-    if (keys.defined()) {
-      // An empty tensor has no address, and a null one means that the anchors are the keys.
-      const void* data = keys.numel() ? keys.const_data_ptr() : static_cast<const void*>(&inputs);
-      inputs.keys = {data, dtype_of(keys), keys.size(0)};
-    }
+    if (keys) inputs.keys = {address(*keys), dtype_of(*keys), keys->size(0)};
     inputs.depth = anchors.size(1);
-    inputs.labels = labels.const_data_ptr<int64_t>();
+    inputs.labels = data<int64_t>(labels);
     inputs.key_labels = data_or_null<int64_t>(key_labels);
     inputs.descriptors = data_or_null<scalar_t>(descriptors);
     inputs.key_descriptors = data_or_null<scalar_t>(key_descriptors);
-    inputs.channels = descriptors.defined() && descriptors.dim() == 2 ? descriptors.size(1) : 1;
+    inputs.channels = descriptors && descriptors->dim() == 2 ? descriptors->size(1) : 1;
     inputs.positive_bound = scalar_t(x.positive_bound);
     inputs.negative_bound = scalar_t(x.negative_bound);
     inputs.positive_bounds = data_or_null<scalar_t>(positive_bounds);
     inputs.negative_bounds = data_or_null<scalar_t>(negative_bounds);
     if (x.positive_mask) {
-      const auto& positive = *x.positive_mask;
-      const auto& negative = *x.negative_mask;
-      inputs.masks = {positive.numel() ? positive.const_data_ptr<bool>() : reinterpret_cast<const bool*>(&inputs),
-                      negative.numel() ? negative.const_data_ptr<bool>() : reinterpret_cast<const bool*>(&inputs),
-                      {positive.stride(0), positive.stride(1)},
-                      {negative.stride(0), negative.stride(1)}};
+      inputs.masks = {static_cast<const bool*>(address(*x.positive_mask)),
+                      static_cast<const bool*>(address(*x.negative_mask)),
+                      {x.positive_mask->stride(0), x.positive_mask->stride(1)},
+                      {x.negative_mask->stride(0), x.negative_mask->stride(1)}};
     }
     inputs.temperature = x.temperature;
     inputs.negative_weight = x.negative_weight;
     inputs.ignore_index = x.ignore_index;
     inputs.self_offset = x.self_offset;
   }
+
+ private:
+  // Null says that there are no keys or masks, and an empty tensor has no address.
+  const void* address(const Tensor& t) const { return t.numel() ? t.const_data_ptr() : &inputs; }
 };
 
-template <typename scalar_t>
-ContrastOutputs forward_typed(const PatchContrastArgs& x) {
-  const Arguments<scalar_t> arguments(x);
-  const int64_t n = x.anchors.size(0);
-  const at::TensorOptions options = x.anchors.options().dtype(x.accumulate_type());
-  at::Tensor losses = at::empty({n}, options), max_logit = at::empty({n}, options), log_sum = at::empty({n}, options);
-  at::Tensor positive_logit = at::empty({n}, options);
-  at::Tensor num_positives = at::empty({n}, options.dtype(at::kInt));
-  const AnchorSums<scalar_t> sums{losses.mutable_data_ptr<scalar_t>(), max_logit.mutable_data_ptr<scalar_t>(),
-                                  log_sum.mutable_data_ptr<scalar_t>(), positive_logit.mutable_data_ptr<scalar_t>(),
-                                  num_positives.mutable_data_ptr<int32_t>()};
-  patch_contrast_forward(arguments.inputs, sums, torch_threads());
-
-  int64_t valid = 0;
-  double total = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    total += double(sums.loss[i]);
-    valid += sums.num_positives[i] > 0;
-  }
-  if (x.reduction == kMean) total /= double(std::max<int64_t>(valid, 1));
-  at::Tensor loss = x.reduction == kNone ? losses : at::scalar_tensor(total, options);
-  return {loss, max_logit, log_sum, positive_logit, num_positives, at::scalar_tensor(valid, options.dtype(at::kLong))};
-}
+// loss, max_logit, log_sum, positive_logit, num_positives, num_valid
+using ContrastOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 ContrastOutputs forward(PGLCL_CONTRAST_PARAMETERS) {
-  const PatchContrastArgs x PGLCL_CONTRAST_ARGUMENTS;
-  return x.accumulate_type() == at::kDouble ? forward_typed<double>(x) : forward_typed<float>(x);
+  const ContrastArguments x PGLCL_CONTRAST_ARGUMENTS;
+  require_contrast(x);
+  const int64_t n = anchors.size(0);
+  const ScalarType type = accumulate_type(anchors);
+  const Tensor losses = empty(anchors, {n}, type), max_logit = empty(anchors, {n}, type);
+  const Tensor log_sum = empty(anchors, {n}, type), positive_logit = empty(anchors, {n}, type);
+  const Tensor num_positives = empty(anchors, {n}, ScalarType::Int);
+  return with_accumulate_type(anchors, [&]<typename scalar_t>() -> ContrastOutputs {
+    const Arguments<scalar_t> arguments(x);
+    const AnchorSums<scalar_t> sums{mutable_data<scalar_t>(losses), mutable_data<scalar_t>(max_logit),
+                                    mutable_data<scalar_t>(log_sum), mutable_data<scalar_t>(positive_logit),
+                                    mutable_data<int32_t>(num_positives)};
+    patch_contrast_forward(arguments.inputs, sums, torch_threads());
+    const int64_t valid = n - std::count(sums.num_positives, sums.num_positives + n, 0);
+    const Tensor num_valid = cpu_scalar<int64_t>(anchors, ScalarType::Long, valid);
+    return {reduced<scalar_t>(losses, valid, reduction), max_logit, log_sum, positive_logit, num_positives, num_valid};
+  });
 }
 
-template <typename scalar_t>
-std::tuple<at::Tensor, at::Tensor> backward_typed(const at::Tensor& grad, const at::Tensor& max_logit,
-                                                  const at::Tensor& log_sum, const at::Tensor& num_positives,
-                                                  const at::Tensor& num_valid, const PatchContrastArgs& x,
-                                                  bool needs_anchors, bool needs_keys) {
-  const Arguments<scalar_t> arguments(x);
-  const int64_t n = x.anchors.size(0);
-  const at::Tensor wide_grad = grad.to(x.accumulate_type()).contiguous();
-  at::Tensor grad_rows = at::empty({n}, wide_grad.options());
-  scalar_t* rows = grad_rows.mutable_data_ptr<scalar_t>();
-  const scalar_t* from = wide_grad.const_data_ptr<scalar_t>();
-  const double share = x.reduction == kMean ? double(std::max<int64_t>(num_valid.item<int64_t>(), 1)) : 1.0;
-  for (int64_t i = 0; i < n; ++i) rows[i] = scalar_t(double(from[x.reduction == kNone ? i : 0]) / share);
+std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& max_logit, const Tensor& log_sum,
+                                    const Tensor& num_positives, const Tensor& num_valid, PGLCL_CONTRAST_PARAMETERS,
+                                    bool needs_anchors, bool needs_keys) {
+  const ContrastArguments x PGLCL_CONTRAST_ARGUMENTS;
+  require_contrast(x);
+  const int64_t n = anchors.size(0);
+  const ScalarType type = accumulate_type(anchors);
+  require_floating(grad, "grad", anchors);
+  require(shape_of(grad) == (reduction == kNone ? Shape{n} : Shape{}), "grad");
+  require_tensor(max_logit, "max_logit", anchors, type, {n});
+  require_tensor(log_sum, "log_sum", anchors, type, {n});
+  require_tensor(num_positives, "num_positives", anchors, ScalarType::Int, {n});
+  require_tensor(num_valid, "num_valid", anchors, ScalarType::Long, {});
 
-  needs_keys = needs_keys && x.keys.has_value();
-  at::Tensor grad_anchors =
-      needs_anchors ? at::zeros(x.anchors.sizes(), x.anchors.options()) : at::empty({0}, x.anchors.options());
-  at::Tensor grad_keys =
-      needs_keys ? at::zeros(x.keys->sizes(), x.anchors.options()) : at::empty({0}, x.anchors.options());
-  patch_contrast_backward(
-      arguments.inputs, rows, max_logit.contiguous().const_data_ptr<scalar_t>(),
-      log_sum.contiguous().const_data_ptr<scalar_t>(), num_positives.contiguous().const_data_ptr<int32_t>(),
-      needs_anchors ? grad_anchors.data_ptr() : nullptr, needs_keys ? grad_keys.data_ptr() : nullptr, torch_threads());
+  const Tensor wide_grad = as_contiguous(grad, type), top = as_contiguous(max_logit), sum = as_contiguous(log_sum);
+  const Tensor positives = as_contiguous(num_positives), grad_rows = empty(anchors, {n}, type);
+  needs_keys = needs_keys && keys.has_value();
+  const Tensor grad_anchors = zeros(anchors, needs_anchors ? shape_of(anchors) : Shape{0}, anchors.scalar_type());
+  const Tensor grad_keys = zeros(anchors, needs_keys ? shape_of(*keys) : Shape{0}, anchors.scalar_type());
+  const double share = reduction == kMean ? double(std::max<int64_t>(*data<int64_t>(num_valid), 1)) : 1.0;
+  with_accumulate_type(anchors, [&]<typename scalar_t>() {
+    const Arguments<scalar_t> arguments(x);
+    const scalar_t* from = data<scalar_t>(wide_grad);
+    scalar_t* rows = mutable_data<scalar_t>(grad_rows);
+    for (int64_t i = 0; i < n; ++i) rows[i] = scalar_t(double(from[reduction == kNone ? i : 0]) / share);
+    patch_contrast_backward(arguments.inputs, rows, data<scalar_t>(top), data<scalar_t>(sum), data<int32_t>(positives),
+                            needs_anchors ? grad_anchors.mutable_data_ptr() : nullptr,
+                            needs_keys ? grad_keys.mutable_data_ptr() : nullptr, torch_threads());
+  });
   return {grad_anchors, grad_keys};
-}
-
-std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& max_logit,
-                                            const at::Tensor& log_sum, const at::Tensor& num_positives,
-                                            const at::Tensor& num_valid, PGLCL_CONTRAST_PARAMETERS, bool needs_anchors,
-                                            bool needs_keys) {
-  const PatchContrastArgs x PGLCL_CONTRAST_ARGUMENTS;
-  const auto run = x.accumulate_type() == at::kDouble ? backward_typed<double> : backward_typed<float>;
-  return run(grad, max_logit, log_sum, num_positives, num_valid, x, needs_anchors, needs_keys);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(pglcl_ext, CPU, m) {
-  m.impl("patch_contrast", forward);
-  m.impl("patch_contrast_backward", backward);
+STABLE_TORCH_LIBRARY_IMPL(pglcl_ext, CPU, m) {
+  m.impl("patch_contrast", TORCH_BOX(&forward));
+  m.impl("patch_contrast_backward", TORCH_BOX(&backward));
 }
 
 }  // namespace pglcl

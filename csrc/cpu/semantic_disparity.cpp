@@ -1,80 +1,73 @@
 // CPU implementation of the ops semantic_disparity and disparity_bounds: check, allocate, call the kernel.
 #include "semantic_disparity_kernel.h"
 
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
-#include "../checks.h"
 #include "torch_threads.h"
 
 namespace pglcl {
 namespace {
 
-at::ScalarType accumulate_type(const at::Tensor& t) {
-  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+Tensor wide(const Tensor& t) { return as_contiguous(t, accumulate_type(t)); }
+
+// The channels of descriptors (N,) or (N, C) and (M,) or (M, C).
+int64_t require_descriptors(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name) {
+  require_floating(a, a_name, a);
+  require_floating(b, b_name, a);
+  require(a.dim() == 1 || a.dim() == 2, a_name);
+  const int64_t channels = a.dim() == 1 ? 1 : a.size(1);
+  require(b.dim() == 1 || b.dim() == 2, b_name);
+  require(channels > 0 && (b.dim() == 1 ? 1 : b.size(1)) == channels && a.scalar_type() == b.scalar_type(), b_name);
+  return channels;
 }
 
-at::Tensor wide(const at::Tensor& t) { return t.to(accumulate_type(t)).contiguous(); }
-
-at::Tensor forward(const at::Tensor& a, const at::Tensor& b) {
-  const int64_t channels = check_disparity(a, b), n = a.size(0), m = b.size(0);
-  const at::Tensor wide_a = wide(a), wide_b = wide(b);
-  at::Tensor out = at::empty({n, m}, wide_a.options());
-  const auto run = [&]<typename scalar_t>() {
-    semantic_disparity_forward(wide_a.const_data_ptr<scalar_t>(), n, wide_b.const_data_ptr<scalar_t>(), m, channels,
-                               out.mutable_data_ptr<scalar_t>(), torch_threads());
-  };
-  a.scalar_type() == at::kDouble ? run.operator()<double>() : run.operator()<float>();
-  return out.to(a.scalar_type());
+Tensor forward(const Tensor& a, const Tensor& b) {
+  const int64_t channels = require_descriptors(a, "a", b, "b"), n = a.size(0), m = b.size(0);
+  const Tensor wide_a = wide(a), wide_b = wide(b);
+  const Tensor out = empty(a, {n, m}, accumulate_type(a));
+  with_accumulate_type(a, [&]<typename scalar_t>() {
+    semantic_disparity_forward(data<scalar_t>(wide_a), n, data<scalar_t>(wide_b), m, channels,
+                               mutable_data<scalar_t>(out), torch_threads());
+  });
+  return cast(out, a.scalar_type());
 }
 
-std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& a, const at::Tensor& b,
-                                            bool needs_a, bool needs_b) {
-  const int64_t channels = check_disparity(a, b), n = a.size(0), m = b.size(0);
-  const at::Tensor wide_grad = wide(grad), wide_a = wide(a), wide_b = wide(b);
-  at::Tensor grad_a = at::empty(needs_a ? a.sizes() : at::IntArrayRef{0}, wide_a.options());
-  at::Tensor grad_b = at::empty(needs_b ? b.sizes() : at::IntArrayRef{0}, wide_b.options());
-  const auto run = [&]<typename scalar_t>() {
-    semantic_disparity_backward(wide_grad.const_data_ptr<scalar_t>(), wide_a.const_data_ptr<scalar_t>(), n,
-                                wide_b.const_data_ptr<scalar_t>(), m, channels,
-                                needs_a ? grad_a.mutable_data_ptr<scalar_t>() : nullptr,
-                                needs_b ? grad_b.mutable_data_ptr<scalar_t>() : nullptr, torch_threads());
-  };
-  a.scalar_type() == at::kDouble ? run.operator()<double>() : run.operator()<float>();
-  return {grad_a.to(a.scalar_type()), grad_b.to(b.scalar_type())};
+std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& a, const Tensor& b, bool needs_a, bool needs_b) {
+  const int64_t channels = require_descriptors(a, "a", b, "b"), n = a.size(0), m = b.size(0);
+  require_tensor(grad, "grad", a, a.scalar_type(), {n, m});
+  const Tensor wide_grad = wide(grad), wide_a = wide(a), wide_b = wide(b);
+  const Tensor grad_a = empty(a, needs_a ? shape_of(a) : Shape{0}, accumulate_type(a));
+  const Tensor grad_b = empty(b, needs_b ? shape_of(b) : Shape{0}, accumulate_type(b));
+  with_accumulate_type(a, [&]<typename scalar_t>() {
+    semantic_disparity_backward(data<scalar_t>(wide_grad), data<scalar_t>(wide_a), n, data<scalar_t>(wide_b), m,
+                                channels, needs_a ? mutable_data<scalar_t>(grad_a) : nullptr,
+                                needs_b ? mutable_data<scalar_t>(grad_b) : nullptr, torch_threads());
+  });
+  return {cast(grad_a, a.scalar_type()), cast(grad_b, b.scalar_type())};
 }
 
-at::Tensor bounds(const at::Tensor& descriptors, const at::Tensor& labels, const at::Tensor& key_descriptors,
-                  const at::Tensor& key_labels, int64_t count, bool positives, int64_t ignore_index,
-                  int64_t self_offset) {
-  const int64_t channels = check_disparity_bounds(descriptors, labels, key_descriptors, key_labels, count, positives);
-  const at::Tensor a = wide(descriptors), b = wide(key_descriptors);
-  const at::Tensor y = labels.contiguous(), key_y = key_labels.contiguous();
-  at::Tensor out = at::empty({a.size(0)}, a.options());
-  const auto run = [&]<typename scalar_t>() {
-    const DisparityBounds<scalar_t> inputs{a.const_data_ptr<scalar_t>(),
-                                           b.const_data_ptr<scalar_t>(),
-                                           y.const_data_ptr<int64_t>(),
-                                           key_y.const_data_ptr<int64_t>(),
-                                           a.size(0),
-                                           b.size(0),
-                                           channels,
-                                           count,
-                                           ignore_index,
-                                           self_offset,
-                                           positives};
-    disparity_bounds(inputs, out.mutable_data_ptr<scalar_t>(), torch_threads());
-  };
-  a.scalar_type() == at::kDouble ? run.operator()<double>() : run.operator()<float>();
+Tensor bounds(const Tensor& descriptors, const Tensor& labels, const Tensor& key_descriptors, const Tensor& key_labels,
+              int64_t count, bool positives, int64_t ignore_index, int64_t self_offset) {
+  const int64_t channels = require_descriptors(descriptors, "descriptors", key_descriptors, "key_descriptors");
+  require_tensor(labels, "labels", descriptors, ScalarType::Long, {descriptors.size(0)});
+  require_tensor(key_labels, "key_labels", descriptors, ScalarType::Long, {key_descriptors.size(0)});
+  require(count > 0, "count");
+  const Tensor a = wide(descriptors), b = wide(key_descriptors);
+  const Tensor y = as_contiguous(labels), key_y = as_contiguous(key_labels);
+  const Tensor out = empty(a, {a.size(0)}, accumulate_type(a));
+  with_accumulate_type(a, [&]<typename scalar_t>() {
+    const DisparityBounds<scalar_t> inputs{data<scalar_t>(a), data<scalar_t>(b), data<int64_t>(y), data<int64_t>(key_y),
+                                           a.size(0),         b.size(0),         channels,         count,
+                                           ignore_index,      self_offset,       positives};
+    disparity_bounds(inputs, mutable_data<scalar_t>(out), torch_threads());
+  });
   return out;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(pglcl_ext, CPU, m) {
-  m.impl("semantic_disparity", forward);
-  m.impl("semantic_disparity_backward", backward);
-  m.impl("disparity_bounds", bounds);
+STABLE_TORCH_LIBRARY_IMPL(pglcl_ext, CPU, m) {
+  m.impl("semantic_disparity", TORCH_BOX(&forward));
+  m.impl("semantic_disparity_backward", TORCH_BOX(&backward));
+  m.impl("disparity_bounds", TORCH_BOX(&bounds));
 }
 
 }  // namespace pglcl

@@ -1,0 +1,119 @@
+// Tensors through PyTorch's stable interface (torch/csrc/stable): the ops see torch through this header alone, so that
+// one binary serves every torch from the oldest supported one on.
+//
+// How to use it: an op takes `const Tensor&`, `const std::optional<Tensor>&`, int64_t, double, bool and `IntArray`, is
+// registered with TORCH_BOX(&function) in STABLE_TORCH_LIBRARY_IMPL, reads memory through data<T>() and writes new
+// tensors through mutable_data<T>(). What users pass is checked in Python (pglcl_ext/_checks.py) with messages for
+// users; require() here keeps memory safe when an op is called past those checks, and raises RuntimeError.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <optional>
+#include <vector>
+
+#include "shared/dtype.h"
+
+namespace pglcl {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using IntArray = torch::headeronly::IntHeaderOnlyArrayRef;
+using Shape = std::vector<int64_t>;
+
+inline Shape shape_of(const Tensor& t) {
+  const IntArray sizes = t.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+inline bool is_floating(const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  return type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::BFloat16 ||
+         type == ScalarType::Half;
+}
+
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double: return DType::kFloat64;
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    default: return DType::kFloat16;
+  }
+}
+
+// The type that sums are kept in.
+inline ScalarType accumulate_type(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Calls body.operator()<scalar_t>() with the type that sums are kept in.
+template <typename Body>
+auto with_accumulate_type(const Tensor& t, const Body& body) {
+  return t.scalar_type() == ScalarType::Double ? body.template operator()<double>() : body.template operator()<float>();
+}
+
+// --- what memory safety needs
+// -----------------------------------------------------------------------------------------
+
+inline void require(bool fits, const char* name) { STD_TORCH_CHECK(fits, name, " does not fit the other arguments"); }
+
+// Same kind of device and index as `like`.
+inline void require_device(const Tensor& t, const char* name, const Tensor& like) {
+  require(t.device() == like.device(), name);
+}
+
+inline void require_floating(const Tensor& t, const char* name, const Tensor& like) {
+  STD_TORCH_CHECK(is_floating(t), name, " must be float64, float32, bfloat16 or float16");
+  require_device(t, name, like);
+}
+
+inline void require_tensor(const Tensor& t, const char* name, const Tensor& like, ScalarType type, const Shape& shape) {
+  require(t.scalar_type() == type && shape_of(t) == shape, name);
+  require_device(t, name, like);
+}
+
+// --- memory
+// -------------------------------------------------------------------------------------------------------------
+
+inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType type) {
+  return torch::stable::new_empty(like, IntArray(shape.data(), shape.size()), type);
+}
+
+inline Tensor zeros(const Tensor& like, const Shape& shape, ScalarType type) {
+  return torch::stable::new_zeros(like, IntArray(shape.data(), shape.size()), type);
+}
+
+// Contiguous, and of the given type where one is named.
+inline Tensor as_contiguous(const Tensor& t, std::optional<ScalarType> type = std::nullopt) {
+  const Tensor typed = type && t.scalar_type() != *type ? torch::stable::to(t, *type) : t;
+  return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
+}
+
+inline Tensor cast(const Tensor& t, ScalarType type) {
+  return t.scalar_type() == type ? t : torch::stable::to(t, type);
+}
+
+template <typename T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <typename T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// A tensor without dimensions, on the CPU.
+template <typename T>
+Tensor cpu_scalar(const Tensor& like, ScalarType type, T value) {
+  Tensor out = empty(like, {}, type);
+  *mutable_data<T>(out) = value;
+  return out;
+}
+
+}  // namespace pglcl
