@@ -6,7 +6,14 @@ from pglcl_ext.embedding_queue import EmbeddingQueue, QueuedKeys
 from pglcl_ext.gaussian_contrast import GaussianContrastLoss, gaussian_contrast_loss
 from pglcl_ext.hard_negatives import hard_negative_statistics
 from pglcl_ext.patch_contrast import PatchContrastLoss, patch_contrast_loss
-from pglcl_ext.patch_sampling import ClassPatches, CoverageThreshold, PatchBatch, class_patches, patch_embeddings
+from pglcl_ext.patch_sampling import (
+    ClassPatches,
+    CoverageThreshold,
+    PatchBatch,
+    PatchRows,
+    class_patches,
+    patch_embeddings,
+)
 from pglcl_ext.patch_statistics import PatchStatistics, patch_entropy, patch_statistics
 from pglcl_ext.semantic_disparity import semantic_disparity
 
@@ -17,6 +24,7 @@ __all__ = [
     "GaussianContrastLoss",
     "PatchBatch",
     "PatchContrastLoss",
+    "PatchRows",
     "PatchStatistics",
     "QueuedKeys",
     "build_info",

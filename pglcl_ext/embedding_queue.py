@@ -37,7 +37,7 @@ class EmbeddingQueue(nn.Module):
     """A ring buffer of embeddings for each class, all of it in registered buffers.
 
     The newest `length` keys of each class are kept. Nothing waits for a GPU, nothing carries a gradient, and the state
-    (keys, write positions, counts) is saved, restored and moved with the module. From METHOD sections 6 and 9: the
+    (keys, write positions, counts) is saved, restored and moved with the module. From method, sections 6 and 9: the
     authors queue 4096 keys of each class.
 
     A key that is not finite, or has a descriptor that is not, would spoil every later loss. It is left out and counted
@@ -184,7 +184,7 @@ class EmbeddingQueue(nn.Module):
         return self.storage[:-1].view(self.num_classes, self.length, self.embedding_dim), self._filled()
 
     def statistics(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and biased covariance of the keys of each class (METHOD section 6).
+        """Mean and biased covariance of the keys of each class (method, section 6).
 
         Args:
             dtype: that they are computed and returned in: float32 or wider, that of the queue by default.

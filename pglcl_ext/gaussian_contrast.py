@@ -1,4 +1,4 @@
-"""The contrastive loss against normally distributed keys (METHOD section 6)."""
+"""The contrastive loss against normally distributed keys (method, section 6)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def gaussian_contrast_loss(
     r"""Contrastive loss against infinitely many keys, normally distributed in each class.
 
     Of the K classes those take part that have keys; `C` counts them. For an anchor `t` of such a class `i`, with
-    :math:`\psi` = `negative_weight` and :math:`\lambda` = `covariance_scale` (METHOD section 6: re-derived from the
+    :math:`\psi` = `negative_weight` and :math:`\lambda` = `covariance_scale` (method, section 6: re-derived from the
     authors' code, which bounds the expected logarithm by Jensen's inequality; here in log-space)
 
     .. math::

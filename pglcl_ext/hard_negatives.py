@@ -1,4 +1,4 @@
-"""Statistics of negatives that lie between the classes (METHOD section 7)."""
+"""Statistics of negatives that lie between the classes (method, section 7)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def hard_negative_statistics(
 ) -> tuple[Tensor, Tensor]:
     r"""Means and covariances of hard negatives for every pair of classes.
 
-    For anchors of class i and keys of class j (METHOD section 7, after the authors' code, whose rejection loop has no
+    For anchors of class i and keys of class j (method, section 7, after the authors' code, whose rejection loop has no
     bound): `n*` is the queued key of j nearest to class i in Mahalanobis distance, `p*` the anchor of i nearest to
     class j, and :math:`v = n^* - p^*`. Samples of :math:`N(\mu_j, \Sigma_j)` restricted to the slab
     :math:`v \cdot p^* \le v \cdot x \le v \cdot n^*` are drawn exactly: the truncated normal along v by inversion, the

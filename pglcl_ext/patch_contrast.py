@@ -1,4 +1,4 @@
-"""The fused contrastive loss over patches (METHOD sections 4 and 5)."""
+"""The fused contrastive loss over patches (method, sections 4 and 5)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def patch_contrast_loss(
     r"""Contrastive loss between patches, with positives and negatives chosen by label and semantic disparity.
 
     With logits :math:`s_{ij} = z_i \cdot k_j / \tau`, disparities :math:`\Delta_{ij}` of the descriptors
-    (:func:`semantic_disparity`) and :math:`\psi` = `negative_weight` (METHOD sections 4 and 5: guided sampling is the
+    (:func:`semantic_disparity`) and :math:`\psi` = `negative_weight` (method, sections 4 and 5: guided sampling is the
     paper's, the rule and the InfoNCE form our choice, psi from the authors' code)
 
     .. math::

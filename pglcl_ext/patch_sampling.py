@@ -1,4 +1,4 @@
-"""Class-aware patches (METHOD section 8): which patch is one of which class, and what stands for it."""
+"""Class-aware patches (method, section 8): which patch is one of which class, and what stands for it."""
 
 from __future__ import annotations
 
@@ -10,25 +10,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pglcl_ext._checks import check_integer
 from pglcl_ext.patch_statistics import patch_grid_arguments, patch_statistics
 
-__all__ = ["ClassPatches", "CoverageThreshold", "PatchBatch", "class_patches", "patch_embeddings"]
+__all__ = ["ClassPatches", "CoverageThreshold", "PatchBatch", "PatchRows", "class_patches", "patch_embeddings"]
+
+
+class PatchRows(NamedTuple):
+    """Class-aware patches of a batch, before anything is pooled: every class of every patch is a row.
+
+    Rows that qualify have their class as label, the others `ignore_index`, which the losses and the queue leave out. So
+    the shape depends on no value.
+    """
+
+    labels: Tensor  # (N,) int64
+    entropy: Tensor  # (N,), in nats
+    coverage: Tensor  # (N,)
+    index: Tensor  # type: ignore[assignment]  # (N, 1 + dims) int64, the image and the cell of the patch grid
+
+    def compact(self, ignore_index: int = -1) -> PatchRows:
+        """Only the rows that qualify; how many there are is asked of the device, which waits for it."""
+        keep = self.labels != ignore_index
+        return PatchRows(*(t[keep] for t in self))
+
+    def limited(self, per_class: int, priority: Tensor, ignore_index: int = -1) -> PatchRows:
+        """As :meth:`PatchBatch.limited`."""
+        return self._replace(labels=_limited(self.labels, per_class, priority, ignore_index))
 
 
 class PatchBatch(NamedTuple):
-    """Class-aware patches of a batch: every class of every patch is a row, in a shape that depends on no value.
+    """:class:`PatchRows` with their embeddings."""
 
-    Rows that qualify have their class as label, the others `ignore_index`, which the losses and the queue leave out.
-
-    embeddings: (N, D). labels: (N,) int64. entropy: (N,). coverage: (N,). index: (N, 1 + dims) int64, the image and the
-    cell of the patch grid.
-    """
-
-    embeddings: Tensor
-    labels: Tensor
-    entropy: Tensor
-    coverage: Tensor
-    index: Tensor  # type: ignore[assignment]  # the field's name; nobody asks a batch for tuple.index
+    embeddings: Tensor  # (N, D)
+    labels: Tensor  # (N,) int64
+    entropy: Tensor  # (N,), in nats
+    coverage: Tensor  # (N,)
+    index: Tensor  # type: ignore[assignment]  # (N, 1 + dims) int64, the image and the cell of the patch grid
 
     def compact(self, ignore_index: int = -1) -> PatchBatch:
         """Only the rows that qualify; how many there are is asked of the device, which waits for it."""
@@ -46,15 +63,23 @@ class PatchBatch(NamedTuple):
             per_class: at least 0.
             priority: (N,), of each row.
             ignore_index: label of rows that do not qualify, and of those that no longer do.
+
+        Raises:
+            ValueError: a priority of another shape, a negative `per_class`.
         """
-        if priority.shape != self.labels.shape:
-            raise ValueError(f"priority must have shape (N,) = {tuple(self.labels.shape)}, got {tuple(priority.shape)}")
-        order = priority.argsort(descending=True, stable=True)
-        order = order[self.labels[order].argsort(stable=True)]  # by class, and in a class by priority
-        by_class = self.labels[order]
-        rank = torch.arange(len(order), device=order.device) - torch.searchsorted(by_class, by_class)
-        keep = torch.zeros_like(self.labels, dtype=torch.bool).scatter(0, order, rank < per_class)
-        return self._replace(labels=torch.where(keep, self.labels, ignore_index))
+        return self._replace(labels=_limited(self.labels, per_class, priority, ignore_index))
+
+
+def _limited(labels: Tensor, per_class: int, priority: Tensor, ignore_index: int) -> Tensor:
+    if priority.shape != labels.shape:
+        raise ValueError(f"priority must have shape (N,) = {tuple(labels.shape)}, got {tuple(priority.shape)}")
+    per_class = check_integer("per_class", per_class, least=0)
+    order = priority.argsort(descending=True, stable=True)
+    order = order[labels[order].argsort(stable=True)]  # by class, and in a class by priority
+    by_class = labels[order]
+    rank = torch.arange(len(order), device=order.device) - torch.searchsorted(by_class, by_class)
+    keep = torch.zeros_like(labels, dtype=torch.bool).scatter(0, order, rank < per_class)
+    return torch.where(keep, labels, ignore_index)
 
 
 def _windows(x: Tensor, patch: Sequence[int], stride: Sequence[int]) -> Tensor:
@@ -81,12 +106,12 @@ def patch_embeddings(
     *,
     coverage: float | Tensor | None = None,
     prediction: Tensor | None = None,
-    select: Callable[[PatchBatch], PatchBatch] | None = None,
+    select: Callable[[PatchRows], PatchRows] | None = None,
     ignore_index: int = -1,
 ) -> PatchBatch:
     r"""One embedding for each class of each patch, pooled from one feature map.
 
-    With class weights :math:`p_k` at the resolution of the feature map `f` (METHOD section 8, the pooled form: our
+    With class weights :math:`p_k` at the resolution of the feature map `f` (method, section 8, the pooled form: our
     choice)
 
     .. math:: e_{jk} = \frac{\sum_{x \in j} p_k(x) f(x)}{\sum_{x \in j} p_k(x)},
@@ -105,7 +130,7 @@ def patch_embeddings(
             of it.
         prediction: (B, K', *S) probabilities whose entropy, averaged with the class weights, is taken instead of the
             weights' own: a one-hot mask has none.
-        select: is given the rows before anything is pooled, embeddings (N, 0), and returns those to pool, e.g.
+        select: is given all :class:`PatchRows` before anything is pooled, and returns those to pool, e.g.
             ``lambda rows: rows.limited(64, rows.entropy).compact()``. Pooling then costs what they are, not what the
             feature map is.
         ignore_index: label of rows that do not qualify.
@@ -140,8 +165,7 @@ def patch_embeddings(
     classes = torch.arange(k, device=share.device).expand_as(rows)
     ranges = [torch.arange(size, device=share.device) for size in (batch, *cells)]
     index = torch.stack(torch.meshgrid(*ranges, indexing="ij"), dim=-1).reshape(-1, 1 + len(cells))
-    found = PatchBatch(
-        features.new_empty(rows.numel(), 0),
+    found = PatchRows(
         torch.where(present, classes, ignore_index).flatten(),
         entropy,
         rows.flatten(),
@@ -149,14 +173,14 @@ def patch_embeddings(
     )
     if select is None:
         embeddings = _weighted_means(features, weights, patch, step, share)
-        return found._replace(embeddings=embeddings.reshape(-1, features.shape[1]))
+        return PatchBatch(embeddings.reshape(-1, features.shape[1]), *found)
     chosen = select(found)
     known = chosen.labels != ignore_index
-    return chosen._replace(embeddings=_means_of_rows(features, weights, patch, step, chosen, known))
+    return PatchBatch(_means_of_rows(features, weights, patch, step, chosen, known), *chosen)
 
 
 def _means_of_rows(
-    x: Tensor, weights: Tensor, patch: list[int], step: list[int], rows: PatchBatch, known: Tensor
+    x: Tensor, weights: Tensor, patch: list[int], step: list[int], rows: PatchRows, known: Tensor
 ) -> Tensor:
     """sum w_k x / sum w_k over the patches of some rows, (N, channels); 0 where no class is known."""
     offsets = torch.cartesian_prod(*(torch.arange(size, device=x.device) for size in patch)).view(-1, len(patch))
@@ -220,7 +244,7 @@ def class_patches(
 ) -> ClassPatches:
     """The authors' form: for each class, the image times its mask, cropped to patches that contain the class.
 
-    From METHOD section 8 (crop). Crops lie on a grid whose last row and column are moved inwards to end with the image,
+    From the method, section 8. Crops lie on a grid whose last row and column are moved inwards to end with the image,
     so that every pixel is in one, at every border and corner and for any patch size. Of the crops of a class in an
     image at most `max_patches` are taken, evenly spread over the image; images do not influence each other. Coverage is
     counted from the mask, never from intensities. How many crops there are is asked of the device, which waits for it.
@@ -331,7 +355,7 @@ def _to_size(crops: Tensor, size: list[int], mode: str) -> Tensor:
 class CoverageThreshold(nn.Module):
     r"""Per-class coverage above which a patch qualifies, moved until a target share of the patches does.
 
-    A Robbins-Monro step for each class that the batch holds (METHOD section 8):
+    A Robbins-Monro step for each class that the batch holds (method, section 8):
     :math:`\theta_k \leftarrow clip(\theta_k + \gamma_n (share_n - target), 0, 1)`, where :math:`share_n` is the
     fraction of the batch's patches of class k with coverage above :math:`\theta_k`, and
     :math:`\gamma_n = gain / n^{2/3}` (our choice) for the n-th batch with that class. 1 itself is left out of the
@@ -402,8 +426,8 @@ class CoverageThreshold(nn.Module):
         moved = (self.value + step * (share - self.target)).clamp(0, 1 - torch.finfo(self.value.dtype).eps)
         self.value.copy_(torch.where(present > 0, moved, self.value))
 
-    def classes_and_coverage(self, batch: PatchBatch) -> tuple[Tensor, Tensor]:
-        """(coverage, labels) of all rows of a :class:`PatchBatch`, qualified or not, as :meth:`update` takes them."""
+    def coverage_and_classes(self, batch: PatchRows | PatchBatch) -> tuple[Tensor, Tensor]:
+        """Of all rows that :func:`patch_embeddings` makes, qualified or not, as :meth:`update` takes them."""
         k = self.num_classes
         classes = torch.arange(k, device=batch.coverage.device).repeat(len(batch.coverage) // k)
         return batch.coverage, classes

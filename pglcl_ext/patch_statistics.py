@@ -1,4 +1,4 @@
-"""Entropy and class confidence of the patches of a prediction (METHOD section 2)."""
+"""Entropy and class confidence of the patches of a prediction (method, section 2)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def patch_statistics(
     r"""Average entropy, class confidence and class entropy of every patch, in one pass over the prediction.
 
     With :math:`p = \mathrm{softmax}_K(\ell)` and the pixel entropy :math:`h(x) = -\sum_k p_k(x) \log p_k(x)`
-    (METHOD section 2; the average patch entropy is the paper's, the rest our choice), for each patch :math:`j`
+    (method, section 2; the average patch entropy is the paper's, the rest our choice), for each patch :math:`j`
 
     .. math::
         H_j = \mathrm{mean}_{x \in j}\, h(x), \quad

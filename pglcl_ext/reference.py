@@ -1,5 +1,5 @@
-"""The ops in plain PyTorch: each function reads as its formula in METHOD, is differentiable twice, and stores whatever
-it likes. The tests hold the kernels to these; users can, too.
+"""The ops in plain PyTorch: each function reads as its formula in docs/method.md, is differentiable twice, and stores
+whatever it likes. The tests hold the kernels to these; users can, too.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def patch_statistics(
     probabilities: bool = False,
     normalize: bool = False,
 ) -> PatchStatistics:
-    """METHOD section 2; see :func:`pglcl_ext.patch_statistics`."""
+    """method, section 2; see :func:`pglcl_ext.patch_statistics`."""
     patch, step = patch_grid_arguments(input, patch_size, stride)
     pool = F.avg_pool2d if input.dim() == 4 else F.avg_pool3d
 
@@ -61,12 +61,12 @@ def patch_entropy(
     probabilities: bool = False,
     normalize: bool = False,
 ) -> Tensor:
-    """METHOD section 2; see :func:`pglcl_ext.patch_entropy`."""
+    """method, section 2; see :func:`pglcl_ext.patch_entropy`."""
     return patch_statistics(input, patch_size, stride, probabilities=probabilities, normalize=normalize).entropy
 
 
 def semantic_disparity(a: Tensor, b: Tensor | None = None) -> Tensor:
-    """METHOD section 3; see :func:`pglcl_ext.semantic_disparity`."""
+    """method, section 3; see :func:`pglcl_ext.semantic_disparity`."""
     b = a if b is None else b
     a, b = (t[:, None] if t.dim() == 1 else t for t in (a, b))
     return (a[:, None, :] - b[None, :, :]).abs().mean(dim=2)
@@ -94,7 +94,7 @@ def guided_masks(
     num_negatives: int | None = None,
     ignore_index: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The positives and negatives of METHOD section 4, and the pairs considered at all: three (N, M) bool masks."""
+    """The positives and negatives of method, section 4, and the pairs considered at all: three (N, M) bool masks."""
     other = labels if key_labels is None else key_labels
     allowed = (labels != ignore_index)[:, None] & (other != ignore_index)[None, :]
     if key_labels is None:
@@ -134,7 +134,7 @@ def patch_contrast_loss(
     ignore_index: int = -1,
     reduction: str = "mean",
 ) -> Tensor:
-    """METHOD sections 4 and 5; see :func:`pglcl_ext.patch_contrast_loss`."""
+    """method, sections 4 and 5; see :func:`pglcl_ext.patch_contrast_loss`."""
     positives, negatives, allowed = guided_masks(
         labels,
         descriptors,
@@ -190,7 +190,7 @@ def gaussian_contrast_loss(
     ignore_index: int = -1,
     reduction: str = "mean",
 ) -> Tensor:
-    """METHOD section 6; see :func:`pglcl_ext.gaussian_contrast_loss`."""
+    """method, section 6; see :func:`pglcl_ext.gaussian_contrast_loss`."""
     k = len(counts)
     taking_part = counts > 0
     known = (labels != ignore_index) & (labels >= 0) & (labels < k)

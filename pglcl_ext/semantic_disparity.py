@@ -1,4 +1,4 @@
-"""How differently two patches are predicted (METHOD section 3), and the bounds taken from it (section 4)."""
+"""How differently two patches are predicted (method, section 3), and the bounds taken from it (section 4)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["semantic_disparity"]
 def semantic_disparity(a: Tensor, b: Tensor | None = None) -> Tensor:
     r"""The disparity :math:`\Delta_{ij} = \frac{1}{C} \sum_c |a_{ic} - b_{jc}|` of every pair of patches.
 
-    From METHOD section 3: comparing patches by their average entropy is the paper's, the formula our choice.
+    From method, section 3: comparing patches by their average entropy is the paper's, the formula our choice.
     :func:`pglcl_ext.patch_contrast_loss` applies it to descriptors without storing this matrix.
 
     Args:
@@ -48,7 +48,7 @@ def disparity_bounds(
     ignore_index: int,
     self_offset: int,
 ) -> Tensor:
-    """The bound that keeps `count` positives or negatives of each anchor, ties included (METHOD section 4).
+    """The bound that keeps `count` positives or negatives of each anchor, ties included (method, section 4).
 
     Args:
         descriptors: (N,) or (N, C). One channel costs a sort; several cost all disparities, a row at a time.

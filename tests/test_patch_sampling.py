@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from pglcl_ext import (
     CoverageThreshold,
     PatchBatch,
     PatchContrastLoss,
+    PatchRows,
     class_patches,
     patch_embeddings,
     patch_statistics,
@@ -100,8 +100,8 @@ def test_selected_rows_alone_are_pooled(shape, patch: list[int], step: list[int]
     features = torch.randn(*shape, generator=g, dtype=torch.float64).to(device).requires_grad_()
     weights = torch.randn(shape[0], 3, *shape[2:], generator=g, dtype=torch.float64).softmax(1).to(device)
 
-    def select(rows: PatchBatch) -> PatchBatch:
-        assert rows.embeddings.shape == (len(rows.labels), 0)
+    def select(rows: PatchRows) -> PatchRows:
+        assert isinstance(rows, PatchRows)
         return rows.limited(2, rows.entropy)
 
     for compact in (False, True):
@@ -114,7 +114,7 @@ def test_selected_rows_alone_are_pooled(shape, patch: list[int], step: list[int]
             select=lambda r, c=compact: select(r).compact() if c else select(r),
         )
         every = patch_embeddings(features, weights, patch, step, coverage=0.3)
-        every = select(every._replace(embeddings=every.embeddings[:, :0]))._replace(embeddings=every.embeddings)
+        every = every.limited(2, every.entropy)
         known = every.labels >= 0
         assert 3 < known.sum() <= 6
         if compact:
@@ -162,7 +162,7 @@ def test_a_ring_two_pixels_wide_yields_patches(device: torch.device) -> None:
     assert batch.coverage[ring].max() < 0.5  # a threshold of one half would leave none
     threshold = CoverageThreshold(3).to(device)
     for _ in range(200):
-        threshold.update(*threshold.classes_and_coverage(batch))
+        threshold.update(*threshold.coverage_and_classes(batch))
     assert (patch_embeddings(image, weights, 16, coverage=threshold.value).labels == 1).sum() >= 0.6 * ring.sum()
     crops = class_patches(image, labels, 16, 3)
     assert (crops.labels == 1).sum() == ring.sum()
@@ -380,4 +380,6 @@ def test_bad_thresholds() -> None:
             CoverageThreshold(**{"num_classes": 2, **options})
     with pytest.raises(ValueError, match="same shape"):
         CoverageThreshold(2).update(torch.rand(3), torch.zeros(4).long())
-    assert not math.isnan(CoverageThreshold(2).value.sum())
+    assert CoverageThreshold(2, initial=0.25).value.tolist() == [0.25, 0.25]
+    with pytest.raises(ValueError, match="per_class must be at least 0, got -1"):
+        PatchBatch(*torch.zeros(5, 3)).limited(-1, torch.zeros(3))

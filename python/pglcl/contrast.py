@@ -19,6 +19,7 @@ from pglcl_ext import (
     GaussianContrastLoss,
     PatchBatch,
     PatchContrastLoss,
+    PatchRows,
     class_patches,
     patch_embeddings,
 )
@@ -43,7 +44,7 @@ def halved(x: Tensor) -> Tensor:
     return x
 
 
-def limit_per_class(rows: PatchBatch, count: int, hardest: bool, generator: torch.Generator) -> PatchBatch:
+def limit_per_class(rows: Any, count: int, hardest: bool, generator: torch.Generator) -> Any:
     """Rows that qualify, `count` (0: all) of a class: the least certain, or a random sample."""
     rows = rows.compact()  # the losses leave out the others; projecting them would be for nothing
     if not count:
@@ -160,7 +161,7 @@ class PatchContrast(nn.Module):
         features: Tensor,
         *,
         annotated: bool = False,
-        choose: Callable[[PatchBatch], PatchBatch] = PatchBatch.compact,
+        choose: Callable[[Any], Any] = lambda rows: rows.compact(),
         observe: bool = False,
     ) -> PatchBatch:
         """Class-aware patches with their embeddings, pooled or cropped, those that `choose` leaves.
@@ -174,9 +175,9 @@ class PatchContrast(nn.Module):
         if self.config.patches == "crop":
             return choose(self._cropped(network, weights, views.prediction, views.images, observe))
 
-        def select(rows: PatchBatch) -> PatchBatch:
+        def select(rows: PatchRows) -> PatchRows:
             if observe:
-                self._move_threshold(*self.threshold.classes_and_coverage(rows))
+                self._move_threshold(*self.threshold.coverage_and_classes(rows))
             return choose(rows)
 
         return patch_embeddings(
