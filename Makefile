@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-fast bench docs torture fuzz sanitize format lint clean test-cuda bench-cuda cuda-all cuda-check
+.PHONY: setup demo test test-fast bench docs torture fuzz sanitize format lint clean test-cuda bench-cuda cuda-all cuda-check mutants
 
 # The native sources are part of the stamp: the extension is rebuilt when one changes.
 SOURCES := $(shell find csrc tools -type f) CMakeLists.txt setup.py pyproject.toml
@@ -56,6 +56,11 @@ docs: setup
 	  $(BIN)/pip install --quiet --no-build-isolation --editable ".[docs]"
 	$(BIN)/python -m sphinx -E -W --keep-going -q -b html -c docs . build/site
 	@echo "build/site/docs/index.html"
+
+# Faults planted in the CUDA code: all of them, or as many as MUTANTS says, drawn by SEED.
+SEED ?= 0
+mutants: setup
+	$(BIN)/python -m tests.mutants --seed $(SEED) $(if $(MUTANTS),--draw $(MUTANTS))
 
 # --- CUDA ---------------------------------------------------------------------------------------------------------------
 CUDA_TORCH ?= torch==2.14.1

@@ -130,6 +130,7 @@ void copy_waits_for_older(bool bad) {
   commit_copies();
   wait_copies<1>();
   s.load((bad ? 128 : 0) + 4 * thread_index());
+  wait_copies<0>();
 }
 
 void copy_seen_by_others(bool bad) {
@@ -147,10 +148,73 @@ void too_little_shared(bool bad) {
   memory.take<float>(bad ? 100000 : 10);
 }
 
+// --- faults that only the end of a launch, the launch itself, or a second block shows
+
+void race_behind_second_reader(bool bad) {
+  SharedMemory memory;
+  const Shared<float> s = memory.take<float>(32);
+  s.store(thread_index(), 1.0f);
+  sync_threads();
+  s.load(0);  // thread 0 reads as well as all others, and then writes
+  if (!bad) sync_threads();
+  if (thread_index() == 0) s.store(0, 2.0f);
+}
+
+void global_race_in_block(bool bad) {
+  const Global<float> out(output);
+  out.store(thread_index(), 1.0f);
+  if (!bad) sync_threads();
+  out.load(thread_index() ? thread_index() - 1 : 0);
+}
+
+void global_race_of_blocks(bool bad) {
+  Global<float>(output).store(thread_index() + (bad ? 0 : 32 * block_index()), 1.0f);
+}
+
+void output_left_out(bool bad) {
+  if (bad && thread_index() == 9) return;
+  Global<float>(output).store(thread_index() + 32 * block_index(), 1.0f);
+}
+
+void write_to_input(bool bad) { Global<float>(bad ? input : output).store(thread_index(), 1.0f); }
+
+void copy_pending_at_exit(bool bad) {
+  SharedMemory memory;
+  memory.take<float>(128).copy_async(4 * thread_index(), Global<const float>(input), 0, false);
+  commit_copies();
+  if (!bad) wait_copies<0>();
+}
+
+void write_under_copy(bool bad) {
+  SharedMemory memory;
+  const Shared<float> s = memory.take<float>(128);
+  s.copy_async(4 * thread_index(), Global<const float>(input), 0, false);
+  commit_copies();
+  if (!bad) wait_copies<0>();
+  s.store(4 * thread_index(), 1.0f);
+  wait_copies<0>();
+}
+
+void mma_of_old_device(bool bad) {
+  simt::device().compiled_for = bad ? 75 : 80;
+  float d[4] = {};
+  mma_bf16(d, {0, 0, 0, 0}, {0, 0});
+}
+
+void nothing(bool) {}
+
+struct Launch {
+  int64_t blocks = 1, blocks_y = 1, shared_bytes = 1024, asked = 0;
+  int stream = simt::kCurrentStream;
+  bool guarded = true, whole = false;  // whole: the call ends, and every output must be written
+};
+
 struct Case {
   const char* name;
   void (*kernel)(bool);
+  Launch bad = {}, good = {};
 };
+const Launch kWhole{.whole = true}, kTwoBlocks{.blocks = 2}, kTwoWhole{.blocks = 2, .whole = true};
 const Case kCases[] = {
     {"global_bounds", global_bounds},
     {"shared_bounds", shared_bounds},
@@ -171,6 +235,20 @@ const Case kCases[] = {
     {"copy_waits_for_older", copy_waits_for_older},
     {"copy_seen_by_others", copy_seen_by_others},
     {"too_little_shared", too_little_shared},
+    {"race_behind_second_reader", race_behind_second_reader},
+    {"global_race_in_block", global_race_in_block},
+    {"global_race_of_blocks", global_race_of_blocks, kTwoBlocks, kTwoBlocks},
+    {"output_left_out", output_left_out, kTwoWhole, kTwoWhole},
+    {"write_to_input", write_to_input},
+    {"copy_pending_at_exit", copy_pending_at_exit},
+    {"write_under_copy", write_under_copy},
+    {"mma_of_old_device", mma_of_old_device},
+    {"shared_not_asked_for", nothing, {.shared_bytes = 50000}, {.shared_bytes = 50000, .asked = 60000}},
+    {"shared_above_the_limit", nothing, {.asked = 200000}, {.asked = 160000}},
+    {"grid_too_high", nothing, {.blocks_y = 65536}, {.blocks_y = 2}},
+    {"grid_of_nothing", nothing, {.blocks = 0}},
+    {"other_stream", nothing, {.stream = 0}},
+    {"no_guard", nothing, {.guarded = false}},
 };
 
 }  // namespace
@@ -182,11 +260,19 @@ const char* fault_name(int i) { return kCases[i].name; }
 
 // Null when nothing was found, else the emulator's message.
 const char* run_fault(int i, bool bad) {
-  simt::global_memory().clear();
+  const Case& x = kCases[i];
+  const Launch& launch = bad ? x.bad : x.good;
+  simt::device() = {};
+  simt::begin_call();
+  simt::current_call().open = launch.guarded;
   simt::global_memory().announce(input, sizeof(input), "input", true);
   simt::global_memory().announce(output, sizeof(output), "output", false);
   try {
-    simt::launch(kCases[i].name, {1, 1, 1}, {32, 1, 1}, 1024, [=] { kCases[i].kernel(bad); });
+    const void* address = reinterpret_cast<const void*>(x.kernel);
+    simt::allow_shared(address, launch.asked, launch.asked);
+    simt::launch(x.name, address, {launch.blocks, launch.blocks_y, 1}, {32, 1, 1}, size_t(launch.shared_bytes),
+                 launch.stream, [=] { x.kernel(bad); });
+    if (launch.whole) simt::check_call();
     return nullptr;
   } catch (const simt::Error& error) {
     message = error.what();
@@ -196,7 +282,8 @@ const char* run_fault(int i, bool bad) {
 
 // The lanes whose bit is set in `bits`, as a vote of the warp finds them; and the sum of all lane numbers, by shuffles.
 void run_votes(uint32_t bits, uint32_t* votes, int* sum) {
-  simt::launch("votes", {1, 1, 1}, {32, 1, 1}, 0, [=] {
+  simt::begin_call();
+  simt::launch("votes", nullptr, {1, 1, 1}, {32, 1, 1}, 0, simt::kCurrentStream, [=] {
     const uint32_t all = ballot(bits >> thread_index() & 1);
     const int total = warp_sum(thread_index());
     if (thread_index() == 7) {
@@ -208,7 +295,8 @@ void run_votes(uint32_t bits, uint32_t* votes, int* sum) {
 
 // D = A B of one warp: rows (16, depth), columns (8, depth), in fragments as the PTX ISA lays them out.
 void run_mma(int kind, const float* rows, const float* columns, float* result) {
-  simt::launch("mma", {1, 1, 1}, {32, 1, 1}, 0, [=] {
+  simt::begin_call();
+  simt::launch("mma", nullptr, {1, 1, 1}, {32, 1, 1}, 0, simt::kCurrentStream, [=] {
     const int lane = thread_index(), group = lane / 4, within = lane % 4;
     const int depth = kind == 2 ? 8 : 16, per_word = depth / 8;
     const auto pack = [&](const float* row, int first) {

@@ -3,28 +3,40 @@
 // Every thread of a block is a fiber. A fiber runs until it meets a barrier or a warp operation; the scheduler resumes
 // it when all threads that take part have come. On the way every access to memory is checked. A launch throws
 // simt::Error, naming kernel, block, thread and source line, on
-//   - an access outside of a global buffer or of shared memory, or to a global buffer that was not announced,
-//   - a read of shared memory, or of an output buffer, that nobody wrote,
+//   - an access outside of a global buffer or of shared memory, to a buffer that was not announced, or a write to an
+//     input,
+//   - a read of shared memory, or of an output buffer, that nobody wrote; at the end of a call, output that nobody
+//   wrote,
 //   - threads of a block at different barriers, or gone while others wait (likewise for the lanes of a warp),
-//   - two threads touching one shared address without a barrier between, one of them writing,
+//   - two threads touching one shared address without a barrier between, one of them writing; the same in global
+//   memory,
+//     where no barrier lies between two blocks,
 //   - a misaligned vector access,
-//   - a read of what cp.async has not delivered: its data appears only when the thread that issued it waits.
+//   - a read of what cp.async has not delivered: its data appears only when the thread that issued it waits; and a
+//   thread
+//     that ends while copies are pending,
+//   - what the device lacks: shared memory above its limit, or above 48 KiB without being asked for, grids too large,
+//     tensor cores and cp.async below compute capability 8.0; and a launch on another stream than the current one.
 //
 // Kernels are written against the names below, which a small header maps to CUDA when nvcc compiles them (device.h in
 // csrc/cuda/kernels). One launch at a time; not thread-safe, and needs none.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
 #include <map>
 #include <memory>
+#include <set>
 #include <source_location>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace simt {
@@ -33,38 +45,133 @@ using Location = std::source_location;
 using Error = std::runtime_error;
 
 struct Dim3 {
-  int x = 1, y = 1, z = 1;
+  int64_t x = 1, y = 1, z = 1;
 };
 
 constexpr int kWarp = 32;
+
+// The device that is emulated; tests set it.
+struct Device {
+  int capability = 80;                // e.g. 80
+  int compiled_for = 80;              // what the running code was compiled for; not above the capability
+  int64_t shared_bytes = 163 * 1024;  // the most that a block can ask for
+  int multiprocessors = 4;
+};
+inline Device& device() {
+  static Device device;
+  return device;
+}
+
+// Which of the faults that tests/mutants planted is on; 0: none.
+inline int planted_fault = 0;
+#define PGLCL_MUTANT(number, original, mutated) (::simt::planted_fault == (number) ? (mutated) : (original))
+
+// --- who touched a byte last, and whether an access conflicts with it
+// ---------------------------------------------------------------------
+
+enum class Access { kRead, kWrite, kAtomic };
+
+struct Touch {
+  int thread = -1;
+  uint32_t block = 0, epoch = 0, warp_epoch = 0;  // the block's number in all launches; barriers it has passed
+  bool atomic = false;
+
+  // Whether this earlier touch is unordered with one by `now`: another thread's, with no barrier since.
+  bool unordered(const Touch& now) const {
+    if (thread < 0) return false;
+    if (block != now.block) return true;  // of the same launch: the end of a launch forgets all touches
+    if (thread == now.thread || epoch != now.epoch) return false;
+    return !(thread / kWarp == now.thread / kWarp && warp_epoch < now.warp_epoch);
+  }
+};
+
+// The last writer, and two readers since the last barrier: a third need not be kept, since of two readers one is not
+// the writer to come.
+struct History {
+  Touch writer, readers[2];
+  bool written = false, pending = false;
+
+  void read(const Touch& now) {
+    int oldest = 0;
+    for (int i = 0; i < 2; ++i) {
+      Touch& r = readers[i];
+      if (!r.unordered(now)) {  // ordered before this read, or this thread's own: it is the new one's to stand for
+        r = now;
+        return;
+      }
+      if (r.warp_epoch < readers[oldest].warp_epoch) oldest = i;
+    }
+    // Readers of two warps, or blocks, where there are such: one of them conflicts with any writer.
+    if (readers[0].block == readers[1].block && readers[0].thread / kWarp == readers[1].thread / kWarp)
+      readers[oldest] = now;
+  }
+  // The touch that the access is in conflict with; null when there is none.
+  const Touch* conflict(const Touch& now, Access access) const {
+    if (writer.unordered(now) && !(access == Access::kAtomic && writer.atomic)) return &writer;
+    if (access != Access::kRead)
+      for (const Touch& r : readers)
+        if (r.unordered(now)) return &r;
+    return nullptr;
+  }
+  void write(const Touch& now) {
+    writer = now;
+    written = true;
+  }
+};
 
 // --- global memory: buffers are announced before a launch
 // ----------------------------------------------------------------
 
 class GlobalMemory {
  public:
-  // `written` says whether the buffer holds data already; reads of bytes that nobody wrote are errors otherwise.
-  void announce(const void* data, size_t bytes, std::string name, bool written) {
-    if (bytes) buffers_[address(data)] = {bytes, std::move(name), std::vector<bool>(bytes, written)};
+  // An input holds data and may not be written; of an output, bytes that nobody wrote may not be read.
+  void announce(const void* data, size_t bytes, std::string name, bool input) {
+    if (bytes == 0) return;
+    const auto found = buffers_.find(address(data));
+    if (found != buffers_.end() && found->second.bytes >= bytes && found->second.input == input) return;  // again
+    if (found != buffers_.end() && !found->second.input) return;  // an output of this call is read by its next launch
+    buffers_[address(data)] = {bytes, std::move(name), input, std::vector<History>(input ? 0 : bytes)};
+    last_ = nullptr;
   }
-  void clear() { buffers_.clear(); }
+  void clear() {
+    buffers_.clear();
+    last_ = nullptr;
+  }
+  // A launch is over: what comes is ordered behind it.
+  void forget_touches() {
+    for (auto& [start, buffer] : buffers_)
+      for (History& h : buffer.history) h.writer = h.readers[0] = h.readers[1] = Touch{};
+  }
+  // Names an output with a byte that nobody wrote; empty when there is none.
+  std::string unwritten() const {
+    for (const auto& [start, buffer] : buffers_)
+      for (size_t i = 0; i < buffer.history.size(); ++i)
+        if (!buffer.history[i].written)
+          return "output memory that nobody wrote: byte " + std::to_string(i) + " of " + buffer.name + ", which has " +
+                 std::to_string(buffer.bytes);
+    return {};
+  }
 
   // Empty when the access is fine, else what is wrong with it. `base` is the pointer that the kernel was given: an
   // access that strays from its buffer into another is out of bounds, too.
-  std::string check(const void* base, const void* at, size_t bytes, bool write) {
-    auto next = buffers_.upper_bound(address(base));
-    if (next == buffers_.begin()) return "global access to memory that is no buffer";
-    auto& [start, buffer] = *std::prev(next);
-    if (address(base) > start + buffer.bytes) return "global access to memory that is no buffer";
+  std::string check(const void* base, const void* at, size_t bytes, Access access, const Touch& now) {
+    Buffer* found = find(address(base));
+    if (!found) return "global access to memory that is no buffer";
+    Buffer& buffer = *found;
+    const uintptr_t start = last_start_;
     if (address(at) < start || address(at) + bytes > start + buffer.bytes)
       return "out-of-bounds global access: byte " + std::to_string(int64_t(address(at) - start)) + " of " +
              buffer.name + ", which has " + std::to_string(buffer.bytes);
     if (address(at) % bytes) return "misaligned global access of " + std::to_string(bytes) + " bytes in " + buffer.name;
+    if (buffer.input) return access == Access::kRead ? std::string() : "write to an input: " + buffer.name;
     for (size_t i = address(at) - start; i < address(at) - start + bytes; ++i) {
-      if (write)
-        buffer.written[i] = true;
-      else if (!buffer.written[i])
-        return "read of output memory that nobody wrote: " + buffer.name;
+      History& h = buffer.history[i];
+      if (access != Access::kWrite && !h.written) return "read of output memory that nobody wrote: " + buffer.name;
+      if (const Touch* other = h.conflict(now, access))
+        return "race in global memory, " + buffer.name + ": " +
+               (other->block == now.block ? "thread " + std::to_string(other->thread) : std::string("another block")) +
+               " touched it with no barrier between";
+      access == Access::kRead ? h.read(now) : h.write(now);
     }
     return {};
   }
@@ -73,16 +180,27 @@ class GlobalMemory {
   struct Buffer {
     size_t bytes;
     std::string name;
-    std::vector<bool> written;
+    bool input;
+    std::vector<History> history;  // of each byte; inputs need none
   };
   static uintptr_t address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
+  Buffer* find(uintptr_t base) {
+    if (last_ && base >= last_start_ && base <= last_start_ + last_->bytes) return last_;
+    auto next = buffers_.upper_bound(base);
+    if (next == buffers_.begin()) return nullptr;
+    auto& [start, buffer] = *std::prev(next);
+    if (base > start + buffer.bytes) return nullptr;
+    last_start_ = start;
+    last_ = &buffer;
+    return last_;
+  }
   std::map<uintptr_t, Buffer> buffers_;
+  Buffer* last_ = nullptr;
+  uintptr_t last_start_ = 0;
 };
 
 // --- a block of threads
 // -----------------------------------------------------------------------------------------------------
-
-enum class Access { kRead, kWrite, kAtomic };
 
 class Block {
  public:
@@ -95,29 +213,27 @@ class Block {
   void run(const std::function<void()>& body, int threads, size_t shared_bytes) {
     instance() = this;
     body_ = &body;
-    shared_.assign(shared_bytes + kStaticShared, 0);
-    shadow_.assign(shared_.size(), Shadow{});
+    shared_.assign(shared_bytes + kStaticShared, 0xff);
+    shadow_.assign(shared_.size() / kGranule, History{});
     dynamic_bytes_ = shared_bytes;
     static_used_ = 0;
     static_arrays_.clear();
     epoch_ = 0;
+    ++number_;
     threads_.resize(threads);
     for (int i = 0; i < threads; ++i) {
       Thread& t = threads_[i];
       if (!t.stack) t.stack = std::make_unique<char[]>(kStack);
       t.state = State::kReady;
+      t.started = false;
       t.warp_epoch = 0;
       t.copies.clear();
-      getcontext(&t.context);
-      t.context.uc_stack.ss_sp = t.stack.get();
-      t.context.uc_stack.ss_size = kStack;
-      t.context.uc_link = &scheduler_;
-      makecontext(&t.context, &Block::enter, 0);
     }
     schedule();
   }
 
   int thread() const { return running_; }
+  Touch now(bool atomic = false) const { return {running_, number_, epoch_, threads_[running_].warp_epoch, atomic}; }
 
   [[noreturn]] void fail(const std::string& what, const Location& where) const {
     std::string file = where.file_name();
@@ -127,12 +243,21 @@ class Block {
                 std::to_string(where.line()) + ": " + what);
   }
 
+  // What the emulated device must have.
+  void need(int capability, const char* what, const Location& where) const {
+    if (device().compiled_for < capability)
+      fail(std::string(what) + " needs compute capability " + std::to_string(capability) + ", the code is of " +
+               std::to_string(device().compiled_for),
+           where);
+  }
+
   // --- barriers and warp operations
   void barrier(const Location& where) { wait(State::kAtBarrier, where); }
 
   // Every lane of `mask` brings a payload; the last one to come runs `combine` on all of them.
-  void collective(const char* name, uint32_t mask, void* payload, const std::function<void(void**)>& combine,
-                  const Location& where, bool orders_memory = false) {
+  template <typename Combine>
+  void collective(const char* name, uint32_t mask, void* payload, const Combine& combine, const Location& where,
+                  bool orders_memory = false) {
     const int warp = running_ / kWarp, lane = running_ % kWarp;
     if (!(mask >> lane & 1)) fail(std::string(name) + ": the calling lane is not in the mask", where);
     Thread& self = threads_[running_];
@@ -142,13 +267,13 @@ class Block {
     self.where = where;
     self.state = State::kAtWarp;
     void* payloads[kWarp] = {};
-    for (int other = 0; other < kWarp; ++other) {
+    for (int other = kWarp - 1; other >= 0; --other) {  // the last lanes come last
       if (!(mask >> other & 1)) continue;
       const int index = warp * kWarp + other;
       if (index >= int(threads_.size())) fail(std::string(name) + ": the mask names a lane that does not exist", where);
       const Thread& t = threads_[index];
-      const bool here = t.state == State::kAtWarp && t.operation == std::string(name) && t.mask == mask &&
-                        t.where.line() == where.line() && t.where.column() == where.column();
+      const bool here = t.state == State::kAtWarp && t.mask == mask && t.where.line() == where.line() &&
+                        t.where.column() == where.column() && std::strcmp(t.operation, name) == 0;
       if (!here) {
         yield();
         return;
@@ -170,12 +295,12 @@ class Block {
 
   // The same place for every thread that comes by the same line.
   size_t static_array(size_t bytes, const Location& where) {
-    const auto key = std::make_pair(std::string(where.file_name()), where.line());
+    const auto key = std::make_pair(where.line(), where.column());
     auto found = static_arrays_.find(key);
     if (found != static_arrays_.end()) return found->second;
-    const size_t at = dynamic_bytes_ + static_used_;
+    const size_t at = (dynamic_bytes_ + 15) / 16 * 16 + static_used_;
     static_used_ += (bytes + 15) / 16 * 16;
-    if (static_used_ > kStaticShared) fail("more than 48 KiB of static shared memory", where);
+    if (static_used_ + 16 > kStaticShared) fail("more than 48 KiB of static shared memory", where);
     return static_arrays_[key] = at;
   }
 
@@ -183,20 +308,20 @@ class Block {
     if (at + bytes > limit)
       fail("out-of-bounds shared access: byte " + std::to_string(at) + " of " + std::to_string(limit), where);
     if (at % bytes) fail("misaligned shared access of " + std::to_string(bytes) + " bytes", where);
-    for (size_t i = at; i < at + bytes; ++i) {
-      Shadow& s = shadow_[i];
+    const Touch now_ = now(access == Access::kAtomic);
+    for (size_t i = at / kGranule; i < (at + bytes) / kGranule; ++i) {
+      History& h = shadow_[i];
       if (access != Access::kWrite) {
-        if (s.pending) fail("read of shared memory before cp.async delivered it", where);
-        if (!s.written) fail("read of shared memory that nobody wrote", where);
+        if (h.pending) fail("read of shared memory before cp.async delivered it", where);
+        if (!h.written) fail("read of shared memory that nobody wrote", where);
+      } else if (h.pending) {
+        fail("write to shared memory that cp.async is about to write", where);
       }
-      if (conflicts(s.writer) && !(access == Access::kAtomic && s.writer.atomic)) race(s.writer, "wrote", where);
-      if (access != Access::kRead && conflicts(s.reader)) race(s.reader, "read", where);
-      if (access == Access::kRead) {
-        if (!conflicts(s.reader)) s.reader = now(false);  // one reader of this epoch is kept
-      } else {
-        s.writer = now(access == Access::kAtomic);
-        s.written = true;
-      }
+      if (const Touch* other = h.conflict(now_, access))
+        fail("race on a shared address: thread " + std::to_string(other->thread) +
+                 (other == &h.writer ? " wrote" : " read") + " it with no barrier between",
+             where);
+      access == Access::kRead ? h.read(now_) : h.write(now_);
     }
   }
 
@@ -204,17 +329,23 @@ class Block {
   void copy_async(size_t to, size_t limit, const void* base, const void* from, size_t bytes, bool fill_zero,
                   const Location& where) {
     if (!fill_zero) {
-      const std::string wrong = global->check(base, from, bytes, false);
+      const std::string wrong = global->check(base, from, bytes, Access::kRead, now());
       if (!wrong.empty()) fail(wrong, where);
     }
     touch_shared(to, bytes, limit, Access::kWrite, where);
-    for (size_t i = to; i < to + bytes; ++i) {
+    if (device().compiled_for < 80) {  // a load and a store, there at once for the thread itself
+      deliver({to, from, bytes, fill_zero, false});
+      return;
+    }
+    for (size_t i = to / kGranule; i < (to + bytes) / kGranule; ++i) {
       shadow_[i].written = false;
       shadow_[i].pending = true;
     }
     threads_[running_].copies.push_back({to, from, bytes, fill_zero, false});
   }
-  void commit_copies() { threads_[running_].copies.push_back({0, nullptr, 0, false, true}); }
+  void commit_copies() {
+    if (device().compiled_for >= 80) threads_[running_].copies.push_back({0, nullptr, 0, false, true});
+  }
   // Delivers all but the newest `left` groups of this thread.
   void wait_copies(int left) {
     std::vector<Copy>& copies = threads_[running_].copies;
@@ -230,19 +361,11 @@ class Block {
 
  private:
   static constexpr size_t kStack = 256 * 1024;
-  static constexpr size_t kStaticShared = 48 * 1024;
+  static constexpr size_t kStaticShared = 48 * 1024 + 16;
+  static constexpr size_t kGranule = 2;  // bytes that share a history: the smallest element in shared memory
 
   enum class State { kReady, kAtBarrier, kAtWarp, kDone };
 
-  struct Touch {
-    int thread = -1;
-    uint32_t epoch = 0, warp_epoch = 0;
-    bool atomic = false;
-  };
-  struct Shadow {
-    Touch writer, reader;
-    bool written = false, pending = false;
-  };
   struct Copy {
     size_t to;
     const void* from;
@@ -250,11 +373,13 @@ class Block {
     bool fill_zero, ends_group;
   };
   struct Thread {
-    ucontext_t context;
+    ucontext_t context;  // to start it; from then on:
+    jmp_buf paused;
     std::unique_ptr<char[]> stack;
     State state = State::kDone;
+    bool started = false;
     Location where;
-    std::string operation;
+    const char* operation = "";
     uint32_t mask = 0;
     void* payload = nullptr;
     uint32_t warp_epoch = 0;
@@ -270,13 +395,30 @@ class Block {
     Block& block = current();
     try {
       (*block.body_)();
-    } catch (const Error& error) {
+      for (const Copy& copy : block.threads_[block.running_].copies)
+        if (!copy.ends_group) block.fail("the thread ends while cp.async is under way", Location::current());
+    } catch (const std::exception& error) {
       block.error_ = error.what();
     }
     block.threads_[block.running_].state = State::kDone;
+    _longjmp(block.scheduler_, 1);
   }
 
-  void yield() { swapcontext(&threads_[running_].context, &scheduler_); }
+  // Between threads by _setjmp and _longjmp: swapcontext asks the kernel for the signal mask every time.
+  void yield() {
+    if (_setjmp(threads_[running_].paused) == 0) _longjmp(scheduler_, 1);
+  }
+  void resume(Thread& t) {
+    if (_setjmp(scheduler_) != 0) return;
+    if (t.started) _longjmp(t.paused, 1);
+    t.started = true;
+    getcontext(&t.context);
+    t.context.uc_stack.ss_sp = t.stack.get();
+    t.context.uc_stack.ss_size = kStack;
+    t.context.uc_link = nullptr;
+    makecontext(&t.context, &Block::enter, 0);
+    setcontext(&t.context);
+  }
 
   void wait(State state, const Location& where) {
     threads_[running_].state = state;
@@ -291,7 +433,7 @@ class Block {
       for (size_t i = 0; i < threads_.size(); ++i) {
         if (threads_[i].state != State::kReady) continue;
         running_ = int(i);
-        swapcontext(&scheduler_, &threads_[i].context);
+        resume(threads_[i]);
         if (!error_.empty()) throw Error(error_);
         progress = true;
       }
@@ -308,7 +450,7 @@ class Block {
       const Thread& t = threads_[i];
       running_ = int(i);
       if (t.state == State::kAtWarp)
-        fail(t.operation + ": waits for lanes of its warp that are elsewhere or gone", t.where);
+        fail(std::string(t.operation) + ": waits for lanes of its warp that are elsewhere or gone", t.where);
       if (t.state == State::kAtBarrier && !first) first = &t;
     }
     for (size_t i = 0; i < threads_.size(); ++i) {
@@ -326,72 +468,137 @@ class Block {
     for (Thread& t : threads_) t.state = State::kReady;
   }
 
-  Touch now(bool atomic) const { return {running_, epoch_, threads_[running_].warp_epoch, atomic}; }
-
-  // Whether an earlier touch is by another thread with no barrier since.
-  bool conflicts(const Touch& earlier) const {
-    if (earlier.thread < 0 || earlier.thread == running_ || earlier.epoch != epoch_) return false;
-    const bool same_warp = earlier.thread / kWarp == running_ / kWarp;
-    return !(same_warp && earlier.warp_epoch < threads_[running_].warp_epoch);
-  }
-
-  [[noreturn]] void race(const Touch& earlier, const char* did, const Location& where) const {
-    fail("race on a shared address: thread " + std::to_string(earlier.thread) + " " + did +
-             " it with no barrier between",
-         where);
-  }
-
   void deliver(const Copy& copy) {
     if (copy.fill_zero)
       std::memset(shared_.data() + copy.to, 0, copy.bytes);
     else
       std::memcpy(shared_.data() + copy.to, copy.from, copy.bytes);
-    for (size_t i = copy.to; i < copy.to + copy.bytes; ++i) {
+    for (size_t i = copy.to / kGranule; i < (copy.to + copy.bytes) / kGranule; ++i) {
       shadow_[i].pending = false;
-      shadow_[i].written = true;
-      shadow_[i].writer = now(false);
+      shadow_[i].write(now());
     }
   }
 
-  ucontext_t scheduler_;
+  jmp_buf scheduler_;
   std::vector<Thread> threads_;
   const std::function<void()>* body_ = nullptr;
   std::string error_;
   int running_ = 0;
-  uint32_t epoch_ = 0;
+  uint32_t epoch_ = 0, number_ = 0;
   std::vector<unsigned char> shared_;
-  std::vector<Shadow> shadow_;
+  std::vector<History> shadow_;
   size_t dynamic_bytes_ = 0, static_used_ = 0;
-  std::map<std::pair<std::string, unsigned>, size_t> static_arrays_;
+  std::map<std::pair<unsigned, unsigned>, size_t> static_arrays_;
 };
+
+// --- calls and launches
+// -------------------------------------------------------------------------------------------------------
 
 inline GlobalMemory& global_memory() {
   static GlobalMemory memory;
   return memory;
 }
 
+// One call of an op, from its device guard to the check of its launches.
+struct Call {
+  bool open = false;
+  int unchecked = 0;                              // launches since the last check
+  int pointers = 0;                               // tensors that became pointers
+  std::map<const void*, int64_t> allowed_shared;  // what each kernel may use above 48 KiB
+};
+inline Call& current_call() {
+  static Call call;
+  return call;
+}
+// Names of the kernels launched since this was cleared.
+inline std::vector<std::string>& launches() {
+  static std::vector<std::string> names;
+  return names;
+}
+
+constexpr int kCurrentStream = 7;  // no default: a launch that forgets the stream is seen
+
+// The name of a kernel, without namespaces and template arguments.
+template <auto kKernel>
+std::string name_of() {
+  std::string name = __PRETTY_FUNCTION__;
+  name = name.substr(name.find("kKernel = ") + 10);
+  name = name.substr(0, name.find_first_of("<(;]"));
+  return name.substr(name.find_last_of(": ") + 1);
+}
+template <typename Kernel>
+const void* address_of(Kernel* kernel) {
+  return reinterpret_cast<const void*>(kernel);
+}
+
+// More than 48 KiB of dynamic shared memory has to be asked for. What was asked for ends with the call, so that no call
+// relies on an earlier one.
+inline void allow_shared(const void* kernel, int64_t bytes, int64_t device_bytes) {
+  if (bytes <= 48 * 1024) return;
+  if (device_bytes > device().shared_bytes)
+    throw Error("a kernel asks for " + std::to_string(device_bytes) + " bytes of shared memory, the device has " +
+                std::to_string(device().shared_bytes));
+  current_call().allowed_shared[kernel] = device_bytes;
+}
+
+inline void check_launch(const std::string& kernel, const void* address, Dim3 grid, Dim3 block, size_t shared_bytes,
+                         int stream) {
+  const auto refuse = [&](const std::string& what) { throw Error("launch of " + kernel + ": " + what); };
+  if (!current_call().open) refuse("no device guard");
+  if (stream != kCurrentStream) refuse("not on the current stream");
+  if (grid.x < 1 || grid.y < 1 || grid.x > 0x7fffffff || grid.y > 65535)
+    refuse("a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " blocks");
+  if (block.x < 1 || block.x > 1024 || block.x % kWarp) refuse("blocks of " + std::to_string(block.x) + " threads");
+  const auto allowed = current_call().allowed_shared.find(address);
+  const int64_t limit = std::max<int64_t>(
+      48 * 1024, allowed == current_call().allowed_shared.end() ? 0 : std::min(allowed->second, device().shared_bytes));
+  if (int64_t(shared_bytes) > limit)
+    refuse(std::to_string(shared_bytes) + " bytes of shared memory, of " + std::to_string(limit) + " asked for");
+}
+
 // Runs `body` as every thread of every block.
-inline void launch(const char* kernel, Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& body) {
+inline void launch(const std::string& name, const void* kernel, Dim3 grid, Dim3 block, size_t shared_bytes, int stream,
+                   const std::function<void()>& body) {
+  check_launch(name, kernel, grid, block, shared_bytes, stream);
+  launches().push_back(name);
+  ++current_call().unchecked;
   static Block machine;
-  machine.kernel = kernel;
+  machine.kernel = name;
   machine.global = &global_memory();
   machine.block_dim = block;
   machine.grid_dim = grid;
-  for (int y = 0; y < grid.y; ++y)
-    for (int x = 0; x < grid.x; ++x) {
+  for (int64_t y = 0; y < grid.y; ++y)
+    for (int64_t x = 0; x < grid.x; ++x) {
       machine.block_index = {x, y, 0};
-      machine.run(body, block.x * block.y * block.z, shared_bytes);
+      machine.run(body, int(block.x), shared_bytes);
     }
+  global_memory().forget_touches();
+}
+
+inline void begin_call() {
+  current_call() = {};
+  current_call().open = true;
+  global_memory().clear();
+}
+// After the last launch of a call: every output must be whole.
+inline void check_call() {
+  current_call().unchecked = 0;
+  const std::string wrong = global_memory().unwritten();
+  if (!wrong.empty()) throw Error(wrong);
+}
+inline void end_call() {
+  current_call().open = false;
+  global_memory().clear();
 }
 
 // --- what kernels see
 // ----------------------------------------------------------------------------------------------------------
 
 inline int thread_index() { return Block::current().thread(); }
-inline int block_index() { return Block::current().block_index.x; }
-inline int block_index_y() { return Block::current().block_index.y; }
-inline int block_threads() { return Block::current().block_dim.x; }
-inline int grid_blocks_y() { return Block::current().grid_dim.y; }
+inline int block_index() { return int(Block::current().block_index.x); }
+inline int block_index_y() { return int(Block::current().block_index.y); }
+inline int block_threads() { return int(Block::current().block_dim.x); }
+inline int grid_blocks_y() { return int(Block::current().grid_dim.y); }
 
 inline void sync_threads(Location where = Location::current()) { Block::current().barrier(where); }
 
@@ -442,31 +649,35 @@ class Global {
   using Value = std::remove_const_t<T>;
   Global(T* data) : data_(data) {}
   Value load(int64_t i, Location where = Location::current()) const {
-    check(data_ + i, sizeof(T), false, where);
+    check(data_ + i, sizeof(T), Access::kRead, where);
     return data_[i];
   }
   void store(int64_t i, Value value, Location where = Location::current()) const {
-    check(data_ + i, sizeof(T), true, where);
+    check(data_ + i, sizeof(T), Access::kWrite, where);
     const_cast<Value*>(data_)[i] = value;
   }
   template <int kCount>
   Vector<Value, kCount> load_vector(int64_t i, Location where = Location::current()) const {
-    check(data_ + i, sizeof(T) * kCount, false, where);
+    check(data_ + i, sizeof(T) * kCount, Access::kRead, where);
     Vector<Value, kCount> result;
     std::memcpy(&result, data_ + i, sizeof(result));
     return result;
   }
   template <int kCount>
   void store_vector(int64_t i, const Vector<Value, kCount>& value, Location where = Location::current()) const {
-    check(data_ + i, sizeof(T) * kCount, true, where);
+    check(data_ + i, sizeof(T) * kCount, Access::kWrite, where);
     std::memcpy(const_cast<Value*>(data_) + i, &value, sizeof(value));
   }
   T* data() const { return data_; }
 
  private:
-  void check(const void* at, size_t bytes, bool write, const Location& where) const {
-    const std::string wrong = Block::current().global->check(data_, at, bytes, write);
-    if (!wrong.empty()) Block::current().fail(wrong, where);
+  static void check_at(const void* base, const void* at, size_t bytes, Access access, const Location& where) {
+    Block& block = Block::current();
+    const std::string wrong = block.global->check(base, at, bytes, access, block.now(access == Access::kAtomic));
+    if (!wrong.empty()) block.fail(wrong, where);
+  }
+  void check(const void* at, size_t bytes, Access access, const Location& where) const {
+    check_at(data_, at, bytes, access, where);
   }
   T* data_;
 };
@@ -512,6 +723,7 @@ class Shared {
  private:
   void matrices(int64_t i, uint32_t (&out)[4], bool transposed, const Location& where) const {
     static_assert(sizeof(T) == 2);
+    Block::current().need(75, "ldmatrix", where);
     struct Payload {
       uint16_t row[8];
       uint32_t* out;
@@ -575,6 +787,7 @@ void wait_copies() {
 // Runs one product per warp. decode(fragment word, half) turns a register into the operand's numbers.
 template <int kDepth, typename Decode>
 void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Decode decode, const Location& where) {
+  Block::current().need(80, "mma", where);
   struct Payload {
     const uint32_t *a, *b;
     float* d;

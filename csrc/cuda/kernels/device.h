@@ -339,11 +339,12 @@ uint32_t pack_f16(float low, float high);
 
 }  // namespace pglcl
 
-#define PGLCL_LAUNCH(kernel, grid_x, grid_y, threads, shared_bytes, stream, ...)                   \
-  simt::launch(#kernel, {int(grid_x), int(grid_y), 1}, {int(threads), 1, 1}, size_t(shared_bytes), \
-               [=] { kernel(__VA_ARGS__); })
+#define PGLCL_LAUNCH(kernel, grid_x, grid_y, threads, shared_bytes, stream, ...)                           \
+  simt::launch(simt::name_of<(kernel)>(), simt::address_of(kernel), {int64_t(grid_x), int64_t(grid_y), 1}, \
+               {int64_t(threads), 1, 1}, size_t(shared_bytes), stream, [=] { kernel(__VA_ARGS__); })
 using PglclStream = int;
-#define PGLCL_ALLOW_SHARED(kernel, bytes, device_bytes)
+#define PGLCL_ALLOW_SHARED(kernel, bytes, device_bytes) \
+  simt::allow_shared(simt::address_of(kernel), bytes, device_bytes)
 
 #endif
 

@@ -1,4 +1,8 @@
-"""The CUDA kernels, the very files that nvcc compiles, under the emulator against the reference in float64."""
+"""The CUDA code of the ops, host and device, on an emulated device against the reference in float64.
+
+Run by test_host.py in a process of its own, as ``pytest --emulated 80 tests/simt/emulated_kernels.py``: there the
+emulated ops are in the place of the CPU's.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,8 @@ import pytest
 import torch
 
 from pglcl_ext import reference
-from pglcl_ext.semantic_disparity import disparity_bounds
 from tests.problems import DTYPES, ContrastProblem, gaussian_problem
-from tests.simt import emulator
+from tests.simt import calls, emulator
 
 # Loss and gradients; TF32 rounds operands to 10 bits of mantissa.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -32,7 +35,7 @@ def assert_contrast(problem: ContrastProblem, dtype: torch.dtype, **device: Any)
     def run(anchors: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
         nonlocal grads
         options = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-        loss, grads = emulator.patch_contrast(anchors.detach(), *arguments, **options, **device)
+        loss, grads = calls.patch_contrast(anchors.detach(), *arguments, **options, **device)
         return loss
 
     grads: list[torch.Tensor] = []
@@ -120,7 +123,7 @@ def test_bounds_per_anchor_channels_and_masks() -> None:
 def test_nothing_to_contrast(dtype: torch.dtype) -> None:
     for n, m, label in ((0, None, 0), (5, 0, 0), (40, None, -1), (1, None, 0)):
         keys = {} if m is None else {"keys": torch.randn(m, 8, dtype=dtype), "key_labels": torch.zeros(m).long()}
-        loss, grads = emulator.patch_contrast(
+        loss, grads = calls.patch_contrast(
             torch.randn(n, 8, dtype=dtype), torch.full((n,), label), reduction="mean", **keys
         )
         assert loss.item() == 0
@@ -133,12 +136,12 @@ def test_what_is_not_a_number(dtype: torch.dtype) -> None:
     for bad in (math.nan, math.inf):
         z, d = problem.anchors.to(dtype), problem.descriptors.clone()
         d[3] = bad
-        loss, grads = emulator.patch_contrast(z, problem.labels, d, **problem.options)
+        loss, grads = calls.patch_contrast(z, problem.labels, d, **problem.options)
         assert torch.isnan(loss).all()
         assert torch.isnan(grads[0]).all()
         z = z.clone()
         z[3] = bad
-        loss, _ = emulator.patch_contrast(z, problem.labels, problem.descriptors, **problem.options)
+        loss, _ = calls.patch_contrast(z, problem.labels, problem.descriptors, **problem.options)
         assert torch.isnan(loss[3])
 
 
@@ -170,7 +173,7 @@ def test_statistics(shape, patch, stride, probabilities: bool, dtype: torch.dtyp
     weights = [
         torch.linspace(-1, 1, max(t.numel(), 1), dtype=torch.float64)[: t.numel()].reshape(t.shape) for t in want
     ]
-    got, grad = emulator.patch_statistics(x, list(patch), list(stride), [w.to(dtype) for w in weights], **options)
+    got, grad = calls.patch_statistics(x, list(patch), list(stride), [w.to(dtype) for w in weights], **options)
     tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
     for a, b in zip(got, want):
         torch.testing.assert_close(a.double(), b.detach(), rtol=tolerance, atol=tolerance)
@@ -185,14 +188,14 @@ def test_statistics_where_their_elements_lie() -> None:
     grads = [torch.randn(2, 4, 4).double(), torch.tensor(0.5).double().expand(2, 4, 4, 4)]
     grads.append(torch.randn(2, 4, 4, 4).double().transpose(2, 3))
     options = {"probabilities": False, "normalize": True}
-    want, expected = emulator.patch_statistics(x, [4, 4], [4, 4], [g.contiguous() for g in grads], **options)
+    want, expected = calls.patch_statistics(x, [4, 4], [4, 4], [g.contiguous() for g in grads], **options)
     for same in (
         x.to(memory_format=torch.channels_last),
         torch.stack([x, x], dim=-1)[..., 1],
         torch.cat([x, x], dim=3)[..., 16:],
         torch.cat([x, x], dim=3)[..., 1:17].copy_(x),
     ):
-        got, grad = emulator.patch_statistics(same, [4, 4], [4, 4], grads, **options)
+        got, grad = calls.patch_statistics(same, [4, 4], [4, 4], grads, **options)
         for a, b in zip(got, want):
             torch.testing.assert_close(a, b)
         torch.testing.assert_close(grad, expected)
@@ -210,7 +213,7 @@ def test_statistics_of_confident_logits(classes: int, dtype: torch.dtype) -> Non
         oracle = x.double().requires_grad_()
         want = reference.patch_statistics(oracle, 4)
         weights = [torch.randn(t.shape, generator=g, dtype=torch.float64).to(dtype) for t in want]
-        got, grad = emulator.patch_statistics(x, [4, 4], [4, 4], weights, probabilities=False, normalize=False)
+        got, grad = calls.patch_statistics(x, [4, 4], [4, 4], weights, probabilities=False, normalize=False)
         eps = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).eps
         torch.testing.assert_close(got[2].double(), want[2].detach(), rtol=2 * eps, atol=2e-6)
         (expected,) = torch.autograd.grad(want, oracle, [w.double() for w in weights])
@@ -221,13 +224,13 @@ def test_statistics_of_confident_logits(classes: int, dtype: torch.dtype) -> Non
 def test_probabilities_below_the_normal_range() -> None:
     x = torch.tensor([1.0, 1e-42]).reshape(1, 2, 1, 1)
     ones = [torch.ones(1, 1, 1), torch.zeros(1, 2, 1, 1), torch.zeros(1, 2, 1, 1)]
-    _, grad = emulator.patch_statistics(x, [1, 1], [1, 1], ones, probabilities=True, normalize=False)
+    _, grad = calls.patch_statistics(x, [1, 1], [1, 1], ones, probabilities=True, normalize=False)
     torch.testing.assert_close(grad.flatten(), -(x.double().log() + 1).float().flatten())
 
 
 def test_statistics_of_extreme_logits() -> None:
     x = torch.randint(0, 2, (1, 3, 16, 16)) * 2e4 - 1e4
-    got, grad = emulator.patch_statistics(
+    got, grad = calls.patch_statistics(
         x, [4, 4], [4, 4], [torch.ones(1, 4, 4), *[torch.ones(1, 3, 4, 4)] * 2], probabilities=False, normalize=False
     )
     assert all(torch.isfinite(t).all() for t in (*got, grad))
@@ -238,9 +241,9 @@ def test_statistics_of_extreme_logits() -> None:
 def test_disparity(n: int, m: int, channels: int, dtype: torch.dtype) -> None:
     a, b = (torch.rand(k, channels).mul(8).round().div(8).to(dtype).requires_grad_() for k in (n, m))
     want = reference.semantic_disparity(a, b)
-    torch.testing.assert_close(emulator.semantic_disparity(a.detach(), b.detach()), want.detach())
+    torch.testing.assert_close(calls.semantic_disparity(a.detach(), b.detach()), want.detach())
     grad = torch.randn(n, m, dtype=dtype)
-    got = emulator.semantic_disparity_backward(grad, a.detach(), b.detach())
+    got = calls.semantic_disparity_backward(grad, a.detach(), b.detach())
     for x, y in zip(got, torch.autograd.grad(want, (a, b), grad)):
         torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
 
@@ -250,12 +253,11 @@ def test_disparity(n: int, m: int, channels: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("itself", [True, False])
 def test_bounds(positives: bool, itself: bool, dtype: torch.dtype) -> None:
     for count in (1, 4, 30):
-        for channels, select in ((1, False), (1, True), (3, True)):
+        for channels in (1, 3):
             a, y = torch.rand(40, channels).mul(10).round().div(10).to(dtype), torch.randint(-1, 3, (40,))
             b, z = (a, y) if itself else (torch.rand(55, channels).to(dtype), torch.randint(-1, 3, (55,)))
             offset = 0 if itself else -1
-            want = disparity_bounds(a, y, b, z, count, positives=positives, ignore_index=-1, self_offset=offset)
-            got = emulator.disparity_bounds(a, y, b, z, count, positives=positives, self_offset=offset, select=select)
+            got, want = calls.disparity_bounds(a, y, b, z, count, positives=positives, self_offset=offset)
             valid = y != -1  # the bound of an ignored anchor is never read
             torch.testing.assert_close(got[valid], want[valid])
 
@@ -274,7 +276,7 @@ def test_gaussian(n: int, depth: int, shared: int, pairwise: bool, dtype: torch.
         losses = reference.gaussian_contrast_loss(oracle, *rest, **{**options, "reduction": "none"})
         (want,) = torch.autograd.grad(losses.sum(), oracle)
         expected = reference.gaussian_contrast_loss(oracle.detach(), *rest, **options)
-        loss, gradients, num_valid = emulator.gaussian_contrast(ours, *rest, shared_bytes=shared, **options)
+        loss, gradients, num_valid = calls.gaussian_contrast(ours, *rest, shared_bytes=shared, **options)
         tolerance = 1e-10 if dtype == torch.float64 else 1e-4
         torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
         scale = max(want.abs().max().item(), 1e-6) if want.numel() else 1.0
@@ -312,10 +314,10 @@ def test_large_logits_have_the_gradient_of_their_loss(path, upstream: float) -> 
     # The positive outweighs the negative by far: the loss is 0, and flat.
     z = padded([[300.0, 30], [300, 90], [210, 300]], dtype)
     up = torch.tensor(upstream)
-    loss, (grad,) = emulator.patch_contrast(z, torch.tensor([0, 0, 1]), temperature=0.1, upstream=up, **device)
+    loss, (grad,) = calls.patch_contrast(z, torch.tensor([0, 0, 1]), temperature=0.1, upstream=up, **device)
     assert loss == 0
     assert torch.equal(grad, torch.zeros_like(grad))
-    loss, (grad,) = emulator.patch_contrast(z * 100, torch.tensor([0, 0, 1]), temperature=0.1, upstream=up, **device)
+    loss, (grad,) = calls.patch_contrast(z * 100, torch.tensor([0, 0, 1]), temperature=0.1, upstream=up, **device)
     assert loss == 0
     assert torch.equal(grad, torch.zeros_like(grad))
 
@@ -330,7 +332,7 @@ def test_a_gradient_scaler_and_heavy_negatives_stay_finite(path) -> None:
         (want,) = torch.autograd.grad(expected, oracle, torch.tensor(scale, dtype=torch.float64))
         if dtype == torch.float16 and want.abs().max() > 6e4:
             continue  # the true gradient is beyond the type
-        loss, (grad,) = emulator.patch_contrast(
+        loss, (grad,) = calls.patch_contrast(
             z, labels, temperature=0.0254, negative_weight=weight, upstream=torch.tensor(scale), **device
         )
         torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
@@ -347,8 +349,8 @@ def test_a_row_that_is_no_number_spoils_only_what_uses_it(path, bad: float) -> N
     labels[5] = -1
     spoiled = z.clone()
     spoiled[5] = bad
-    clean, (want,) = emulator.patch_contrast(z, labels, descriptors, **problem.options, **device)
-    loss, (grad,) = emulator.patch_contrast(spoiled, labels, descriptors, **problem.options, **device)
+    clean, (want,) = calls.patch_contrast(z, labels, descriptors, **problem.options, **device)
+    loss, (grad,) = calls.patch_contrast(spoiled, labels, descriptors, **problem.options, **device)
     torch.testing.assert_close(loss, clean, rtol=0, atol=0)
     torch.testing.assert_close(grad, want, rtol=0, atol=0)
     # A key of class 0 that only anchors of class 0 see, since no disparity to other classes is large enough.
@@ -356,7 +358,7 @@ def test_a_row_that_is_no_number_spoils_only_what_uses_it(path, bad: float) -> N
     spoiled = z.clone()
     row = int((labels == 0).nonzero()[0])
     spoiled[row, 3] = bad
-    loss, (grad,) = emulator.patch_contrast(spoiled, labels, descriptors, **options, **device)
+    loss, (grad,) = calls.patch_contrast(spoiled, labels, descriptors, **options, **device)
     used = labels == 0
     assert not torch.isfinite(loss[used]).any()
     assert torch.isfinite(loss[~used]).all()
@@ -390,5 +392,256 @@ def test_keys_shared_out_among_blocks(name: str) -> None:
         descriptors[place] = math.nan
         arguments = (z, labels, problem.descriptors)
         keys = {"keys": problem.keys.bfloat16(), "key_labels": problem.key_labels.abs(), "key_descriptors": descriptors}
-        loss, _ = emulator.patch_contrast(*arguments, **keys, multiprocessors=6, **problem.options)
+        loss, _ = calls.patch_contrast(*arguments, **keys, multiprocessors=6, **problem.options)
         assert torch.equal(loss.isnan(), labels != -1)
+
+
+# --- launches, allocations, and what a CUDA graph cannot hold ---------------------------------------------------------
+
+# What the host code may ask PyTorch for while a graph is captured: memory, and kernels that do not wait for the device.
+CAPTURABLE = {
+    "aten::arange", "aten::argsort", "aten::as_strided", "aten::clone", "aten::contiguous", "aten::copy_", "aten::div",
+    "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::eq", "aten::expand", "aten::fill_", "aten::full",
+    "aten::index_select", "aten::logical_not", "aten::masked_fill", "aten::masked_fill_", "aten::reshape",
+    "aten::resize_", "aten::scatter", "aten::sort", "aten::sum", "aten::to", "aten::_to_copy", "aten::transpose",
+    "aten::view", "aten::add", "aten::_reshape_alias", "aten::_unsafe_view", "aten::slice", "aten::select",
+    "aten::unsqueeze", "aten::detach", "aten::alias", "aten::zeros", "aten::zero_", "aten::flip",
+}  # fmt: skip
+ALLOCATES = {"aten::empty", "aten::empty_strided", "aten::empty_like"}
+
+
+def inside(op: str, call: Any) -> list[str]:
+    """Names of what the op asks PyTorch for, in order."""
+    with torch.autograd.profiler.profile() as profile:
+        call()
+    events = profile.function_events
+    spans = [e.time_range for e in events if e.name == f"pglcl_ext::{op}"]
+    assert spans, f"{op} was not called"
+    return [
+        e.name
+        for e in events
+        if e.name.startswith("aten::")
+        and any(s.start <= e.time_range.start and e.time_range.end <= s.end for s in spans)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("m", [None, 70], ids=["self", "keys"])
+def test_launches_and_allocations_of_the_loss(m: int | None, dtype: torch.dtype) -> None:
+    problem = ContrastProblem.random(67, 24, m=m, max_positive_disparity=0.5).cast(dtype)
+    losses: list[torch.Tensor] = []
+    emulator.take_launches()
+    forward = inside("patch_contrast", lambda: losses.append(problem.loss()))
+    launched = emulator.take_launches()
+    assert len(launched) <= 3, launched
+    backward = inside("patch_contrast_backward", losses[0].backward)
+    launched_back = emulator.take_launches()
+    assert len(launched_back) <= 3, launched_back
+    for calls_of in (forward, backward):
+        assert set(calls_of) <= CAPTURABLE, sorted(set(calls_of) - CAPTURABLE)
+        assert sum(name in ALLOCATES for name in calls_of) <= 12, calls_of
+    print(f"forward: {launched}, {forward}\nbackward: {launched_back}, {backward}")
+
+
+def test_no_op_waits_for_the_device() -> None:
+    x = torch.randn(1, 3, 16, 16, requires_grad=True)
+    outs: list[Any] = []
+    a, y = torch.rand(40, 1), torch.randint(0, 3, (40,))
+    anchors, *rest = gaussian_problem(20, 8)
+    asked = inside(
+        "patch_statistics", lambda: outs.append(torch.ops.pglcl_ext.patch_statistics(x, [4, 4], [4, 4], False, True))
+    )
+    asked += inside("disparity_bounds", lambda: torch.ops.pglcl_ext.disparity_bounds(a, y, a, y, 3, True, -1, 0))
+    asked += inside("semantic_disparity", lambda: calls.semantic_disparity(a, a))
+    asked += inside("gaussian_contrast", lambda: calls.gaussian_contrast(anchors, *rest))
+    assert set(asked) <= CAPTURABLE, sorted(set(asked) - CAPTURABLE)
+
+
+# --- what small and plain inputs do not tell --------------------------------------------------------------------------
+
+
+def test_masks_whose_strides_exceed_32_bits() -> None:
+    # Pages that nobody touches take no memory.
+    row = 2**31 + 8
+    problem = ContrastProblem.random(3, 8, m=5)
+    masks = []
+    for _ in range(2):
+        mask = torch.empty(2 * row + 5, dtype=torch.bool).as_strided((3, 5), (row, 1))
+        masks.append(mask.copy_(torch.rand(3, 5) < 0.5))
+    problem.options = {"positive_mask": masks[0], "negative_mask": masks[1]}
+    assert_contrast(problem, torch.float32)
+    assert_contrast(problem, torch.float64)
+
+
+def test_statistics_whose_places_exceed_32_bits() -> None:
+    far = 2**30
+    x = torch.empty(1, 2, 1, far + 16, dtype=torch.bfloat16)
+    ends = [torch.randn(1, 2, 1, 16).bfloat16() for _ in range(2)]
+    x[..., :16], x[..., far:] = ends
+    got = torch.ops.pglcl_ext.patch_statistics(x, [1, 16], [1, far], False, False)
+    for end, where in zip(ends, range(2)):
+        want = torch.ops.pglcl_ext.patch_statistics(end, [1, 16], [1, 16], False, False)
+        for a, b in zip(got[:3], want[:3]):
+            torch.testing.assert_close(a[..., where], b[..., 0])
+
+
+@pytest.mark.parametrize("n", [300, 600])
+def test_the_reduction_takes_more_than_one_round(n: int) -> None:
+    for reduction in ("mean", "sum", "none"):
+        assert_contrast(ContrastProblem.random(n, 8, m=20, classes=2, reduction=reduction), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_anchor_that_is_a_later_key(dtype: torch.dtype) -> None:
+    z = torch.nn.functional.normalize(torch.randn(90, 16, dtype=torch.float64), dim=1).to(dtype)
+    y = torch.randint(0, 3, (90,))
+    offset = 45
+    inputs = (
+        z[offset : offset + 30],
+        y[offset : offset + 30],
+        None,
+        z,
+        y,
+        *[None] * 5,
+        0.1,
+        math.inf,
+        0.0,
+        1.0,
+        -1,
+        offset,
+        0,
+    )
+    losses, *_ = torch.ops.pglcl_ext.patch_contrast(*inputs)
+    whole = reference.patch_contrast_loss(z.double(), y, reduction="none")
+    tolerance = 2 * TOLERANCE[dtype] + 1e-5 * (dtype != torch.float64)
+    torch.testing.assert_close(losses.double(), whole[offset : offset + 30], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_storage_offsets_of_every_tensor(dtype: torch.dtype) -> None:
+    def shifted(t: torch.Tensor) -> torch.Tensor:
+        return torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape) if t.numel() else t
+
+    problem = ContrastProblem.random(
+        40, 16, m=50, max_positive_disparity=torch.rand(40), min_negative_disparity=torch.rand(40) / 3
+    )
+    ours = problem.cast(dtype)
+    moved = ContrastProblem(
+        *(shifted(t.detach()) for t in (ours.anchors, ours.labels, ours.descriptors, ours.keys, ours.key_labels)),
+        shifted(ours.key_descriptors),
+        {name: shifted(v) if isinstance(v, torch.Tensor) else v for name, v in ours.options.items()},
+    )
+    want, wanted = calls.patch_contrast(
+        ours.anchors,
+        ours.labels,
+        ours.descriptors,
+        keys=ours.keys,
+        key_labels=ours.key_labels,
+        key_descriptors=ours.key_descriptors,
+        **ours.options,
+    )
+    got, grads = calls.patch_contrast(
+        moved.anchors,
+        moved.labels,
+        moved.descriptors,
+        keys=moved.keys,
+        key_labels=moved.key_labels,
+        key_descriptors=moved.key_descriptors,
+        **moved.options,
+    )
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+    for a, b in zip(grads, wanted):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
+    x = torch.randn(1, 3, 8, 16).to(dtype)
+    for a, b in zip(
+        calls.patch_statistics(shifted(x), [4, 8], [4, 8], None, probabilities=False, normalize=False)[0],
+        calls.patch_statistics(x, [4, 8], [4, 8], None, probabilities=False, normalize=False)[0],
+    ):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("width", "patch", "stride"), [(20, 4, 4), (36, 18, 18), (26, 8, 6), (24, 16, 4), (32, 18, 6)])
+def test_statistics_of_widths_that_vectors_do_not_divide(
+    width: int, patch: int, stride: int, dtype: torch.dtype
+) -> None:
+    x = torch.randn(1, 3, 6, width, dtype=torch.float64).to(dtype)
+    got, _ = calls.patch_statistics(x, [3, patch], [3, stride], None, probabilities=False, normalize=False)
+    want = reference.patch_statistics(x.double(), (3, patch), (3, stride))
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+
+
+def test_statistics_of_probabilities_that_are_exactly_zero() -> None:
+    p = torch.rand(1, 5, 8, 8, dtype=torch.float64).softmax(1)
+    p[:, 2] = 0
+    p[0, 0, 3, 3] = 0
+    weights = [torch.randn(1, 2, 2).double(), torch.randn(1, 5, 2, 2).double(), torch.zeros(1, 5, 2, 2).double()]
+    got, grad = calls.patch_statistics(p, [4, 4], [4, 4], weights, probabilities=True, normalize=False)
+    assert torch.equal(got[2][:, 2], torch.zeros(1, 2, 2).double())
+    assert torch.isfinite(grad).all()
+    for a, b in zip(got, reference.patch_statistics(p, 4, probabilities=True)):
+        torch.testing.assert_close(a, b)
+
+
+def test_labels_beyond_the_classes_and_an_ignored_class() -> None:
+    anchors, labels, means, covariances, counts = gaussian_problem(30, 8)
+    labels = labels.clone()
+    labels[3], labels[4] = 7, 4  # beyond the four classes
+    labels[5] = 2
+    loss, gradients, valid = calls.gaussian_contrast(
+        anchors, labels, means, covariances, counts, reduction="none", ignore_index=2
+    )
+    left_out = (labels < 0) | (labels >= 4) | (labels == 2)
+    assert torch.all(loss[left_out] == 0)
+    assert torch.all(gradients[left_out] == 0)
+    assert int(valid) == int((~left_out).sum())
+    want = reference.gaussian_contrast_loss(
+        anchors[~left_out], labels[~left_out], means, covariances, counts, reduction="none"
+    )
+    torch.testing.assert_close(loss[~left_out], want)
+
+
+@pytest.mark.parametrize("positives", [True, False])
+def test_exactly_as_many_keys_as_asked_for(positives: bool) -> None:
+    for channels in (1, 2):
+        a = torch.rand(9, channels).double()
+        y = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
+        for count in range(1, 8):
+            got, want = calls.disparity_bounds(a, y, a, y, count, positives=positives, self_offset=0)
+            torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bounds_and_logits_that_are_no_numbers(bad: float) -> None:
+    problem = ContrastProblem.random(20, 8, classes=2, ignored=False, reduction="none")
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        bounds = torch.full((20,), 0.5)
+        bounds[4] = math.nan
+        loss, _ = calls.patch_contrast(
+            problem.anchors.to(dtype),
+            problem.labels,
+            problem.descriptors,
+            max_positive_disparity=bounds,
+            reduction="none",
+        )
+        assert torch.isnan(loss[4])
+        assert torch.isfinite(loss[torch.arange(20) != 4]).all()
+    x = torch.randn(1, 3, 8, 8)
+    x[0, 1, 2, 3] = bad
+    (h, *_), _ = calls.patch_statistics(x, [4, 4], [4, 4], None, probabilities=False, normalize=False)
+    assert torch.isnan(h[0, 0, 0])
+    assert torch.isfinite(h.flatten()[1:]).all()
+
+
+def test_float32_is_not_truncated_to_tf32() -> None:
+    problem = ContrastProblem.random(40, 32, temperature=0.1)
+    exact, _ = calls.patch_contrast(problem.anchors, problem.labels)
+    rounded, _ = calls.patch_contrast(problem.anchors.float(), problem.labels)
+    tf32, _ = calls.patch_contrast(problem.anchors.float(), problem.labels, allow_tf32=True)
+    truncated = (problem.anchors.float().view(torch.int32) & ~0x1FFF).view(torch.float32)
+    cut, _ = calls.patch_contrast(truncated.double(), problem.labels)
+    assert abs(rounded.double() - exact) < 2e-6 * exact
+    assert abs(tf32.double() - exact) < 0.5 * abs(cut - exact)

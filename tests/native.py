@@ -1,0 +1,91 @@
+"""Compiles the host and device code of csrc/cuda with g++ against the torch of this environment, for the tests."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
+TORCH = Path(torch.__file__).parent
+
+
+def compiler() -> str:
+    """g++, or clang++; the test that asks is skipped without either."""
+    found = shutil.which("g++") or shutil.which("clang++")
+    if found is None:
+        pytest.skip("needs a C++ compiler: neither g++ nor clang++ is on the path")
+    return found
+
+
+def torch_includes(sources: Iterable[Path]) -> str:
+    """The lines that include torch's headers, for a header that is compiled once and comes first everywhere."""
+    pattern = re.compile(r"^#include <(?:ATen|torch|c10(?!/cuda))/[^>]+>$", re.MULTILINE)
+    lines = {line for path in sources for line in pattern.findall(path.read_text())}
+    return "".join(f"{line}\n" for line in sorted(lines))
+
+
+def schemas(csrc: Path) -> str:
+    """The part of pglcl.cpp that defines the ops' schemas: the rest is the Python module."""
+    text = (csrc / "pglcl.cpp").read_text()
+    includes = "".join(f"{line}\n" for line in re.findall(r"^#include <torch/[^>]+>$", text, re.MULTILINE))
+    start = min(text.index(mark) for mark in ("#define PGLCL", "TORCH_LIBRARY(") if mark in text)
+    return includes + text[start : text.index("PYBIND11_MODULE")]
+
+
+def digest(paths: Iterable[Path], *more: str) -> str:
+    """Names a build by what went into it."""
+    content = hashlib.sha256("\n".join([torch.__version__, *more]).encode())
+    for path in sorted(paths):
+        content.update(path.name.encode() + path.read_bytes())
+    return content.hexdigest()[:16]
+
+
+def build(
+    folder: Path, sources: Sequence[Path], target: Path, *, prefix: str, flags: Sequence[str], shared: bool
+) -> None:
+    """Compiles `sources` (C++, whatever their names end in) after one precompiled header, and links them to torch.
+
+    Args:
+        folder: where objects go.
+        sources: the files.
+        target: the library or program; written whole or not at all.
+        prefix: text of the header that every file includes first.
+        flags: of the compiler and the linker.
+        shared: a library, or a program.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    common = [compiler(), "-std=c++20", "-fPIC", "-Wno-unknown-pragmas", *flags]
+    common += [f"-isystem{TORCH}/include", f"-isystem{TORCH}/include/torch/csrc/api/include"]
+    header = folder / "prefix.h"
+    header.write_text(prefix)
+    subprocess.run([*common, "-x", "c++-header", str(header), "-o", f"{header}.gch"], check=True)
+
+    def compile_one(source: Path) -> str:
+        made = folder / f"{source.name}.o"
+        subprocess.run([*common, "-include", str(header), "-x", "c++", "-c", str(source), "-o", str(made)], check=True)
+        return str(made)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sources))
+    link = [*common, *(["-shared"] if shared else []), *objects, f"-L{TORCH}/lib", f"-Wl,-rpath,{TORCH}/lib"]
+    partial = target.with_suffix(f".{os.getpid()}")
+    subprocess.run([*link, "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(partial)], check=True)
+    partial.rename(target)
+
+
+def cache(name: str) -> Path:
+    """Where builds are kept between runs."""
+    folder = Path(tempfile.gettempdir()) / f"pglcl_{os.getuid()}" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

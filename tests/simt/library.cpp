@@ -1,0 +1,21 @@
+// How Python steers the emulated device.
+#include "simt.h"
+
+extern "C" {
+
+void simt_set_device(int capability, int compiled_for, int64_t shared_bytes, int multiprocessors) {
+  simt::device() = {capability, compiled_for, shared_bytes, multiprocessors};
+}
+
+void simt_plant(int fault) { simt::planted_fault = fault; }
+
+// The kernels launched since the last call of this, one a line.
+const char* simt_take_launches() {
+  static std::string names;
+  names.clear();
+  for (const std::string& name : simt::launches()) names += name + "\n";
+  simt::launches().clear();
+  return names.c_str();
+}
+
+}  // extern "C"

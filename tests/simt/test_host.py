@@ -1,0 +1,37 @@
+"""The ops' own tests run through csrc/cuda, host and device code, on an emulated device, in a process of their own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests import native
+
+pytestmark = pytest.mark.slow
+
+RUNS = [
+    (80, ["tests/simt/emulated_kernels.py"]),
+    (80, ["tests/test_patch_statistics.py", "tests/test_semantic_disparity.py", "tests/test_gaussian_contrast.py"]),
+    (80, ["tests/test_patch_contrast.py"]),
+    (75, ["tests/test_patch_contrast.py", "-k", "masks or normalises or autocast or low_precision or extreme"]),
+    (90, ["tests/test_patch_contrast.py", "-k", "masks or normalises or autocast or low_precision or extreme"]),
+]
+
+
+@pytest.mark.parametrize(("capability", "arguments"), RUNS, ids=lambda v: str(v if isinstance(v, int) else v[0]))
+def test_ops_on_an_emulated_device(capability: int, arguments: list[str]) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--emulated",
+        str(capability),
+        *arguments,
+    ]
+    done = subprocess.run(command, cwd=native.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
