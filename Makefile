@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-fast bench docs torture fuzz sanitize format lint clean test-cuda bench-cuda cuda-all cuda-check mutants
+.PHONY: setup demo test test-fast bench docs torture fuzz sanitize format lint clean test-cuda bench-cuda cuda-all cuda-check mutants witness
 
 # The native sources are part of the stamp: the extension is rebuilt when one changes.
 SOURCES := $(shell find csrc tools -type f) CMakeLists.txt setup.py pyproject.toml
@@ -61,6 +61,10 @@ docs: setup
 SEED ?= 0
 mutants: setup
 	$(BIN)/python -m tests.mutants --seed $(SEED) $(if $(MUTANTS),--draw $(MUTANTS))
+
+# The CUDA code by threads under ThreadSanitizer, against plain loops.
+witness: setup
+	$(BIN)/python -m pytest tests/witness/witness_tests.py
 
 # --- CUDA ---------------------------------------------------------------------------------------------------------------
 CUDA_TORCH ?= torch==2.14.1
