@@ -39,12 +39,12 @@ class CMakeBuild(build_ext):
 
 
 def torch_requirement() -> str:
-    """The binary runs with the minor release it was compiled against, and says so to pip."""
+    """The CPU ops run with every torch from the oldest on; CUDA kernels with the release they were compiled against."""
     folder = find_torch(os.environ.get("PGLCL_TORCH_DIR"))
-    if folder is None:
+    if folder is None or os.environ.get("PGLCL_CUDA") == "0":
         return TORCH_REQUIREMENT
-    major, minor = torch_versions(folder)[0].split(".")[:2]
-    return f"torch=={major}.{minor}.*"
+    version, cuda = torch_versions(folder)
+    return TORCH_REQUIREMENT if cuda == "none" else f"torch=={version.partition('+')[0]}"
 
 
 setup(
