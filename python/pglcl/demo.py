@@ -15,7 +15,7 @@ from pglcl.errors import UserError
 from pglcl.evaluate import evaluate_run
 from pglcl.files import check_writable, read_json, replacing, write_json
 from pglcl.report import write_report
-from pglcl.train import Training
+from pglcl.train import Interrupted, Training
 
 # Slabs of the brain stand in for patients.
 SLAB = 6
@@ -94,7 +94,10 @@ def run_demo(output: Path, steps: int, *, quiet: bool = False) -> None:
     for method in ("supervised", "patchcl"):
         run = output / method
         config = TrainConfig(method=method, **common)
-        Training(data, run, config, resume=(run / "config.json").exists()).run()
+        try:
+            Training(data, run, config, resume=(run / "config.json").exists(), quiet=quiet).run()
+        except Interrupted:  # the next demo in this folder goes on from there
+            raise KeyboardInterrupt from None
         console.print("\n" + evaluate_run(run, data).table())
     report = write_report(output / "patchcl", data)
     console.print(f"\nReport: {report}")

@@ -9,6 +9,7 @@ import pytest
 from pglcl.cli import main
 from pglcl.demo import NAME, check_folder
 from pglcl.errors import UserError
+from pglcl.train import Interrupted, Training
 
 
 def test_the_demo_replaces_nothing_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,3 +34,15 @@ def test_a_folder_of_the_demo_is_known_again(tmp_path: Path) -> None:
             check_folder(tmp_path)
     described.write_text(json.dumps({"name": NAME}))
     check_folder(tmp_path)
+
+
+def test_a_demo_that_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(self: Training) -> None:
+        raise Interrupted("stopped after step 3")
+
+    monkeypatch.setattr("pglcl.demo.write_template", lambda folder: {"test": []})
+    monkeypatch.setattr(Training, "run", stop)
+    assert main(["demo", "--output", str(tmp_path / "demo"), "-q"]) == 130
+    assert capsys.readouterr().err == "pglcl: stopped\n"
