@@ -1,0 +1,94 @@
+"""python -m benchmarks.overhead: what autograd costs a small call, beyond the two ops, on one thread.
+
+Both passes through the public function against the op and its backward op, called alone below autograd. Each sample is
+the processor time of this thread for 20 calls; the smallest of many is taken, since whatever disturbs only adds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.runner import machine, markdown
+from pglcl_ext import gaussian_contrast_loss, patch_contrast_loss, patch_statistics
+
+N, DEPTH, CLASSES = 32, 128, 4
+ROUNDS, CALLS = 60, 20
+
+
+def cases() -> dict[str, tuple[Callable[[Tensor], Any], Tensor]]:
+    """Each public function of one tensor that requires a gradient."""
+    g = torch.Generator().manual_seed(0)
+    anchors = F.normalize(torch.randn(N, DEPTH, generator=g), dim=1).requires_grad_()
+    labels, entropy = torch.randint(0, CLASSES, (N,), generator=g), torch.rand(N, generator=g)
+    statistics = torch.randn(CLASSES, DEPTH, generator=g), torch.eye(DEPTH).repeat(CLASSES, 1, 1) / DEPTH
+    counts = torch.full((CLASSES,), 100)
+    logits = torch.randn(1, CLASSES, 32, 32, generator=g).requires_grad_()
+    return {
+        "patch_contrast_loss": (lambda z: patch_contrast_loss(z, labels, entropy), anchors),
+        "gaussian_contrast_loss": (lambda z: gaussian_contrast_loss(z, labels, *statistics, counts), anchors),
+        "patch_statistics": (lambda x: patch_statistics(x, 8).entropy.sum(), logits),
+    }
+
+
+def recorded(function: Callable[[Tensor], Any], x: Tensor) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The calls of our ops that both passes make, with their arguments."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if op.namespace == "pglcl_ext":
+                calls.append((op, tuple(a.detach() if isinstance(a, Tensor) else a for a in args)))
+            return op(*args, **(kwargs or {}))
+
+    with Recorder():
+        torch.autograd.grad(function(x), x)
+    return calls
+
+
+def fastest(functions: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Microseconds of a call of each, measured in turns."""
+    best = dict.fromkeys(functions, float("inf"))
+    for _ in range(ROUNDS):
+        for name, function in functions.items():
+            start = time.thread_time_ns()
+            for _ in range(CALLS):
+                function()
+            best[name] = min(best[name], (time.thread_time_ns() - start) / CALLS / 1e3)
+    return best
+
+
+def rows() -> list[dict[str, Any]]:
+    found = []
+    for name, (function, x) in cases().items():
+
+        def ops(calls: list[tuple[Any, tuple[Any, ...]]] = recorded(function, x)) -> None:  # noqa: B008
+            with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+                for op, arguments in calls:
+                    op(*arguments)
+
+        def both(function: Callable[[Tensor], Any] = function, x: Tensor = x) -> None:
+            torch.autograd.grad(function(x), x)
+
+        times = fastest({"ops": ops, "both": both})
+        found.append({"function": name, **times, "overhead": times["both"] - times["ops"]})
+    return found
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    info = machine()
+    print(f"{info['processor']}, 1 thread, {info['cpu_instruction_set']}, torch {info['torch_running']}\n")
+    head = ["function, microseconds", "op and backward op", "both passes", "of which not ours"]
+    print(markdown(head, [[r["function"], *(f"{r[k]:.0f}" for k in ("ops", "both", "overhead"))] for r in rows()]))
+
+
+if __name__ == "__main__":
+    main()
