@@ -104,8 +104,8 @@ void statistics() {
   const int64_t patches = x.grid.batch * x.grid.patches();
   same_for_any_number_of_threads("statistics", [&](const Parallel& parallel) {
     std::vector<float> out(patches * (1 + 2 * x.grid.classes));
-    patch_statistics_forward<float>(x, out.data(), out.data() + patches, out.data() + patches * (1 + x.grid.classes),
-                                    parallel);
+    float *confidence = out.data() + patches, *class_entropy = confidence + patches * x.grid.classes;
+    patch_statistics_forward<float>(x, {out.data(), confidence, class_entropy, DType::kFloat32}, parallel);
     return out;
   });
 }
