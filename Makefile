@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-fast bench docs torture fuzz sanitize format lint clean test-cuda bench-cuda cuda-all cuda-check mutants witness
+.PHONY: setup demo test test-fast bench docs torture fuzz sanitize format lint clean cuda-setup test-cuda bench-cuda cuda-all cuda-check mutants witness
 
 # The native sources are part of the stamp: the extension is rebuilt when one changes.
 SOURCES := $(shell find csrc tools -type f) CMakeLists.txt setup.py pyproject.toml
@@ -70,15 +70,19 @@ witness: setup
 CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV := .venv-cuda
 
-# On a machine with a GPU: all tests with the device parametrised, and the microbenchmarks.
-test-cuda:
+# A module without CUDA kernels runs under this torch, too: what lies in the sources must have them.
+cuda-setup:
 	$(MAKE) setup VENV=$(CUDA_VENV) TORCH="$(CUDA_TORCH)"
+	@$(CUDA_VENV)/bin/python -c "import pglcl_ext, sys; sys.exit(not pglcl_ext.build_info()['cuda_built'])" || \
+	  PGLCL_CUDA=1 $(CUDA_VENV)/bin/pip install --quiet --no-build-isolation --no-deps --editable .
+
+# On a machine with a GPU: all tests with the device parametrised, and the microbenchmarks.
+test-cuda: cuda-setup
 	$(CUDA_VENV)/bin/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())" || \
 	  { echo "test-cuda: no GPU is visible to torch"; exit 1; }
 	$(CUDA_VENV)/bin/python -m pytest -rA -k cuda | grep -E "^(PASSED|FAILED|ERROR)|passed|failed"
 
-bench-cuda:
-	$(MAKE) setup VENV=$(CUDA_VENV) TORCH="$(CUDA_TORCH)"
+bench-cuda: cuda-setup
 	$(CUDA_VENV)/bin/python -m benchmarks --device cuda --sizes 1024,4096,16384,65536
 
 # Without one: compile for real, import, count registers. CUDA_ARCHS is what CI has time for.
