@@ -45,7 +45,9 @@ ROWS, DEPTH, BLOCK = 64, 128, 128  # of an mma kernel: rows of a block, depth co
 
 def columns_of_tile(name: str) -> int:
     """Columns of a tile of an mma kernel: kMmaColumns in the sources, where the forward pass holds a depth of 128."""
-    return 64 if "forward" in name and " 128," in name else 32
+    if " 128," not in name:
+        return 16
+    return 64 if "forward" in name else 32
 
 
 @dataclass

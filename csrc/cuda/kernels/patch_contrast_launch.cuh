@@ -69,7 +69,7 @@ template <typename T>
 int contrast_part_count(const ContrastArguments<T>& x, const DeviceLimits& device) {
   if (x.n == 0 || choose_path(x, device).path != Path::kMma) return 1;
   const int64_t rows = blocks_of(x.n, kMmaRows), wanted = 3 * device.multiprocessors / rows;
-  const int64_t most = x.m / (4 * kMmaColumns<true>);
+  const int64_t most = x.m / (4 * kMmaColumns<128, true>);
   const int64_t parts = wanted < most ? wanted : most;
   return parts < 1 ? 1 : parts > 16 ? 16 : int(parts);
 }

@@ -17,21 +17,23 @@ constexpr int kMmaRows = 64;
 // pass can where the depth is small, in the backward pass the gradient takes the registers.
 template <int kDepth>
 constexpr bool kHeldForward = kDepth <= 128;
-// Columns of a tile. Where the depth or the gradient leaves few registers, half as many.
-template <bool kHeld>
-constexpr int kMmaColumns = kHeld ? 64 : 32;
+// Columns of a tile. Where the depth and the gradient leave few registers, a half or a quarter as many.
+template <int kDepth, bool kHeld>
+constexpr int kMmaColumns = kHeld           ? 64
+                            : kDepth <= 128 ? 32
+                                            : 16;
 // Rows in shared memory are 16 bytes longer, so that the eight rows of a matrix meet 32 banks.
 template <int kDepth>
 constexpr int kMmaStride = kDepth + 8;
 constexpr int kMmaStep = 32;  // of depth: what one load of four matrices brings
 
-template <bool kHeld>
-using MmaSide = ColumnSide<kMmaColumns<kHeld>, 2>;
+template <int kDepth, bool kHeld>
+using MmaSide = ColumnSide<kMmaColumns<kDepth, kHeld>, 2>;
 
 template <int kDepth, bool kHeld>
 constexpr int64_t mma_shared_bytes(int stages) {
   const int64_t row = kMmaStride<kDepth> * 2;
-  return (kHeld ? 0 : kMmaRows * row) + stages * kMmaColumns<kHeld> * row + MmaSide<kHeld>::bytes() +
+  return (kHeld ? 0 : kMmaRows * row) + stages * kMmaColumns<kDepth, kHeld> * row + MmaSide<kDepth, kHeld>::bytes() +
          ScanMemory::bytes();
 }
 
@@ -62,10 +64,10 @@ PGLCL_DEVICE uint32_t finite_halves(uint32_t pair) {
 
 template <typename T, int kDepth, bool kHeld>
 struct MmaMemory {
-  static constexpr int kColumns = kMmaColumns<kHeld>;
+  static constexpr int kColumns = kMmaColumns<kDepth, kHeld>;
   static constexpr int kTileSize = kColumns * kMmaStride<kDepth>;
   Shared<T> rows, columns;
-  MmaSide<kHeld> side;
+  MmaSide<kDepth, kHeld> side;
   ScanMemory scan;
 
   PGLCL_DEVICE MmaMemory(SharedMemory& memory, int stages)
@@ -169,7 +171,7 @@ PGLCL_DEVICE void stream_tiles(const MmaMemory<T, kDepth, kHeld>& memory, RowFra
                                Global<const T> rows, int64_t first_row, int64_t row_count, Global<const T> columns,
                                int64_t column_count, int64_t first_tile, int64_t last_tile, int64_t depth, int stages,
                                Load load_side, Store store_side, Work work) {
-  constexpr int kColumns = kMmaColumns<kHeld>, kTileSize = MmaMemory<T, kDepth, kHeld>::kTileSize;
+  constexpr int kColumns = kMmaColumns<kDepth, kHeld>, kTileSize = MmaMemory<T, kDepth, kHeld>::kTileSize;
   constexpr int kStride = kMmaStride<kDepth>;
   if (first_tile >= last_tile) return;
   const CopyPlan plan(int((depth + kMmaStep - 1) / kMmaStep * (kMmaStep / 8)));
@@ -210,10 +212,11 @@ PGLCL_DEVICE void stream_tiles(const MmaMemory<T, kDepth, kHeld>& memory, RowFra
 
 // Step 2 of the forward pass for the two rows of a thread.
 template <typename T, bool kHeld, bool kGeneral, bool kSelf, int kTiles>
-PGLCL_DEVICE void meet_columns(const ContrastArguments<T>& x, const MmaSide<kHeld>& side, const int64_t (&index)[2],
-                               const Patch<float> (&anchor)[2], const AnchorTerms<float> (&terms)[2], int64_t first,
-                               const float (&products)[kTiles][4], RunningSums<float> (&sums)[2]) {
-  constexpr int kColumns = kMmaColumns<kHeld>;
+PGLCL_DEVICE void meet_columns(const ContrastArguments<T>& x, const ColumnSide<8 * kTiles, 2>& side,
+                               const int64_t (&index)[2], const Patch<float> (&anchor)[2],
+                               const AnchorTerms<float> (&terms)[2], int64_t first, const float (&products)[kTiles][4],
+                               RunningSums<float> (&sums)[2]) {
+  constexpr int kColumns = 8 * kTiles;
   const int within = thread_index() % 4;
   float logits[2][2 * kTiles];
   uint32_t positive[2] = {0, 0};
@@ -296,7 +299,7 @@ PGLCL_KERNEL contrast_merge_parts(ContrastParts parts, ContrastSums<float> out) 
 template <typename T, int kDepth, bool kGeneral>
 PGLCL_KERNEL contrast_forward_mma(ContrastArguments<T> x, ContrastSums<float> out, ContrastParts parts, int stages) {
   constexpr bool kHeld = kHeldForward<kDepth>;
-  constexpr int kColumns = kMmaColumns<kHeld>, kTiles = kColumns / 8;
+  constexpr int kColumns = kMmaColumns<kDepth, kHeld>, kTiles = kColumns / 8;
   SharedMemory shared;
   const MmaMemory<T, kDepth, kHeld> memory(shared, stages);
   const int64_t first_row = int64_t(block_index()) * kMmaRows;
@@ -319,12 +322,12 @@ PGLCL_KERNEL contrast_forward_mma(ContrastArguments<T> x, ContrastSums<float> ou
   stream_tiles<T, kDepth, kHeld>(
       memory, fragments, x.anchors, first_row, x.n, x.keys, x.m, first_tile, last_tile, x.depth, stages,
       [&](int64_t first) { return load_patch(x, thread_index() < kColumns ? first + thread_index() : x.m, false); },
-      [&](const Patch<float>& patch, const MmaSide<kHeld>& side) {
+      [&](const Patch<float>& patch, const MmaSide<kDepth, kHeld>& side) {
         if (thread_index() >= kColumns) return;
         scan.add(patch);
         side.store(thread_index(), patch);
       },
-      [&](int64_t first, int at, const MmaSide<kHeld>& side) {
+      [&](int64_t first, int at, const MmaSide<kDepth, kHeld>& side) {
         float products[kTiles][4];
         multiply_rows<T, kDepth, kHeld>(fragments, memory.columns, at, x.depth, products);
         const int64_t self = first_row + x.self_offset;
@@ -375,15 +378,16 @@ enum class Owner { kAnchors, kKeys, kBoth };
 // Step 2 of the backward pass for the two rows of a thread: products become weights. Returns 0, or NaN where a product
 // was not finite.
 template <typename T, Owner kOwner, bool kGeneral, bool kSelf, int kTiles>
-PGLCL_DEVICE float weigh_columns(const ContrastArguments<T>& x, const MmaSide<false>& side, const int64_t (&index)[2],
-                                 const Patch<float> (&own)[2], const AnchorTerms<float> (&own_terms)[2], int64_t first,
+PGLCL_DEVICE float weigh_columns(const ContrastArguments<T>& x, const ColumnSide<8 * kTiles, 2>& side,
+                                 const int64_t (&index)[2], const Patch<float> (&own)[2],
+                                 const AnchorTerms<float> (&own_terms)[2], int64_t first,
                                  float (&products)[kTiles][4]) {
   constexpr bool kOwnAnchor = kOwner != Owner::kKeys, kOwnKey = kOwner != Owner::kAnchors;
   const int within = thread_index() % 4;
   int self[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r)
-    self[r] = kSelf ? own_column(index[r], kOwnAnchor ? x.self_offset : -x.self_offset, first, kMmaColumns<false>) : -1;
+    self[r] = kSelf ? own_column(index[r], kOwnAnchor ? x.self_offset : -x.self_offset, first, 8 * kTiles) : -1;
   float infinite = 0;
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) {
@@ -424,7 +428,7 @@ PGLCL_DEVICE float weigh_columns(const ContrastArguments<T>& x, const MmaSide<fa
 
 template <typename T, int kDepth, Owner kOwner, bool kGeneral>
 PGLCL_KERNEL contrast_backward_mma(ContrastArguments<T> x, ContrastGradients<float> g, T* grad_data, int stages) {
-  constexpr int kColumns = kMmaColumns<false>, kTiles = kColumns / 8;
+  constexpr int kColumns = kMmaColumns<kDepth, false>, kTiles = kColumns / 8;
   constexpr bool kOwnAnchor = kOwner != Owner::kKeys, kOwnKey = kOwner != Owner::kAnchors;
   SharedMemory shared;
   const MmaMemory<T, kDepth, false> memory(shared, stages);
@@ -467,14 +471,14 @@ PGLCL_KERNEL contrast_backward_mma(ContrastArguments<T> x, ContrastGradients<flo
         if constexpr (kOwnKey) loaded.terms = scaled(load_terms<T>(x, g, i, loaded.patch));
         return loaded;
       },
-      [&](const Loaded& loaded, const MmaSide<false>& side) {
+      [&](const Loaded& loaded, const MmaSide<kDepth, false>& side) {
         if (thread_index() >= kColumns) return;
         if constexpr (kOwnKey)
           side.store(thread_index(), loaded.patch, loaded.terms);
         else
           side.store(thread_index(), loaded.patch);
       },
-      [&](int64_t first, int at, const MmaSide<false>& side) {
+      [&](int64_t first, int at, const MmaSide<kDepth, false>& side) {
         float weights[kTiles][4];
         multiply_rows<T, kDepth, false>(fragments, memory.columns, at, x.depth, weights);
         const int64_t self = first_row + (kOwnAnchor ? x.self_offset : -x.self_offset);
