@@ -125,7 +125,8 @@ class StepBatches(Dataset[dict[str, Tensor]]):
             if foreground and label is not None and random.rand() < 0.5:
                 inside = prepared.foreground
                 if len(inside):
-                    centre = np.unravel_index(int(inside[random.randint(len(inside))]), shape)
+                    place_of = np.unravel_index(int(inside[random.randint(len(inside))]), shape)
+                    centre = [int(c) for c in place_of]
                     first = [min(max(c - s // 2, 0), n - s) for c, s, n in zip(centre, size, shape)]
             place = tuple(slice(f, f + s) for f, s in zip(first, size))
             image = prepared.image[(slice(None), *place)]

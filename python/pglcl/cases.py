@@ -40,8 +40,8 @@ def split_patients(data: DataFolder, config: TrainConfig) -> Split:
         train = [p for p in data.patients if p not in {*data.parts.get("validation", ()), *data.parts.get("test", ())}]
         ordered = [p for p in data.parts.get("train", ()) if p in train]
         ordered += [p for p in train if p not in ordered]
-        held_out = (data.parts.get("validation", ()), data.parts.get("test", ()))
-        return _split_of_parts(data, config, ordered, *held_out, where=str(data.root))
+        validated, tested = data.parts.get("validation", ()), data.parts.get("test", ())
+        return _split_of_parts(data, config, ordered, validated, tested, where=str(data.root))
     with_label = {case.patient for case in data.cases if case.label is not None}
     patients = data.patients
     if config.shuffle:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +42,10 @@ def halved(x: Tensor) -> Tensor:
     return x
 
 
-def limit_per_class(rows: Any, count: int, hardest: bool, generator: torch.Generator) -> Any:
+Rows = TypeVar("Rows", PatchRows, PatchBatch)
+
+
+def limit_per_class(rows: Rows, count: int, hardest: bool, generator: torch.Generator | None) -> Rows:
     """Rows that qualify, `count` (0: all) of a class: the least certain, or a random sample."""
     rows = rows.compact()  # the losses leave out the others; projecting them would be for nothing
     if not count:
@@ -82,7 +83,7 @@ class PatchContrast(nn.Module):
                 process_group=process_group,
             )
             return
-        bounds: dict[str, float] = {}
+        bounds: dict[str, Any] = {}
         if config.guidance:
             bounds["max_positive_disparity"] = config.max_positive_disparity * math.log(num_classes)
             bounds["min_negative_disparity"] = config.min_negative_disparity * math.log(num_classes)
@@ -114,19 +115,26 @@ class PatchContrast(nn.Module):
             keys: those of this step, from :meth:`teacher_keys`.
             generator: of a random sample of anchors and of hard negatives.
         """
-        count, hardest = self.config.anchors_per_class, self.config.hard_anchors
-        choose = partial(limit_per_class, count=count, hardest=hardest, generator=generator)
-        annotated = self.config.anchors == "labelled"
-        batch = self.patches(student, views, features, annotated=annotated, choose=choose, observe=True)
+        batch = self.patches(
+            student,
+            views,
+            features,
+            annotated=self.config.anchors == "labelled",
+            count=self.config.anchors_per_class,
+            hardest=self.config.hard_anchors,
+            generator=generator,
+            observe=True,
+        )
         anchors = student.projection(batch.embeddings)
         if self.gaussian is not None:
-            return self.gaussian(anchors, batch.labels, generator=generator)
+            gaussian: Tensor = self.gaussian(anchors, batch.labels, generator=generator)
+            return gaussian
         assert self.infonce is not None
         if self.queue is not None:
             held = self.queue.keys()
             assert held.descriptors is not None
             keys = Keys(held.keys, held.labels, held.descriptors.squeeze(1))
-        return self.infonce(
+        loss: Tensor = self.infonce(
             anchors,
             batch.labels,
             batch.entropy.to(anchors.dtype),
@@ -134,6 +142,7 @@ class PatchContrast(nn.Module):
             key_labels=keys.labels,
             key_descriptors=keys.entropies,
         )
+        return loss
 
     @torch.no_grad()
     def teacher_keys(
@@ -145,8 +154,7 @@ class PatchContrast(nn.Module):
             seen: what the teacher saw.
             features: of the teacher, (B, F, *S / 2).
         """
-        choose = partial(limit_per_class, count=self.config.keys_per_class, hardest=False, generator=generator)
-        batch = self.patches(teacher, seen, features, choose=choose)
+        batch = self.patches(teacher, seen, features, count=self.config.keys_per_class, generator=generator)
         keys = Keys(teacher.projection(batch.embeddings), batch.labels, batch.entropy)
         if self.gaussian is not None:
             self.gaussian.enqueue(keys.embeddings, keys.labels)
@@ -161,24 +169,28 @@ class PatchContrast(nn.Module):
         features: Tensor,
         *,
         annotated: bool = False,
-        choose: Callable[[Any], Any] = lambda rows: rows.compact(),
+        count: int = 0,
+        hardest: bool = False,
+        generator: torch.Generator | None = None,
         observe: bool = False,
     ) -> PatchBatch:
-        """Class-aware patches with their embeddings, pooled or cropped, those that `choose` leaves.
+        """Class-aware patches with their embeddings, pooled or cropped: those that qualify.
 
         Args:
+            count, hardest, generator: which of them at most, as for :func:`limit_per_class`.
             annotated: only annotated pixels count.
             observe: move the threshold by all patches.
         """
         assert views.prediction is not None
         weights = views.class_weights(self.num_classes, annotated=annotated)
         if self.config.patches == "crop":
-            return choose(self._cropped(network, weights, views.prediction, views.images, observe))
+            crops = self._cropped(network, weights, views.prediction, views.images, observe)
+            return limit_per_class(crops, count, hardest, generator)
 
         def select(rows: PatchRows) -> PatchRows:
             if observe:
                 self._move_threshold(*self.threshold.coverage_and_classes(rows))
-            return choose(rows)
+            return limit_per_class(rows, count, hardest, generator)
 
         return patch_embeddings(
             features,

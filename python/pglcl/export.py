@@ -117,12 +117,12 @@ def _compare(model: TrainedModel, network: nn.Module, exported: Callable[[Tensor
 
 @torch.no_grad()
 def _save_script(network: nn.Module, example: Tensor, path: Path, about: dict[str, Any]) -> None:
-    script = torch.jit.trace(network, example, check_trace=False)  # type: ignore[no-untyped-call]
+    script = torch.jit.trace(network, example, check_trace=False)
     torch.jit.save(script, str(path), _extra_files={"pglcl": json.dumps(about)})
 
 
 def _load_script(path: Path) -> Callable[[Tensor], Tensor]:
-    loaded: Callable[[Tensor], Tensor] = torch.jit.load(str(path))  # type: ignore[no-untyped-call]
+    loaded: Callable[[Tensor], Tensor] = torch.jit.load(str(path))
     return loaded
 
 

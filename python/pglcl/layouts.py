@@ -345,7 +345,7 @@ def _nnunet(root: Path) -> DataFolder:
     return DataFolder(root, "nnunet", cases, labels, modalities=modalities, notes=notes)
 
 
-def _nnunet_labels(content: Mapping[str, Any], file: Path, notes: list[str]) -> LabelMap:
+def _nnunet_labels(content: Mapping[str, Any], file: Path, notes: list[str]) -> LabelMap | None:
     labels = dict(content["labels"])
     ignore = labels.pop("ignore", None)
     regions = {name: value for name, value in labels.items() if isinstance(value, list)}

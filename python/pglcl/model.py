@@ -36,7 +36,7 @@ class Projection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, features) to (N, embedding_dim)."""
-        return F.normalize(self.layers(x.to(self.layers[0].weight.dtype)), dim=1)
+        return F.normalize(self.layers(x.to(next(self.layers.parameters()).dtype)), dim=1)
 
 
 class SegmentationNetwork(nn.Module):
@@ -83,7 +83,7 @@ class SegmentationNetwork(nn.Module):
 
     def with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, K, *S) and features (B, feature_channels, *S / 2)."""
-        down, inner, up = self.unet.model
+        down, inner, up = self.unet.model.children()
         features = inner(down(x))
         return up(features), features
 
@@ -94,8 +94,8 @@ def update_teacher(teacher: nn.Module, student: nn.Module, decay: float, step: i
     keep = min(decay, 1 - 1 / (step + 1))
     for t, s in zip(teacher.parameters(), student.parameters()):
         t.lerp_(s, 1 - keep)
-    for t, s in zip(teacher.buffers(), student.buffers()):
-        t.copy_(s)
+    for held, new in zip(teacher.buffers(), student.buffers()):
+        held.copy_(new)
 
 
 @dataclass

@@ -109,7 +109,7 @@ def averaging(loss: nn.Module, config: TrainConfig) -> nn.Module:
     """
     # Without a queue, the contrast exchanges keys in its own backward pass: one bucket comes after all of that. A group
     # of its own keeps the two kinds of messages apart.
-    options = {} if config.queue_length or not config.contrast else {"bucket_cap_mb": 1 << 20}
+    options: dict[str, Any] = {} if config.queue_length or not config.contrast else {"bucket_cap_mb": 1 << 20}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of a name that newer versions change
         return DistributedDataParallel(

@@ -80,6 +80,8 @@ class Learner:
         # Every random draw of a step comes from this: a resumed run draws the same.
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step * 101 + ranks.rank)
         self.optimizer.zero_grad(set_to_none=True)
+        loss: Tensor
+        parts: dict[str, Tensor]
         loss, parts = self.loss(batch, step, generator)
         with self.profile("backward"):
             loss.backward()

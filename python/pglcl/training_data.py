@@ -50,8 +50,9 @@ def load_training_data(
     folder = open_folder(root)
     split = split or split_patients(folder, config)
     found = survey(folder, config, split, say=progress.say if progress else None)
-    for note in found.notes if progress else ():
-        progress.say(note)
+    if progress:
+        for note in found.notes:
+            progress.say(note)
 
     def prepared(case: Case, labels: LabelMap | None) -> Prepared:
         if config.cache:

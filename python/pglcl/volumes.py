@@ -107,7 +107,7 @@ def check_same_grid(source: Source, first: Source, role: str) -> None:
 
 def orientation_of(source: Source) -> np.ndarray:
     """nibabel's orientation of the axes of a file."""
-    orientation = io_orientation(source.affine)
+    orientation: np.ndarray = io_orientation(source.affine)
     if np.isnan(orientation).any():
         raise UserError(f"{source.path}: the affine is singular")
     return orientation
@@ -115,12 +115,14 @@ def orientation_of(source: Source) -> np.ndarray:
 
 def to_canonical_axes(data: np.ndarray, source: Source) -> np.ndarray:
     """(X, Y, Z, ...) in the axes of the file; a view."""
-    return apply_orientation(data, ornt_transform(orientation_of(source), CANONICAL))
+    turned: np.ndarray = apply_orientation(data, ornt_transform(orientation_of(source), CANONICAL))
+    return turned
 
 
 def to_source_axes(data: np.ndarray, source: Source) -> np.ndarray:
     """(X, Y, Z, ...) from canonical axes back to those of the file; a view."""
-    return apply_orientation(data, ornt_transform(CANONICAL, orientation_of(source)))
+    turned: np.ndarray = apply_orientation(data, ornt_transform(CANONICAL, orientation_of(source)))
+    return turned
 
 
 def _canonical_affine(source: Source) -> np.ndarray:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
@@ -47,7 +47,7 @@ def read(path: Path) -> tuple[Source, np.ndarray]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, bool]]:
+def _opened(path: Path) -> Iterator[tuple[io.BufferedIOBase, bool]]:
     """The file behind its compression, told by its first bytes; and whether it was compressed."""
     with path.open("rb") as file:
         compressed = file.read(2) == GZIP_MAGIC
@@ -113,17 +113,18 @@ def _source(header: nib.Nifti1Header, path: Path) -> Source:
 
 def _units(header: nib.Nifti1Header) -> tuple[str, str]:
     try:
-        return header.get_xyzt_units()
+        space, time = header.get_xyzt_units()
+        return str(space), str(time)
     except KeyError:  # a code that NIfTI does not know
         return "unknown", "unknown"
 
 
-def _content(file: BinaryIO, start: bytes, claimed: int, path: Path, *, compressed: bool) -> np.ndarray:
+def _content(file: io.BufferedIOBase, start: bytes, claimed: int, path: Path, *, compressed: bool) -> np.ndarray:
     """`claimed` bytes. Memory is taken by what is really there; what follows is read too, for the checksum."""
     content = np.empty(max(claimed, len(start)), np.uint8)
     content[: len(start)] = np.frombuffer(start, np.uint8)
     filled = len(start)
-    view = memoryview(content)
+    view = memoryview(content.data)
     while filled < claimed:
         got = file.readinto(view[filled : filled + (1 << 24)])
         if not got:
