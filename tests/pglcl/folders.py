@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from pglcl.config import TrainConfig
+from pglcl.formats.itk import locale_kept
 
 SHAPE = (30, 26, 5)
 # Small enough for a test, large enough for every part to run.
@@ -164,6 +165,7 @@ def pictures(root: Path, count: int = 8, *, ending: str = ".png", colour: bool =
     return root
 
 
+@locale_kept()
 def dicom(
     folder: Path, data: np.ndarray, affine: np.ndarray = STRAIGHT, *, slope: float = 1, intercept: float = 0
 ) -> Path:

@@ -24,7 +24,7 @@ def test_torchscript(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFix
     image = torch.randn(3, 1, 48, 32)
     with torch.no_grad():
         torch.testing.assert_close(script(image), load_model(run).network(image))
-    assert json.loads(about["pglcl"])["classes"] == ["background", "class 1", "class 2"]
+    assert json.loads(about["pglcl"])["classes"] == ["background", "label 1", "label 2"]
     assert main(["export", str(run), "--format", "torchscript", "-o", str(path)]) == 2
     assert "exists; add --overwrite" in capsys.readouterr().err
     assert main(["export", str(run), "--format", "torchscript", "-o", str(run / "model.pt"), "--overwrite"]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import locale
 import struct
 import tracemalloc
 from collections.abc import Callable
@@ -214,7 +215,9 @@ def test_dicom_slices_are_ordered_by_position_and_scaled(tmp_path: Path) -> None
     folder = dicom(tmp_path / "scan", 2 * VOXELS - 100, STRAIGHT, slope=2, intercept=-100)
     (folder / "._000.dcm").write_bytes(b"macOS")
     expected = read_volume([save(tmp_path / "a.nii.gz", VOXELS, STRAIGHT)])
+    before = locale.setlocale(locale.LC_ALL)
     read = read_volume([folder])
+    assert locale.setlocale(locale.LC_ALL) == before  # ITK's DICOM library changes it
     np.testing.assert_array_equal(read.data, 2 * expected.data - 100)
     np.testing.assert_allclose(read.spacing, expected.spacing, rtol=1e-5)
     assert formats.result_suffix(folder, np.dtype(np.uint8)) == ".nii.gz"

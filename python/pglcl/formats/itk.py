@@ -6,10 +6,13 @@ ITK reads a compressed file without its checksum, and a cut one without a word: 
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import io
+import locale
 import re
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,17 @@ def _sitk(path: Path) -> Any:
     return sitk
 
 
+@contextlib.contextmanager
+def locale_kept() -> Iterator[None]:
+    """ITK's DICOM library leaves the process in the C locale, in which Python then reads and writes text as ASCII."""
+    before = locale.setlocale(locale.LC_ALL)
+    try:
+        yield
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
+
+
+@locale_kept()
 def read_source(path: Path) -> Source:
     if path.is_dir():
         return _read_series(path, voxels=False)[0]
@@ -37,6 +51,7 @@ def read_source(path: Path) -> Source:
         return _source(_information(path), path)
 
 
+@locale_kept()
 def read(path: Path) -> tuple[Source, np.ndarray]:
     """The source, and voxels (X, Y, Z, C) in the axes of the file."""
     if path.is_dir():
@@ -230,6 +245,7 @@ def _slice_distance(folder: Path, positions: np.ndarray, alone: float) -> float:
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
+@locale_kept()
 def write(data: np.ndarray, source: Source, path: Path) -> None:
     """(X, Y, Z) or (X, Y, Z, C) in the axes of the source, compressed."""
     sitk = _sitk(path)
