@@ -9,8 +9,8 @@
 #include <cmath>
 #include <optional>
 
-#include "shared/patch_grid.h"
 #include "ops.h"
+#include "shared/patch_grid.h"
 
 namespace pglcl {
 
