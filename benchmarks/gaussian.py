@@ -22,7 +22,7 @@ SIZES = (128, 512, 2048)
 def authors(
     anchors: Tensor, y: Tensor, means: Tensor, covariances: Tensor, counts: Tensor, temperature: float = TEMPERATURE
 ) -> Tensor:
-    """METHOD section 6, the quadratic form as the diagonal of an N x N product, exponentials before the logarithm."""
+    """method, section 6, the quadratic form as the diagonal of an N x N product, exponentials before the logarithm."""
     t = anchors.float()
     k = len(counts)
     logits, spreads = [], []

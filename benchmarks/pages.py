@@ -25,7 +25,7 @@ BOTH = "forward+backward"
 
 
 def results(question: str) -> list[dict[str, Any]]:
-    return json.loads((RESULTS / f"{question}.json").read_text())["results"]
+    return json.loads((RESULTS / f"{question}.json").read_text(encoding="utf-8"))["results"]
 
 
 def peers() -> str:
@@ -44,7 +44,7 @@ def peers() -> str:
 
 def segmentation() -> str:
     """Without the classes, and without what has not been run."""
-    blocks = (RESULTS / "segmentation.md").read_text().strip().split("\n\n")
+    blocks = (RESULTS / "segmentation.md").read_text(encoding="utf-8").strip().split("\n\n")
     lead, tables = blocks[0], list(zip(blocks[1::2], blocks[2::2]))
     kept = [f"{title}\n\n{body}" for title, body in tables if not title.endswith("by class")]
     lines = "\n\n".join([*kept, lead]).splitlines()
@@ -154,7 +154,7 @@ def write() -> None:
         table = importlib.import_module(f"benchmarks.{question}").table(results(question))
         replace(RESULTS / f"{question}.md", table + "\n")
     for page in PAGES:
-        replace(page, rendered(page.read_text()))
+        replace(page, rendered(page.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def save(figure: Any, path: Path, info: dict[str, Any]) -> None:
 
 def peers(folder: Path = RESULTS) -> None:
     """Time and memory against the number of patches, D = 128, float32, both passes."""
-    content = json.loads((folder / "peers.json").read_text())
+    content = json.loads((folder / "peers.json").read_text(encoding="utf-8"))
     wanted = {"D": 128, "dtype": "float32", "passes": "forward+backward"}
     cases = [c for c in content["results"] if all(c[k] == v for k, v in wanted.items())]
     sizes = sorted({c["N"] for c in cases})
@@ -73,7 +73,7 @@ def peers(folder: Path = RESULTS) -> None:
 
 def scaling(folder: Path = RESULTS) -> None:
     """Time and memory of the loss against the number of patches, each beside the slope that it should have."""
-    content = json.loads((folder / "scaling.json").read_text())
+    content = json.loads((folder / "scaling.json").read_text(encoding="utf-8"))
     cases = [c for c in content["results"] if c["question"] == "N" and c["passes"] == "forward+backward"]
     sizes = [c["N"] for c in cases]
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))

@@ -142,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="write the Markdown table there")
     arguments = parser.parse_args()
-    text = table(json.loads(COUNTS.read_text())["kernels"])
+    text = table(json.loads(COUNTS.read_text(encoding="utf-8"))["kernels"])
     print(text)
     if arguments.output:
         arguments.output.write_text(text + "\n")

@@ -138,7 +138,7 @@ def per_patient(run: Run, runs: Path) -> dict[str, dict[str, float]] | None:
     if not path.exists():
         return None
     values: dict[str, dict[str, list[float]]] = {"dice": {}, "hd95": {}}
-    for score in json.loads(path.read_text())["scores"]:
+    for score in json.loads(path.read_text(encoding="utf-8"))["scores"]:
         for metric, patients in values.items():
             if score[metric] is not None and not math.isnan(score[metric]):
                 patients.setdefault(score["patient"], []).append(score[metric])
@@ -146,18 +146,18 @@ def per_patient(run: Run, runs: Path) -> dict[str, dict[str, float]] | None:
 
 
 def per_class(run: Run, runs: Path) -> dict[str, tuple[float, float]]:
-    summary = json.loads((run.folder(runs) / "scores_test.json").read_text())["summary"]
+    summary = json.loads((run.folder(runs) / "scores_test.json").read_text(encoding="utf-8"))["summary"]
     return {row["class"]: (row["dice"], row["hd95"]) for row in summary}
 
 
 def commit(run: Run, runs: Path) -> str | None:
-    state = json.loads((run.folder(runs) / "environment.json").read_text())["git"]
+    state = json.loads((run.folder(runs) / "environment.json").read_text(encoding="utf-8"))["git"]
     return state["commit"][:7] if state else None
 
 
 def validation_dice(run: Run, runs: Path) -> float | None:
     """The last one, of the validation patients: what defaults are chosen by."""
-    lines = (run.folder(runs) / "metrics.jsonl").read_text().splitlines()
+    lines = (run.folder(runs) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     values = [row["validation_dice"] for row in map(json.loads, lines) if "validation_dice" in row]
     return values[-1] if values else None
 

@@ -44,7 +44,9 @@ html_math_renderer = "mathml"
 
 def sections_of_the_method() -> dict[str, str]:
     """The place of each numbered section on the page of the method."""
-    headings = re.findall(r"^## (\d+)\. (.+)$", (ROOT / "docs" / "method.md").read_text(), flags=re.MULTILINE)
+    headings = re.findall(
+        r"^## (\d+)\. (.+)$", (ROOT / "docs" / "method.md").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
     return {number: nodes.make_id(title) for number, title in headings}
 
 
@@ -57,10 +59,10 @@ def escape_shapes(app: Sphinx, what: str, name: str, obj: Any, options: Any, lin
 
 
 def link_the_method(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Docstrings cite "METHOD section 5"; on the site that is a link."""
+    """Docstrings cite "method, section 5"; on the site that is a link."""
     places = sections_of_the_method()
     for i, line in enumerate(lines):
-        lines[i] = re.sub(r"METHOD sections? (\d+)", lambda m: f"`{m[0]} <method.html#{places[m[1]]}>`__", line)
+        lines[i] = re.sub(r"method, sections? (\d+)", lambda m: f"`{m[0]} <method.html#{places[m[1]]}>`__", line)
 
 
 def title_the_results(app: Sphinx, name: str, source: list[str]) -> None:

@@ -190,7 +190,7 @@ def test_goals_are_judged() -> None:
 
 
 def test_pages_have_the_figures_of_the_results() -> None:
-    texts = [page.read_text() for page in pages.PAGES]
+    texts = [page.read_text(encoding="utf-8") for page in pages.PAGES]
     assert sum(text.count("<!-- benchmarks: ") for text in texts) == len(pages.SECTIONS)
     for text in texts:
         assert pages.rendered(text) == text, "python -m benchmarks.pages brings the pages up to date"
@@ -198,7 +198,7 @@ def test_pages_have_the_figures_of_the_results() -> None:
 
 @pytest.mark.parametrize("question", pages.QUESTIONS)
 def test_tables_are_those_of_the_results(question: str) -> None:
-    content = json.loads((runner.RESULTS / f"{question}.json").read_text())
+    content = json.loads((runner.RESULTS / f"{question}.json").read_text(encoding="utf-8"))
     assert {"processor", "commit", "torch_running"} <= set(content["machine"])
     module = importlib.import_module(f"benchmarks.{question}")
-    assert module.table(content["results"]) + "\n" == (runner.RESULTS / f"{question}.md").read_text()
+    assert module.table(content["results"]) + "\n" == (runner.RESULTS / f"{question}.md").read_text(encoding="utf-8")

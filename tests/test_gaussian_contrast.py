@@ -37,7 +37,7 @@ def double_loop(
     covariance_scale: float = 4.0,
     negative_weight: float = 4096.0,
 ) -> Tensor:
-    """METHOD section 6, term by term, with exact logarithms of sums; float64."""
+    """method, section 6, term by term, with exact logarithms of sums; float64."""
     taking_part = [k for k in range(len(counts)) if counts[k] > 0]
     losses = []
     for t, y in zip(anchors, labels.tolist()):

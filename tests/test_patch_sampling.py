@@ -20,7 +20,7 @@ from pglcl_ext import (
 
 
 def direct(features: Tensor, weights: Tensor, patch: list[int], step: list[int]) -> list[tuple]:
-    """METHOD section 8, patch by patch: (embedding, entropy, coverage, index) of every class of every patch."""
+    """method, section 8, patch by patch: (embedding, entropy, coverage, index) of every class of every patch."""
     rows = []
     cells = [range((s - p) // t + 1) for s, p, t in zip(features.shape[2:], patch, step)]
     for b in range(len(features)):

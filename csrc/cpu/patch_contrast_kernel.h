@@ -1,4 +1,4 @@
-// Fused contrastive loss on the CPU (METHOD sections 4 and 5), free of torch.
+// Fused contrastive loss on the CPU (method, sections 4 and 5), free of torch.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Semantic disparity and the bounds taken from it, on the CPU (METHOD sections 3 and 4), free of torch.
+// Semantic disparity and the bounds taken from it, on the CPU (method, sections 3 and 4), free of torch.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The n-th nearest or farthest of scalar descriptors by binary search, for every device (METHOD section 4: bounds from
+// The n-th nearest or farthest of scalar descriptors by binary search, for every device (method, section 4: bounds from
 // counts cost a sort).
 #pragma once
 

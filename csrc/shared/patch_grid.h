@@ -1,4 +1,4 @@
-// The patch grid of METHOD section 2: average pooling without padding.
+// The patch grid of method, section 2: average pooling without padding.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-"""The semi-supervised bases (METHOD section 9): what the student is shown, and the loss on it.
+"""The semi-supervised bases (method, section 9): what the student is shown, and the loss on it.
 
 A base is a dataclass, its fields options of :class:`~pglcl.config.TrainConfig` by the same names.
 """

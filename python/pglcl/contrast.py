@@ -1,4 +1,4 @@
-"""The patch-wise contrast on top of any base (METHOD sections 8 and 9)."""
+"""The patch-wise contrast on top of any base (method, sections 8 and 9)."""
 
 from __future__ import annotations
 

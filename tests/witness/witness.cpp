@@ -1,5 +1,5 @@
 // Runs every op of the extension, host code and kernels, as CUDA spells them, and compares it with brute force: plain
-// loops in float64 over what METHOD defines, gradients by central differences. ThreadSanitizer looks on.
+// loops in float64 over what docs/method.md defines, gradients by central differences. ThreadSanitizer looks on.
 //
 //   witness FAMILY [BARRIER]     exit status 0: agrees; 1: disagrees. BARRIER is the number of one to leave out.
 #include <ATen/Context.h>
@@ -96,7 +96,7 @@ at::Tensor numbers(at::IntArrayRef shape, at::ScalarType type, double scale = 1)
 }
 at::Tensor integers(int64_t low, int64_t high, int64_t count) { return at::randint(low, high, {count}, at::kLong); }
 
-// --- METHOD sections 4 and 5
+// --- method, sections 4 and 5
 // ---------------------------------------------------------------------------------------------
 
 struct Side {
@@ -182,7 +182,7 @@ void contrast_family() {
   contrast(at::kFloat, 6, 5, 3, false);
 }
 
-// --- METHOD section 2
+// --- method, section 2
 // ----------------------------------------------------------------------------------------------------
 
 struct Grid {
@@ -268,7 +268,7 @@ void statistics_family() {
   statistics(at::kDouble, {9, 7, 6, 3, 3, 2, 2});
 }
 
-// --- METHOD section 3
+// --- method, section 3
 // ----------------------------------------------------------------------------------------------------
 
 double disparity(const Values& a, int64_t i, const Values& b, int64_t j, int64_t channels) {
@@ -336,7 +336,7 @@ void disparity_family() {
   }
 }
 
-// --- METHOD section 6
+// --- method, section 6
 // ----------------------------------------------------------------------------------------------------
 
 struct Gaussians {

@@ -1,4 +1,4 @@
-// Arithmetic of one tile of the fused contrastive loss (METHOD section 5), compiled once per instruction set.
+// Arithmetic of one tile of the fused contrastive loss (method, section 5), compiled once per instruction set.
 //
 // A tile is worked on panel by panel: first the products of its anchors with one panel of keys (matrix micro-kernel),
 // then masks and exponentials while the panel lies in the first-level cache, which leave sums (forward) or dL/ds

@@ -1,4 +1,4 @@
-// Arithmetic of one tile of the Gaussian contrastive loss (METHOD section 6), compiled once per instruction set.
+// Arithmetic of one tile of the Gaussian contrastive loss (method, section 6), compiled once per instruction set.
 //
 // The quadratic form t' S t of a tile of anchors is one matrix product T S and a dot product per row. The same T S is
 // half of its gradient, so the gradient is summed on the way, rescaled whenever a larger exponent is met: the classes

@@ -1,4 +1,4 @@
-// What one tile of anchors of the Gaussian contrastive loss works on (METHOD section 6): plain data, as in
+// What one tile of anchors of the Gaussian contrastive loss works on (method, section 6): plain data, as in
 // contrast_tile.h.
 #pragma once
 

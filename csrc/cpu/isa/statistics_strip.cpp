@@ -1,4 +1,4 @@
-// Arithmetic of one strip of image rows of the patch statistics (METHOD section 2), compiled once per instruction set.
+// Arithmetic of one strip of image rows of the patch statistics (method, section 2), compiled once per instruction set.
 //
 // Both passes walk down a strip one vector of columns at a time, with what belongs to these columns in registers. The
 // number of classes is a template argument for the common ones (kClasses = 0: any number, in scratch memory).

@@ -1,4 +1,4 @@
-// What one strip of image rows of the patch statistics works on (METHOD section 2): plain data, as in contrast_tile.h.
+// What one strip of image rows of the patch statistics works on (method, section 2): plain data, as in contrast_tile.h.
 #pragma once
 
 #include <stdint.h>

@@ -1,4 +1,4 @@
-// The Gaussian contrastive loss on the GPU (METHOD section 6): forward and, on the way, the gradient.
+// The Gaussian contrastive loss on the GPU (method, section 6): forward and, on the way, the gradient.
 #pragma once
 
 #include "patch_contrast.cuh"

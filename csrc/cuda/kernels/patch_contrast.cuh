@@ -1,4 +1,4 @@
-// Fused contrastive loss on the GPU (METHOD sections 4 and 5), what its kernels share: arguments, the decision whether
+// Fused contrastive loss on the GPU (method, sections 4 and 5), what its kernels share: arguments, the decision whether
 // a pair counts, and the plain kernels for float64, any depth and any alignment. The fast ones are in
 // patch_contrast_tiles.cuh.
 #pragma once
@@ -139,7 +139,7 @@ PGLCL_DEVICE AnchorTerms<scalar_t> load_terms(const ContrastArguments<T>& x, con
   return terms;
 }
 
-// Whether key j is a positive or negative of anchor i, by label and one descriptor (METHOD section 4). One comparison
+// Whether key j is a positive or negative of anchor i, by label and one descriptor (method, section 4). One comparison
 // decides: what does not count has a descriptor or bounds that are no numbers, and so is its margin.
 template <typename scalar_t>
 PGLCL_DEVICE PairKind decide_by_rule(const Patch<scalar_t>& a, const Patch<scalar_t>& b, scalar_t positive_bound,

@@ -1,4 +1,4 @@
-// Patch statistics on the GPU (METHOD section 2). One warp per patch: its lanes walk the pixels of the patch, and what
+// Patch statistics on the GPU (method, section 2). One warp per patch: its lanes walk the pixels of the patch, and what
 // they add up meets in warp reductions, without atomics.
 //
 // Backward, a first kernel of the same kind turns the upstream gradients into coefficients of each patch, from sums of

@@ -1,4 +1,4 @@
-// Semantic disparity and the bounds taken from it on the GPU (METHOD sections 3 and 4).
+// Semantic disparity and the bounds taken from it on the GPU (method, sections 3 and 4).
 #pragma once
 
 #include "../../shared/disparity_search.h"
