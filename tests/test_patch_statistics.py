@@ -249,3 +249,16 @@ BAD_CALLS = [
 def test_bad_input(message: str, error: type[Exception], arguments: tuple) -> None:
     with pytest.raises(error, match=message):
         patch_statistics(*arguments)
+
+
+def test_gradients_keep_their_digits_at_large_logits(device: torch.device) -> None:
+    """Of a certain pixel the gradient is 0, however large its logits; of the others it is that of small ones."""
+    logits = torch.tensor([[201.7726, -159.5181, 300.25, -700.5], [-159.5181, 201.7726, 300.75, -700.25]])
+    ours = logits.view(1, 2, 2, 2).to(device).requires_grad_()
+    oracle = logits.view(1, 2, 2, 2).double().requires_grad_()
+    grads = []
+    for function, x in ((patch_statistics, ours), (reference.patch_statistics, oracle)):
+        values = function(x, 1)
+        total = values.entropy.sum() + values.confidence.square().sum() + values.class_entropy.sum()
+        grads.append(torch.autograd.grad(total, x)[0].double().cpu())
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)

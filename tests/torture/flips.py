@@ -72,9 +72,9 @@ def flip_run_files(tally: Tally, folder: Path, count: int, draw: random.Random) 
     _expect(run_stopped_after(4, ["train", data, "-o", half, *options], folder / "log"), code=130)
     resume = ["train", "--resume", run]
     for _ in range(count):
-        name = draw.choice(RUN_FILES)
         shutil.rmtree(run)
         shutil.copytree(half, run)
+        name = draw.choice([name for name in RUN_FILES if (run / name).stat().st_size])
         with flipped(run / name, draw) as what:
             ended = run_pglcl(resume, folder / "log")
             if ended.refused:

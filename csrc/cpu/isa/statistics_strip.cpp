@@ -19,10 +19,12 @@ PGLCL_INLINE vec_t<scalar_t> p_log_p(vec_t<scalar_t> p) {
   return p <= scalar_t(0) ? vec_t<scalar_t>{} : p * log(p);
 }
 
-// The probabilities of one vector of pixels, their entropy, and for logits the log of the sum of exponentials.
+// The entropy of one vector of pixels, and for logits the highest and the log of the sum of exponentials above it. The
+// two stay apart: their rounded sum would be off by as much as the logits are large.
 template <typename scalar_t>
 struct Prediction {
   vec_t<scalar_t> entropy;
+  vec_t<scalar_t> highest;
   vec_t<scalar_t> log_sum;
 };
 
@@ -41,16 +43,16 @@ PGLCL_INLINE Prediction<scalar_t> predict(const scalar_t* input, int64_t class_s
     }
     return result;
   }
-  // In units of log 2, so that 2^x replaces e^x.
 #pragma GCC unroll 4
-  for (int64_t k = 0; k < count; ++k) p[k] = load(input + k * class_stride) * scalar_t(kLog2E);
+  for (int64_t k = 0; k < count; ++k) p[k] = load(input + k * class_stride);
   vec highest = p[0];
 #pragma GCC unroll 4
   for (int64_t k = 1; k < count; ++k) highest = maximum<scalar_t>(highest, p[k]);
   vec sum{}, weighted{};
 #pragma GCC unroll 4
   for (int64_t k = 0; k < count; ++k) {
-    const vec exponent = p[k] - highest;
+    // In units of log 2, so that 2^x replaces e^x.
+    const vec exponent = (p[k] - highest) * scalar_t(kLog2E);
     const vec e = exp2_to_zero(exponent);
     sum += e;
     weighted += e * exponent;
@@ -62,7 +64,8 @@ PGLCL_INLINE Prediction<scalar_t> predict(const scalar_t* input, int64_t class_s
   const vec log_sum = log_of_normal(sum);
   // Rounding can leave a certain pixel a little below zero.
   result.entropy = at_least_zero(log_sum - weighted * inverse * scalar_t(kLn2));
-  result.log_sum = log_sum + highest * scalar_t(kLn2);
+  result.highest = highest;
+  result.log_sum = log_sum;
   return result;
 }
 
@@ -203,7 +206,7 @@ PGLCL_INLINE void backward_columns(const StatisticsGradientStrip<scalar_t>& s, i
         gradient = dp + dh * slope;
       } else {
         // dh/dlogit_k = -p_k (log p_k + h), and the softmax Jacobian for dp.
-        const vec log_pk = load(input + k * class_stride) - prediction.log_sum;
+        const vec log_pk = load(input + k * class_stride) - prediction.highest - prediction.log_sum;
         gradient = p[k] * (dp - dp_mean - dh * (log_pk + h));
       }
       store_part<scalar_t>(out + k * s.grad_class_stride, gradient, lanes);
