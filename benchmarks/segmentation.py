@@ -50,7 +50,7 @@ BASES = ("mean-teacher", "weak-to-strong", "copy-paste")
 BEST_BASE = {"acdc": "copy-paste", "hippocampus": "weak-to-strong"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "gaussian": {"loss": "gaussian"},
-    "unguided": {"guidance": False, "hard_anchors": False},
+    "unguided": {"guidance": False, "anchor_order": "random"},
     "no queue": {"queue_length": 0},
     "crops": {"patches": "crop", "patch_size": 16, "crops_per_class": 2},
     "anchors of pseudo-labels": {"anchors": "all"},

@@ -6,14 +6,17 @@ A base is a dataclass, its fields options of :class:`~pglcl.config.TrainConfig` 
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pglcl.config import TrainConfig
+from pglcl.postprocess import clean
 
 UNLABELLED_SHARE = 0.5  # copy-paste: weight of pasted pseudo-labelled pixels (Bidirectional Copy-Paste's alpha)
 # What the squared distance of mean teacher, at most 2 / K, usually gets beside cross-entropy.
@@ -27,6 +30,7 @@ class ViewBatch:
     images (B, C, *S). target (B, *S) int64, -1 where nothing is known. weight (B, *S), of each pixel. certainty
     (B, *S), 1 for an annotation, the teacher's probability for a pseudo-label. annotated (B, *S) bool. prediction
     (B, K, *S), the teacher's, or None when nobody asks for it. supervised: how many of the first images are annotated.
+    weak: how many of the last images are weak views, of which the student sees a share of the feature channels.
     """
 
     images: Tensor
@@ -36,33 +40,63 @@ class ViewBatch:
     annotated: Tensor
     prediction: Tensor | None
     supervised: int
+    weak: int = 0
 
-    def class_weights(self, num_classes: int, *, annotated: bool = False) -> Tensor:
-        """(B, K, *S): each pixel counts for its class alone, as much as it is certain; `annotated`: or not at all."""
-        counts = self.certainty * self.annotated if annotated else self.certainty
-        return one_hot(self.target, num_classes) * counts[:, None]
+    def class_weights(self, num_classes: int, counts: Tensor | None = None) -> Tensor:
+        """(B, K, *S): each pixel counts for its class alone, as much as `counts` (B, *S), or its certainty, says."""
+        return one_hot(self.target, num_classes) * (self.certainty if counts is None else counts)[:, None]
+
+    def strongly_augmented(self) -> ViewBatch:
+        """All but the weak views."""
+        n = len(self.images) - self.weak
+        prediction = None if self.prediction is None else self.prediction[:n]
+        tensors = (self.images, self.target, self.weight, self.certainty, self.annotated)
+        return ViewBatch(*(x[:n] for x in tensors), prediction, self.supervised)
 
 
-class Base(Protocol):
-    """What a step asks of a base.
+class Taught(NamedTuple):
+    """What the teacher says.
 
-    `batch` is that of :class:`~pglcl.batches.StepBatches`; `prediction` (L + U, K, *S) the teacher's probabilities of
-    its labelled images and of the weak views of its unlabelled ones; `ramp`, in [0, 1], how far the teacher is trusted.
+    prediction (L + U, K, *S): probabilities of the labelled images and of the weak views of the unlabelled ones. pseudo
+    (U, *S) int64 and certainty (U, *S): the pseudo-labels of the latter and their probability.
     """
 
-    def views(self, batch: dict[str, Tensor], prediction: Tensor, generator: torch.Generator) -> ViewBatch: ...
+    prediction: Tensor
+    pseudo: Tensor
+    certainty: Tensor
 
+    @classmethod
+    def of(cls, prediction: Tensor, labelled: int, organs: Sequence[int]) -> Taught:
+        """`organs`: classes of which a pseudo-label keeps the largest component."""
+        unlabelled = prediction[labelled:]
+        return cls(prediction, *clean(unlabelled.argmax(dim=1), unlabelled, organs))
+
+
+class Base(ABC):
+    """What a step asks of a base.
+
+    `batch` is that of :class:`~pglcl.batches.StepBatches`; `ramp`, in [0, 1], says how far the teacher is trusted.
+    """
+
+    @abstractmethod
+    def views(self, batch: dict[str, Tensor], taught: Taught, generator: torch.Generator) -> ViewBatch: ...
+
+    @abstractmethod
     def loss(self, logits: Tensor, views: ViewBatch, ramp: float) -> Tensor: ...
+
+    def warmup_views(self, views: ViewBatch, generator: torch.Generator) -> ViewBatch:
+        """What is made of the views of labelled images alone, :func:`labelled_alone`."""
+        return views
 
 
 @dataclass(frozen=True)
-class MeanTeacher:
+class MeanTeacher(Base):
     """Tarvainen and Valpola 2017: the squared distance from the teacher's probabilities."""
 
     consistency_weight: float
 
-    def views(self, batch: dict[str, Tensor], prediction: Tensor, generator: torch.Generator) -> ViewBatch:
-        return labelled_and(batch, batch["strong"], prediction)
+    def views(self, batch: dict[str, Tensor], taught: Taught, generator: torch.Generator) -> ViewBatch:
+        return labelled_and(batch, batch["strong"], taught)
 
     def loss(self, logits: Tensor, views: ViewBatch, ramp: float) -> Tensor:
         n = views.supervised
@@ -73,57 +107,66 @@ class MeanTeacher:
 
 
 @dataclass(frozen=True)
-class WeakToStrong:
-    """The teacher's class of the weak view, where it is sure, for the strong one; boxes exchanged as in CutMix."""
+class WeakToStrong(Base):
+    """The teacher's class of the weak view, where it is sure, for other views of the image (Yang et al., CVPR 2023).
+
+    They are one or two strong views, each with boxes exchanged as in CutMix, and the weak view itself, of which the
+    student is shown a share of its feature channels.
+    """
 
     consistency_weight: float
     confidence: float
+    strong_views: int
+    feature_dropout: float
 
-    def views(self, batch: dict[str, Tensor], prediction: Tensor, generator: torch.Generator) -> ViewBatch:
-        count = len(batch["strong"])
-        box = random_box(tuple(batch["strong"].shape[2:]), 0.5, generator).to(prediction.device)
-        order = torch.randperm(count, generator=generator).to(prediction.device)
-        labelled, unlabelled = prediction[: len(batch["image"])], prediction[len(batch["image"]) :]
-        strong = torch.where(box > 0, batch["strong"][order], batch["strong"])
-        prediction = torch.cat([labelled, torch.where(box > 0, unlabelled[order], unlabelled)])
-        views = labelled_and(batch, strong, prediction)
-        views.weight[views.supervised :] *= views.certainty[views.supervised :] >= self.confidence
-        return views
+    def views(self, batch: dict[str, Tensor], taught: Taught, generator: torch.Generator) -> ViewBatch:
+        n, count = len(batch["image"]), len(batch["strong"])
+        labelled, unlabelled = taught.prediction[:n], taught.prediction[n:]
+        parts = []
+        for name in ("strong", "strong2")[: self.strong_views]:
+            box = random_box(tuple(batch[name].shape[2:]), 0.5, generator).to(unlabelled.device) > 0
+            order = torch.randperm(count, generator=generator).to(unlabelled.device)
+            shown = (batch[name], taught.pseudo, taught.certainty, unlabelled)
+            parts.append([torch.where(box, x[order], x) for x in shown])
+        if self.feature_dropout:
+            parts.append([batch["weak"], taught.pseudo, taught.certainty, unlabelled])
+        images, pseudo, certainty, prediction = (torch.cat(x) for x in zip(*parts))
+        views = labelled_and(batch, images, Taught(torch.cat([labelled, prediction]), pseudo, certainty))
+        views.weight[n:] *= certainty >= self.confidence
+        return dataclasses.replace(views, weak=count if self.feature_dropout else 0)
 
     def loss(self, logits: Tensor, views: ViewBatch, ramp: float) -> Tensor:
-        n = views.supervised
+        """The views with fewer feature channels count as much as the strong ones together."""
+        n, weak = views.supervised, len(logits) - views.weak
         supervised = segmentation_loss(logits[:n], views.target[:n])
-        unlabelled = segmentation_loss(logits[n:], views.target[n:], views.weight[n:])
+        unlabelled = segmentation_loss(logits[n:weak], views.target[n:weak], views.weight[n:weak])
+        if views.weak:
+            fewer = segmentation_loss(logits[weak:], views.target[weak:], views.weight[weak:])
+            unlabelled = (unlabelled + fewer) / 2
         return supervised + self.consistency_weight * unlabelled
 
 
 @dataclass(frozen=True)
-class CopyPaste:
-    """Labelled images pasted into unlabelled ones and the other way round (Bai et al., CVPR 2023)."""
+class CopyPaste(Base):
+    """Labelled images pasted into unlabelled ones and the other way round (Bai et al., CVPR 2023).
+
+    During warm-up, labelled images are pasted into each other.
+    """
 
     consistency_weight: float
+    mix_warmup: bool
 
-    def views(self, batch: dict[str, Tensor], prediction: Tensor, generator: torch.Generator) -> ViewBatch:
+    def views(self, batch: dict[str, Tensor], taught: Taught, generator: torch.Generator) -> ViewBatch:
         n = min(len(batch["image"]), len(batch["strong"]))
-        shown = torch.cat([prediction[:n], prediction[len(batch["image"]) :][:n]])
+        prediction = torch.cat([taught.prediction[:n], taught.prediction[len(batch["image"]) :][:n]])
         labelled = {"image": batch["image"][:n], "label": batch["label"][:n]}
+        shown = Taught(prediction, taught.pseudo[:n], taught.certainty[:n])
         views = labelled_and(labelled, batch["strong"][:n], shown)
         views.weight[n:] *= UNLABELLED_SHARE * self.consistency_weight
-        box = random_box(tuple(views.images.shape[2:]), 2 / 3, generator).to(prediction.device) > 0
+        return pasted(views, torch.arange(2 * n).roll(n), generator)
 
-        def mixed(x: Tensor) -> Tensor:
-            labelled, unlabelled = x[:n], x[n:]
-            return torch.cat([torch.where(box, unlabelled, labelled), torch.where(box, labelled, unlabelled)])
-
-        return ViewBatch(
-            mixed(views.images),
-            mixed(views.target),
-            mixed(views.weight),
-            mixed(views.certainty),
-            mixed(views.annotated),
-            mixed(shown),
-            supervised=0,
-        )
+    def warmup_views(self, views: ViewBatch, generator: torch.Generator) -> ViewBatch:
+        return pasted(views, torch.arange(len(views.images)).roll(1), generator) if self.mix_warmup else views
 
     def loss(self, logits: Tensor, views: ViewBatch, ramp: float) -> Tensor:
         n = len(logits) // 2
@@ -151,20 +194,27 @@ def labelled_alone(batch: dict[str, Tensor], prediction: Tensor | None) -> ViewB
     return ViewBatch(batch["image"], batch["label"], ones, ones, ones.bool(), prediction, len(ones))
 
 
-def labelled_and(batch: dict[str, Tensor], unlabelled: Tensor, prediction: Tensor) -> ViewBatch:
+def labelled_and(batch: dict[str, Tensor], unlabelled: Tensor, taught: Taught) -> ViewBatch:
     """Labelled images followed by unlabelled ones (U, C, *S), whose targets are the teacher's pseudo-labels."""
-    n = len(batch["image"])
-    certainty, pseudo = prediction[n:].max(dim=1)
-    target = torch.cat([batch["label"], pseudo])
+    target, known = torch.cat([batch["label"], taught.pseudo]), torch.ones_like(batch["label"])
     return ViewBatch(
         torch.cat([batch["image"], unlabelled]),
         target,
-        torch.ones_like(target, dtype=prediction.dtype),
-        torch.cat([torch.ones_like(batch["label"], dtype=prediction.dtype), certainty]),
-        torch.cat([torch.ones_like(batch["label"], dtype=torch.bool), torch.zeros_like(pseudo, dtype=torch.bool)]),
-        prediction,
-        n,
+        torch.ones_like(target, dtype=taught.certainty.dtype),
+        torch.cat([known.to(taught.certainty.dtype), taught.certainty]),
+        torch.cat([known.bool(), torch.zeros_like(taught.pseudo, dtype=torch.bool)]),
+        taught.prediction,
+        len(known),
     )
+
+
+def pasted(views: ViewBatch, order: Tensor, generator: torch.Generator) -> ViewBatch:
+    """Each image with a box of the image that `order` names: one box of 2/3 of every axis, at a random place."""
+    box = random_box(tuple(views.images.shape[2:]), 2 / 3, generator).to(views.images.device) > 0
+    order = order.to(views.images.device)
+    tensors = (views.images, views.target, views.weight, views.certainty, views.annotated, views.prediction)
+    mixed = [None if x is None else torch.where(box, x[order], x) for x in tensors]
+    return ViewBatch(*mixed, supervised=0)  # type: ignore[arg-type]
 
 
 def one_hot(target: Tensor, num_classes: int) -> Tensor:

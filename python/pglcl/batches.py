@@ -37,7 +37,8 @@ class StepBatches(Dataset[dict[str, Tensor]]):
     """Item `step` is the batch of that step.
 
     image (L, C, *S) and label (L, *S) of labelled images; and, when semi-supervised steps have begun, weak and strong
-    (U, C, *S), two views of the same unlabelled images that differ in intensities alone.
+    (U, C, *S), views of the same unlabelled images that differ in intensities alone, and strong2 where the base has two
+    strong ones.
     """
 
     def __init__(
@@ -87,14 +88,15 @@ class StepBatches(Dataset[dict[str, Tensor]]):
         batch = {"image": torch.stack(images), "label": torch.stack(labels)}
         if semi:
             views = [self._unlabelled(random) for _ in range(config.batch_size - count)]
-            batch["weak"], batch["strong"] = (torch.stack(side) for side in zip(*views))
+            for name, side in zip(("weak", "strong", "strong2"), zip(*views)):
+                batch[name] = torch.stack(side)
         return batch
 
     def bytes_of_a_batch(self) -> int:
         """At most, as tensors."""
         pixels = math.prod(self.config.size) * self.config.batch_size
-        # An unlabelled image comes in two views, a labelled one with its label.
-        return pixels * (2 * 4 * len(self.labelled[0].image) + 8)
+        # An unlabelled image comes in two or three views, a labelled one with its label.
+        return pixels * ((1 + self.config.strong_images) * 4 * len(self.labelled[0].image) + 8)
 
     def _labelled(self, random: np.random.RandomState) -> tuple[Tensor, Tensor]:
         item = self._pick(self.labelled, random, foreground=True)
@@ -103,12 +105,13 @@ class StepBatches(Dataset[dict[str, Tensor]]):
         self.intensities.set_random_state(state=random)
         return torch.as_tensor(self.intensities(item["image"])), torch.as_tensor(item["label"])[0].round().long()
 
-    def _unlabelled(self, random: np.random.RandomState) -> tuple[Tensor, Tensor]:
+    def _unlabelled(self, random: np.random.RandomState) -> list[Tensor]:
         self.geometric.set_random_state(state=random)
         item = self._pick(self.unlabelled, random, foreground=False)
         weak = torch.as_tensor(self.geometric(item)["image"])
         self.intensities.set_random_state(state=random)
-        return weak, torch.as_tensor(self.intensities(weak.clone()))
+        strong = (torch.as_tensor(self.intensities(weak.clone())) for _ in range(self.config.strong_images))
+        return [weak, *strong]
 
     def _pick(self, pool: list[Prepared], random: np.random.RandomState, *, foreground: bool) -> dict[str, Tensor]:
         """A slice, or a patch; every other labelled patch is centred on a voxel that is not background."""

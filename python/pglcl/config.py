@@ -127,10 +127,23 @@ class TrainConfig:
         choices=("infonce", "gaussian"))
     patches: str = _opt("pooled", "pooled: from one feature map; crop: cropped images, encoded again", "Method",
         choices=("pooled", "crop"))
-    contrast_weight: float = _opt(0.5, "weight of the contrastive loss", "Method", least=0)
+    contrast_weight: float = _opt(0.5, "weight of the contrastive loss, at most", "Method", least=0)
+    contrast_schedule: str = _opt("ramp",
+        "of that weight: ramp: up over the first 30 % of the steps, down to 0 over the last 30 %; or constant",
+        "Method", choices=("ramp", "constant"))
     consistency_weight: float = _opt(1.0, "weight of the base's loss on unlabelled images", "Method", least=0)
     confidence: float = _opt(0.8, "weak-to-strong: pixels count where the teacher is at least this sure", "Method",
         above=0, below=1, only=("consistency", "weak-to-strong"))
+    strong_views: int = _opt(2, "weak-to-strong: of an unlabelled image, each with boxes of its own", "Method",
+        choices=(1, 2), only=("consistency", "weak-to-strong"))
+    feature_dropout: float = _opt(0.5,
+        "weak-to-strong: share of the feature channels left out of a further, weak view; 0: no such view", "Method",
+        least=0, most=0.9, only=("consistency", "weak-to-strong"))
+    mix_warmup: bool = _opt(True, "copy-paste: paste labelled images into each other during warm-up", "Method",
+        only=("consistency", "copy-paste"))
+    clean_pseudo_labels: str = _opt("auto",
+        "largest-component: of each class of a pseudo-label, for single organs; auto: where the labels have no others",
+        "Method", choices=("auto", "largest-component", "none"))
     ema_decay: float = _opt(0.99, "decay of the teacher, a step", "Method", above=0, below=1)
     temperature: float = _opt(0.1, "temperature of the InfoNCE loss (gaussian: 0.2, the authors')", "Method",
         above=0, only=("loss", "infonce"))
@@ -140,10 +153,20 @@ class TrainConfig:
     min_negative_disparity: float = _opt(0.0, "delta-: least that negatives differ, in units of log K", "Method",
         least=0)
     hard_negatives: bool = _opt(False, "gaussian: statistics of hard negatives", "Method", only=("loss", "gaussian"))
-    anchors: str = _opt("labelled", "anchors are annotated pixels, or all: pseudo-labels too; keys are both", "Method",
-        choices=("labelled", "all"))
+    anchors: str = _opt("certain",
+        "anchors are pixels that are annotated; certain: or of which the teacher is sure; or all. Keys are all",
+        "Method", choices=("labelled", "certain", "all"))
+    anchor_confidence: float = _opt(0.95, "certain: the teacher's probability from which on it is sure", "Method",
+        above=0, below=1, only=("anchors", "certain"))
     anchors_per_class: int = _opt(64, "anchors of a class in a step, at most; 0: all", "Method", least=0)
-    hard_anchors: bool = _opt(True, "the anchors whose prediction is least certain; else a random sample", "Method")
+    anchor_order: str = _opt("student",
+        "the anchors taken first: of which the student is least certain, or the teacher; or a random sample", "Method",
+        choices=("student", "teacher", "random"))
+    mixed_patches: str = _opt("split",
+        "patches that their class does not fill: positives of each other alone (split), of none (leave-out), of all",
+        "Method", choices=("split", "leave-out", "together"))
+    inside_coverage: float = _opt(0.9, "share of a patch from which on its class fills it", "Method",
+        above=0, most=1)
     keys_per_class: int = _opt(32, "keys of a class that a step queues, at most; 0: all", "Method", least=0)
     patch_size: int = _opt(4, "of a patch along each axis (of an image given to the network)", "Method",
         unit="pixels", least=1)
@@ -252,6 +275,11 @@ class TrainConfig:
     @property
     def contrast(self) -> bool:
         return self.method == "patchcl"
+
+    @property
+    def strong_images(self) -> int:
+        """Strong views of an unlabelled image."""
+        return self.strong_views if self.consistency == "weak-to-strong" else 1
 
     @property
     def warmup_steps(self) -> int:

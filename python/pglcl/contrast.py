@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pglcl.bases import ViewBatch
@@ -23,15 +25,16 @@ from pglcl_ext import (
 )
 from pglcl_ext.distributed import gather_rows
 
+APART = 1e3  # nats; no two entropies differ so much
 CROPS_OBSERVED = 8  # of a class and image, to move the coverage threshold by
 
 
 class Keys(NamedTuple):
-    """What anchors are compared with: embeddings (M, D), labels (M,) int64, entropies (M,)."""
+    """What anchors are compared with: embeddings (M, D), labels (M,) int64, descriptors (M, 1 or 2)."""
 
     embeddings: Tensor
     labels: Tensor
-    entropies: Tensor
+    descriptors: Tensor
 
 
 def halved(x: Tensor) -> Tensor:
@@ -45,20 +48,25 @@ def halved(x: Tensor) -> Tensor:
 Rows = TypeVar("Rows", PatchRows, PatchBatch)
 
 
-def limit_per_class(rows: Rows, count: int, hardest: bool, generator: torch.Generator | None) -> Rows:
-    """Rows that qualify, `count` (0: all) of a class: the least certain, or a random sample."""
+def limit_per_class(
+    rows: Rows, count: int, priority: Callable[[Rows], Tensor] | None, generator: torch.Generator
+) -> Rows:
+    """Rows that qualify, `count` (0: all) of a class: those of the highest priority, or a random sample."""
     rows = rows.compact()  # the losses leave out the others; projecting them would be for nothing
     if not count:
         return rows
-    priority = rows.entropy if hardest else torch.rand(len(rows.labels), generator=generator).to(rows.labels.device)
-    return rows.limited(count, priority).compact()
+    if priority is None:
+        return rows.limited(count, torch.rand(len(rows.labels), generator=generator).to(rows.labels.device)).compact()
+    return rows.limited(count, priority(rows)).compact()
 
 
 class PatchContrast(nn.Module):
     """Guided patches, keys of the teacher queued by class, and one of the two losses.
 
-    Anchors are the student's patches, keys the teacher's, their classes given by annotation or pseudo-label. Patches
-    are compared by the entropy of the teacher's prediction inside them.
+    Anchors are the student's patches, keys the teacher's, their classes given by annotation or pseudo-label. An anchor
+    is worth most where the student is unsure and the annotation, or the teacher, is sure. Patches are compared by the
+    entropy of the teacher's prediction inside them, and by whether their class fills them: of a second descriptor, 0
+    or APART, a difference exceeds every bound, so such a pair of one class is neither positive nor negative.
 
     Args:
         config: the options of the run.
@@ -69,6 +77,7 @@ class PatchContrast(nn.Module):
     def __init__(self, config: TrainConfig, num_classes: int, process_group: Any = None) -> None:
         super().__init__()
         self.config, self.num_classes, self.process_group = config, num_classes, process_group
+        self.told_apart = config.mixed_patches != "together" and config.loss == "infonce"
         self.threshold = CoverageThreshold(num_classes, target=config.coverage_target)
         self.gaussian: GaussianContrastLoss | None = None
         self.infonce: PatchContrastLoss | None = None
@@ -84,15 +93,19 @@ class PatchContrast(nn.Module):
             )
             return
         bounds: dict[str, Any] = {}
+        # Disparity is the mean over descriptors: beside a second one, the first counts half.
+        unit, dims = math.log(num_classes) / (1 + self.told_apart), 1 + self.told_apart
+        if self.told_apart:
+            bounds["max_positive_disparity"] = APART / 4
         if config.guidance:
-            bounds["max_positive_disparity"] = config.max_positive_disparity * math.log(num_classes)
-            bounds["min_negative_disparity"] = config.min_negative_disparity * math.log(num_classes)
+            bounds["max_positive_disparity"] = config.max_positive_disparity * unit
+            bounds["min_negative_disparity"] = config.min_negative_disparity * unit
         if config.queue_length:
             self.queue = EmbeddingQueue(
                 num_classes,
                 config.embedding_dim,
                 config.queue_length,
-                descriptor_dim=1,
+                descriptor_dim=dims,
                 process_group=process_group,
             )
         # Queues of all ranks hold the keys of all ranks; without one, the loss gathers them.
@@ -103,6 +116,7 @@ class PatchContrast(nn.Module):
         self,
         student: SegmentationNetwork,
         views: ViewBatch,
+        prediction: Tensor,
         features: Tensor,
         keys: Keys,
         generator: torch.Generator,
@@ -111,19 +125,16 @@ class PatchContrast(nn.Module):
 
         Args:
             views: what the student saw; with the teacher's prediction.
+            prediction: (B, K, *S), the student's probabilities.
             features: of the student, (B, F, *S / 2); gradients flow to them.
             keys: those of this step, from :meth:`teacher_keys`.
             generator: of a random sample of anchors and of hard negatives.
         """
+        config = self.config
+        unsure = {"student": prediction, "teacher": views.prediction, "random": None}[config.anchor_order]
+        weights = views.class_weights(self.num_classes, self._anchor_pixels(views))
         batch = self.patches(
-            student,
-            views,
-            features,
-            annotated=self.config.anchors == "labelled",
-            count=self.config.anchors_per_class,
-            hardest=self.config.hard_anchors,
-            generator=generator,
-            observe=True,
+            student, views, weights, features, config.anchors_per_class, generator, unsure=unsure, observe=True
         )
         anchors = student.projection(batch.embeddings)
         if self.gaussian is not None:
@@ -133,16 +144,33 @@ class PatchContrast(nn.Module):
         if self.queue is not None:
             held = self.queue.keys()
             assert held.descriptors is not None
-            keys = Keys(held.keys, held.labels, held.descriptors.squeeze(1))
+            keys = Keys(held.keys, held.labels, held.descriptors)
         loss: Tensor = self.infonce(
             anchors,
             batch.labels,
-            batch.entropy.to(anchors.dtype),
+            self._descriptors(batch, APART).to(anchors.dtype),
             keys=keys.embeddings,
             key_labels=keys.labels,
-            key_descriptors=keys.entropies,
+            key_descriptors=keys.descriptors,
         )
         return loss
+
+    def _anchor_pixels(self, views: ViewBatch) -> Tensor:
+        """(B, *S): how much each pixel counts for an anchor."""
+        if self.config.anchors == "labelled":
+            return views.annotated.float()
+        if self.config.anchors == "certain":
+            return (views.certainty >= self.config.anchor_confidence).float()
+        return views.certainty
+
+    def _descriptors(self, batch: PatchBatch, apart: float) -> Tensor:
+        """(N, 1): entropy; (N, 2): and `apart` where the patch is mixed."""
+        if not self.told_apart:
+            return batch.entropy[:, None]
+        return torch.stack([batch.entropy, apart * self._mixed(batch)], dim=1)
+
+    def _mixed(self, rows: PatchRows | PatchBatch) -> Tensor:
+        return rows.coverage < self.config.inside_coverage
 
     @torch.no_grad()
     def teacher_keys(
@@ -154,8 +182,11 @@ class PatchContrast(nn.Module):
             seen: what the teacher saw.
             features: of the teacher, (B, F, *S / 2).
         """
-        batch = self.patches(teacher, seen, features, count=self.config.keys_per_class, generator=generator)
-        keys = Keys(teacher.projection(batch.embeddings), batch.labels, batch.entropy)
+        weights = seen.class_weights(self.num_classes)
+        batch = self.patches(teacher, seen, weights, features, self.config.keys_per_class, generator)
+        # Of the other sign than that of anchors, mixed patches differ from all of their class, of each other the most.
+        apart = -APART if self.config.mixed_patches == "leave-out" else APART
+        keys = Keys(teacher.projection(batch.embeddings), batch.labels, self._descriptors(batch, apart))
         if self.gaussian is not None:
             self.gaussian.enqueue(keys.embeddings, keys.labels)
         elif self.queue is not None:
@@ -166,40 +197,52 @@ class PatchContrast(nn.Module):
         self,
         network: SegmentationNetwork,
         views: ViewBatch,
+        weights: Tensor,
         features: Tensor,
+        count: int,
+        generator: torch.Generator,
         *,
-        annotated: bool = False,
-        count: int = 0,
-        hardest: bool = False,
-        generator: torch.Generator | None = None,
+        unsure: Tensor | None = None,
         observe: bool = False,
     ) -> PatchBatch:
         """Class-aware patches with their embeddings, pooled or cropped: those that qualify.
 
         Args:
-            count, hardest, generator: which of them at most, as for :func:`limit_per_class`.
-            annotated: only annotated pixels count.
+            weights: (B, K, *S), how much a pixel counts for a class.
+            count: of a class, at most; 0: all.
+            unsure: (B, K, *S), the prediction whose least certain patches are taken first; None: a random sample.
             observe: move the threshold by all patches.
         """
         assert views.prediction is not None
-        weights = views.class_weights(self.num_classes, annotated=annotated)
         if self.config.patches == "crop":
             crops = self._cropped(network, weights, views.prediction, views.images, observe)
-            return limit_per_class(crops, count, hardest, generator)
+            size = self.config.patch_size
+            priority = None if unsure is None else lambda rows: _entropy_of_crops(rows, weights, unsure, size)
+            return limit_per_class(self._inside(crops), count, priority, generator)
+        weights, cell = halved(weights), self.config.patch_size // network.feature_stride
 
         def select(rows: PatchRows) -> PatchRows:
             if observe:
                 self._move_threshold(*self.threshold.coverage_and_classes(rows))
-            return limit_per_class(rows, count, hardest, generator)
+            priority = (
+                None if unsure is None else lambda chosen: _entropy_of_rows(chosen, weights, halved(unsure), cell)
+            )
+            return limit_per_class(self._inside(rows), count, priority, generator)
 
         return patch_embeddings(
             features,
-            halved(weights),
-            self.config.patch_size // network.feature_stride,
+            weights,
+            cell,
             coverage=self.threshold.value,
             prediction=halved(views.prediction),
             select=select,
         )
+
+    def _inside(self, rows: Rows) -> Rows:
+        """Statistics of a class cannot leave out a pair: of the Gaussian loss mixed patches are left out altogether."""
+        if self.gaussian is None or self.config.mixed_patches == "together":
+            return rows
+        return rows._replace(labels=rows.labels.masked_fill(self._mixed(rows), -1))
 
     def _move_threshold(self, coverage: Tensor, labels: Tensor) -> None:
         """By the patches of all ranks, so that every rank has the same, and a checkpoint of one holds that of all."""
@@ -231,16 +274,29 @@ class PatchContrast(nn.Module):
             return PatchBatch(embeddings, crops.labels, nothing, nothing, crops.index)
         _, features = network.with_features(crops.images)
         embeddings = features.flatten(2).mean(dim=2)
-        entropy = _entropy_of_crops(crops.index, crops.labels, weights, prediction, size)
-        return PatchBatch(embeddings, crops.labels, entropy, crops.coverage, crops.index)
+        batch = PatchBatch(embeddings, crops.labels, crops.coverage, crops.coverage, crops.index)
+        return batch._replace(entropy=_entropy_of_crops(batch, weights, prediction, size))
 
 
-def _entropy_of_crops(index: Tensor, labels: Tensor, weights: Tensor, prediction: Tensor, size: int) -> Tensor:
+def _pixel_entropy(prediction: Tensor) -> Tensor:
+    """(B, *S)"""
+    return -torch.special.xlogy(prediction, prediction).sum(dim=1)
+
+
+def _entropy_of_crops(crops: PatchBatch, weights: Tensor, prediction: Tensor, size: int) -> Tensor:
     """(N,): the entropy of the prediction, averaged over each crop with the weights of its class."""
-    h = -torch.special.xlogy(prediction, prediction).sum(dim=1)
-    entropy = []
-    for (b, *first), k in zip(index.tolist(), labels.tolist()):
+    h = _pixel_entropy(prediction)
+    entropy = [h.new_zeros(0)]
+    for (b, *first), k in zip(crops.index.tolist(), crops.labels.tolist()):
         place = tuple(slice(f, f + size) for f in first)
         w = weights[(b, k, *place)]
-        entropy.append((w * h[(b, *place)]).sum() / w.sum())
-    return torch.stack(entropy)
+        entropy.append(((w * h[(b, *place)]).sum() / w.sum())[None])
+    return torch.cat(entropy)
+
+
+def _entropy_of_rows(rows: PatchRows, weights: Tensor, prediction: Tensor, cell: int) -> Tensor:
+    """(N,): the entropy of the prediction, averaged over each cell of the patch grid with the weights of its class."""
+    inside = weights * _pixel_entropy(prediction)[:, None]
+    pool = F.avg_pool2d if inside.dim() == 4 else F.avg_pool3d
+    image, *place = rows.index.unbind(1)
+    return pool(inside, cell)[(image, rows.labels, *place)] / rows.coverage

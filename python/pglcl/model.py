@@ -81,11 +81,15 @@ class SegmentationNetwork(nn.Module):
         """(B, C, *S) to logits (B, K, *S); S a multiple of the network's stride."""
         return self.with_features(x)[0]
 
-    def with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, K, *S) and features (B, feature_channels, *S / 2)."""
+    def with_features(self, x: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits (B, K, *S) and features (B, feature_channels, *S / 2).
+
+        Args:
+            kept: (B, feature_channels, 1, ...), what the logits see of each feature channel; all by default.
+        """
         down, inner, up = self.unet.model.children()
         features = inner(down(x))
-        return up(features), features
+        return up(features if kept is None else features * kept), features
 
 
 @torch.no_grad()
@@ -95,7 +99,7 @@ def update_teacher(teacher: nn.Module, student: nn.Module, decay: float, step: i
     for t, s in zip(teacher.parameters(), student.parameters()):
         t.lerp_(s, 1 - keep)
     for held, new in zip(teacher.buffers(), student.buffers()):
-        held.copy_(new)
+        held.lerp_(new, 1 - keep) if held.is_floating_point() else held.copy_(new)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What is done to a mask after the network: of each class the largest component is kept."""
+"""Of each class the largest component is kept: in masks after the network, and in pseudo-labels before it learns."""
 
 from __future__ import annotations
 
@@ -9,17 +9,49 @@ from scipy import ndimage
 from torch import Tensor
 
 POSTPROCESS = ("none", "largest-component")
+ONE_ORGAN = 0.99  # share of a class's voxels in largest components, from which on it counts as one organ
 
 
 def components(mask: Tensor, label: int) -> int:
-    """How many pieces of one class there are in a mask (X, Y, Z)."""
+    """How many pieces of one class there are in a mask of any dimensions."""
     return len(_pieces(mask.numpy(), label)[1])
 
 
-def keep_largest(mask: Tensor, labels: Iterable[int]) -> Tensor:
-    """A copy of `mask` (X, Y, Z) in which each of `labels` keeps its largest component; the rest becomes background.
+def single_organs(masks: Iterable[Tensor], num_classes: int) -> list[int]:
+    """The classes from 1 on that are one organ: 99 % of their voxels lie in the largest component of their mask.
 
-    Voxels that share a face, an edge or a corner are connected. Of components of the same size the first one stays.
+    Args:
+        masks: slices (X, Y) or volumes (X, Y, Z), of what the network is shown; -1 is of no class.
+    """
+    inside, every = np.zeros(num_classes, dtype=np.int64), np.zeros(num_classes, dtype=np.int64)
+    for mask in masks:
+        for label in range(1, num_classes):
+            sizes = _pieces(mask.numpy(), label)[1]
+            if len(sizes):
+                inside[label] += sizes.max()
+                every[label] += sizes.sum()
+    return [label for label in range(1, num_classes) if every[label] and inside[label] >= ONE_ORGAN * every[label]]
+
+
+def clean(pseudo: Tensor, prediction: Tensor, labels: Iterable[int]) -> tuple[Tensor, Tensor]:
+    """Pseudo-labels whose `labels` keep their largest component of each image, and how certain the teacher is of them.
+
+    Args:
+        pseudo: (B, *S) int64.
+        prediction: (B, K, *S) probabilities; what a pixel became instead is as certain as its probability here.
+    """
+    labels = list(labels)
+    kept = pseudo.clone()
+    for image in kept if labels else ():
+        image.copy_(keep_largest(image.cpu(), labels))
+    return kept, prediction.gather(1, kept[:, None])[:, 0]
+
+
+def keep_largest(mask: Tensor, labels: Iterable[int]) -> Tensor:
+    """A copy of `mask`, of any dimensions, in which each of `labels` keeps its largest component.
+
+    The rest becomes background. Voxels that share a face, an edge or a corner are connected. Of components of the same
+    size the first one stays.
     """
     kept = mask.clone()
     for label in labels:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from pglcl.bases import labelled_alone, labelled_and, make_base, segmentation_loss
+from pglcl.bases import Taught, ViewBatch, labelled_alone, labelled_and, make_base, segmentation_loss
 from pglcl.config import TrainConfig
 from pglcl.contrast import PatchContrast
 from pglcl.model import SegmentationNetwork
+
+CONTRAST_RAMP = 0.3  # share of the steps
 
 
 class StepLoss(nn.Module):
@@ -25,6 +27,7 @@ class StepLoss(nn.Module):
         student, teacher: networks of the same architecture. The teacher needs no gradient.
         contrast: or None.
         config: the options of the run.
+        organs: classes of which a pseudo-label keeps the largest component.
         section: names a part of the step for the profile.
     """
 
@@ -34,11 +37,13 @@ class StepLoss(nn.Module):
         teacher: SegmentationNetwork,
         contrast: PatchContrast | None,
         config: TrainConfig,
+        organs: Sequence[int] = (),
         section: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
     ) -> None:
         super().__init__()
         self.student, self.teacher, self.contrast = student, teacher, contrast
-        self.config, self.section, self.base = config, section, make_base(config)
+        self.config, self.organs, self.section = config, organs, section
+        self.base = make_base(config)
 
     def forward(
         self, batch: dict[str, Tensor], step: int, generator: torch.Generator
@@ -52,18 +57,21 @@ class StepLoss(nn.Module):
         """
         autocast = torch.autocast(batch["image"].device.type, torch.bfloat16, enabled=self.config.amp)
         semi = "strong" in batch
-        prediction = teacher_features = None
+        taught = teacher_features = None
         if semi or self.contrast is not None:
             with self.section("teacher"), torch.no_grad(), autocast:
                 prediction, teacher_features = self._ask_teacher(batch)
+            with self.section("pseudo-labels"):
+                taught = Taught.of(prediction, len(batch["image"]), self.organs)
         with self.section("views"):
             if semi:
-                assert prediction is not None
-                views = self.base.views(batch, prediction, generator)
+                assert taught is not None
+                views = self.base.views(batch, taught, generator)
             else:
-                views = labelled_alone(batch, prediction)
+                alone = labelled_alone(batch, None if taught is None else taught.prediction)
+                views = self.base.warmup_views(alone, generator) if self.config.semi else alone
         with self.section("student forward"), autocast:
-            logits, features = self.student.with_features(views.images)
+            logits, features = self.student.with_features(views.images, self._kept_features(views, generator))
         with self.section("loss"):
             if semi:
                 loss = self.base.loss(logits, views, self._ramp(step))
@@ -73,13 +81,26 @@ class StepLoss(nn.Module):
         if self.contrast is None:
             return loss, parts
         with self.section("contrast forward"):
-            assert prediction is not None
+            assert taught is not None
             assert teacher_features is not None
-            seen = labelled_and(batch, batch["weak"], prediction) if semi else views
+            seen = labelled_and(batch, batch["weak"], taught) if semi else alone
             keys = self.contrast.teacher_keys(self.teacher, seen, teacher_features.float(), generator)
-            contrast = self.contrast(self.student, views, features.float(), keys, generator)
+            shown = views.strongly_augmented()
+            student = logits[: len(shown.images)].detach().float().softmax(dim=1)
+            own_features = features[: len(shown.images)].float()
+            contrast = self.contrast(self.student, shown, student, own_features, keys, generator)
         parts["contrast"] = contrast.detach()
-        return loss + self.config.contrast_weight * contrast, parts
+        return loss + self._contrast_weight(step) * contrast, parts
+
+    def _kept_features(self, views: ViewBatch, generator: torch.Generator) -> Tensor | None:
+        """(B, features, 1, ...): what each feature channel is multiplied by; None where every image keeps all."""
+        if not views.weak:
+            return None
+        share = 1 - self.config.feature_dropout
+        shape = (views.weak, self.student.feature_channels)
+        kept = torch.ones(len(views.images), shape[1])
+        kept[-views.weak :] = (torch.rand(shape, generator=generator) < share) / share
+        return kept.view(*kept.shape, *[1] * self.config.spatial_dims).to(views.images.device)
 
     def _ask_teacher(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Probabilities of labelled and unlabelled images, and features. Labelled ones are asked for keys alone."""
@@ -90,6 +111,14 @@ class StepLoss(nn.Module):
         if len(labelled) == 0:
             prediction = torch.cat([prediction.new_zeros(len(batch["image"]), *prediction.shape[1:]), prediction])
         return prediction, features
+
+    def _contrast_weight(self, step: int) -> float:
+        """Up over the first 30 % of the steps, down to 0 over the last: at first features mean little, at last the
+        outline is what is left to learn."""
+        weight, done = self.config.contrast_weight, step / self.config.steps
+        if self.config.contrast_schedule == "constant":
+            return weight
+        return weight * min(1.0, done / CONTRAST_RAMP, (1 - done) / CONTRAST_RAMP)
 
     def _ramp(self, step: int) -> float:
         """From exp(-5) to 1 over the first third of the semi-supervised steps."""

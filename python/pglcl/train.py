@@ -28,6 +28,7 @@ from pglcl.layouts import open_folder
 from pglcl.limits import check_resources, most_workers
 from pglcl.lock import FolderLock
 from pglcl.model import SegmentationNetwork, TrainedModel, choose_device, update_teacher
+from pglcl.postprocess import single_organs
 from pglcl.progress import Progress
 from pglcl.ranks import Ranks, averaging, launched_ranks
 from pglcl.record import MetricsLog, Profile
@@ -68,7 +69,8 @@ class Learner:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
         )
-        self.loss: nn.Module = StepLoss(self.student, self.teacher, self.contrast, config, profile)
+        self.organs = organs_to_clean(config, data)
+        self.loss: nn.Module = StepLoss(self.student, self.teacher, self.contrast, config, self.organs, profile)
         if ranks.size > 1:
             self.loss = averaging(self.loss, config)
 
@@ -325,6 +327,17 @@ class Training:
             write_json(self.output / "profile.json", [list(row) for row in rows])
             shown = [[name, f"{ms:.1f}", f"{share:.1%}"] for name, ms, share in rows]
             self.progress.table("Time of a step", ["section", "ms", "share"], shown)
+
+
+def organs_to_clean(config: TrainConfig, data: TrainingData) -> list[int]:
+    """The classes of which a pseudo-label keeps the largest component."""
+    if not config.semi or config.clean_pseudo_labels == "none":
+        return []
+    if config.clean_pseudo_labels == "largest-component":
+        return list(range(1, data.num_classes))
+    volumes = [one.label for one in data.labelled if one.label is not None]
+    seen = volumes if config.spatial_dims == 3 else (z for volume in volumes for z in volume.unbind(-1))
+    return single_organs(seen, data.num_classes)
 
 
 def validation_dice(learner: Learner, step: int) -> float:

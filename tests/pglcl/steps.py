@@ -24,6 +24,7 @@ def make_batch(dims: int = 2, seed: int = 0) -> dict[str, Tensor]:
         "label": torch.randint(0, 3, (2, *space), generator=g),
         "weak": weak,
         "strong": weak + 0.1 * torch.randn(weak.shape, generator=g),
+        "strong2": weak + 0.1 * torch.randn(weak.shape, generator=g),
     }
 
 

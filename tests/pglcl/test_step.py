@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pglcl.bases import BASES, labelled_and
+from pglcl.bases import BASES, Taught, labelled_and
 from pglcl.contrast import PatchContrast
 from pglcl.step import StepLoss
 from torch import Tensor
@@ -20,6 +20,7 @@ from tests.pglcl.steps import gradient_of, make_batch, networks, predict_class_e
 def test_every_combination_steps(consistency: str, loss: str, patches: str, dims: int) -> None:
     size = "32" if dims == 2 else "16"
     options = {"consistency": consistency, "loss": loss, "patches": patches, "spatial_dims": dims, "image_size": size}
+    options["mixed_patches"] = "split" if loss == "infonce" else "together"  # labels at random leave no patch filled
     config = tiny(**options, hard_negatives=loss == "gaussian")
     student, teacher = networks(dims)
     contrast = PatchContrast(config, 3)
@@ -58,7 +59,8 @@ def test_the_teachers_pseudo_labels_reach_the_loss(monkeypatch: pytest.MonkeyPat
             _, features = teacher.with_features(torch.cat([batch["image"], batch["weak"]]))
             p = torch.zeros(4, 3, 32, 32)
             p[:, said] = 1
-            own = contrast.patches(teacher, labelled_and(batch, batch["weak"], p), features)
+            views = labelled_and(batch, batch["weak"], Taught.of(p, 2, []))
+            own = contrast.patches(teacher, views, views.class_weights(3), features, 0, torch.Generator())
             z = teacher.projection(own.embeddings)
         assert (torch.cdist(keys[labels >= 0], z).min(dim=1).values < 1e-3).all()
     assert results[0][0] != results[1][0]  # the segmentation loss follows the pseudo-labels
@@ -76,3 +78,31 @@ def test_semi_is_patchcl_without_the_contrast() -> None:
     losses, grad = gradient_of(StepLoss(student, teacher, contrast, config), batch)
     assert losses["contrast"] > 0
     torch.testing.assert_close(grad[: len(plain)], plain)
+
+
+def test_the_weight_of_the_contrast_rises_and_returns_to_0() -> None:
+    config = tiny(contrast_weight=2.0)
+    student, teacher = networks()
+    step = StepLoss(student, teacher, None, config)
+    n = config.steps
+    weights = [step._contrast_weight(i) for i in range(n + 1)]
+    assert weights[0] == weights[n] == 0
+    assert max(weights) == weights[n // 2] == 2
+    assert weights == pytest.approx(weights[::-1])
+    constant = StepLoss(student, teacher, None, tiny(contrast_weight=2.0, contrast_schedule="constant"))
+    assert {constant._contrast_weight(i) for i in range(n)} == {2.0}
+
+
+def test_of_a_weak_view_the_student_sees_half_of_the_feature_channels() -> None:
+    config = tiny(consistency="weak-to-strong")
+    student, teacher = networks()
+    step = StepLoss(student, teacher, None, config)
+    seen = []
+    student.with_features = lambda x, kept=None, ask=student.with_features: seen.append(kept) or ask(x, kept)
+    gradient_of(step, make_batch())
+    (kept,) = seen
+    assert kept.shape == (2 + 2 + 2 + 2, student.feature_channels, 1, 1)
+    assert torch.all(kept[:6] == 1)
+    assert set(kept[6:].unique().tolist()) == {0.0, 2.0}
+    gradient_of(StepLoss(student, teacher, None, tiny(consistency="weak-to-strong", feature_dropout=0.0)), make_batch())
+    assert seen[1] is None
