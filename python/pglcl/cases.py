@@ -33,9 +33,11 @@ class Split:
 
 
 def split_patients(data: DataFolder, config: TrainConfig) -> Split:
-    """By the split file, by the lists of the folder, or by name; see `docs/data.md`."""
+    """By the split file, by folds, by the lists of the folder, or by name; see `docs/data.md`."""
     if config.split_file:
         return _split_from_file(data, config)
+    if config.folds:
+        return _split_into_folds(data, config)
     if data.parts and config.test < 0 and config.validation < 0:
         train = [p for p in data.patients if p not in {*data.parts.get("validation", ()), *data.parts.get("test", ())}]
         ordered = [p for p in data.parts.get("train", ()) if p in train]
@@ -83,6 +85,38 @@ def _split_of_parts(
     labelled = annotated[: config.labelled]
     unlabelled = [p for p in train if p not in set(labelled)]
     return Split(tuple(labelled), tuple(unlabelled), tuple(validation), tuple(test))
+
+
+def _split_into_folds(data: DataFolder, config: TrainConfig) -> Split:
+    """Fold `--fold` of `--folds` for validation. The test, that of the folder's lists or `--test`, is in no fold."""
+    with_label = {case.patient for case in data.cases if case.label is not None}
+    annotated = [p for p in data.patients if p in with_label]
+    count = max(0, config.test)
+    test = [p for p in data.parts.get("test", ()) if p in with_label] if config.test < 0 else []
+    if count:
+        test = annotated[max(0, len(annotated) - count) :]
+    rest = [p for p in annotated if p not in set(test)]
+    if len(test) < count or len(rest) < config.folds:
+        raise UserError(
+            f"{data.root}: --folds {config.folds} needs a patient with labels for each fold, {len(rest)} are there "
+            f"beside the {len(test)} of the test"
+        )
+    validation = folds_of(rest, config.folds)[config.fold]
+    train = [p for p in data.patients if p not in {*validation, *test}]
+    if config.shuffle:
+        random.Random(config.seed).shuffle(train)
+    return _split_of_parts(data, config, train, validation, test, where=f"{data.root}, fold {config.fold}")
+
+
+def folds_of(names: Iterable[str], count: int) -> list[list[str]]:
+    """The names of each fold, every name in one: drawn at random, and always the same for the same names.
+
+    Folds are those of nnU-Net, which shuffles the sorted names with the seed 12345 and cuts them into pieces.
+    """
+    ordered = sorted(names)
+    places = np.arange(len(ordered))
+    np.random.RandomState(12345).shuffle(places)  # numpy keeps this generator's numbers for ever
+    return [[ordered[place] for place in sorted(piece)] for piece in np.array_split(places, count)]
 
 
 def _split_of_folds(data: DataFolder, config: TrainConfig, path: Path, folds: list[Any]) -> Split:

@@ -99,7 +99,10 @@ class TrainConfig:
     test: int = _opt(-1, "patients kept for the test, the last ones; -1: a fifth", "Data", least=-1)
     shuffle: bool = _opt(False, "shuffle the patients with the seed before they are split (else: by name)", "Data")
     split_file: str = _opt("", "JSON file with the lists labelled, unlabelled, validation, test of patients", "Data")
-    fold: int = _opt(0, "of a split file with several, such as nnU-Net's splits_final.json", "Data", least=0)
+    folds: int = _opt(0, "split the patients with labels into so many parts at random; --fold is kept for validation",
+        "Data", least=0, most=1000)
+    fold: int = _opt(0, "of --folds, or of a split file with several, such as nnU-Net's splits_final.json", "Data",
+        least=0)
     labels: str = _opt("",
         "values of each class, background first: 0,85=RV,1+2=kidney,0+*,255=ignore; default: as found", "Data")
     num_classes: int = _opt(0, "classes of the values 0, 1, ...; 0: from dataset.json, or the values found", "Data",
@@ -182,7 +185,11 @@ class TrainConfig:
     batch_size: int = _opt(8, "images a step; after warm-up half of them unlabelled", "Training", least=2)
     learning_rate: float = _opt(2e-3, "of AdamW, decays polynomially to 0", "Training", above=0)
     weight_decay: float = _opt(1e-4, "of AdamW", "Training", least=0)
-    channels: str = _opt("16,32,64,128,256", "of the network, from the outside in", "Training", items=int, least=1)
+    network: str = _opt("unet", "MONAI's, of these", "Training", choices=("unet", "basicunet", "dynunet", "segresnet"))
+    channels: str = _opt("16,32,64,128,256",
+        "of the network, from the outside in; basicunet: five, segresnet: each twice the one before", "Training",
+        items=int, least=1)
+    init: str = _opt("", "folder of a trained run whose weights are the first ones", "Training")
     flips: str = _opt("none", "mirror images at random: none, or all axes", "Training", choices=("none", "all"))
     rotation: float = _opt(20.0, "largest random rotation", "Training", unit="degrees", least=0)
     scaling: float = _opt(0.15, "largest random change of size, as a share", "Training", least=0)
@@ -229,14 +236,44 @@ class TrainConfig:
             problems.append(f"--window must be LEVEL,WIDTH with a width > 0, like 40,400, got {self.window!r}")
         if window and self.normalise not in ("auto", "ct"):
             problems.append(f"--window and --normalise {self.normalise} exclude each other")
-        if len(self.channel_list) < 2:
-            problems.append(f"--channels must have at least two numbers, got {self.channels!r}")
+        problems += [*self._channels_that_do_not_fit(), *self._folds_that_do_not_fit()]
         if self.semi and self.warmup >= self.steps:
             problems.append(
                 f"--warmup must be less than --steps {self.steps}, or --method {self.method} would never use an "
                 f"unlabelled image, got {self.warmup}"
             )
         return problems or self._sizes_that_do_not_fit()
+
+    def _channels_that_do_not_fit(self) -> list[str]:
+        channels = self.channel_list
+        if len(channels) < 2:
+            return [f"--channels must have at least two numbers, got {self.channels!r}"]
+        if self.network == "dynunet" and len(channels) < 3:
+            return [f"--channels must have at least three numbers for --network dynunet, got {self.channels!r}"]
+        if self.network == "basicunet" and len(channels) != 5:
+            return [f"--channels must have five numbers for --network basicunet, got {self.channels!r}"]
+        doubled = [channels[0] * 2**level for level in range(len(channels))]
+        if self.network == "segresnet" and (channels != doubled or channels[0] % 8):
+            return [
+                "--channels must begin with a multiple of 8 and double from each to the next for --network segresnet, "
+                f"like 16,32,64,128, got {self.channels!r}"
+            ]
+        return []
+
+    def _folds_that_do_not_fit(self) -> list[str]:
+        if not self.folds:
+            alone = self.fold and not self.split_file
+            return [f"--fold {self.fold} needs --folds, or a --split-file with folds"] if alone else []
+        problems = []
+        if self.folds < 2:
+            problems.append(f"--folds must be at least 2, or 0 for none, got {self.folds}")
+        elif self.fold >= self.folds:
+            problems.append(f"--fold must be 0 to {self.folds - 1} with --folds {self.folds}, got {self.fold}")
+        if self.split_file:
+            problems.append("--folds and --split-file exclude each other")
+        if self.validation >= 0:
+            problems.append(f"--folds and --validation {self.validation} exclude each other: the fold takes its place")
+        return problems
 
     def _sizes_that_do_not_fit(self) -> list[str]:
         step = 2 ** (len(self.channel_list) - 1)

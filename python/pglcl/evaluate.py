@@ -16,14 +16,14 @@ import torch
 from monai.metrics.hausdorff_distance import compute_hausdorff_distance
 from monai.metrics.meandice import compute_dice
 from monai.metrics.surface_distance import compute_average_surface_distance
-from torch import Tensor, nn
+from torch import Tensor
 
 from pglcl.cases import cases_of, distance_unit
 from pglcl.errors import UserError
 from pglcl.files import fingerprint, read_json, write_json, write_text
 from pglcl.labels import IGNORE
 from pglcl.layouts import Case, DataFolder, open_folder
-from pglcl.model import TrainedModel, load_model
+from pglcl.model import TrainedModel, load_model, weights_hash
 from pglcl.outputs import check_outputs
 from pglcl.predict import Predictor, Report
 from pglcl.progress import Volumes
@@ -300,15 +300,6 @@ class Subject:
         if self.missing:
             text += f"; WITHOUT {len(self.missing)} missing patients: {', '.join(self.missing)}"
         return text
-
-
-def weights_hash(network: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers with their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def file_hash(path: Path) -> str:

@@ -82,23 +82,20 @@ def description(model: TrainedModel) -> dict[str, Any]:
         "label_values": model.labels.describe(),
         "intensity": model.intensity.state(),
         "channels": model.channels,
+        "network": config.network,
         "spatial_dims": config.spatial_dims,
         "size": list(config.size),
-        "stride": _stride(model),
+        "stride": model.network.stride,
         "spacing": config.target_spacing,
         "slice_axis": model.slice_axis,
         "step": model.step,
     }
 
 
-def _stride(model: TrainedModel) -> int:
-    return int(2 ** (len(model.config.channel_list) - 1))
-
-
 def _example(model: TrainedModel, batch: int, more: int = 0) -> Tensor:
     """Noise; `more` strides are added to each side."""
     generator = torch.Generator().manual_seed(batch + more)
-    size = [n + more * _stride(model) for n in model.config.size]
+    size = [n + more * model.network.stride for n in model.config.size]
     return torch.randn(batch, model.channels, *size, generator=generator)
 
 

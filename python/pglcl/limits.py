@@ -12,7 +12,7 @@ from pglcl.batches import PREFETCHED, StepBatches
 from pglcl.config import TrainConfig
 from pglcl.errors import UserError
 from pglcl.memory import available_memory, in_words
-from pglcl.model import SegmentationNetwork
+from pglcl.model import network_for
 
 WORKERS_PER_CORE = 8
 THREADS = 64  # at most, or the number of cores where that is more
@@ -57,7 +57,7 @@ def bytes_of_a_step(config: TrainConfig) -> float:
 
     try:
         with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            network = SegmentationNetwork(config.spatial_dims, 1, classes, config.channel_list, config.embedding_dim)
+            network = network_for(config, 1, classes)
             network(torch.empty(config.batch_size, 1, *config.size))
     except (RuntimeError, OverflowError):  # more numbers than 64 bits count
         return float("inf")

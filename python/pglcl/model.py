@@ -1,15 +1,16 @@
-"""The network: MONAI's UNet, its last features beside its logits, and the projection that patches are compared in."""
+"""The network, one of MONAI's: its features beside its logits, and the projection in which patches are compared."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from monai.networks.nets import UNet
+from monai.networks.nets import BasicUNet, DynUNet, SegResNet, UNet
 from torch import Tensor, nn
 
 from pglcl.config import TrainConfig
@@ -39,11 +40,56 @@ class Projection(nn.Module):
         return F.normalize(self.layers(x.to(next(self.layers.parameters()).dtype)), dim=1)
 
 
-class SegmentationNetwork(nn.Module):
-    """MONAI's UNet with residual units.
+@dataclass(frozen=True)
+class Architecture:
+    """One of MONAI's networks.
 
-    The features are what enters its last up-sampling block, at half the resolution: skip connection and decoder side by
-    side.
+    Attributes:
+        build: from spatial_dims, the numbers of input and output channels, and the channels of each level, from the
+            outside in.
+        features: the name of the module whose output is compared by the contrast, for the number of levels; it is at
+            half the resolution.
+        feature_channels: of that output, for the channels of each level.
+    """
+
+    build: Callable[[int, int, int, list[int]], nn.Module]
+    features: Callable[[int], str]
+    feature_channels: Callable[[list[int]], int]
+
+
+def _unet(dims: int, images: int, classes: int, channels: list[int]) -> nn.Module:
+    return UNet(dims, images, classes, channels, [2] * (len(channels) - 1), num_res_units=2)
+
+
+def _basic_unet(dims: int, images: int, classes: int, channels: list[int]) -> nn.Module:
+    return BasicUNet(dims, images, classes, [*channels, channels[0]])
+
+
+def _dynunet(dims: int, images: int, classes: int, channels: list[int]) -> nn.Module:
+    strides = [1, *[2] * (len(channels) - 1)]
+    return DynUNet(dims, images, classes, [3] * len(channels), strides, strides[1:], filters=channels)
+
+
+def _segresnet(dims: int, images: int, classes: int, channels: list[int]) -> nn.Module:
+    levels = len(channels)
+    down, up = (1, *[2] * (levels - 2), 4), (1,) * (levels - 1)
+    # Learned up-sampling: the gradient of the interpolated one is not deterministic on CUDA.
+    return SegResNet(dims, channels[0], images, classes, blocks_down=down, blocks_up=up, upsample_mode="deconv")
+
+
+ARCHITECTURES = {
+    # Skip connection and decoder side by side. Of two levels the second is the bottom, which keeps its own width.
+    "unet": Architecture(_unet, lambda levels: "model.1", lambda c: c[0] + c[1 if len(c) == 2 else 0]),
+    "basicunet": Architecture(_basic_unet, lambda levels: "upcat_2", lambda c: c[1]),
+    "dynunet": Architecture(_dynunet, lambda levels: f"upsamples.{levels - 3}", lambda c: c[1]),
+    "segresnet": Architecture(
+        _segresnet, lambda levels: f"up_layers.{levels - 3}" if levels > 2 else "down_layers.1", lambda c: c[1]
+    ),
+}
+
+
+class SegmentationNetwork(nn.Module):
+    """One of MONAI's networks, the features that it makes at half the resolution, and their projection.
 
     Args:
         spatial_dims: 2 or 3.
@@ -51,8 +97,10 @@ class SegmentationNetwork(nn.Module):
         num_classes: K, with background.
         channels: from the outside in.
         embedding_dim: of the projection.
+        network: one of :data:`ARCHITECTURES`.
 
     Attributes:
+        unet: MONAI's network; each of them is an encoder and a decoder with skip connections.
         stride: the sides of an image are multiples of it.
         feature_stride, feature_channels: of the features.
     """
@@ -60,26 +108,36 @@ class SegmentationNetwork(nn.Module):
     feature_stride = 2
 
     def __init__(
-        self, spatial_dims: int, in_channels: int, num_classes: int, channels: Sequence[int], embedding_dim: int
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        num_classes: int,
+        channels: Sequence[int],
+        embedding_dim: int,
+        network: str = "unet",
     ) -> None:
         super().__init__()
+        channels = list(channels)
         self.arguments = {
             "spatial_dims": spatial_dims,
             "in_channels": in_channels,
             "num_classes": num_classes,
-            "channels": list(channels),
+            "channels": channels,
             "embedding_dim": embedding_dim,
+            "network": network,
         }
-        strides = [2] * (len(channels) - 1)
-        self.stride = 2 ** len(strides)
-        # Of two numbers the second is the bottom's, whose output is not brought to the width of the first.
-        self.feature_channels = channels[0] + channels[1 if len(channels) == 2 else 0]
-        self.unet = UNet(spatial_dims, in_channels, num_classes, channels, strides, num_res_units=2)
+        architecture = ARCHITECTURES[network]
+        self.stride = 2 ** (len(channels) - 1)
+        self.feature_channels = architecture.feature_channels(channels)
+        self.unet = architecture.build(spatial_dims, in_channels, num_classes, channels)
+        self.features = architecture.features(len(channels))
+        self.unet.get_submodule(self.features)  # fails here, and not in the first step
         self.projection = Projection(self.feature_channels, embedding_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *S) to logits (B, K, *S); S a multiple of the network's stride."""
-        return self.with_features(x)[0]
+        logits: Tensor = self.unet(x)
+        return logits
 
     def with_features(self, x: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits (B, K, *S) and features (B, feature_channels, *S / 2).
@@ -87,9 +145,25 @@ class SegmentationNetwork(nn.Module):
         Args:
             kept: (B, feature_channels, 1, ...), what the logits see of each feature channel; all by default.
         """
-        down, inner, up = self.unet.model.children()
-        features = inner(down(x))
-        return up(features if kept is None else features * kept), features
+        seen: list[Tensor] = []
+
+        def take(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            seen.append(output)
+            return output if kept is None else output * kept
+
+        hook = self.unet.get_submodule(self.features).register_forward_hook(take)
+        try:
+            logits = self(x)
+        finally:
+            hook.remove()
+        return logits, seen[0]
+
+
+def network_for(config: TrainConfig, in_channels: int, num_classes: int) -> SegmentationNetwork:
+    """The network that the options ask for, with new weights."""
+    return SegmentationNetwork(
+        config.spatial_dims, in_channels, num_classes, config.channel_list, config.embedding_dim, config.network
+    )
 
 
 @torch.no_grad()
@@ -169,6 +243,48 @@ def _check_run(state: dict[str, Any], path: Path) -> None:
         expected = read_object(described).get("id")
         if own.get("id") != expected:
             raise UserError(f"{path}: is of the run {own.get('id')}, not of this one, {expected}")
+
+
+def weights_hash(network: nn.Module) -> str:
+    """SHA-256 of all parameters and buffers with their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def initial_model(config: TrainConfig, channels: int, labels: LabelMap) -> TrainedModel | None:
+    """The model of `--init`, None without it.
+
+    Args:
+        config: the options of the run that starts from it.
+        channels: of the images of that run.
+        labels: of that run.
+
+    Raises:
+        UserError: a line for everything in which the two differ and weights depend on it.
+    """
+    if not config.init:
+        return None
+    model = load_model(Path(config.init), "cpu")
+    theirs = model.network.arguments
+    compared: dict[str, tuple[Any, Any]] = {
+        "--network": (theirs["network"], config.network),
+        "--spatial-dims": (theirs["spatial_dims"], config.spatial_dims),
+        "--channels": (_listed(theirs["channels"]), _listed(config.channel_list)),
+        "--embedding-dim": (theirs["embedding_dim"], config.embedding_dim),
+        "channels of the images": (theirs["in_channels"], channels),
+        "classes": (_listed(model.labels.names), _listed(labels.names)),
+    }
+    lines = [f"{name}: the run has {old}, asked for is {new}" for name, (old, new) in compared.items() if old != new]
+    if lines:
+        raise UserError(f"--init {config.init}: its weights do not fit this run:", *lines)
+    return model
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return ",".join(map(str, values))
 
 
 def choose_device(name: str) -> torch.device:

@@ -29,7 +29,7 @@ from pglcl.files import (
     save_tensors,
     write_json,
 )
-from pglcl.model import TrainedModel
+from pglcl.model import TrainedModel, weights_hash
 from pglcl.record import environment
 
 PARTS = tuple(field.name for field in dataclasses.fields(Split))
@@ -43,7 +43,7 @@ class RunRecord:
     Its checkpoints hold all of it; a resume compares them with the JSON files.
 
     id: random. split: patients of each part. files: hash of every file that it reads, by its path from the data folder.
-    ranks: processes that train together. threads: of each.
+    ranks: processes that train together. threads: of each. initial: hash of the weights of `--init`, or nothing.
     """
 
     id: str
@@ -51,6 +51,7 @@ class RunRecord:
     files: dict[str, str]
     ranks: int
     threads: int
+    initial: str = ""
 
 
 class RunFolder:
@@ -102,18 +103,21 @@ class RunFolder:
             raise UserError(f"{self.path}: is a run of {self.record.ranks} processes, started are {ranks}")
         self._compare_split_file(saved)
 
-    def begin(self, split: Split, root: Path, files: list[Path], ranks: int) -> None:
-        """Writes what is known of a run before its first step."""
+    def begin(
+        self, split: Split, root: Path, files: list[Path], ranks: int, initial: TrainedModel | None = None
+    ) -> None:
+        """Writes what is known of a run before its first step; `initial` is the model that it starts from."""
         # From now on as a number, which more steps do not change.
         self.config = dataclasses.replace(self.config, warmup=self.config.warmup_steps)
         known = {_name(file, root): fingerprint(file) for file in files}
         hashes = {name: print["sha256"] for name, print in known.items()}
-        self.record = RunRecord(secrets.token_hex(8), split.as_dict(), hashes, ranks, torch.get_num_threads())
+        threads = torch.get_num_threads()
+        self.record = RunRecord(secrets.token_hex(8), split.as_dict(), hashes, ranks, threads, _hash_of(initial))
         write_json(self.path / "split.json", self.record.split)
         write_json(self.path / "environment.json", environment())
         started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        identity = {"id": self.record.id, "started": started, "ranks": ranks, "threads": self.record.threads}
-        write_json(self.path / "run.json", {**identity, "files": known})
+        identity = {"id": self.record.id, "started": started, "ranks": ranks, "threads": threads}
+        write_json(self.path / "run.json", {**identity, "initial": self.record.initial, "files": known})
         self._write_options()  # the last: with it, a run is there
 
     def resume(self, root: Path, files: list[Path]) -> dict[str, Any] | None:
@@ -129,6 +133,12 @@ class RunFolder:
             more = [f"... and {len(changed) - SHOWN} more files"] if len(changed) > SHOWN else []
             raise UserError(f"{self.path}: its data are no longer those it began with:", *changed[:SHOWN], *more)
         return state
+
+    def check_initial(self, initial: TrainedModel | None) -> None:
+        """Raises UserError when a run that has no checkpoint yet would start from other weights than it began with."""
+        assert self.record is not None
+        if _hash_of(initial) != self.record.initial:
+            raise UserError(f"--init {self.config.init}: its weights are no longer those that {self.path} began with")
 
     def go_on(self, step: int) -> None:
         """Writes down what has changed, now that nothing is left to refuse and the run goes on after `step` steps."""
@@ -245,7 +255,8 @@ def read_record(run: Path) -> RunRecord:
     try:
         files = {str(name): str(print["sha256"]) for name, print in content["files"].items()}
         numbers = (int(content["ranks"]), int(content["threads"]))
-        return RunRecord(str(content["id"]), {part: split[part] for part in PARTS}, files, *numbers)
+        parts = {part: split[part] for part in PARTS}
+        return RunRecord(str(content["id"]), parts, files, *numbers, str(content["initial"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: not what a run wrote: {error!r}") from None
 
@@ -261,6 +272,8 @@ def check_identity(state: dict[str, Any], path: Path, record: RunRecord, config:
     lines = _split_differences(folder / "split.json", record.split, own.get("split", {}))
     if own.get("files") != record.files:
         lines.append(f"{folder / 'run.json'}: its files are not those that the run began with")
+    if own.get("initial") != record.initial:
+        lines.append(f"{folder / 'run.json'}: its initial weights are not those that the run began with")
     for name, before in own.get("config", {}).items():
         now = getattr(config, name, None)
         if before != now and OPTIONS[name].weights and not (name == "steps" and before < config.steps):
@@ -269,6 +282,10 @@ def check_identity(state: dict[str, Any], path: Path, record: RunRecord, config:
         raise UserError(f"{folder}: was edited after the run began:", *lines)
     if not 0 <= state["step"] <= config.steps:
         raise UserError(f"{path}: must be of step 0 to {config.steps}, got {state['step']}")
+
+
+def _hash_of(model: TrainedModel | None) -> str:
+    return "" if model is None else weights_hash(model.network)
 
 
 def _difference(name: str, before: Any, now: Any) -> str:

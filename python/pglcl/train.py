@@ -27,7 +27,14 @@ from pglcl.launcher import parent_has_ended
 from pglcl.layouts import open_folder
 from pglcl.limits import check_resources, most_workers
 from pglcl.lock import FolderLock
-from pglcl.model import SegmentationNetwork, TrainedModel, choose_device, update_teacher
+from pglcl.model import (
+    SegmentationNetwork,
+    TrainedModel,
+    choose_device,
+    initial_model,
+    network_for,
+    update_teacher,
+)
 from pglcl.postprocess import single_organs
 from pglcl.progress import Progress
 from pglcl.ranks import Ranks, averaging, launched_ranks
@@ -56,9 +63,8 @@ class Learner:
     def __init__(self, config: TrainConfig, data: TrainingData, ranks: Ranks, profile: Profile) -> None:
         self.config, self.data, self.ranks, self.profile = config, data, ranks, profile
         torch.manual_seed(config.seed)
-        arguments = (config.spatial_dims, data.channels, data.num_classes, config.channel_list, config.embedding_dim)
-        self.student = SegmentationNetwork(*arguments).to(ranks.device)
-        self.teacher = SegmentationNetwork(*arguments).to(ranks.device).requires_grad_(False)
+        self.student = network_for(config, data.channels, data.num_classes).to(ranks.device)
+        self.teacher = network_for(config, data.channels, data.num_classes).to(ranks.device).requires_grad_(False)
         self.teacher.load_state_dict(self.student.state_dict())
         self.contrast: PatchContrast | None = None
         if config.contrast:
@@ -73,6 +79,11 @@ class Learner:
         self.loss: nn.Module = StepLoss(self.student, self.teacher, self.contrast, config, self.organs, profile)
         if ranks.size > 1:
             self.loss = averaging(self.loss, config)
+
+    def start_from(self, model: TrainedModel) -> None:
+        """Student and teacher get the weights of another run, which :func:`initial_model` has compared."""
+        for network in (self.student, self.teacher):
+            network.load_state_dict(model.network.state_dict())
 
     def step(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """Takes step `step`, counted from 0; returns the losses, on the device."""
@@ -185,17 +196,23 @@ class Training:
         if ranks.from_first(state is not None and state["step"] == folder.config.steps and folder.model.exists()):
             progress.say(f"{self.output}: this run has ended; nothing to resume. More --steps would go on with it")
             return
+        state = self._state_of_all(ranks, state)
         with ranks.together():
             data = load_training_data(self.root, folder.config, split, progress=progress)
+            initial = initial_model(folder.config, data.channels, data.survey.labels) if state is None else None
             if ranks.is_first and folder.record is None:
-                folder.begin(split, self.root, files_read(data_folder, split), ranks.size)
+                folder.begin(split, self.root, files_read(data_folder, split), ranks.size, initial)
             elif ranks.is_first:
+                if state is None:
+                    folder.check_initial(initial)
                 for note in folder.notes():
                     progress.say(note)
         self.config = folder.config = ranks.from_first(folder.config)
         folder.record = ranks.from_first(folder.record)
-        state = self._state_of_all(ranks, state)
         learner = Learner(self.config, data, ranks, self.profile)
+        if initial is not None:
+            learner.start_from(initial)
+            progress.say(f"{self.config.init}: its weights of step {initial.step} are the first ones")
         first = 0 if state is None else self._restore(learner, state)
         if ranks.is_first:
             folder.go_on(first)

@@ -8,14 +8,14 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from pglcl.cases import distance_unit, split_patients
+from pglcl.cases import distance_unit, folds_of, split_patients
 from pglcl.errors import UserError
 from pglcl.inspection import inspect_folder
 from pglcl.labels import LabelMap
 from pglcl.layouts import open_folder
 
 from tests.conftest import data_folder
-from tests.pglcl.folders import OBLIQUE, acdc, decathlon, plain, save, tiny, volume
+from tests.pglcl.folders import OBLIQUE, acdc, decathlon, plain, save, ssl4mis, tiny, volume
 
 
 def test_plain_layout(tmp_path: Path) -> None:
@@ -71,6 +71,49 @@ def test_split_is_by_patient_and_reproducible(tmp_path: Path) -> None:
     assert split.test == ("patient007", "patient008")
     shuffled = [split_patients(data, tiny(shuffle=True, seed=s)) for s in (1, 1, 2)]
     assert shuffled[0] == shuffled[1] != shuffled[2]
+
+
+def test_folds(tmp_path: Path) -> None:
+    data = open_folder(acdc(tmp_path, 11))  # two volumes of each patient
+    splits = [split_patients(data, tiny(folds=5, fold=k, test=-1, validation=-1)) for k in range(5)]
+    kept = [p for split in splits for p in split.validation]
+    assert sorted(kept) == data.patients  # every patient is in one fold
+    assert sorted(len(split.validation) for split in splits) == [2, 2, 2, 2, 3]
+    for split in splits:
+        assert split.test == ()
+        assert not set(split.validation) & {*split.labelled, *split.unlabelled}
+        assert sorted((*split.labelled, *split.unlabelled, *split.validation)) == data.patients
+    other_seed = split_patients(data, tiny(folds=5, fold=2, test=-1, validation=-1, seed=7, labelled=3))
+    assert other_seed.validation == splits[2].validation  # models of other seeds are compared on the same folds
+    tested = [split_patients(data, tiny(folds=2, fold=k, test=3, validation=-1)) for k in (0, 1)]
+    assert tested[0].test == tested[1].test == ("patient009", "patient010", "patient011")
+    assert sorted((*tested[0].validation, *tested[1].validation)) == data.patients[:8]
+
+
+def test_folds_are_those_of_nnunet() -> None:
+    """The values are scikit-learn's: KFold(5, shuffle=True, random_state=12345) of 12 names."""
+    names = [f"case_{i:02d}" for i in range(12)]
+    expected = [[0, 3, 8], [7, 10, 11], [6, 9], [1, 4], [2, 5]]
+    assert [[int(name[-2:]) for name in fold] for fold in folds_of(reversed(names), 5)] == expected
+
+
+def test_folds_keep_the_test_of_the_folder(tmp_path: Path) -> None:
+    data = open_folder(ssl4mis(tmp_path))
+    splits = [split_patients(data, tiny(folds=3, fold=k, test=-1, validation=-1)) for k in range(3)]
+    assert {split.test for split in splits} == {data.parts["test"]}
+    kept = [p for split in splits for p in split.validation]
+    assert sorted(kept) == sorted(set(data.patients) - set(data.parts["test"]))
+
+
+def test_folds_that_cannot_be(tmp_path: Path) -> None:
+    data = open_folder(plain(tmp_path))  # six have labels
+    split = split_patients(data, tiny(folds=6, fold=1, test=-1, validation=-1))
+    assert len(split.validation) == 1
+    assert {"case06", "case07"} <= set(split.unlabelled)
+    with pytest.raises(UserError, match="--folds 7 needs a patient with labels for each fold, 6 are there"):
+        split_patients(data, tiny(folds=7, test=-1, validation=-1))
+    with pytest.raises(UserError, match="--labelled 5, but its training part has 3 with labels"):
+        split_patients(data, tiny(folds=2, labelled=5, test=-1, validation=-1))
 
 
 def test_unlabelled_patients_are_never_for_test_or_validation(tmp_path: Path) -> None:

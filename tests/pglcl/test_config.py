@@ -55,6 +55,25 @@ def test_whole_numbers_have_bounds(name: str, value: int) -> None:
         ({"temperature": 0.5, "loss": "gaussian"}, "--temperature needs --loss infonce, got gaussian"),
         ({"confidence": 0.5}, "--confidence needs --consistency weak-to-strong, got copy-paste"),
         ({"crops_per_class": 2}, "--crops-per-class needs --patches crop, got pooled"),
+        ({"network": "vnet"}, "--network must be one of unet, basicunet, dynunet, segresnet, got vnet"),
+        (
+            {"network": "basicunet", "channels": "4,8,8"},
+            "--channels must have five numbers for --network basicunet, got '4,8,8'",
+        ),
+        (
+            {"network": "dynunet", "channels": "4,8"},
+            "--channels must have at least three numbers for",
+        ),
+        (
+            {"network": "segresnet", "channels": "8,8,16"},
+            "--channels must begin with a multiple of 8 and double from each to the next",
+        ),
+        ({"network": "segresnet", "channels": "4,8,16"}, "--channels must begin with a multiple of 8"),
+        ({"fold": 1}, "--fold 1 needs --folds, or a --split-file with folds"),
+        ({"folds": 5, "fold": 5, "validation": -1}, "--fold must be 0 to 4 with --folds 5, got 5"),
+        ({"folds": 1, "validation": -1}, "--folds must be at least 2, or 0 for none, got 1"),
+        ({"folds": 5, "split_file": "a.json", "validation": -1}, "--folds and --split-file exclude each other"),
+        ({"folds": 5, "validation": 2}, "--folds and --validation 2 exclude each other"),
         ({"spacing": "1"}, "--spacing needs --spatial-dims 3, got 2"),
     ],
 )

@@ -10,7 +10,12 @@ import pytest
 import torch
 from pglcl import export
 from pglcl.cli import main
-from pglcl.model import load_model
+from pglcl.files import save_tensors
+from pglcl.intensity import Channel, Intensity
+from pglcl.labels import LabelMap
+from pglcl.model import TrainedModel, load_model, network_for
+
+from tests.pglcl.folders import tiny
 
 Trained = tuple[Path, Path]
 
@@ -30,6 +35,26 @@ def test_torchscript(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["export", str(run), "--format", "torchscript", "-o", str(run / "model.pt"), "--overwrite"]) == 2
     assert main(["export", str(run), "--format", "tflite", "-o", str(tmp_path / "x")]) == 2
     assert "--format must be one of torchscript, onnx, got tflite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["torchscript", "onnx"])
+@pytest.mark.parametrize(
+    ("name", "dims", "channels"),
+    [("basicunet", 2, "4,8,8,8,8"), ("dynunet", 2, "4,8,8"), ("segresnet", 2, "8,16,32"), ("dynunet", 3, "4,8,8")],
+)
+def test_each_network(name: str, dims: int, channels: str, kind: str, tmp_path: Path) -> None:
+    if kind == "onnx":
+        pytest.importorskip("onnxruntime")
+    size = "32" if dims == 2 else "16"
+    config = tiny(network=name, channels=channels, spatial_dims=dims, image_size=size)
+    intensity = Intensity((Channel("none"),), "")
+    labels = LabelMap.of_values([1, 2])
+    model = TrainedModel(network_for(config, 1, 3), config, 2 if dims == 2 else None, labels, intensity)
+    save_tensors(tmp_path / "run" / "model.pt", model.state())
+    path, difference = export.export_run(tmp_path / "run", kind)
+    assert path.exists()
+    assert difference < 1e-4
+    assert export.description(load_model(tmp_path / "run"))["network"] == name
 
 
 def test_other_logits_are_not_written(

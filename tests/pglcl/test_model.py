@@ -18,16 +18,37 @@ def test_projection_of_any_number_of_patches(count: int) -> None:
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in projection.parameters())
 
 
-@pytest.mark.parametrize("channels", [[4, 8, 8], [4, 8], [4, 6, 8, 10]], ids=str)
+NETWORKS = [
+    ("unet", [4, 8, 8]), ("unet", [4, 8]), ("unet", [4, 6, 8, 10]), ("basicunet", [4, 6, 8, 8, 10]),
+    ("dynunet", [4, 6, 8]), ("dynunet", [4, 6, 8, 10]),
+    ("segresnet", [8, 16, 32]), ("segresnet", [8, 16]), ("segresnet", [8, 16, 32, 64]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "channels"), NETWORKS, ids=str)
 @pytest.mark.parametrize("dims", [2, 3])
-def test_features_are_those_of_the_logits(dims: int, channels: list[int]) -> None:
-    network = SegmentationNetwork(dims, 2, 3, channels, 5)
-    x = torch.randn(2, 2, *[16] * dims)
+def test_features_are_those_of_the_logits(dims: int, name: str, channels: list[int]) -> None:
+    network = SegmentationNetwork(dims, 2, 3, channels, 5, name)
+    side = 2 * network.stride
+    x = torch.randn(2, 2, *[side] * dims)
     logits, features = network.with_features(x)
-    torch.testing.assert_close(network.unet(x), logits)
-    assert logits.shape == (2, 3, *[16] * dims)
-    assert features.shape == (2, network.feature_channels, *[8] * dims)
+    torch.testing.assert_close(network(x), logits)
+    assert logits.shape == (2, 3, *[side] * dims)
+    assert features.shape == (2, network.feature_channels, *[side // 2] * dims)
     assert network.projection(features.flatten(2).mean(2)).shape == (2, 5)
+    # All but the last block of the decoder lies before the features: their gradient reaches most weights, and what
+    # comes out of the network depends on them.
+    gradients = torch.autograd.grad(features.square().sum(), list(network.unet.parameters()), allow_unused=True)
+    reached = sum(p.numel() for p, g in zip(network.unet.parameters(), gradients) if g is not None and g.any())
+    assert reached > 0.5 * sum(p.numel() for p in network.unet.parameters())
+    (of_features,) = torch.autograd.grad(network.with_features(x)[0].square().sum(), [features], allow_unused=True)
+    assert of_features is None  # of another call: nothing is kept between calls
+    logits, features = network.with_features(x)
+    (of_features,) = torch.autograd.grad(logits.square().sum(), [features])
+    assert of_features.any()
+    nothing, same = network.with_features(x, torch.zeros(2, network.feature_channels, *[1] * dims))
+    torch.testing.assert_close(same, features)
+    assert not torch.allclose(nothing, logits)  # what the logits do not see
     again = SegmentationNetwork(**network.arguments)
     again.load_state_dict(network.state_dict())
     torch.testing.assert_close(again(x), logits)

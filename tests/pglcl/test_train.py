@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +20,7 @@ from pglcl import train
 from pglcl.errors import UserError
 from pglcl.evaluate import evaluate_run
 from pglcl.files import load_tensors, save_tensors
+from pglcl.model import load_model, network_for, weights_hash
 from pglcl.ranks import launched_ranks
 from pglcl.record import read_metrics
 from pglcl.run_folder import RunFolder
@@ -70,6 +73,80 @@ def test_volumes_and_channels(tmp_path: Path) -> None:
     options = {"spatial_dims": 3, "image_size": "16,16,16", "spacing": "2,2,3", "steps": 5}
     Training(data, tmp_path / "run", tiny(**options), quiet=True).run()
     assert evaluate_run(tmp_path / "run", data).summary[0]["class"] == "ball"
+
+
+NETWORKS = {"basicunet": "4,8,8,8,8", "dynunet": "4,8,8", "segresnet": "8,16,32"}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_other_networks(network: str, folder: Path, tmp_path: Path) -> None:
+    options = {"network": network, "channels": NETWORKS[network], "amp": network == "dynunet"}
+    run_to_end(folder, tmp_path / "run", **options)
+    assert math.isfinite(read_metrics(tmp_path / "run")[-1]["contrast"])
+    assert load_model(tmp_path / "run").network.arguments["network"] == network
+    assert evaluate_run(tmp_path / "run", folder).summary[-1]["volumes"] == 2
+    # Its projection was trained, so the contrast had its features.
+    before = network_for(tiny(**options), 1, 3)
+    moved = weights(tmp_path / "run")["projection.layers.0.weight"] - before.projection.layers[0].weight
+    assert moved.abs().max() > 1e-4
+
+
+def test_another_network_in_three_dimensions(tmp_path: Path) -> None:
+    data = decathlon(tmp_path / "data")
+    options = {"spatial_dims": 3, "image_size": "16,16,16", "steps": 4, "network": "segresnet", "channels": "8,16,32"}
+    run_to_end(data, tmp_path / "run", **options)
+    assert evaluate_run(tmp_path / "run", data).summary[0]["class"] == "ball"
+
+
+def test_a_run_starts_from_another(folder: Path, tmp_path: Path) -> None:
+    first = run_to_end(folder, tmp_path / "first")
+    options = {"init": str(tmp_path / "first"), "seed": 3, "steps": 6}
+    # With a learning rate of almost nothing, weights are those of the first run: student and teacher alike.
+    still = run_to_end(folder, tmp_path / "still", **options, learning_rate=1e-12, weight_decay=0.0)
+    for name in first:
+        torch.testing.assert_close(still[name], first[name], atol=1e-6, rtol=0)
+    record = json.loads((tmp_path / "still" / "run.json").read_text())
+    assert record["initial"] == weights_hash(load_model(tmp_path / "first").network)
+
+    straight = run_to_end(folder, tmp_path / "straight", **options)
+    with pytest.raises(UserError, match="another configuration"):
+        Training(folder, tmp_path / "straight", tiny(**{**options, "init": ""}), resume=True, quiet=True).run()
+    # A run that was killed before its first checkpoint reads the weights again, and they must be the same.
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "straight", again)
+    for name in ("checkpoint.pt", "model.pt", "metrics.jsonl"):
+        (again / name).unlink()
+    Training(folder, again, tiny(**options), resume=True, quiet=True).run()
+    assert_same(straight, weights(again))
+    for name in ("checkpoint.pt", "model.pt", "metrics.jsonl"):
+        (again / name).unlink()
+    Training(folder, tmp_path / "first", tiny(steps=10), resume=True, quiet=True).run()
+    with pytest.raises(UserError, match="its weights are no longer those that"):
+        Training(folder, again, tiny(**options), resume=True, quiet=True).run()
+    # Later it needs them no more.
+    shutil.rmtree(tmp_path / "first")
+    Training(folder, tmp_path / "straight", tiny(**{**options, "steps": 7}), resume=True, quiet=True).run()
+
+
+def test_weights_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
+    run_to_end(folder, tmp_path / "first", method="supervised", steps=1)
+    wrong = {
+        "--network: the run has unet, asked for is dynunet": {"network": "dynunet"},
+        "--channels: the run has 4,8,8, asked for is 4,8": {"channels": "4,8"},
+        "--embedding-dim: the run has 8, asked for is 4": {"embedding_dim": 4},
+        "--spatial-dims: the run has 2, asked for is 3": {"spatial_dims": 3, "image_size": "16,16,4", "patch_size": 4},
+        "classes: the run has background,label 1,label 2, asked for is background,one,two": {"labels": "0,1=one,2=two"},
+        "classes: the run has background,label 1,label 2, asked for is background,all": {"labels": "0,1+2=all"},
+    }
+    for line, options in wrong.items():
+        with pytest.raises(UserError, match=f"do not fit this run:\n{line}"):
+            Training(folder, tmp_path / "b", tiny(**options, init=str(tmp_path / "first")), quiet=True).run()
+        assert not (tmp_path / "b" / "config.json").exists()
+    with pytest.raises(UserError, match="no trained model there"):
+        Training(folder, tmp_path / "b", tiny(init=str(tmp_path / "nowhere")), quiet=True).run()
+    two = decathlon(tmp_path / "two")
+    with pytest.raises(UserError, match="channels of the images: the run has 1, asked for is 2"):
+        Training(two, tmp_path / "b", tiny(init=str(tmp_path / "first")), quiet=True).run()
 
 
 def test_learns(folder: Path, tmp_path: Path) -> None:
