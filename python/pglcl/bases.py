@@ -49,9 +49,15 @@ class ViewBatch:
     def strongly_augmented(self) -> ViewBatch:
         """All but the weak views."""
         n = len(self.images) - self.weak
-        prediction = None if self.prediction is None else self.prediction[:n]
-        tensors = (self.images, self.target, self.weight, self.certainty, self.annotated)
-        return ViewBatch(*(x[:n] for x in tensors), prediction, self.supervised)
+        return ViewBatch(
+            self.images[:n],
+            self.target[:n],
+            self.weight[:n],
+            self.certainty[:n],
+            self.annotated[:n],
+            None if self.prediction is None else self.prediction[:n],
+            self.supervised,
+        )
 
 
 class Taught(NamedTuple):
@@ -212,9 +218,19 @@ def pasted(views: ViewBatch, order: Tensor, generator: torch.Generator) -> ViewB
     """Each image with a box of the image that `order` names: one box of 2/3 of every axis, at a random place."""
     box = random_box(tuple(views.images.shape[2:]), 2 / 3, generator).to(views.images.device) > 0
     order = order.to(views.images.device)
-    tensors = (views.images, views.target, views.weight, views.certainty, views.annotated, views.prediction)
-    mixed = [None if x is None else torch.where(box, x[order], x) for x in tensors]
-    return ViewBatch(*mixed, supervised=0)  # type: ignore[arg-type]
+
+    def mixed(x: Tensor) -> Tensor:
+        return torch.where(box, x[order], x)
+
+    return ViewBatch(
+        mixed(views.images),
+        mixed(views.target),
+        mixed(views.weight),
+        mixed(views.certainty),
+        mixed(views.annotated),
+        None if views.prediction is None else mixed(views.prediction),
+        supervised=0,
+    )
 
 
 def one_hot(target: Tensor, num_classes: int) -> Tensor:

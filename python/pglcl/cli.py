@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from pglcl.config import DEFAULTS, OPTIONS, TrainConfig, flag, read_toml
+from pglcl.config import DEFAULTS, OPTIONS, TrainConfig, flag, read_toml, with_preset
 from pglcl.errors import UserError, WriteError, explained
 
 SKIPPED, REFUSED, BUG, STOPPED = 1, 2, 70, 130  # exit codes; 0 is done, 3 a missing package
@@ -49,7 +49,14 @@ TtaOption = Annotated[
     str, typer.Option(help="flips: average over mirrored images, where the model was trained with them; none")
 ]
 PostprocessOption = Annotated[
-    str, typer.Option(help="largest-component: keep the largest piece of every class, where each is one organ; none")
+    str,
+    typer.Option(
+        help="largest-component: keep the largest piece of every class; auto: of those classes that the run's "
+        "validation patients score no worse with; none"
+    ),
+]
+WeightsOption = Annotated[
+    str, typer.Option(help="last: of the run's last step; best: of the step that validation patients scored best")
 ]
 
 
@@ -148,7 +155,8 @@ def _train(ctx: typer.Context, data: Path | None, output: Path | None, **options
     from pglcl.limits import check_threads
     from pglcl.train import Interrupted, Training
 
-    own = {name: options.pop(name) for name in ("config", "resume", "moved_data", "profile", "quiet", "threads")}
+    names = ("config", "preset", "resume", "moved_data", "profile", "quiet", "threads")
+    own = {name: options.pop(name) for name in names}
     processes = options.pop("processes")
     check_threads(own["threads"])
     if processes > 1 and "RANK" not in os.environ:
@@ -159,6 +167,7 @@ def _train(ctx: typer.Context, data: Path | None, output: Path | None, **options
     if own["config"] is not None:
         given = {**read_toml(own["config"]), **given}  # flags win
     try:
+        given = with_preset(own["preset"], given)
         root, run, settings = _run_asked_for(data, output, own["moved_data"], own["resume"], given)
     except UserError as error:
         raise UserError(*error.lines, everywhere=True) from None
@@ -210,6 +219,7 @@ def _train_signature() -> inspection.Signature:
     add("data", Path | None, None, typer.Argument(metavar="DATA", help=data_help, show_default=False))
     add("output", Path | None, None, typer.Option("--output", "-o", help="folder of the run", show_default=False))
     add("config", Path | None, None, typer.Option(help="TOML file with any of these options; flags win"))
+    add("preset", str, "", typer.Option(help="paper: the settings of the paper and its code; other options win"))
     add(
         "resume", bool, False, typer.Option("--resume", help="go on from the last checkpoint: pglcl train --resume RUN")
     )
@@ -248,7 +258,8 @@ def predict(
         typer.Option(help="another run, whose probabilities are averaged with those of RUN; may be repeated"),
     ] = None,
     tta: TtaOption = "none",
-    postprocess: PostprocessOption = "none",
+    postprocess: PostprocessOption = "auto",
+    weights: WeightsOption = "last",
     overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
     device: DeviceOption = "auto",
@@ -259,13 +270,13 @@ def predict(
     from pglcl.predict import Predictor, Writer, data_folders
     from pglcl.progress import Volumes
 
-    models = [load_model(path, device) for path in (run, *(ensemble or []))]
+    models = [load_model(path, device, weights) for path in (run, *(ensemble or []))]
     predictor = Predictor(models, tta=tta, postprocess=postprocess)
     cases = group_inputs(images)
     writer = Writer(output, models[0].labels, probabilities=probabilities, entropy=entropy, overwrite=overwrite)
     writer.check(cases, data_folders(run, images))
     for path, model in zip((run, *(ensemble or [])), models):
-        if model.step < model.config.steps and not quiet:
+        if weights == "last" and model.step < model.config.steps and not quiet:
             _complain(f"pglcl: {path}: unfinished, step {model.step} of {model.config.steps}")
     out, codes = console(quiet), []
     with Volumes("predicting", len(cases), quiet=quiet) as progress:
@@ -294,7 +305,8 @@ def evaluate(
         bool, typer.Option("--allow-missing", help="score the patients that are there, though others are missing")
     ] = False,
     tta: TtaOption = "none",
-    postprocess: PostprocessOption = "none",
+    postprocess: PostprocessOption = "auto",
+    weights: WeightsOption = "last",
     overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
     device: DeviceOption = "auto",
@@ -314,6 +326,7 @@ def evaluate(
         allow_missing=allow_missing,
         tta=tta,
         postprocess=postprocess,
+        weights=weights,
         overwrite=overwrite,
         quiet=quiet,
     )

@@ -323,8 +323,52 @@ class TrainConfig:
         return self.steps // 4 if self.warmup < 0 else self.warmup
 
 
+# The settings of the paper and of its authors' code (method, sections 6 to 9). Cropped patches are encoded again.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "consistency": "weak-to-strong",
+        "strong_views": 1,
+        "feature_dropout": 0.0,
+        "clean_pseudo_labels": "none",
+        "loss": "gaussian",
+        "hard_negatives": True,
+        "patches": "crop",
+        "patch_size": 32,
+        "crops_per_class": 2,
+        "contrast_weight": 0.5,
+        "contrast_schedule": "constant",
+        "ema_decay": 0.999,
+        "anchors": "all",
+        "anchors_per_class": 0,
+        "anchor_order": "random",
+        "keys_per_class": 0,
+        "mixed_patches": "together",
+        "coverage_target": 0.8,
+        "queue_length": 4096,
+        "embedding_dim": 128,
+    }
+}
 OPTIONS: dict[str, Option] = {field.name: field.metadata["option"] for field in dataclasses.fields(TrainConfig)}
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+
+
+def with_preset(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The options of a preset and those given, which win; what they make meaningless is left out.
+
+    Raises:
+        UserError: no such preset.
+    """
+    if not name:
+        return given
+    if name not in PRESETS:
+        raise UserError(f"--preset must be one of {', '.join(PRESETS)}, got {name}")
+    options = {**PRESETS[name], **given}
+    needs = {option: OPTIONS[option].only for option in options if option not in given}
+    return {
+        option: value
+        for option, value in options.items()
+        if (need := needs.get(option)) is None or options.get(need[0], DEFAULTS[need[0]]) == need[1]
+    }
 
 
 def numbers_in(text: str, kind: type[Number]) -> list[Number]:

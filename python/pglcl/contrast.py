@@ -280,7 +280,8 @@ class PatchContrast(nn.Module):
 
 def _pixel_entropy(prediction: Tensor) -> Tensor:
     """(B, *S)"""
-    return -torch.special.xlogy(prediction, prediction).sum(dim=1)
+    entropy: Tensor = torch.special.entr(prediction).sum(dim=1)
+    return entropy
 
 
 def _entropy_of_crops(crops: PatchBatch, weights: Tensor, prediction: Tensor, size: int) -> Tensor:

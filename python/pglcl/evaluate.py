@@ -25,6 +25,7 @@ from pglcl.labels import IGNORE
 from pglcl.layouts import Case, DataFolder, open_folder
 from pglcl.model import TrainedModel, load_model, weights_hash
 from pglcl.outputs import check_outputs
+from pglcl.postprocess import components, stray_components
 from pglcl.predict import Predictor, Report
 from pglcl.progress import Volumes
 from pglcl.training_data import files_of
@@ -39,7 +40,8 @@ Row = dict[str, Any]
 class Score:
     """One class of one volume.
 
-    status: ok; absent (not in the truth, no score), missed (in the truth, not predicted).
+    status: ok; absent (not in the truth, no score), missed (in the truth, not predicted). stray_components: pieces of
+    the prediction that touch no voxel of the truth.
     """
 
     patient: str
@@ -50,6 +52,7 @@ class Score:
     asd: float
     status: str
     false_positive_voxels: int = 0
+    stray_components: int = 0
 
 
 def score_volume(
@@ -83,7 +86,8 @@ def score_volume(
         p, t = prediction == k, truth == k
         predicted, present = bool(p.any()), bool(t.any())
         if not present:
-            scores.append(Score(patient, case, k, math.nan, math.nan, math.nan, "absent", int(p.sum())))
+            pieces = components(prediction, k)
+            scores.append(Score(patient, case, k, math.nan, math.nan, math.nan, "absent", int(p.sum()), pieces))
             continue
         if not predicted:
             worst = diagonal if distances else math.nan
@@ -97,7 +101,8 @@ def score_volume(
             options: dict[str, Any] = {"include_background": True, "spacing": kept}
             hd95 = float(compute_hausdorff_distance(*pair, percentile=95, **options))
             asd = float(compute_average_surface_distance(*pair, symmetric=True, **options))
-        scores.append(Score(patient, case, k, dice, hd95, asd, "ok"))
+        stray = stray_components(prediction, truth, k) if distances else 0
+        scores.append(Score(patient, case, k, dice, hd95, asd, "ok", 0, stray))
     return scores
 
 
@@ -153,11 +158,13 @@ def summarise(scores: Sequence[Score], class_names: dict[int, str], unit: str) -
             "volumes": len({s.case for s in own}),
             "absent": sum(s.status == "absent" for s in own),
             "missed": sum(s.status == "missed" for s in own),
+            "stray": sum(s.stray_components for s in own),
             "unit": unit,
         }
         for metric in METRICS:
             values = list(patient_means(own, metric).values())
             row[metric] = float(np.mean(values)) if values else math.nan
+            row[f"{metric}_median"] = float(np.median(values)) if values else math.nan
             row[f"{metric}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
             row[f"{metric}_interval"] = bootstrap_interval(values)
         rows.append(row)
@@ -171,8 +178,10 @@ def _cell(value: float, digits: int) -> str:
 def table(rows: Sequence[Row], *, title: str = "") -> str:
     """Markdown. What has no value is a dash."""
     unit = rows[0]["unit"] if rows else ""
-    head = ["class", "Dice", "95 %", f"HD95 [{unit}]", "95 %", f"ASD [{unit}]", "absent", "missed"]
-    lines = [*([title, ""] if title else []), "| " + " | ".join(head) + " |", "| --- " + "| ---: " * 7 + "|"]
+    distances = [f"HD95 [{unit}]", "95 %", "median", f"ASD [{unit}]"]
+    head = ["class", "Dice", "95 %", *distances, "absent", "missed", "stray pieces"]
+    rule = "| --- " + "| ---: " * (len(head) - 1) + "|"
+    lines = [*([title, ""] if title else []), "| " + " | ".join(head) + " |", rule]
     for row in rows:
         cells = [row["class"].replace("|", "\\|")]
         for metric, digits in (("dice", 3), ("hd95", 2)):
@@ -181,7 +190,8 @@ def table(rows: Sequence[Row], *, title: str = "") -> str:
                 f"{_cell(row[metric], digits)} ± {_cell(row[f'{metric}_std'], digits)}",
                 f"{_cell(low, digits)}-{_cell(high, digits)}",
             ]
-        cells += [f"{_cell(row['asd'], 2)} ± {_cell(row['asd_std'], 2)}", str(row["absent"]), str(row["missed"])]
+        cells += [_cell(row["hd95_median"], 2), f"{_cell(row['asd'], 2)} ± {_cell(row['asd_std'], 2)}"]
+        cells += [str(row[name]) for name in ("absent", "missed", "stray")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -199,12 +209,15 @@ def scores_csv(scores: Sequence[Score], class_names: dict[int, str], unit: str) 
         f"asd_{unit}",
         "status",
         "false_positive_voxels",
+        "stray_components",
     ]
     writer.writerow(head)
     for s in scores:
         numbers = ["" if math.isnan(v) else f"{v:.6g}" for v in (s.dice, s.hd95, s.asd)]
         name = class_names.get(s.label, f"class {s.label}")
-        writer.writerow([s.patient, s.case, s.label, name, *numbers, s.status, s.false_positive_voxels])
+        writer.writerow(
+            [s.patient, s.case, s.label, name, *numbers, s.status, s.false_positive_voxels, s.stray_components]
+        )
     return out.getvalue()
 
 
@@ -223,19 +236,27 @@ def score_case(model: TrainedModel, case: Case, *, distances: bool = True) -> li
 
 
 def _score(predictor: Predictor, case: Case, *, distances: bool = True, report: Report | None = None) -> list[Score]:
+    mask, truth, spacing = _predicted(predictor, case, report)
+    classes = predictor.models[0].num_classes
+    return score_volume(mask, truth, classes, spacing, patient=case.patient, case=case.name, distances=distances)
+
+
+def predicted_and_true(predictor: Predictor, case: Case) -> tuple[Tensor, Tensor]:
+    """The masks (X, Y, Z) of a labelled case; -1 in both where the truth is to be ignored."""
+    return _predicted(predictor, case, None)[:2]
+
+
+def _predicted(predictor: Predictor, case: Case, report: Report | None) -> tuple[Tensor, Tensor, tuple[float, ...]]:
     assert case.label is not None
-    model = predictor.models[0]
     prediction, prepared = predictor(case, report)
     spacing = prepared.spacing
     mask = prediction.mask()
     del prediction, prepared  # before the truth is read: both may be large
-    truth = torch.from_numpy(read_label(case.label, case.images[0], model.labels))
+    truth = torch.from_numpy(read_label(case.label, case.images[0], predictor.models[0].labels))
     ignored = truth == IGNORE
     if ignored.any():
         mask = torch.where(ignored, IGNORE, mask.int())
-    return score_volume(
-        mask, truth, model.num_classes, spacing, patient=case.patient, case=case.name, distances=distances
-    )
+    return mask, truth, spacing
 
 
 # --- what scores belong to ------------------------------------------------------------------------------------------
@@ -413,9 +434,10 @@ class Evaluation:
 FORMAT = "pglcl scores 1"
 
 
-def score_files(folder: Path, part: str) -> tuple[Path, Path, Path]:
+def score_files(folder: Path, part: str, weights: str = "last") -> tuple[Path, Path, Path]:
     """CSV, Markdown and JSON."""
-    return folder / f"scores_{part}.csv", folder / f"scores_{part}.md", folder / f"scores_{part}.json"
+    name = f"scores_{part}" + ("" if weights == "last" else f"_{weights}")
+    return folder / f"{name}.csv", folder / f"{name}.md", folder / f"{name}.json"
 
 
 def read_scores(path: Path) -> Evaluation | None:
@@ -458,7 +480,8 @@ def evaluate_run(
     output: Path | None = None,
     allow_missing: bool = False,
     tta: str = "none",
-    postprocess: str = "none",
+    postprocess: str = "auto",
+    weights: str = "last",
     overwrite: bool = False,
     quiet: bool = True,
 ) -> Evaluation:
@@ -472,16 +495,17 @@ def evaluate_run(
         output: the folder of the score files; default: the run.
         allow_missing: score the patients that `root` has, though the split names others.
         tta, postprocess: as :class:`pglcl.predict.Predictor` takes them.
+        weights: as :func:`pglcl.model.load_model` takes them; the files of "best" end in _best.
         overwrite: replace files that are no earlier scores of this run and data.
         quiet: show no progress.
 
     Raises:
         UserError: nothing to score, patients missing, files in the way, data that does not fit the model.
     """
-    predictor = Predictor([load_model(run, device)], tta=tta, postprocess=postprocess)
+    predictor = Predictor([load_model(run, device, weights)], tta=tta, postprocess=postprocess)
     folder = open_folder(root)
     subject, cases = subject_of(run, predictor, folder, part, allow_missing=allow_missing)
-    files = score_files(output or run, part)
+    files = score_files(output or run, part, weights)
     check_outputs(files, overwrite=overwrite, renewed=may_renew(files, subject))
     return score_cases(predictor, subject, cases, distance_unit(folder), quiet=quiet).save(files)
 

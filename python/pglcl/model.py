@@ -178,7 +178,11 @@ def update_teacher(teacher: nn.Module, student: nn.Module, decay: float, step: i
 
 @dataclass
 class TrainedModel:
-    """A network with what it needs to know of the data: its own part of a run. step: that the weights are of."""
+    """A network with what it needs to know of the data: its own part of a run.
+
+    step: that the weights are of. organs: the classes whose masks keep their largest component, as the validation
+    patients said; None before they were asked, or where there are none.
+    """
 
     network: SegmentationNetwork
     config: TrainConfig
@@ -186,6 +190,7 @@ class TrainedModel:
     labels: LabelMap
     intensity: Intensity
     step: int = 0
+    organs: tuple[int, ...] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -208,12 +213,27 @@ class TrainedModel:
             "labels": self.labels.state(),
             "intensity": self.intensity.state(),
             "step": self.step,
+            "organs": self.organs,
         }
 
 
-def load_model(run: Path, device: str = "auto") -> TrainedModel:
-    """The teacher of a run: of its end, or of its last checkpoint when it has not ended."""
+WEIGHTS = ("last", "best")
+
+
+def load_model(run: Path, device: str = "auto", weights: str = "last") -> TrainedModel:
+    """The teacher of a run.
+
+    Args:
+        weights: "last": of its end, or of its last checkpoint when it has not ended; "best": of the step that the
+            validation patients scored best.
+    """
+    if weights not in WEIGHTS:
+        raise UserError(f"--weights must be {' or '.join(WEIGHTS)}, got {weights}")
     path = run / "model.pt" if (run / "model.pt").exists() else run / "checkpoint.pt"
+    if weights == "best":
+        path = run / "best.pt"
+        if not path.exists():
+            raise UserError(f"{path}: not found: --weights best needs a run with validation patients")
     if not path.exists():
         raise UserError(f"{run}: no trained model there (neither model.pt nor checkpoint.pt)")
     whole = load_tensors(path)
@@ -230,6 +250,7 @@ def load_model(run: Path, device: str = "auto") -> TrainedModel:
             LabelMap.from_state(state["labels"]),
             Intensity.from_state(state["intensity"]),
             int(whole.get("step", state["config"]["steps"])),
+            state["organs"],
         )
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: not a model of this version of pglcl: {str(error).splitlines()[0]}") from error

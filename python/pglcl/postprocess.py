@@ -8,13 +8,20 @@ import numpy as np
 from scipy import ndimage
 from torch import Tensor
 
-POSTPROCESS = ("none", "largest-component")
+POSTPROCESS = ("auto", "none", "largest-component")
 ONE_ORGAN = 0.99  # share of a class's voxels in largest components, from which on it counts as one organ
 
 
 def components(mask: Tensor, label: int) -> int:
     """How many pieces of one class there are in a mask of any dimensions."""
     return len(_pieces(mask.numpy(), label)[1])
+
+
+def stray_components(prediction: Tensor, truth: Tensor, label: int) -> int:
+    """How many pieces of a class touch no voxel that is truly of it; masks (X, Y, Z)."""
+    numbers, count = ndimage.label((prediction == label).numpy(), np.ones((3,) * prediction.dim(), dtype=bool))
+    met = np.unique(numbers[(truth == label).numpy()])
+    return int(count - np.count_nonzero(met))
 
 
 def single_organs(masks: Iterable[Tensor], num_classes: int) -> list[int]:

@@ -191,10 +191,11 @@ class Predictor:
     Args:
         models: of the same classes and channels. Each sees the volume prepared in its own way.
         tta: "flips" averages over mirrored images too; refused for a model that never saw one.
-        postprocess: what is done to the masks, one of :data:`POSTPROCESS`.
+        postprocess: what is done to the masks, one of :data:`POSTPROCESS`. "auto": of the classes that every model
+            says, the largest component is kept.
     """
 
-    def __init__(self, models: Sequence[TrainedModel], *, tta: str = "none", postprocess: str = "none") -> None:
+    def __init__(self, models: Sequence[TrainedModel], *, tta: str = "none", postprocess: str = "auto") -> None:
         self.models = list(models)
         for name, value, choices in (("--tta", tta, TTA), ("--postprocess", postprocess, POSTPROCESS)):
             if value not in choices:
@@ -241,9 +242,15 @@ class Predictor:
         return None if report is None else lambda share: report((number + share) / len(self.models))
 
     def _changed(self, mask: Tensor) -> Tensor:
-        if self.postprocess == "largest-component":
-            return keep_largest(mask, range(1, self.models[0].num_classes))
-        return mask
+        return keep_largest(mask, self.organs)
+
+    @property
+    def organs(self) -> list[int]:
+        """The classes whose masks keep their largest component."""
+        every = range(1, self.models[0].num_classes)
+        if self.postprocess == "auto":
+            return [label for label in every if all(label in (model.organs or ()) for model in self.models)]
+        return list(every) if self.postprocess == "largest-component" else []
 
 
 def probabilities(network: nn.Module, prepared: Prepared, config: TrainConfig, slice_axis: int | None) -> Tensor:

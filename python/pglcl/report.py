@@ -258,13 +258,18 @@ def _score_table(found: Evaluation) -> str:
             low, high = row[f"{metric}_interval"]
             cells += f"<td>{_number(row[metric], digits)} ± {_number(row[f'{metric}_std'], digits)}"
             cells += f"<small>{_number(low, digits)} to {_number(high, digits)}</small>"
+            if metric == "hd95":
+                cells += f"<td>{_number(row['hd95_median'], digits)}"
         kind = " class=mean" if row["label"] is None else ""
-        body.append(f"<tr{kind}><th scope=row>{_text(row['class'])}{cells}<td>{row['absent']}<td>{row['missed']}")
+        counts = "".join(f"<td>{row[name]}" for name in ("absent", "missed", "stray"))
+        body.append(f"<tr{kind}><th scope=row>{_text(row['class'])}{cells}{counts}")
     note = (
         "Mean ± deviation over patients; below, the 95 % bootstrap interval of the mean. Absent: not in the truth, no "
-        "score. Missed: there, not predicted, scored as the worst that could be."
+        "score. Missed: there, not predicted, scored as the worst that could be. Stray pieces: components of the "
+        "prediction that touch no voxel of the truth."
     )
-    head = ["class", *names.values(), "absent", "missed"]
+    dice, hd95, asd = names.values()
+    head = ["class", dice, hd95, "median HD95", asd, "absent", "missed", "stray pieces"]
     return f"{_table(found.subject.title(), head, body)}<p class=note>{note}</p>"
 
 
@@ -276,14 +281,15 @@ def _patient_table(found: Evaluation) -> str:
     patients = sorted(found.subject.patients, key=lambda p: overall["dice"].get(p, math.inf))
     head = [
         "patient", "Dice", *(f"Dice, {_text(_class_name(found.class_names, k))}" for k in labels),
-        f"HD95 [{found.unit}]", f"ASD [{found.unit}]", "missed",
+        f"HD95 [{found.unit}]", f"ASD [{found.unit}]", "missed", "stray pieces",
     ]  # fmt: skip
     body = []
     for patient in patients:
         cells = [_number(overall["dice"].get(patient, math.nan), 3)]
         cells += [_number(by_class[k].get(patient, math.nan), 3) for k in labels]
         cells += [_number(overall[metric].get(patient, math.nan), 2) for metric in ("hd95", "asd")]
-        cells.append(str(sum(s.status == "missed" for s in found.scores if s.patient == patient)))
+        own = [score for score in found.scores if score.patient == patient]
+        cells += [str(sum(s.status == "missed" for s in own)), str(sum(s.stray_components for s in own))]
         body.append(f"<tr><th scope=row>{_text(patient)}" + "".join(f"<td>{cell}" for cell in cells))
     opened = " open" if len(patients) <= OPEN_ROWS else ""
     values = list(overall["hd95"].values())

@@ -1,7 +1,8 @@
 """The folder of a run: what it holds, and whether a run may go on in it.
 
 config.json, the options; split.json, the patients of each part; run.json, who the run is and what it read;
-environment.json; metrics.jsonl and tensorboard/; checkpoint.pt; model.pt, the teacher, when the run has ended.
+environment.json; metrics.jsonl and tensorboard/; checkpoint.pt; best.pt, the teacher that validation patients scored
+best; model.pt, the last one, when the run has ended.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class RunFolder:
     def __init__(self, path: Path, data: Path, config: TrainConfig) -> None:
         self.path, self.data, self.config = path, data, config
         self.record: RunRecord | None = None
-        self.checkpoint, self.model = path / "checkpoint.pt", path / "model.pt"
+        self.checkpoint, self.model, self.best = path / "checkpoint.pt", path / "model.pt", path / "best.pt"
 
     @property
     def split(self) -> Split | None:
@@ -163,6 +164,9 @@ class RunFolder:
 
     def save_model(self, model: TrainedModel) -> None:
         save_tensors(self.model, {**model.state(), "run": self._identity()})
+
+    def save_best(self, model: TrainedModel) -> None:
+        save_tensors(self.best, {**model.state(), "run": self._identity()})
 
     def notes(self) -> list[str]:
         """What makes a resumed run end with other last digits."""

@@ -32,10 +32,11 @@ from pglcl.model import (
     TrainedModel,
     choose_device,
     initial_model,
+    load_model,
     network_for,
     update_teacher,
 )
-from pglcl.postprocess import single_organs
+from pglcl.organs import organs_of_masks, organs_of_pseudo_labels
 from pglcl.progress import Progress
 from pglcl.ranks import Ranks, averaging, launched_ranks
 from pglcl.record import MetricsLog, Profile
@@ -75,7 +76,8 @@ class Learner:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
         )
-        self.organs = organs_to_clean(config, data)
+        self.organs = organs_of_pseudo_labels(config, data)
+        self.best: dict[str, float] = {"step": 0, "dice": -1.0}  # of the validations so far
         self.loss: nn.Module = StepLoss(self.student, self.teacher, self.contrast, config, self.organs, profile)
         if ranks.size > 1:
             self.loss = averaging(self.loss, config)
@@ -112,6 +114,7 @@ class Learner:
         """All that a run needs to go on after `step` steps."""
         state = {
             "step": step,
+            "best": self.best,
             "student": self.student.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "model": self.model(step).state(),
@@ -126,6 +129,7 @@ class Learner:
         self.student.load_state_dict(state["student"])
         self.teacher.load_state_dict(state["model"]["network"])
         self.optimizer.load_state_dict(optimizer)
+        self.best = {name: state["best"][name] for name in ("step", "dice")}
         if self.contrast is not None:
             self.contrast.load_state_dict(state["contrast"])
 
@@ -220,8 +224,8 @@ class Training:
                 folder.save_checkpoint(learner.state(0))  # from now on there is always one that loads
         if first < self.config.steps:
             self._train(learner, first)
+        self._save_models(learner)
         if ranks.is_first:
-            folder.save_model(learner.model(self.config.steps))
             self._show_profile(self.config.steps - max(first, self.config.warmup_steps))
 
     def _state_of_all(self, ranks: Ranks, state: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -279,6 +283,10 @@ class Training:
         if config.validate_every and (done % config.validate_every == 0 or last):
             dice = validation_dice(learner, done)
             self.progress.validated(done, dice)
+            if dice > learner.best["dice"]:
+                learner.best = {"step": done, "dice": dice}
+                if ranks.is_first:
+                    self.folder.save_best(learner.model(done))
             if log and not math.isnan(dice):
                 log.write({"step": done, "validation_dice": dice})
         if done % LOG_EVERY == 0 and parent_has_ended():
@@ -289,6 +297,30 @@ class Training:
             self.folder.save_checkpoint(learner.state(done))
         if stopping and not last:
             raise Interrupted(f"stopped after step {done}; --resume goes on from there")
+
+    def _save_models(self, learner: Learner) -> None:
+        """The last model and the best one, each with the classes whose masks keep their largest component."""
+        last = learner.model(self.config.steps)
+        models = [last]
+        if learner.best["step"] and learner.best["step"] != last.step:
+            with learner.ranks.together():
+                models.append(load_model(self.output, str(self.device), "best"))
+        for model in models:
+            model.organs = organs_of_masks(model, learner.data, learner.ranks)
+        if not learner.ranks.is_first:
+            return
+        self.folder.save_model(last)
+        if learner.best["step"]:
+            self.folder.save_best(models[-1])
+            best = f"step {learner.best['step']:.0f}, a validation Dice of {100 * learner.best['dice']:.1f} %"
+            self.progress.say(f"best.pt: {best}; model.pt: step {last.step}, the last")
+        if last.organs is None:
+            self.progress.say("masks are kept as predicted: no validation patients say that islands may be removed")
+        else:
+            names = ", ".join(last.class_names[label] for label in last.organs) or "no class"
+            self.progress.say(
+                f"masks keep the largest component of {names}, as validation patients score no worse then"
+            )
 
     def _choose_workers(self, batches: StepBatches, learner: Learner, most: int) -> int:
         """The number with which steps are fastest: workers keep the network fed, but take cores from it."""
@@ -344,17 +376,6 @@ class Training:
             write_json(self.output / "profile.json", [list(row) for row in rows])
             shown = [[name, f"{ms:.1f}", f"{share:.1%}"] for name, ms, share in rows]
             self.progress.table("Time of a step", ["section", "ms", "share"], shown)
-
-
-def organs_to_clean(config: TrainConfig, data: TrainingData) -> list[int]:
-    """The classes of which a pseudo-label keeps the largest component."""
-    if not config.semi or config.clean_pseudo_labels == "none":
-        return []
-    if config.clean_pseudo_labels == "largest-component":
-        return list(range(1, data.num_classes))
-    volumes = [one.label for one in data.labelled if one.label is not None]
-    seen = volumes if config.spatial_dims == 3 else (z for volume in volumes for z in volume.unbind(-1))
-    return single_organs(seen, data.num_classes)
 
 
 def validation_dice(learner: Learner, step: int) -> float:

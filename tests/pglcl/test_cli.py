@@ -55,6 +55,20 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     assert (config["seed"], config["steps"], config["image_size"]) == (7, 4, "32")
 
 
+def test_the_papers_settings_train(tmp_path: Path) -> None:
+    """Gaussian loss with hard negatives, crops, two stages; small for a test."""
+    root, run = plain(tmp_path / "data"), tmp_path / "run"
+    small = ["--image-size", "32", "--patch-size", "16", "--channels", "4,8,8", "--steps", "6", "--batch-size", "4"]
+    split = ["--labelled", "2", "--test", "2", "--workers", "0", "--threads", "1", "-q"]
+    assert main(["train", str(root), "-o", str(run), "--preset", "paper", *small, *split]) == 0
+    config = json.loads((run / "config.json").read_text())
+    assert (config["loss"], config["hard_negatives"], config["queue_length"]) == ("gaussian", True, 4096)
+    assert (config["patch_size"], config["warmup"]) == (16, 1)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert next(row["contrast"] for row in rows if "contrast" in row) > 0
+    assert main(["train", str(root), "-o", str(tmp_path / "other"), "--preset", "nature"]) == 2
+
+
 def test_toml_errors(tmp_path: Path) -> None:
     file = tmp_path / "a.toml"
     for text, message in (

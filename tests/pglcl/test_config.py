@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pglcl.config import DEFAULTS, OPTIONS, TrainConfig, flag, read_toml
+from pglcl.config import DEFAULTS, OPTIONS, PRESETS, TrainConfig, flag, read_toml, with_preset
 from pglcl.errors import UserError
 
 from tests.pglcl.folders import tiny
@@ -98,3 +98,28 @@ def test_deep_toml(tmp_path: Path) -> None:
     (tmp_path / "deep.toml").write_text("steps = " + "[" * 5000)
     with pytest.raises(UserError, match=r"deep\.toml: not readable as TOML"):
         read_toml(tmp_path / "deep.toml")
+
+
+def test_the_papers_settings() -> None:
+    """Method, sections 6 and 9: what the paper and its code say."""
+    config = TrainConfig(**with_preset("paper", {}))
+    assert (config.loss, config.hard_negatives, config.queue_length, config.embedding_dim) == (
+        "gaussian",
+        True,
+        4096,
+        128,
+    )
+    assert (config.patches, config.contrast_weight, config.ema_decay) == ("crop", 0.5, 0.999)
+    assert config.warmup_steps > 0  # two stages
+    assert set(PRESETS["paper"]) <= set(OPTIONS)
+
+
+def test_what_is_given_wins_over_a_preset() -> None:
+    config = TrainConfig(**with_preset("paper", {"queue_length": 7, "consistency": "copy-paste", "loss": "infonce"}))
+    assert (config.queue_length, config.consistency) == (7, "copy-paste")
+    assert not config.hard_negatives  # meaningless beside it
+    assert with_preset("", {"steps": 3}) == {"steps": 3}
+    with pytest.raises(UserError, match="--preset must be one of paper, got nature"):
+        with_preset("nature", {})
+    with pytest.raises(UserError, match="--strong-views needs --consistency weak-to-strong"):
+        TrainConfig(**with_preset("paper", {"strong_views": 1, "consistency": "copy-paste"}))

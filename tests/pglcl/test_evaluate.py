@@ -69,6 +69,22 @@ def test_an_empty_prediction_is_never_perfect() -> None:
     assert missed.asd == missed.hd95
 
 
+def test_pieces_that_touch_no_truth_are_stray() -> None:
+    truth = ball((10, 12, 12), 6).long()
+    prediction = truth.clone()
+    prediction[12, 12, 12] = 0
+    prediction[0, 0, 0] = prediction[23, 23, 20:] = 1
+    prediction[3:5, 3:5, 3:5] = 2
+    one, two = scores(prediction, truth)
+    assert (one.status, one.stray_components) == ("ok", 2)
+    assert (two.status, two.stray_components) == ("absent", 1)
+    assert scores(truth, truth)[0].stray_components == 0
+    (row, _, mean) = summarise([one, two], {}, "mm")
+    assert (row["stray"], mean["stray"]) == (2, 3)
+    assert "stray pieces" in table([row])
+    assert next(csv.DictReader(io.StringIO(scores_csv([one], {}, "mm"))))["stray_components"] == "2"
+
+
 def test_summary_counts_and_means() -> None:
     truth = ball((10, 12, 12), 6).long()
     both = truth.clone()
@@ -79,6 +95,7 @@ def test_summary_counts_and_means() -> None:
     one, two, mean = summarise(every, {1: "ball"}, "mm")
     assert (one["class"], two["class"], mean["class"]) == ("ball", "class 2", "mean")
     assert (two["absent"], two["missed"]) == (2, 1)
+    assert mean["hd95_median"] == np.median(list(patient_means(every, "hd95").values()))
     by_patient = patient_means(every, "dice", 1)
     assert one["dice"] == pytest.approx(np.mean(list(by_patient.values())))  # patients count the same, not volumes
     assert two["dice"] == 0

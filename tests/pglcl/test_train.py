@@ -21,10 +21,13 @@ from pglcl.errors import UserError
 from pglcl.evaluate import evaluate_run
 from pglcl.files import load_tensors, save_tensors
 from pglcl.model import load_model, network_for, weights_hash
+from pglcl.organs import organs_of_masks
+from pglcl.predict import Predictor
 from pglcl.ranks import launched_ranks
 from pglcl.record import read_metrics
 from pglcl.run_folder import RunFolder
 from pglcl.train import Interrupted, Training
+from pglcl.training_data import load_training_data
 
 from tests.conftest import ROOT
 from tests.pglcl.folders import TINY, decathlon, plain, save, tiny
@@ -48,6 +51,66 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert set(a) == set(b)
     for name in a:
         assert torch.equal(a[name], b[name]), name
+
+
+def test_the_best_model_of_validation_is_kept_beside_the_last(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run_to_end(folder, run, validate_every=2, learning_rate=0.02)
+    dice = {row["step"]: row["validation_dice"] for row in read_metrics(run) if "validation_dice" in row}
+    best = load_model(run, "cpu", "best")
+    assert best.step == max(dice, key=lambda step: dice[step])
+    assert load_model(run, "cpu").step == 8
+    found = evaluate_run(run, folder, weights="best")
+    assert [path.name for path in found.files] == [
+        "scores_test_best.csv",
+        "scores_test_best.md",
+        "scores_test_best.json",
+    ]
+    assert found.subject.step == best.step
+    with pytest.raises(UserError, match="--weights must be last or best, got first"):
+        load_model(run, "cpu", "first")
+    alone = tmp_path / "alone"
+    run_to_end(folder, alone, validation=0)
+    with pytest.raises(UserError, match="--weights best needs a run with validation patients"):
+        load_model(alone, "cpu", "best")
+    assert load_model(alone, "cpu").organs is None
+
+
+def test_masks_keep_the_largest_component_where_validation_patients_score_no_worse(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nnU-Net's rule; of classes that are one organ in the labelled masks."""
+    run = tmp_path / "run"
+    training = Training(folder, run, tiny(), quiet=True)
+    training.run()
+    data = load_training_data(folder, tiny())
+    model = load_model(run, "cpu")
+    truth = {}
+
+    def said(predictor: Any, case: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = torch.zeros(30, 30, 5, dtype=torch.uint8)
+        mask[2:9, 2:9], mask[20:29, 20:29] = 1, 2
+        shown = mask.clone()
+        shown[12, 12, 2] = 1  # an island
+        shown[20:29, 24:26] = 0  # class 2 is torn apart
+        truth[case.name] = mask
+        return shown, mask
+
+    monkeypatch.setattr("pglcl.organs.predicted_and_true", said)
+    with launched_ranks(torch.device("cpu")) as ranks:
+        assert organs_of_masks(model, data, ranks) == (1,)
+        two = next(one.label for one in data.labelled if one.label is not None)
+        two[two == 1] = 0
+        two[0, 0, 0] = two[-1, -1, -1] = 1
+        data.labelled[:] = [one for one in data.labelled if one.label is two]
+        assert organs_of_masks(model, data, ranks) == ()
+    assert len(truth) == 1
+    model.organs = (1,)
+    assert Predictor([model]).organs == [1]
+    assert Predictor([model], postprocess="none").organs == []
+    other = load_model(run, "cpu")
+    other.organs = (2,)
+    assert Predictor([model, other]).organs == []  # what all of them say
 
 
 @pytest.mark.parametrize("options", [
