@@ -170,8 +170,7 @@ def network_for(config: TrainConfig, in_channels: int, num_classes: int) -> Segm
 def update_teacher(teacher: nn.Module, student: nn.Module, decay: float, step: int) -> None:
     """Exponential moving average; early steps average over those there were."""
     keep = min(decay, 1 - 1 / (step + 1))
-    for t, s in zip(teacher.parameters(), student.parameters()):
-        t.lerp_(s, 1 - keep)
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - keep)
     for held, new in zip(teacher.buffers(), student.buffers()):
         held.lerp_(new, 1 - keep) if held.is_floating_point() else held.copy_(new)
 
@@ -289,7 +288,7 @@ def initial_model(config: TrainConfig, channels: int, labels: LabelMap) -> Train
     if not config.init:
         return None
     model = load_model(Path(config.init), "cpu")
-    theirs = model.network.arguments
+    theirs: dict[str, Any] = model.network.arguments
     compared: dict[str, tuple[Any, Any]] = {
         "--network": (theirs["network"], config.network),
         "--spatial-dims": (theirs["spatial_dims"], config.spatial_dims),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+import torch
 from scipy import ndimage
 from torch import Tensor
 
@@ -49,8 +50,10 @@ def clean(pseudo: Tensor, prediction: Tensor, labels: Iterable[int]) -> tuple[Te
     """
     labels = list(labels)
     kept = pseudo.clone()
-    for image in kept if labels else ():
-        image.copy_(keep_largest(image.cpu(), labels))
+    if labels:
+        masks = pseudo.to("cpu", torch.int32)
+        for image, mask in zip(kept, masks):
+            image.copy_(keep_largest(mask, labels))
     return kept, prediction.gather(1, kept[:, None])[:, 0]
 
 
