@@ -130,7 +130,7 @@ class TrainConfig:
         choices=("infonce", "gaussian"))
     patches: str = _opt("pooled", "pooled: from one feature map; crop: cropped images, encoded again", "Method",
         choices=("pooled", "crop"))
-    contrast_weight: float = _opt(0.5, "weight of the contrastive loss, at most", "Method", least=0)
+    contrast_weight: float = _opt(0.1, "weight of the contrastive loss, at most", "Method", least=0)
     contrast_schedule: str = _opt("ramp",
         "of that weight: ramp: up over the first 30 % of the steps, down to 0 over the last 30 %; or constant",
         "Method", choices=("ramp", "constant"))
@@ -148,7 +148,7 @@ class TrainConfig:
         "largest-component: of each class of a pseudo-label, for single organs; auto: where the labels have no others",
         "Method", choices=("auto", "largest-component", "none"))
     ema_decay: float = _opt(0.99, "decay of the teacher, a step", "Method", above=0, below=1)
-    temperature: float = _opt(0.1, "temperature of the InfoNCE loss (gaussian: 0.2, the authors')", "Method",
+    temperature: float = _opt(0.5, "temperature of the InfoNCE loss (gaussian: 0.2, the authors')", "Method",
         above=0, only=("loss", "infonce"))
     guidance: bool = _opt(True, "choose positives and negatives by the disparity of the patches' entropies", "Method")
     max_positive_disparity: float = _opt(0.3, "delta+: most that positives differ, in units of log K", "Method",

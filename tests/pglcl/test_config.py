@@ -52,7 +52,7 @@ def test_whole_numbers_have_bounds(name: str, value: int) -> None:
         ({"steps": 300, "warmup": 500}, "--warmup must be less than --steps 300, or --method patchcl would never use"),
         ({"steps": 500, "warmup": 500, "method": "semi"}, "--warmup must be less than --steps 500"),
         ({"hard_negatives": True}, "--hard-negatives needs --loss gaussian, got infonce"),
-        ({"temperature": 0.5, "loss": "gaussian"}, "--temperature needs --loss infonce, got gaussian"),
+        ({"temperature": 0.7, "loss": "gaussian"}, "--temperature needs --loss infonce, got gaussian"),
         ({"confidence": 0.5}, "--confidence needs --consistency weak-to-strong, got copy-paste"),
         ({"crops_per_class": 2}, "--crops-per-class needs --patches crop, got pooled"),
         ({"network": "vnet"}, "--network must be one of unet, basicunet, dynunet, segresnet, got vnet"),
