@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-fast bench docs torture fuzz sanitize format lint clean cuda-setup test-cuda bench-cuda cuda-all cuda-check mutants witness
+.PHONY: setup demo test test-fast bench docs torture fuzz sanitize avx512 format lint clean cuda-setup test-cuda bench-cuda cuda-all cuda-check mutants witness
 
 # The native sources are part of the stamp: the extension is rebuilt when one changes.
 SOURCES := $(shell find csrc tools -type f) CMakeLists.txt setup.py pyproject.toml
@@ -40,6 +40,10 @@ fuzz: setup
 
 sanitize: setup
 	PYTHON="$(CURDIR)/$(BIN)/python" tools/sanitize.sh
+
+# The AVX-512 kernels on a processor without AVX-512.
+avx512: setup
+	PYTHON="$(CURDIR)/$(BIN)/python" tools/avx512.sh
 
 bench: setup
 	$(BIN)/python -m benchmarks

@@ -1,0 +1,25 @@
+# Sourced by tools/*.sh, in the folder of the sources: a module built with other options, for tests.
+#
+# PYTHON names the interpreter of an environment with torch, cmake, ninja and pybind11 (default: that of .venv).
+python=${PYTHON:-$PWD/.venv/bin/python}
+export PATH="$(dirname "$python"):$PATH"
+
+configure() {  # folder, CMake options
+  local folder=$1
+  shift
+  mkdir -p "$(dirname "$folder")"
+  cmake -S . -B "$folder" -G Ninja -DPGLCL_CUDA=0 -DPython_EXECUTABLE="$python" \
+    -DPGLCL_INSTALL_DIR="$PWD/$(dirname "$folder")/tree/pglcl_ext" "$@" >"$folder.log" 2>&1 || { cat "$folder.log"; exit 1; }
+}
+
+build_tree() {  # folder, CMake options: leaves a copy of the Python sources, beside such a module, in the folder's neighbour tree
+  local folder=$1 tree
+  tree=$(dirname "$1")/tree
+  rm -rf "$tree"
+  mkdir -p "$tree"
+  cp -r pglcl_ext tests benchmarks pyproject.toml "$tree"
+  rm -f "$tree"/pglcl_ext/_C*.so
+  configure "$@"
+  cmake --build "$folder"
+  cmake --install "$folder" >/dev/null
+}
