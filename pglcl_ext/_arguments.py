@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 __all__ = [
+    "BoundsArguments",
     "Choice",
     "ContrastArguments",
     "ContrastNumbers",
@@ -102,6 +103,19 @@ class GaussianArguments(NamedTuple):
     ignore_index: int
     reduction: int
     needs_gradients: bool
+
+
+class BoundsArguments(NamedTuple):
+    """What ``disparity_bounds`` takes: bounds that keep `wanted` positives or negatives of each anchor, and ties."""
+
+    descriptors: Tensor  # (N,) or (N, C)
+    labels: Tensor  # (N,) int64
+    key_descriptors: Tensor  # (M,) or (M, C)
+    key_labels: Tensor  # (M,) int64
+    wanted: int  # at least 1
+    positives: bool  # the wanted-th smallest disparity of the label, or the largest of others
+    ignore_index: int  # patches with this label take no part
+    self_offset: int  # key i + self_offset is anchor i itself and does not count; -1 where there is no such key
 
 
 class StatisticsArguments(NamedTuple):

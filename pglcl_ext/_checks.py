@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pglcl_ext._arguments import Choice, ContrastArguments, GaussianArguments, Side, StatisticsArguments
+from pglcl_ext._arguments import (
+    BoundsArguments,
+    Choice,
+    ContrastArguments,
+    GaussianArguments,
+    Side,
+    StatisticsArguments,
+)
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -185,11 +192,54 @@ def check_patch_grid(image: Sequence[int], patch_size: list[int], stride: list[i
             raise ValueError(f"patch_size must not exceed the image, {tuple(image)}, got {patch_size}")
 
 
+def check_same_space(name: str, t: Tensor, like_name: str, like: Tensor) -> None:
+    """Images of the batch, the size and the device of others."""
+    if t.dim() != like.dim() or t.shape[0] != like.shape[0] or t.shape[2:] != like.shape[2:]:
+        expected = f"({like.shape[0]}, K, {', '.join(map(str, like.shape[2:]))})"
+        raise ValueError(f"{name} must have the batch and space of {like_name}, {expected}, got {tuple(t.shape)}")
+    check_device(name, t, like_name, like)
+
+
 def check_statistics(x: StatisticsArguments) -> None:
     check_image("input", x.input, "K")
     if x.input.shape[1] < 2:
         raise ValueError(f"input must have at least two classes (dimension 1), got {tuple(x.input.shape)}")
     check_patch_grid(x.input.shape[2:], x.patch_size, x.stride)
+
+
+# --- class-aware patches --------------------------------------------------------------------------------------------
+
+
+def check_coverage(coverage: Any, classes: int, like: Tensor) -> None:
+    """The least share of its class that a patch must hold: None, a number, or a tensor with one for each class."""
+    if coverage is None:
+        return
+    if not isinstance(coverage, Tensor):
+        if check_number("coverage", coverage) != coverage:
+            raise ValueError("coverage must be a number, got nan")
+        return
+    check_floating("coverage", coverage)
+    if coverage.shape not in ((), (classes,)):
+        raise ValueError(f"coverage must be a number or have shape (K,) = ({classes},), got {tuple(coverage.shape)}")
+    if coverage.dim():
+        check_device("coverage", coverage, "the images", like)
+
+
+def check_class_labels(labels: Any, images: Tensor, classes: int) -> None:
+    """(B, *S) int64, or weights (B, classes, *S), of images (B, C, *S)."""
+    check_tensor("labels", labels)
+    batch, space = images.shape[0], tuple(images.shape[2:])
+    if labels.is_floating_point():
+        shape: tuple[int, ...] = (batch, classes, *space)
+        if tuple(labels.shape) != shape:
+            raise ValueError(f"labels must have shape (B, K, *S) = {shape} as weights, got {tuple(labels.shape)}")
+        check_floating("labels", labels)
+    else:
+        if labels.dtype != torch.int64:
+            raise TypeError(f"labels must be int64, or weights in floating point, got {dtype_name(labels)}")
+        if tuple(labels.shape) != (batch, *space):
+            raise ValueError(f"labels must have shape (B, *S) = {(batch, *space)}, got {tuple(labels.shape)}")
+    check_device("labels", labels, "images", images)
 
 
 # --- semantic_disparity ---------------------------------------------------------------------------------------------
@@ -208,13 +258,11 @@ def check_disparity(a: Any, b: Any, names: tuple[str, str] = ("a", "b")) -> None
     check_same_dtype(names[1], b, names[0], a)
 
 
-def check_disparity_bounds(
-    descriptors: Any, labels: Any, key_descriptors: Any, key_labels: Any, count: Any, positives: bool
-) -> None:
-    check_disparity(descriptors, key_descriptors, ("descriptors", "key_descriptors"))
-    check_labels("labels", labels, "N", "descriptors", descriptors)
-    check_labels("key_labels", key_labels, "M", "key_descriptors", key_descriptors)
-    check_integer("num_positives" if positives else "num_negatives", count, least=1)
+def check_disparity_bounds(x: BoundsArguments) -> None:
+    check_disparity(x.descriptors, x.key_descriptors, ("descriptors", "key_descriptors"))
+    check_labels("labels", x.labels, "N", "descriptors", x.descriptors)
+    check_labels("key_labels", x.key_labels, "M", "key_descriptors", x.key_descriptors)
+    check_integer("num_positives" if x.positives else "num_negatives", x.wanted, least=1)
 
 
 # --- patch_contrast -------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pglcl_ext._arguments import Choice, ContrastArguments, ContrastNumbers, ContrastOutputs, Side
+from pglcl_ext._arguments import BoundsArguments, Choice, ContrastArguments, ContrastNumbers, ContrastOutputs, Side
 from pglcl_ext._autograd import OpFunction, in_functorch, in_graph, is_traced, register
 from pglcl_ext._checks import (
     REDUCTIONS,
@@ -235,14 +235,16 @@ def _with_counted_bounds(
     for name, count, positives in (("positive", num_positives, True), ("negative", num_negatives, False)):
         if count is not None:
             bounds[f"{name}_bounds"] = disparity_bounds(
-                x.anchors.descriptors.to(dtype),
-                x.anchors.labels,
-                descriptors.to(dtype),
-                labels,
-                check_integer(f"num_{name}s", count),
-                positives=positives,
-                ignore_index=x.numbers.ignore_index,
-                self_offset=self_offset if x.keys is None else -1,
+                BoundsArguments(
+                    x.anchors.descriptors.to(dtype),
+                    x.anchors.labels,
+                    descriptors.to(dtype),
+                    labels,
+                    check_integer(f"num_{name}s", count),
+                    positives,
+                    x.numbers.ignore_index,
+                    self_offset if x.keys is None else -1,
+                )
             )
     return x._replace(choice=x.choice._replace(**bounds))
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pglcl_ext._arguments import BoundsArguments
 from pglcl_ext._autograd import OpFunction, in_graph, is_traced, op_in_graph, register, register_op
 from pglcl_ext._checks import check_disparity, check_disparity_bounds
 from pglcl_ext._library import ops
@@ -37,38 +38,18 @@ def semantic_disparity(a: Tensor, b: Tensor | None = None) -> Tensor:
     return disparity
 
 
-def disparity_bounds(
-    descriptors: Tensor,
-    labels: Tensor,
-    key_descriptors: Tensor,
-    key_labels: Tensor,
-    count: int,
-    *,
-    positives: bool,
-    ignore_index: int,
-    self_offset: int,
-) -> Tensor:
-    """The bound that keeps `count` positives or negatives of each anchor, ties included (method, section 4).
+def disparity_bounds(x: BoundsArguments) -> Tensor:
+    """The bound that keeps `wanted` positives or negatives of each anchor, ties included (method, section 4).
 
-    Args:
-        descriptors: (N,) or (N, C). One channel costs a sort; several cost all disparities, a row at a time.
-        labels: (N,) int64.
-        key_descriptors: (M,) or (M, C).
-        key_labels: (M,) int64.
-        count: at least 1.
-        positives: the count-th smallest disparity among keys of the same label, else the count-th largest among
-            keys of other labels.
-        ignore_index: patches with this label take no part.
-        self_offset: key ``i + self_offset`` is anchor ``i`` itself and does not count; -1 where there is no such key.
+    One descriptor channel costs a sort; several cost all disparities, a row at a time.
 
     Returns:
-        (N,) in float32 (float64 for float64 descriptors); infinity or 0 where there are not more than `count` keys.
+        (N,) in float32 (float64 for float64 descriptors); infinity or 0 where there are not more than `wanted` keys.
     """
-    check_disparity_bounds(descriptors, labels, key_descriptors, key_labels, count, positives)
+    check_disparity_bounds(x)
+    x = x._replace(descriptors=x.descriptors.detach(), key_descriptors=x.key_descriptors.detach())
     op = _bounds_in_graph if is_traced() else ops.disparity_bounds.default
-    bounds: Tensor = op(
-        descriptors.detach(), labels, key_descriptors.detach(), key_labels, count, positives, ignore_index, self_offset
-    )
+    bounds: Tensor = op(*x)
     return bounds
 
 
@@ -87,18 +68,10 @@ def _fake_backward(grad: Tensor, a: Tensor, b: Tensor, needs_a: bool, needs_b: b
     return a.new_empty(a.shape if needs_a else (0,)), b.new_empty(b.shape if needs_b else (0,))
 
 
-def _fake_bounds(
-    descriptors: Tensor,
-    labels: Tensor,
-    key_descriptors: Tensor,
-    key_labels: Tensor,
-    count: int,
-    positives: bool,
-    ignore_index: int,
-    self_offset: int,
-) -> Tensor:
-    check_disparity_bounds(descriptors, labels, key_descriptors, key_labels, count, positives)
-    return descriptors.new_empty((descriptors.shape[0],), dtype=accumulate_dtype(descriptors.dtype))
+def _fake_bounds(*flat: Any) -> Tensor:
+    x = BoundsArguments(*flat)
+    check_disparity_bounds(x)
+    return x.descriptors.new_empty((x.descriptors.shape[0],), dtype=accumulate_dtype(x.descriptors.dtype))
 
 
 @register

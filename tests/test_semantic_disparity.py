@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pglcl_ext import reference, semantic_disparity
+from pglcl_ext._arguments import BoundsArguments
 from pglcl_ext._library import ops
 from pglcl_ext.semantic_disparity import disparity_bounds
 from tests.problems import DTYPES
@@ -72,7 +73,7 @@ def test_bounds_are_the_nth_disparity(data: st.DataObject) -> None:
     b = a if itself else torch.rand(m, channels, generator=g).mul(10).round().div(10)
     y = torch.randint(-1, 3, (n,), generator=g)
     z = y if itself else torch.randint(-1, 3, (m,), generator=g)
-    bounds = disparity_bounds(a, y, b, z, count, positives=positives, ignore_index=-1, self_offset=0 if itself else -1)
+    bounds = disparity_bounds(BoundsArguments(a, y, b, z, count, positives, -1, 0 if itself else -1))
     d = (a[:, None] - b[None]).abs().mean(2)
     for i in range(n):
         values = [

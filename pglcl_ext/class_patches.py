@@ -1,0 +1,157 @@
+"""Crops of an image, each of one class (method, section 8, the authors' form)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pglcl_ext._checks import (
+    check_choice,
+    check_class_labels,
+    check_coverage,
+    check_image,
+    check_integer,
+    check_patch_grid,
+    per_dimension,
+)
+from pglcl_ext.patch_statistics import patch_grid_arguments
+
+__all__ = ["ClassPatches", "class_patches"]
+
+
+class ClassPatches(NamedTuple):
+    """Crops, each of one class.
+
+    Attributes:
+        images: (N, C, ``*P``), the image times the class weight.
+        labels: (N,) int64.
+        coverage: (N,), mean class weight of the crop.
+        index: (N, 1 + dims) int64, the image and the first pixel of the crop.
+    """
+
+    images: Tensor
+    labels: Tensor
+    coverage: Tensor
+    index: Tensor  # type: ignore[assignment]
+
+
+def class_patches(
+    images: Tensor,
+    labels: Tensor,
+    patch_size: int | Sequence[int],
+    num_classes: int,
+    *,
+    stride: int | Sequence[int] | None = None,
+    coverage: float | Tensor | None = None,
+    max_patches: int | None = None,
+    output_size: int | Sequence[int] | None = None,
+    mode: str = "resize",
+) -> ClassPatches:
+    """The authors' form: for each class, the image times its mask, cropped to patches that contain the class.
+
+    From the method, section 8. Crops lie on a grid whose last row and column are moved inwards to end with the image,
+    so that every pixel is in one, at every border and corner and for any patch size. Of the crops of a class in an
+    image at most `max_patches` are taken, evenly spread over the image; images do not influence each other. Coverage is
+    counted from the mask, never from intensities. How many crops there are is asked of the device, which waits for it.
+
+    Args:
+        images: (B, C, *S) floating point, two or three spatial dimensions.
+        labels: (B, *S) int64, where a value outside [0, num_classes) belongs to no class; or soft weights
+            (B, num_classes, *S), which stay soft.
+        patch_size: of a crop, in pixels; not larger than the image.
+        num_classes: K.
+        stride: distance of the crops, at most `patch_size`, which is its default.
+        coverage: a crop counts for class k when its mean weight exceeds this: a number, a tensor (K,), or None for 0.
+        max_patches: per class and image; all by default.
+        output_size: of the returned crops; `patch_size` by default.
+        mode: how they get there: ``"resize"`` (linear interpolation) or ``"pad"`` (zeros around them).
+
+    Returns:
+        :class:`ClassPatches`, ordered by image, class and place; N may be 0.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, values out of range.
+        TypeError: wrong dtypes.
+    """
+    check_image("images", images, "C")
+    dims = images.dim() - 2
+    check_integer("num_classes", num_classes, least=1)
+    check_class_labels(labels, images, num_classes)
+    patch, step = patch_grid_arguments(images, patch_size, stride)
+    check_patch_grid(images.shape[2:], patch, step)
+    if any(s > p for s, p in zip(step, patch)):
+        raise ValueError(f"stride must not exceed patch_size, {patch}, or pixels would be left out, got {step}")
+    size = patch if output_size is None else per_dimension("output_size", output_size, dims)
+    if len(size) != dims or min(size) < 1:
+        raise ValueError(f"output_size must be positive, with one entry per spatial dimension ({dims}), got {size}")
+    check_choice("mode", mode, ("resize", "pad"))
+    if mode == "pad" and any(to < p for to, p in zip(size, patch)):
+        raise ValueError(f"output_size must be at least patch_size, {patch}, to pad to it, got {size}")
+    check_coverage(coverage, num_classes, images)
+    if max_patches is not None:
+        check_integer("max_patches", max_patches, least=1)
+    weights = _class_weights(images, labels, num_classes)
+    threshold: Any = 0.0 if coverage is None else coverage
+
+    starts = [_starts(extent, p, s) for extent, p, s in zip(images.shape[2:], patch, step)]
+    share = _mean_over(weights, starts, patch)  # (B, K, *g)
+    k_first = share.movedim(1, -1)
+    present = ((k_first > threshold) & (k_first > 0)).movedim(-1, 1)
+    crops, classes, shares, index = [], [], [], []
+    for b in range(len(images)):
+        for k in range(num_classes):
+            cells = present[b, k].nonzero()
+            if max_patches is not None and len(cells) > max_patches:
+                cells = cells[_spread(len(cells), max_patches, cells.device)]
+            for cell in cells.tolist():
+                first = [starts[d][c] for d, c in enumerate(cell)]
+                place: Any = tuple(slice(f, f + p) for f, p in zip(first, patch))
+                crops.append(images[(b, slice(None), *place)] * weights[(b, k, *place)])
+                classes.append(k)
+                shares.append(share[(b, k, *cell)])
+                index.append([b, *first])
+    label = torch.tensor(classes, dtype=torch.int64, device=images.device)
+    where = torch.tensor(index, dtype=torch.int64, device=images.device).view(-1, 1 + dims)
+    if not crops:
+        return ClassPatches(images.new_empty(0, images.shape[1], *size), label, share.new_empty(0), where)
+    return ClassPatches(_to_size(torch.stack(crops), size, mode), label, torch.stack(shares), where)
+
+
+def _class_weights(images: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    if labels.is_floating_point():
+        return labels.to(images.dtype)
+    classes = torch.arange(num_classes, device=labels.device).view(-1, *[1] * (images.dim() - 2))
+    return (labels[:, None] == classes).to(images.dtype)
+
+
+def _starts(extent: int, patch: int, step: int) -> list[int]:
+    last = extent - patch
+    return sorted({*range(0, last + 1, step), last})
+
+
+def _mean_over(weights: Tensor, starts: list[list[int]], patch: list[int]) -> Tensor:
+    """Means of the weights over the crops, (B, K, *g), one dimension after the other."""
+    for d, (firsts, size) in enumerate(zip(starts, patch)):
+        sums = [weights.narrow(2 + d, first, size).sum(dim=2 + d) for first in firsts]
+        weights = torch.stack(sums, dim=2 + d) / size
+    return weights
+
+
+def _spread(count: int, wanted: int, device: torch.device) -> Tensor:
+    """`wanted` of `count` places in reading order, evenly apart and away from the ends by half of that."""
+    return ((torch.arange(wanted, device=device) * 2 + 1) * count) // (2 * wanted)
+
+
+def _to_size(crops: Tensor, size: list[int], mode: str) -> Tensor:
+    if list(crops.shape[2:]) == size:
+        return crops
+    if mode == "resize":
+        return F.interpolate(crops, size, mode="bilinear" if crops.dim() == 4 else "trilinear", align_corners=False)
+    around = []
+    for to, now in zip(reversed(size), reversed(crops.shape[2:])):
+        around += [(to - now) // 2, to - now - (to - now) // 2]
+    return F.pad(crops, around)

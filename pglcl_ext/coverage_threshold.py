@@ -1,0 +1,100 @@
+"""How much of its class a patch must hold to qualify (method, section 8)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pglcl_ext._checks import check_device, check_floating, check_integer, check_labels, check_number, check_positive
+from pglcl_ext.patch_embeddings import PatchBatch, PatchRows
+
+__all__ = ["CoverageThreshold"]
+
+
+class CoverageThreshold(nn.Module):
+    r"""Per-class coverage above which a patch qualifies, moved until a target share of the patches does.
+
+    A Robbins-Monro step for each class that the batch holds (method, section 8):
+    :math:`\theta_k \leftarrow clip(\theta_k + \gamma_n (share_n - target), 0, 1)`, where :math:`share_n` is the
+    fraction of the batch's patches of class k with coverage above :math:`\theta_k`, and
+    :math:`\gamma_n = gain / n^{2/3}` (our choice) for the n-th batch with that class. 1 itself is left out of the
+    range, so that a patch covered whole always qualifies. The state is in buffers; nothing waits for a GPU.
+
+    Args:
+        num_classes: K.
+        initial: threshold at the start, in [0, 1].
+        target: share of the patches that shall qualify, in (0, 1).
+        gain: of the steps.
+        ignore_index: patches with this label, or one outside [0, K), are not counted.
+
+    Attributes:
+        value: (K,), the thresholds; what :func:`patch_embeddings` takes as `coverage`.
+    """
+
+    value: Tensor
+    updates: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        initial: float = 0.5,
+        target: float = 0.8,
+        *,
+        gain: float = 0.5,
+        ignore_index: int = -1,
+    ) -> None:
+        super().__init__()
+        check_integer("num_classes", num_classes, least=1)
+        check_integer("ignore_index", ignore_index)
+        check_positive("gain", gain)
+        if not 0 <= check_number("initial", initial) <= 1:
+            raise ValueError(f"initial must lie in [0, 1], got {initial}")
+        if not 0 < check_number("target", target) < 1:
+            raise ValueError(f"target must lie in (0, 1), got {target}")
+        self.num_classes = num_classes
+        self.target = target
+        self.gain = gain
+        self.ignore_index = ignore_index
+        self.register_buffer("value", torch.full((num_classes,), float(initial)))
+        self.register_buffer("updates", torch.zeros(num_classes, dtype=torch.int64))
+
+    @torch.no_grad()
+    def update(self, coverage: Tensor, labels: Tensor) -> None:
+        """One step from the patches of a batch that hold their class, qualified or not.
+
+        Args:
+            coverage: (N,) in [0, 1]; patches with 0 do not hold their class and are not counted.
+            labels: (N,) int64, the class that each coverage is of.
+
+        Raises:
+            ValueError: shapes that do not fit, or another device than that of the threshold.
+            TypeError: wrong dtypes.
+        """
+        check_floating("coverage", coverage)
+        if coverage.dim() != 1:
+            raise ValueError(f"coverage must have shape (N,), got {tuple(coverage.shape)}")
+        check_labels("labels", labels, "N", "coverage", coverage)
+        check_device("coverage", coverage, "the threshold", self.value)
+        k = self.num_classes
+        counted = (labels != self.ignore_index) & (labels >= 0) & (labels < k) & (coverage > 0)
+        classes = torch.where(counted, labels, k)
+        above = counted & (coverage > torch.cat([self.value, self.value.new_zeros(1)])[classes])
+        # Counted as integers: the sum has no order.
+        present, qualified = (
+            torch.zeros(k + 1, dtype=torch.int64, device=labels.device).scatter_add_(0, classes, mask.long())[:k]
+            for mask in (counted, above)
+        )
+        self.updates.add_((present > 0).long())
+        share = qualified / present.clamp(min=1)
+        step = self.gain / self.updates.clamp(min=1).to(self.value.dtype) ** (2 / 3)
+        moved = (self.value + step * (share - self.target)).clamp(0, 1 - torch.finfo(self.value.dtype).eps)
+        self.value.copy_(torch.where(present > 0, moved, self.value))
+
+    def coverage_and_classes(self, batch: PatchRows | PatchBatch) -> tuple[Tensor, Tensor]:
+        """Of all rows that :func:`patch_embeddings` makes, qualified or not, as :meth:`update` takes them."""
+        k = self.num_classes
+        classes = torch.arange(k, device=batch.coverage.device).repeat(len(batch.coverage) // k)
+        return batch.coverage, classes
+
+    def extra_repr(self) -> str:
+        return f"num_classes={self.num_classes}, target={self.target}, gain={self.gain}"

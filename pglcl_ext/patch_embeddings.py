@@ -1,0 +1,208 @@
+"""One embedding for each class of each patch (method, section 8, the pooled form)."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pglcl_ext._checks import check_coverage, check_image, check_integer, check_same_space
+from pglcl_ext.patch_statistics import patch_grid_arguments, patch_statistics
+
+__all__ = ["PatchBatch", "PatchRows", "patch_embeddings"]
+
+
+class PatchRows(NamedTuple):
+    """Class-aware patches of a batch, before anything is pooled: every class of every patch is a row.
+
+    Rows that qualify have their class as label, the others `ignore_index`, which the losses and the queue leave out. So
+    the shape depends on no value.
+    """
+
+    labels: Tensor  # (N,) int64
+    entropy: Tensor  # (N,), in nats
+    coverage: Tensor  # (N,)
+    index: Tensor  # type: ignore[assignment]  # (N, 1 + dims) int64, the image and the cell of the patch grid
+
+    def compact(self, ignore_index: int = -1) -> PatchRows:
+        """Only the rows that qualify; how many there are is asked of the device, which waits for it."""
+        keep = self.labels != ignore_index
+        return PatchRows(*(t[keep] for t in self))
+
+    def limited(self, per_class: int, priority: Tensor, ignore_index: int = -1) -> PatchRows:
+        """As :meth:`PatchBatch.limited`."""
+        return self._replace(labels=_limited(self.labels, per_class, priority, ignore_index))
+
+
+class PatchBatch(NamedTuple):
+    """:class:`PatchRows` with their embeddings."""
+
+    embeddings: Tensor  # (N, D)
+    labels: Tensor  # (N,) int64
+    entropy: Tensor  # (N,), in nats
+    coverage: Tensor  # (N,)
+    index: Tensor  # type: ignore[assignment]  # (N, 1 + dims) int64, the image and the cell of the patch grid
+
+    def compact(self, ignore_index: int = -1) -> PatchBatch:
+        """Only the rows that qualify; how many there are is asked of the device, which waits for it."""
+        keep = self.labels != ignore_index
+        return PatchBatch(*(t[keep] for t in self))
+
+    def limited(self, per_class: int, priority: Tensor, ignore_index: int = -1) -> PatchBatch:
+        """At most `per_class` rows of each class qualify: those of the highest `priority`, ties in order.
+
+        Background has as many patches as all else together, several times over; a mean over anchors is its mean. With
+        `batch.entropy` as priority the patches that the prediction is least sure of are kept, with random numbers a
+        fair sample. Nothing waits for the device.
+
+        Args:
+            per_class: at least 0.
+            priority: (N,), of each row.
+            ignore_index: label of rows that do not qualify, and of those that no longer do.
+
+        Raises:
+            ValueError: a priority of another shape, a negative `per_class`.
+        """
+        return self._replace(labels=_limited(self.labels, per_class, priority, ignore_index))
+
+
+def _limited(labels: Tensor, per_class: int, priority: Tensor, ignore_index: int) -> Tensor:
+    if priority.shape != labels.shape:
+        raise ValueError(f"priority must have shape (N,) = {tuple(labels.shape)}, got {tuple(priority.shape)}")
+    per_class = check_integer("per_class", per_class, least=0)
+    order = priority.argsort(descending=True, stable=True)
+    order = order[labels[order].argsort(stable=True)]  # by class, and in a class by priority
+    by_class = labels[order]
+    rank = torch.arange(len(order), device=order.device) - torch.searchsorted(by_class, by_class)
+    keep = torch.zeros_like(labels, dtype=torch.bool).scatter(0, order, rank < per_class)
+    return torch.where(keep, labels, ignore_index)
+
+
+def _windows(x: Tensor, patch: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """(B, C, *g, *P) as a view."""
+    dims = len(patch)
+    if all(size == step for size, step in zip(patch, stride)):
+        # Patches side by side are a reshape, whose gradient is one, too; that of unfold fills and adds.
+        for d, size in enumerate(patch):
+            cells = x.shape[2 + 2 * d] // size
+            if cells * size < x.shape[2 + 2 * d]:
+                x = x.narrow(2 + 2 * d, 0, cells * size)
+            x = x.unflatten(2 + 2 * d, (cells, size))
+        return x.permute(0, 1, *range(2, 2 + 2 * dims, 2), *range(3, 3 + 2 * dims, 2))
+    for d, (size, step) in enumerate(zip(patch, stride)):
+        x = x.unfold(2 + d, size, step)
+    return x
+
+
+def patch_embeddings(
+    features: Tensor,
+    weights: Tensor,
+    patch_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    *,
+    coverage: float | Tensor | None = None,
+    prediction: Tensor | None = None,
+    select: Callable[[PatchRows], PatchRows] | None = None,
+    ignore_index: int = -1,
+) -> PatchBatch:
+    r"""One embedding for each class of each patch, pooled from one feature map.
+
+    With class weights :math:`p_k` at the resolution of the feature map `f` (method, section 8, the pooled form: our
+    choice)
+
+    .. math:: e_{jk} = \frac{\sum_{x \in j} p_k(x) f(x)}{\sum_{x \in j} p_k(x)},
+
+    label k, and as entropy the class entropy :math:`H_{jk}` of section 2. One pass over the features serves all
+    classes; weights stay soft.
+
+    Args:
+        features: (B, D, *S) floating point, two or three spatial dimensions; gradients flow to them.
+        weights: (B, K, *S) floating point, at least 0: probabilities, or a one-hot mask. Their coverage selects; no
+            gradient flows to them.
+        patch_size, stride: in pixels of the feature map, as in :func:`patch_statistics`. Overlapping patches copy the
+            features as often as they overlap.
+        coverage: class k counts as present in a patch when its mean weight there, c_jk, exceeds this: a number, a
+            tensor (K,), e.g. that of a :class:`CoverageThreshold`, or None for 0. A patch without its class is no patch
+            of it.
+        prediction: (B, K', *S) probabilities whose entropy, averaged with the class weights, is taken instead of the
+            weights' own: a one-hot mask has none.
+        select: is given all :class:`PatchRows` before anything is pooled, and returns those to pool, e.g.
+            ``lambda rows: rows.limited(64, rows.entropy).compact()``. Pooling then costs what they are, not what the
+            feature map is.
+        ignore_index: label of rows that do not qualify.
+
+    Returns:
+        :class:`PatchBatch` with N = B * cells * K rows, ordered by image, cell, class; or those selected.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        TypeError: not floating point.
+    """
+    check_image("features", features, "D")
+    check_image("weights", weights, "K")
+    check_same_space("weights", weights, "features", features)
+    patch, step = patch_grid_arguments(weights, patch_size, stride)
+    check_coverage(coverage, weights.shape[1], weights)
+    check_integer("ignore_index", ignore_index)
+    weights = weights.detach().to(features.dtype)
+    statistics = patch_statistics(weights, patch, step, probabilities=True)
+    share = statistics.confidence
+    if prediction is None:
+        entropy = statistics.class_entropy
+    else:
+        check_image("prediction", prediction, "K'")
+        check_same_space("prediction", prediction, "features", features)
+        p = prediction.detach()
+        h = -torch.special.xlogy(p, p).sum(dim=1, keepdim=True).to(features.dtype)
+        inside = _windows(weights * h, patch, step).flatten(-len(patch)).mean(dim=-1)
+        entropy = torch.where(share > 0, inside / torch.where(share > 0, share, 1), 0)
+
+    batch, k, *cells = share.shape
+    rows, entropy = share.movedim(1, -1).reshape(-1, k), entropy.movedim(1, -1).reshape(-1)
+    threshold: Any = 0.0 if coverage is None else coverage
+    present = (rows > threshold) & (rows > 0)
+    classes = torch.arange(k, device=share.device).expand_as(rows)
+    ranges = [torch.arange(size, device=share.device) for size in (batch, *cells)]
+    index = torch.stack(torch.meshgrid(*ranges, indexing="ij"), dim=-1).reshape(-1, 1 + len(cells))
+    found = PatchRows(
+        torch.where(present, classes, ignore_index).flatten(),
+        entropy,
+        rows.flatten(),
+        index.repeat_interleave(k, dim=0),
+    )
+    if select is None:
+        embeddings = _weighted_means(features, weights, patch, step, share)
+        return PatchBatch(embeddings.reshape(-1, features.shape[1]), *found)
+    chosen = select(found)
+    known = chosen.labels != ignore_index
+    return PatchBatch(_means_of_rows(features, weights, patch, step, chosen, known), *chosen)
+
+
+def _means_of_rows(
+    x: Tensor, weights: Tensor, patch: list[int], step: list[int], rows: PatchRows, known: Tensor
+) -> Tensor:
+    """sum w_k x / sum w_k over the patches of some rows, (N, channels); 0 where no class is known."""
+    offsets = torch.cartesian_prod(*(torch.arange(size, device=x.device) for size in patch)).view(-1, len(patch))
+    pixel = rows.index.new_zeros(len(rows.index), len(offsets))
+    for d, size in enumerate(x.shape[2:]):
+        pixel = pixel * size + rows.index[:, 1 + d, None] * step[d] + offsets[:, d]
+    image, label = rows.index[:, :1], torch.where(known, rows.labels, 0)[:, None]
+    w = weights.flatten(2)[image, label, pixel]
+    inside = x.flatten(2).movedim(1, -1)[image, pixel]  # (N, pixels, channels)
+    mass = torch.where(known, w.sum(dim=1), 1)
+    return torch.where(known[:, None], (inside * w[..., None]).sum(dim=1) / mass[:, None], 0)
+
+
+def _weighted_means(x: Tensor, weights: Tensor, patch: list[int], step: list[int], share: Tensor) -> Tensor:
+    """sum w_k x / sum w_k over the patches, (B, *g, K, channels); 0 where no weight is."""
+    dims = len(patch)
+    g, q = string.ascii_uppercase[:dims], string.ascii_uppercase[dims : 2 * dims]
+    sums = torch.einsum(f"bd{g}{q},bk{g}{q}->b{g}kd", _windows(x, patch, step), _windows(weights, patch, step))
+    size = 1
+    for extent in patch:
+        size *= extent
+    mass = share.movedim(1, -1).unsqueeze(-1) * size
+    return torch.where(mass > 0, sums / torch.where(mass > 0, mass, 1), 0).to(x.dtype)

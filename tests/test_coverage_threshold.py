@@ -1,0 +1,91 @@
+"""CoverageThreshold: the share that it finds, its state, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pglcl_ext import CoverageThreshold
+
+
+@pytest.mark.parametrize("target", [0.3, 0.8])
+def test_threshold_converges_to_its_share(target: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    threshold = CoverageThreshold(3, target=target)
+    laws = [lambda u: u, lambda u: u**3, lambda u: 0.2 + 0.1 * u]
+    tail = []
+    for step in range(3000):
+        labels = torch.randint(0, 3, (60,), generator=g)
+        u = torch.rand(60, generator=g).clamp(min=1e-6)
+        coverage = torch.stack([law(u) for law in laws])[labels, torch.arange(60)]
+        threshold.update(coverage, labels)
+        if step >= 1000:
+            tail.append(threshold.value.clone())
+    exact = torch.tensor([law(torch.tensor(1 - target)) for law in laws])
+    torch.testing.assert_close(torch.stack(tail).mean(dim=0), exact, atol=0.02, rtol=0)
+    u = torch.rand(100000, generator=g)
+    for k, law in enumerate(laws):  # the share above the threshold, not the one below it
+        assert abs((law(u) > threshold.value[k]).float().mean() - target) < 0.12
+
+
+def test_too_large_a_share_raises_the_threshold() -> None:
+    threshold = CoverageThreshold(2, initial=0.5, target=0.8)
+    threshold.update(torch.tensor([0.9, 0.9, 0.1]), torch.tensor([0, 0, 1]))
+    assert threshold.value[0] > 0.5  # all above, more than 0.8
+    assert threshold.value[1] < 0.5  # none
+    before = threshold.value.clone()
+    threshold.update(torch.tensor([0.0, 0.7, 0.7]), torch.tensor([0, -1, 5]))  # none of them is a patch of its class
+    assert torch.equal(threshold.value, before)
+
+
+def test_patches_covered_whole_always_qualify() -> None:
+    threshold = CoverageThreshold(1)
+    for _ in range(2000):
+        threshold.update(torch.ones(10), torch.zeros(10).long())
+        assert threshold.value < 1
+
+
+def test_threshold_state_survives_bit_for_bit(tmp_path) -> None:
+    threshold, other = CoverageThreshold(2), CoverageThreshold(2)
+    batches = [(torch.rand(20), torch.randint(0, 2, (20,))) for _ in range(8)]
+    for batch in batches[:4]:
+        threshold.update(*batch)
+    torch.save(threshold.state_dict(), tmp_path / "t.pt")
+    other.load_state_dict(torch.load(tmp_path / "t.pt", weights_only=True))
+    for batch in batches[4:]:
+        threshold.update(*batch)
+        other.update(*batch)
+    assert torch.equal(threshold.value, other.value)
+    assert set(threshold.state_dict()) == {"value", "updates"}
+
+
+def test_bad_thresholds() -> None:
+    for options in ({"initial": 2.0}, {"target": 1.0}, {"gain": 0.0}, {"num_classes": 0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            CoverageThreshold(**{"num_classes": 2, **options})
+    for options in ({"initial": "0.5"}, {"target": None}, {"num_classes": 2.0}, {"gain": torch.ones(())}):
+        with pytest.raises(TypeError, match=next(iter(options))):
+            CoverageThreshold(**{"num_classes": 2, **options})
+    assert CoverageThreshold(2, initial=0.25).value.tolist() == [0.25, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("message", "coverage", "labels"),
+    [
+        (r"labels must have shape \(N,\) = \(3,\), got \(4,\)", torch.rand(3), torch.zeros(4).long()),
+        ("coverage must have shape", torch.rand(3, 2), torch.zeros(3).long()),
+        ("coverage must be a tensor, got list", [0.5], torch.zeros(1).long()),
+        ("coverage must be float64", torch.ones(3).long(), torch.zeros(3).long()),
+        ("labels must be int64, got float32", torch.rand(3), torch.zeros(3)),
+        (
+            "labels must be on the device of coverage, cpu, got meta",
+            torch.rand(3),
+            torch.zeros(3, device="meta").long(),
+        ),
+    ],
+)
+def test_bad_updates(message: str, coverage, labels) -> None:
+    threshold = CoverageThreshold(2)
+    with pytest.raises((ValueError, TypeError), match=message):
+        threshold.update(coverage, labels)
+    assert threshold.value.tolist() == [0.5, 0.5]
