@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -153,6 +154,47 @@ def test_what_is_missing_is_said_in_one_line(project: Path, tmp_path: Path) -> N
     assert "ninja not found" in last_line(tool(code, tmp_path / "bin", clean=True))
     code = "import sys; sys.modules['pybind11'] = None; import native_build as n; n._pybind11()"
     assert "pybind11 not found" in last_line(tool(code))
+
+
+def read_only(folder: Path) -> list[str]:
+    """What to put before a command that must find `folder` read-only. Permissions do not bind root, who mounts it."""
+    if os.geteuid() != 0:
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(path.stat().st_mode & ~0o222)
+        return []
+    mounted = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
+    prefix = ["unshare", "--mount", "sh", "-c", mounted, str(folder)]
+    if not shutil.which("unshare") or subprocess.run([*prefix, "true"], capture_output=True).returncode:
+        pytest.skip("root writes to every folder, and may not mount one read-only here")
+    return prefix
+
+
+def test_read_only_sources_are_installed_from_a_copy(project: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pip")
+    pytest.importorskip("ninja")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, project)
+    for name in ("tools", "pglcl_ext", "python"):
+        shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("*.so", "_build_config.py", "*.pyc"))
+    before = sorted(project.rglob("*"))
+    environment = os.environ | {"PGLCL_TORCH_DIR": str(tmp_path / "venv" / SITE / "torch"), "PGLCL_CUDA": "0"}
+    prefix = read_only(project)
+
+    def pip(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [*prefix, sys.executable, "-m", "pip", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+
+    made = pip("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path / "wheels", project)
+    assert made.returncode == 0, made.stdout + made.stderr
+    (wheel,) = (tmp_path / "wheels").glob("pglcl_ext-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert [name for name in names if name.startswith("pglcl_ext/") and "_C." in name]
+    assert {"pglcl_ext/_build_config.py", "pglcl_ext/__init__.py", "pglcl/__init__.py"} <= set(names)
+    assert sorted(project.rglob("*")) == before
+    refused = pip("install", "--no-build-isolation", "--no-deps", "--target", tmp_path / "t", "--editable", project)
+    assert refused.returncode != 0
+    line = next(line for line in (refused.stdout + refused.stderr).splitlines() if "pglcl-ext:" in line)
+    assert f"{project} is read-only, and an editable install compiles into it; use pip install {project}" in line
 
 
 # An interpreter whose own packages hold no torch, as in the throwaway environments of uv and build.
