@@ -98,7 +98,8 @@ def patch_contrast_loss(
     Returns:
         A scalar, or (N,) for ``reduction="none"``, in float32 (float64 for float64). An anchor that is ignored or has
         no positive gives 0 and is not counted; without any counted anchor the loss is 0 and so are the gradients.
-        Gradients flow to `anchors` and `keys`.
+        Gradients flow to `anchors` and `keys`. A loss or gradient that its dtype has no room for is infinite. Logits
+        beyond float32 are computed in float64 on the CPU; on a GPU and with ``gather="ring"`` they make the loss NaN.
 
     Raises:
         ValueError: shapes or devices that do not fit, options that exclude each other, values out of range.

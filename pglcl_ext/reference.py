@@ -46,7 +46,8 @@ def patch_statistics(
         p, h = input, _entropy(input)
     else:
         p = input.softmax(dim=1)
-        h = -(p * input.log_softmax(dim=1)).sum(dim=1, keepdim=True)
+        log_p = input.log_softmax(dim=1).clamp(min=-1e4)  # finite, so that 0 log 0 = 0; p is 0 long before
+        h = -(p * log_p).sum(dim=1, keepdim=True)
     confidence = mean(p)
     class_entropy = torch.where(confidence > 0, mean(p * h) / torch.where(confidence > 0, confidence, 1), 0)
     scale = 1 / math.log(input.shape[1]) if normalize else 1.0

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
+from pglcl_ext import build_info
+from pglcl_ext._library import INSTRUCTION_SETS
+
 hypothesis.settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("default")
 
 DEVICES = ["cpu"]
-if torch.cuda.is_available():
-    from pglcl_ext import build_info
-
-    if build_info()["cuda_built"]:
-        DEVICES.append("cuda")
+if torch.cuda.is_available() and build_info()["cuda_built"]:
+    DEVICES.append("cuda")
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,6 +50,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in left_out]
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "isa" in metafunc.fixturenames:
+        emulated = metafunc.config.getoption("--emulated") is not None
+        metafunc.parametrize("isa", INSTRUCTION_SETS[:1] if emulated else INSTRUCTION_SETS, indirect=True)
+
+
 def data_folder() -> Path | None:
     """Real volumes for the tests that want them: PGLCL_DATA, or shared/data beside the repository."""
     for place in (os.environ.get("PGLCL_DATA"), ROOT.parent / "shared" / "data", ROOT / "shared" / "data"):
@@ -65,3 +72,45 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The instruction set that the CPU's kernels use in this test, each that the processor has in turn."""
+    name: str = request.param
+    monkeypatch.setenv("PGLCL_CPU_ISA", name)
+    if build_info()["cpu_instruction_set"] != name:
+        pytest.skip(f"this processor has no {name}")
+    return name
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads, for this test alone."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def _memory(field: str) -> int:
+    """Bytes of this process as Linux counts them: VmRSS, resident now, or VmHWM, at most."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+@pytest.fixture
+def peak_growth() -> Callable[[Callable[[], None]], int]:
+    """Measures by how many bytes this process grows at most while a function runs."""
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        pytest.skip("needs Linux, which counts the peak of a process's memory")
+
+    def measure(function: Callable[[], None]) -> int:
+        reset.write_text("5")  # the peak begins anew
+        before = _memory("VmRSS")
+        function()
+        return _memory("VmHWM") - before
+
+    return measure

@@ -1,5 +1,5 @@
-// CPU implementation of the op patch_contrast: check, allocate, call the kernel, reduce.
-#include "patch_contrast_kernel.h"
+// The op patch_contrast on the CPU: check, allocate, run the passes (patch_contrast_passes.cpp), reduce.
+#include "patch_contrast.h"
 
 #include "reduction.h"
 #include "torch_threads.h"

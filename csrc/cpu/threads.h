@@ -1,21 +1,43 @@
-// How the CPU kernels ask for threads without knowing whose they are.
+// How the schedules ask for threads without knowing whose they are.
 #pragma once
 
-#include <functional>
+#include <algorithm>
+#include <cstdint>
 
 namespace pglcl {
-
-struct Parallel {
-  int threads;
-  // Calls body(0) ... body(workers - 1), concurrently where it can; any order, also one after the other, is correct.
-  std::function<void(int workers, const std::function<void(int)>& body)> run;
-};
 
 // [first, last) of `count` items for one of `workers`.
 struct Share {
   int64_t first, last;
   Share(int64_t count, int workers, int worker)
       : first(count * worker / workers), last(count * (worker + 1) / workers) {}
+};
+
+struct Parallel {
+  using Body = void (*)(const void* context, int worker);
+
+  int threads;
+  // Calls body(context, 0) ... body(context, workers - 1), concurrently where it can; any order, also one after the
+  // other, is correct.
+  void (*call)(int workers, Body body, const void* context);
+
+  // body(worker) of each worker.
+  template <typename Function>
+  void run(int workers, const Function& body) const {
+    if (workers == 1) return body(0);
+    call(workers, [](const void* context, int worker) { (*static_cast<const Function*>(context))(worker); }, &body);
+  }
+
+  // body(first, last) of equal shares of `count` items; one share where the work is too little for a second thread.
+  template <typename Function>
+  void share(int64_t count, bool little_work, const Function& body) const {
+    if (count == 0) return;
+    const int workers = little_work ? 1 : int(std::min<int64_t>(threads, count));
+    run(workers, [&](int worker) {
+      const Share part(count, workers, worker);
+      body(part.first, part.last);
+    });
+  }
 };
 
 }  // namespace pglcl

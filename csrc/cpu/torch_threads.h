@@ -1,4 +1,4 @@
-// The kernels' threads are PyTorch's.
+// The schedules' threads are PyTorch's.
 #pragma once
 
 #include "../stable.h"
@@ -7,10 +7,9 @@
 namespace pglcl {
 
 inline Parallel torch_threads() {
-  return {int(torch::stable::get_num_threads()), [](int workers, const std::function<void(int)>& body) {
-            if (workers == 1) return body(0);
+  return {int(torch::stable::get_num_threads()), [](int workers, Parallel::Body body, const void* context) {
             torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
-              for (int64_t worker = first; worker < last; ++worker) body(int(worker));
+              for (int64_t worker = first; worker < last; ++worker) body(context, int(worker));
             });
           }};
 }

@@ -1,5 +1,5 @@
-// The threaded kernels without torch, for ThreadSanitizer, which knows std::thread but not the OpenMP runtime of torch.
-// Each kernel runs with one thread and with several: a race is reported, and so is a bit that differs.
+// The schedules of the ops on std::thread, for ThreadSanitizer, which does not know the OpenMP runtime of torch. Each
+// runs with one thread and with several: a race is reported, and so is a bit that differs.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -7,19 +7,19 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/cpu/gaussian_contrast_kernel.h"
-#include "../../csrc/cpu/patch_contrast_kernel.h"
-#include "../../csrc/cpu/patch_statistics_kernel.h"
-#include "../../csrc/cpu/semantic_disparity_kernel.h"
+#include "../../csrc/cpu/gaussian_contrast.h"
+#include "../../csrc/cpu/patch_contrast.h"
+#include "../../csrc/cpu/patch_statistics.h"
+#include "../../csrc/cpu/semantic_disparity.h"
 
 using namespace pglcl;
 
 namespace {
 
 Parallel plain_threads(int threads) {
-  return {threads, [](int workers, const std::function<void(int)>& body) {
+  return {threads, [](int workers, Parallel::Body body, const void* context) {
             std::vector<std::thread> running;
-            for (int worker = 0; worker < workers; ++worker) running.emplace_back(body, worker);
+            for (int worker = 0; worker < workers; ++worker) running.emplace_back(body, context, worker);
             for (auto& thread : running) thread.join();
           }};
 }

@@ -62,16 +62,17 @@ void panel_dots_bf16(const ContrastTile<float>& t, const TilePosition& at, int64
 }
 #endif
 
-template <typename scalar_t>
+// Disparities of several channels, computed in sum_t.
+template <typename sum_t, typename scalar_t>
 void panel_disparity(const ContrastTile<scalar_t>& t, const TilePosition& at, int64_t key, scalar_t* disparity) {
   constexpr int kPanel = Simd<scalar_t>::kPanel;
-  const scalar_t channels = scalar_t(t.channels);
+  const sum_t channels = sum_t(t.channels);
   for (int64_t r = 0; r < at.rows; ++r) {
     for (int64_t c = 0; c < kPanel; ++c) {
-      scalar_t sum = 0;
+      sum_t sum = 0;
       for (int64_t k = 0; k < t.channels; ++k) {
-        const scalar_t d =
-            t.anchors.descriptor[k * t.anchors.padded + at.row + r] - t.keys.descriptor[k * t.keys.padded + key + c];
+        const sum_t d = sum_t(t.anchors.descriptor[k * t.anchors.padded + at.row + r]) -
+                        sum_t(t.keys.descriptor[k * t.keys.padded + key + c]);
         sum += d < 0 ? -d : d;
       }
       disparity[r * kPanel + c] = sum / channels;
@@ -179,8 +180,9 @@ void process_panel(const ContrastTile<scalar_t>& t, const TilePosition& at, int6
         pairs.column_positive = (code & integer(kColumnPositive)) != 0;
         pairs.column_negative = (code & integer(kColumnNegative)) != 0;
       } else {
-        const vec delta = several_channels ? load(scratch.disparity + offset)
-                                           : absolute<scalar_t>(t.anchors.descriptor[i] - key_descriptor);
+        vec delta = several_channels ? load(scratch.disparity + offset)
+                                     : absolute<scalar_t>(t.anchors.descriptor[i] - key_descriptor);
+        if (sizeof(scalar_t) == 8 && t.float32_disparity) delta = as_float32(delta);
         pairs.row_positive = delta <= state.positive_bound[i];
         pairs.row_negative = delta >= state.negative_bound[i];
         pairs.column_positive = delta <= column_positive_bound;
@@ -352,8 +354,10 @@ void run_panels(const ContrastTile<scalar_t>& t, const TilePosition& at, const C
     if (kPass == Pass::kGradient && !t.finite) spoil_infinite(at, scratch.dots);
     if (at.kind == TileKind::kMasked)
       panel_codes(t, at, key, columns, scratch.codes);
+    else if (t.channels > 1 && t.float32_disparity)
+      panel_disparity<float>(t, at, key, scratch.disparity);
     else if (t.channels > 1)
-      panel_disparity(t, at, key, scratch.disparity);
+      panel_disparity<scalar_t>(t, at, key, scratch.disparity);
     process(t, at, key, scratch);
   }
 }

@@ -83,6 +83,7 @@ struct ContrastTile {
   int64_t depth_bf16;            // D rounded up to even
   bool finite;                   // every embedding and product is
   int64_t channels;              // descriptor channels
+  bool float32_disparity;        // of double: disparities are computed as they are for float32
   bool fixed_shift;              // all exponents are known to lie in [-115, 0] once shifted: no maximum is needed
   scalar_t scale;                // with fixed_shift, log2(e) / temperature
   scalar_t shift;                // with fixed_shift, subtracted from every dot * scale

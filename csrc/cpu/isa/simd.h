@@ -104,6 +104,13 @@ PGLCL_INLINE vec rounded(vec product) {
   return product;
 }
 
+// Rounded to float32.
+PGLCL_INLINE vec_t<float> as_float32(vec_t<float> x) { return x; }
+PGLCL_INLINE vec_t<double> as_float32(vec_t<double> x) {
+  for (int i = 0; i < Simd<double>::kLanes; ++i) x[i] = double(float(x[i]));
+  return x;
+}
+
 template <typename scalar_t>
 PGLCL_INLINE scalar_t horizontal_sum(vec_t<scalar_t> x) {
   // A fixed binary tree, the same on every run.
@@ -153,12 +160,12 @@ PGLCL_INLINE vec_t<float> exp2_to_zero_of_any(vec_t<float> x) {
   return exp2_of_any((vec_t<float>)_mm512_max_ps(_mm512_set1_ps(-256.0f), (__m512)x));
 }
 
-// The larger, or the smaller, of x and 0; NaN stays.
-PGLCL_INLINE vec_t<float> at_least_zero(vec_t<float> x) {
-  return (vec_t<float>)_mm512_max_ps(_mm512_setzero_ps(), (__m512)x);
+// The larger, or the smaller, of x and a limit; NaN stays.
+PGLCL_INLINE vec_t<float> at_least(vec_t<float> x, float least) {
+  return (vec_t<float>)_mm512_max_ps(_mm512_set1_ps(least), (__m512)x);
 }
-PGLCL_INLINE vec_t<float> at_most_zero(vec_t<float> x) {
-  return (vec_t<float>)_mm512_min_ps(_mm512_setzero_ps(), (__m512)x);
+PGLCL_INLINE vec_t<float> at_most(vec_t<float> x, float most) {
+  return (vec_t<float>)_mm512_min_ps(_mm512_set1_ps(most), (__m512)x);
 }
 
 // Natural logarithm of a normal x > 0. NaN gives NaN.
@@ -191,8 +198,8 @@ PGLCL_INLINE vec_t<float> exp2(vec_t<float> x) {
 }
 PGLCL_INLINE vec_t<float> exp2_to_zero(vec_t<float> x) { return x < -126.0f ? vec_t<float>{} : exp2(x); }
 PGLCL_INLINE vec_t<float> exp2_to_zero_of_any(vec_t<float> x) { return exp2_to_zero(x); }
-PGLCL_INLINE vec_t<float> at_least_zero(vec_t<float> x) { return x < 0.0f ? vec_t<float>{} : x; }
-PGLCL_INLINE vec_t<float> at_most_zero(vec_t<float> x) { return x > 0.0f ? vec_t<float>{} : x; }
+PGLCL_INLINE vec_t<float> at_least(vec_t<float> x, float least) { return x < least ? broadcast(least) : x; }
+PGLCL_INLINE vec_t<float> at_most(vec_t<float> x, float most) { return x > most ? broadcast(most) : x; }
 #endif
 
 PGLCL_INLINE vec_t<double> exp2(vec_t<double> x) {
@@ -238,8 +245,8 @@ PGLCL_INLINE vec_t<float> log(vec_t<float> x) {
 
 PGLCL_INLINE vec_t<double> exp2_to_zero(vec_t<double> x) { return exp2(x); }
 PGLCL_INLINE vec_t<double> exp2_to_zero_of_any(vec_t<double> x) { return exp2(x); }
-PGLCL_INLINE vec_t<double> at_least_zero(vec_t<double> x) { return x < 0.0 ? vec_t<double>{} : x; }
-PGLCL_INLINE vec_t<double> at_most_zero(vec_t<double> x) { return x > 0.0 ? vec_t<double>{} : x; }
+PGLCL_INLINE vec_t<double> at_least(vec_t<double> x, double least) { return x < least ? broadcast(least) : x; }
+PGLCL_INLINE vec_t<double> at_most(vec_t<double> x, double most) { return x > most ? broadcast(most) : x; }
 
 PGLCL_INLINE vec_t<double> log(vec_t<double> x) {
   vec_t<double> result = x;
@@ -252,7 +259,7 @@ PGLCL_INLINE vec_t<double> log_of_normal(vec_t<double> x) { return log(x); }
 // e^x of x <= 0, down to 0 at minus infinity. What is above 0, by rounding or for a pair that does not count, gives 1.
 template <typename scalar_t>
 PGLCL_INLINE vec_t<scalar_t> exp_of_nonpositive(vec_t<scalar_t> x) {
-  return exp2_to_zero_of_any(at_most_zero(x) * scalar_t(1.4426950408889634));
+  return exp2_to_zero_of_any(at_most(x, scalar_t(0)) * scalar_t(1.4426950408889634));
 }
 
 }  // namespace pglcl::PGLCL_ISA

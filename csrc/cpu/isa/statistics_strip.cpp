@@ -13,6 +13,10 @@ namespace {
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
+// Two to this is 0. The distance of two logits may be infinite, and 0 times infinity is NaN: it ends here.
+template <typename scalar_t>
+constexpr scalar_t kLowestExponent = sizeof(scalar_t) == 4 ? -256 : -2048;
+
 // p log p with 0 log 0 = 0. A NaN fails the comparison and keeps its own value.
 template <typename scalar_t>
 PGLCL_INLINE vec_t<scalar_t> p_log_p(vec_t<scalar_t> p) {
@@ -52,7 +56,7 @@ PGLCL_INLINE Prediction<scalar_t> predict(const scalar_t* input, int64_t class_s
 #pragma GCC unroll 4
   for (int64_t k = 0; k < count; ++k) {
     // In units of log 2, so that 2^x replaces e^x.
-    const vec exponent = (p[k] - highest) * scalar_t(kLog2E);
+    const vec exponent = at_least((p[k] - highest) * scalar_t(kLog2E), kLowestExponent<scalar_t>);
     const vec e = exp2_to_zero(exponent);
     sum += e;
     weighted += e * exponent;
@@ -63,7 +67,7 @@ PGLCL_INLINE Prediction<scalar_t> predict(const scalar_t* input, int64_t class_s
   for (int64_t k = 0; k < count; ++k) p[k] *= inverse;
   const vec log_sum = log_of_normal(sum);
   // Rounding can leave a certain pixel a little below zero.
-  result.entropy = at_least_zero(log_sum - weighted * inverse * scalar_t(kLn2));
+  result.entropy = at_least(log_sum - weighted * inverse * scalar_t(kLn2), scalar_t(0));
   result.highest = highest;
   result.log_sum = log_sum;
   return result;
@@ -132,7 +136,6 @@ struct Probabilities<scalar_t, 0> {
 template <typename scalar_t, int kClasses>
 PGLCL_INLINE void forward_columns(const StatisticsStrip<scalar_t>& s, int64_t x, int lanes) {
   using vec = vec_t<scalar_t>;
-  constexpr int kLanes = Simd<scalar_t>::kLanes;
   Probabilities<scalar_t, kClasses> p(s.scratch);
   vec entropy = load_part<scalar_t>(s.entropy + x, lanes);
   constexpr int kHeld = kClasses > 0 ? kClasses : 1;
@@ -173,7 +176,6 @@ PGLCL_INLINE void forward_columns(const StatisticsStrip<scalar_t>& s, int64_t x,
 template <typename scalar_t, int kClasses>
 PGLCL_INLINE void backward_columns(const StatisticsGradientStrip<scalar_t>& s, int64_t x, int lanes) {
   using vec = vec_t<scalar_t>;
-  constexpr int kLanes = Simd<scalar_t>::kLanes;
   const int64_t classes = kClasses > 0 ? kClasses : s.classes;
   Probabilities<scalar_t, kClasses> p(s.scratch);
   const vec alpha = load_part<scalar_t>(s.alpha + x, lanes);
@@ -206,7 +208,8 @@ PGLCL_INLINE void backward_columns(const StatisticsGradientStrip<scalar_t>& s, i
         gradient = dp + dh * slope;
       } else {
         // dh/dlogit_k = -p_k (log p_k + h), and the softmax Jacobian for dp.
-        const vec log_pk = load(input + k * class_stride) - prediction.highest - prediction.log_sum;
+        const vec centred = load(input + k * class_stride) - prediction.highest;
+        const vec log_pk = at_least(centred, kLowestExponent<scalar_t>) - prediction.log_sum;
         gradient = p[k] * (dp - dp_mean - dh * (log_pk + h));
       }
       store_part<scalar_t>(out + k * s.grad_class_stride, gradient, lanes);

@@ -1,4 +1,4 @@
-// Patch statistics on the CPU (method, section 2), free of torch.
+// Patch statistics on the CPU (method, section 2): what the op schedules, without torch.
 #pragma once
 
 #include "../shared/dtype.h"

@@ -1,4 +1,4 @@
-#include "kernel_table.h"
+#include "isa/kernel_table.h"
 
 #include <algorithm>
 #include <cstdlib>

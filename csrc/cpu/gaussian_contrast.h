@@ -1,4 +1,4 @@
-// The Gaussian contrastive loss on the CPU (method, section 6), free of torch.
+// The Gaussian contrastive loss on the CPU (method, section 6): what the op schedules, without torch.
 #pragma once
 
 #include "../shared/dtype.h"

@@ -1,4 +1,4 @@
-// Fused contrastive loss on the CPU (method, sections 4 and 5), free of torch.
+// Fused contrastive loss on the CPU (method, sections 4 and 5): what the op schedules, without torch.
 #pragma once
 
 #include <cstdint>
@@ -27,6 +27,7 @@ struct ContrastInputs {
   const scalar_t* descriptors;  // (N, channels), null without
   const scalar_t* key_descriptors;
   int64_t channels;
+  bool float32_disparity;  // of double: disparities are computed as they are for float32
   scalar_t positive_bound, negative_bound;
   const scalar_t* positive_bounds;  // (N,), null: the scalar applies
   const scalar_t* negative_bounds;

@@ -1,4 +1,5 @@
-// Semantic disparity and the bounds taken from it, on the CPU (method, sections 3 and 4), free of torch.
+// Semantic disparity and the bounds taken from it, on the CPU (method, sections 3 and 4): what the op schedules,
+// without torch.
 #pragma once
 
 #include <cstdint>

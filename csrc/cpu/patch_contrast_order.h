@@ -1,0 +1,64 @@
+// The order of the patches: those that take part, by label and then by descriptor. Neighbours are then alike, and most
+// tiles hold only positives, only negatives, or nothing that counts.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace pglcl {
+
+struct Patch {
+  int64_t label;
+  uint64_t descriptor;
+  int32_t index;
+  bool operator<(const Patch& other) const {
+    if (label != other.label) return label < other.label;
+    if (descriptor != other.descriptor) return descriptor < other.descriptor;
+    return index < other.index;
+  }
+};
+
+// Finite numbers in their order, as unsigned integers; NaN sorts somewhere, the same place every time.
+inline uint64_t ordered_bits(double value) {
+  uint64_t bits;
+  value += 0.0;  // -0 becomes 0
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits >> 63 ? ~bits : bits | (uint64_t(1) << 63);
+}
+
+template <typename scalar_t>
+std::vector<Patch> sorted_patches(int64_t count, const int64_t* labels, const scalar_t* descriptors, int64_t channels,
+                                  int64_t ignore_index, bool sort) {
+  std::vector<Patch> patches;
+  patches.reserve(count);
+  for (int64_t i = 0; i < count; ++i)
+    if (labels[i] != ignore_index)
+      patches.push_back({labels[i], descriptors ? ordered_bits(double(descriptors[i * channels])) : 0, int32_t(i)});
+  if (sort) std::sort(patches.begin(), patches.end());
+  return patches;
+}
+
+// Any int64 labels become ranks, so that narrow integers can be compared.
+inline void rank_labels(std::vector<Patch>& a, std::vector<Patch>& b) {
+  std::vector<int64_t> distinct;
+  for (const std::vector<Patch>* side : {&a, &b}) {
+    for (const Patch& p : *side)
+      if (distinct.empty() || distinct.back() != p.label) distinct.push_back(p.label);
+  }
+  std::sort(distinct.begin(), distinct.end());
+  distinct.erase(std::unique(distinct.begin(), distinct.end()), distinct.end());
+  for (std::vector<Patch>* side : {&a, &b}) {
+    int64_t last = 0, rank = -1;
+    for (Patch& p : *side) {
+      if (rank < 0 || p.label != last) {
+        last = p.label;
+        rank = std::lower_bound(distinct.begin(), distinct.end(), last) - distinct.begin();
+      }
+      p.label = rank;
+    }
+  }
+}
+
+}  // namespace pglcl

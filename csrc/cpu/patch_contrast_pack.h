@@ -1,0 +1,159 @@
+// Anchors or keys, copied into sorted order as the tiles read them.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "buffer.h"
+#include "isa/kernel_table.h"
+#include "patch_contrast.h"
+#include "patch_contrast_order.h"
+
+namespace pglcl {
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// The larger of both; NaN stays.
+inline void raise_to(double& largest, double value) {
+  if (!(value <= largest) && !std::isnan(largest)) largest = value;
+}
+
+template <typename scalar_t>
+struct PackedSide {
+  static constexpr int64_t kNoIdentity = std::numeric_limits<int64_t>::min();
+
+  ContrastSide<scalar_t> view{};
+  double longest = 0;  // largest norm of a row; NaN or infinite when an element is
+
+  // What the tiles know of each patch beside its embedding.
+  void arrange(const std::vector<Patch>& patches, const scalar_t* descriptors, int64_t channels,
+               int64_t identity_offset, int panel) {
+    const int64_t count = patches.size();
+    view.count = count;
+    view.padded = round_up(count, panel);
+    index_ = Buffer<int32_t>(std::max<int64_t>(count, 1));
+    label_ = Buffer<integer_t<scalar_t>>(view.padded, -1);
+    identity_ = Buffer<integer_t<scalar_t>>(view.padded, -1);
+    descriptor_ = Buffer<scalar_t>(channels * view.padded, 0);
+    for (int64_t i = 0; i < count; ++i) {
+      index_[i] = patches[i].index;
+      label_[i] = integer_t<scalar_t>(patches[i].label);
+      identity_[i] = integer_t<scalar_t>(identity_offset == kNoIdentity ? -2 : patches[i].index + identity_offset);
+      for (int64_t c = 0; descriptors && c < channels; ++c)
+        descriptor_[c * view.padded + i] = descriptors[patches[i].index * channels + c];
+    }
+    view.index = index_.data();
+    view.label = label_.data();
+    view.identity = identity_.data();
+    view.descriptor = descriptor_.data();
+  }
+
+  // The embeddings, in rows, and for keys in panels too.
+  void pack(const Matrix& source, int64_t depth, bool as_keys, const KernelTable& table, int workers,
+            const Parallel& parallel) {
+    allocate(source, depth, as_keys, table);
+    const int64_t blocks = view.padded / panel_;
+    Buffer<double> longest_of(workers, 0);
+    parallel.run(workers, [&](int worker) {
+      const Share share(blocks, workers, worker);
+      double longest_square = 0;
+      for (int64_t block = share.first; block < share.last; ++block) {
+        for (int64_t i = block * panel_; i < (block + 1) * panel_; ++i) {
+          copy_row(source, i);
+          if (i < view.count) raise_to(longest_square, squared_norm(rows_.data() + i * view.row_stride));
+        }
+        if (view.panels) fill_panel(block);
+        if (view.panels_bf16) fill_panel_bf16(block);
+      }
+      longest_of[worker] = std::sqrt(longest_square);
+    });
+    for (int worker = 0; worker < workers; ++worker) raise_to(longest, longest_of[worker]);
+    view.finite_rows = view.rows;
+    if (!std::isfinite(longest)) copy_finite_rows();
+  }
+
+ private:
+  void allocate(const Matrix& source, int64_t depth, bool as_keys, const KernelTable& table) {
+    panel_ = table.contrast<scalar_t>().panel;
+    depth_ = depth;
+    depth_bf16_ = round_up(depth, 2);
+    const bool bf16 = sizeof(scalar_t) == 4 && table.bf16_products && source.dtype == DType::kBFloat16;
+    // An odd number of cache lines per row: the rows of a tile then spread over all sets of a cache.
+    const int64_t line = 64 / sizeof(scalar_t), lines = round_up(depth, line) / line;
+    view.row_stride = (lines % 2 ? lines : lines + 1) * line;
+    rows_ = Buffer<scalar_t>(view.padded * view.row_stride + panel_);
+    view.rows = rows_.data();
+    // The last read of a panel's width may pass the end of a row.
+    std::fill(rows_.data() + view.padded * view.row_stride, rows_.data() + rows_.size(), scalar_t(0));
+    if (as_keys && !bf16) {
+      panels_ = Buffer<scalar_t>(view.padded * depth);
+      view.panels = panels_.data();
+    }
+    if (!bf16) return;
+    rows_bf16_ = Buffer<uint16_t>(view.padded * depth_bf16_);
+    view.rows_bf16 = rows_bf16_.data();
+    if (!as_keys) return;
+    panels_bf16_ = Buffer<uint16_t>(view.padded * depth_bf16_);
+    view.panels_bf16 = panels_bf16_.data();
+  }
+
+  // Row `i` of the sorted patches, zero beyond its depth; rows of the padding are zero.
+  void copy_row(const Matrix& source, int64_t i) {
+    scalar_t* row = rows_.data() + i * view.row_stride;
+    const bool taken = i < view.count;
+    const int64_t first = taken ? index_[i] * depth_ : 0;
+    if (taken) read_elements(source.data, source.dtype, first, depth_, row);
+    std::fill(row + (taken ? depth_ : 0), row + view.row_stride, scalar_t(0));
+    if (!view.rows_bf16) return;
+    uint16_t* low = rows_bf16_.data() + i * depth_bf16_;
+    std::fill(low, low + depth_bf16_, uint16_t(0));
+    if (taken) std::memcpy(low, static_cast<const uint16_t*>(source.data) + first, depth_ * sizeof(uint16_t));
+  }
+
+  double squared_norm(const scalar_t* row) const {
+    scalar_t lanes[16] = {};
+    int64_t d = 0;
+    for (; d + 16 <= depth_; d += 16)
+      for (int l = 0; l < 16; ++l) lanes[l] += row[d + l] * row[d + l];
+    for (; d < depth_; ++d) lanes[0] += row[d] * row[d];
+    double square = 0;
+    for (int l = 0; l < 16; ++l) square += double(lanes[l]);
+    return square;
+  }
+
+  void fill_panel(int64_t block) {
+    scalar_t* out = panels_.data() + block * panel_ * depth_;
+    const scalar_t* in = rows_.data() + block * panel_ * view.row_stride;
+    for (int64_t d = 0; d < depth_; ++d)
+      for (int i = 0; i < panel_; ++i) out[d * panel_ + i] = in[i * view.row_stride + d];
+  }
+
+  // Two depths of each row side by side, as the product of bfloat16 pairs takes them.
+  void fill_panel_bf16(int64_t block) {
+    uint16_t* out = panels_bf16_.data() + block * panel_ * depth_bf16_;
+    const uint16_t* in = rows_bf16_.data() + block * panel_ * depth_bf16_;
+    for (int64_t d = 0; d < depth_bf16_; d += 2)
+      for (int i = 0; i < panel_; ++i) std::memcpy(out + d * panel_ + 2 * i, in + i * depth_bf16_ + d, 4);
+  }
+
+  // What is not a number reaches the gradients through the weights of its pairs alone: in a product it would meet the
+  // weight 0 of all others, and 0 times NaN is NaN.
+  void copy_finite_rows() {
+    finite_rows_ = Buffer<scalar_t>(rows_.size());
+    for (int64_t i = 0; i < rows_.size(); ++i) finite_rows_[i] = std::isfinite(rows_[i]) ? rows_[i] : scalar_t(0);
+    view.finite_rows = finite_rows_.data();
+  }
+
+  int64_t depth_ = 0, depth_bf16_ = 0;
+  int panel_ = 1;
+  Buffer<scalar_t> rows_, finite_rows_, panels_, descriptor_;
+  Buffer<uint16_t> rows_bf16_, panels_bf16_;
+  Buffer<integer_t<scalar_t>> label_, identity_;
+  Buffer<int32_t> index_;
+};
+
+}  // namespace pglcl
