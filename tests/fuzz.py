@@ -9,9 +9,11 @@ holds cases that were once wrong. A failure prints the smallest case that hypoth
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +22,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pglcl_ext import gaussian_contrast_loss, patch_contrast_loss, patch_statistics, reference
+from pglcl_ext import gaussian_contrast_loss, patch_contrast_loss, patch_statistics, reference, semantic_disparity
 from tests.problems import DTYPES
 
 LARGEST = 2**63 - 1
@@ -133,12 +135,8 @@ def check_contrast(case: Contrast) -> None:
     largest = norms[0] * norms[-1] / case.temperature
     if case.dtype != 0 and largest > 1e36:
         return  # a float32 has no room for such a logit
-    before = torch.get_num_threads()
-    torch.set_num_threads(case.threads)
-    try:
+    with with_threads(case.threads):
         ours = loss_and_gradients(patch_contrast_loss, [laid_out(t, case.layout) for t in embeddings], case, arguments)
-    finally:
-        torch.set_num_threads(before)
     exact = loss_and_gradients(reference.patch_contrast_loss, [t.double() for t in embeddings], case, arguments)
     # A logit is a sum of products of the accumulating type: off by its eps times the largest product that can occur.
     accumulated = torch.float64 if case.dtype == 0 else torch.float32
@@ -151,6 +149,16 @@ def check_contrast(case: Contrast) -> None:
         floor = 4 * shares * case.upstream * other / case.temperature * counted
         if math.isfinite(floor):
             close(got, want, 4 * torch.finfo(got.dtype).eps + 1e-5, floor + torch.finfo(got.dtype).tiny)
+
+
+@contextlib.contextmanager
+def with_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def close(got: Tensor, want: Tensor, relative: float, floor: float) -> None:
@@ -190,20 +198,62 @@ contrasts = st.builds(
 )
 
 
-def check_statistics(dtype: int, shape: tuple[int, int, int], patch: int, stride: int, scale: float, seed: int) -> None:
-    """Entropy, confidence and class entropy, and the gradient of their sum, of logits up to `scale`."""
+def check_statistics(
+    dtype: int,
+    shape: tuple[int, int, int],
+    patch: int,
+    stride: int,
+    scale: float,
+    normalize: bool,
+    threads: int,
+    seed: int,
+) -> None:
+    """Entropy, confidence and class entropy, and the gradients of each, of logits up to `scale`."""
     g = torch.Generator().manual_seed(seed)
     logits = (torch.randn(2, *shape, generator=g, dtype=torch.float64) * scale).to(DTYPES[dtype])
+    exact_statistics = reference.patch_statistics(logits.double(), patch, stride)
+    # Of a class without mass in a patch the class entropy is a quotient that is open; of hardly any mass it is dropped.
+    present = exact_statistics.confidence > 1e-30
+    weights = [torch.randn(t.shape, generator=g, dtype=torch.float64) for t in exact_statistics]
+    weights[2] = torch.where(present, weights[2], 0)
+    weights = [w.to(DTYPES[dtype]) for w in weights]
     results = []
     for function, x in ((patch_statistics, logits), (reference.patch_statistics, logits.double())):
         x = x.detach().requires_grad_()
-        values = function(x, patch, stride)
-        # Class entropy is a quotient that a class without mass leaves open; it is compared where there is mass.
-        (grad,) = torch.autograd.grad(values.entropy.sum() + values.confidence.square().sum(), x)
-        results.append([values.entropy.detach(), values.confidence.detach(), grad])
+        with with_threads(threads if x.dtype == logits.dtype else 1):
+            values = function(x, patch, stride, normalize=normalize)
+            grads = [
+                torch.autograd.grad(value, x, weight.to(value.dtype), retain_graph=True)[0]
+                for value, weight in zip(values, weights)
+            ]
+        results.append([*(value.detach() for value in values[:2]), torch.where(present, values[2].detach(), 0), *grads])
     eps = max(torch.finfo(DTYPES[dtype]).eps, 1e-6)
     for got, want in zip(*results):
-        close(got, want, 8 * eps, 8 * eps * max(1.0, float(want.abs().max())))
+        close(got, want, 8 * eps, 8 * eps * max(1.0, float(want.abs().amax()) if want.numel() else 0.0))
+
+
+def check_disparity(
+    dtype: int, n: int, m: int | None, channels: int, scale: float, ties: bool, layout: str, threads: int, seed: int
+) -> None:
+    """Disparities of descriptors up to `scale`, on a coarse grid where `ties`, and their gradients."""
+    g = torch.Generator().manual_seed(seed)
+
+    def side(rows: int) -> Tensor:
+        values = torch.rand(rows, channels, generator=g, dtype=torch.float64)
+        return ((values * 4).round() / 4 if ties else values).mul(scale).to(DTYPES[dtype])
+
+    sides = [side(n)] if m is None else [side(n), side(m)]
+    grad = torch.randn(n, n if m is None else m, generator=g, dtype=torch.float64).to(DTYPES[dtype])
+    results = []
+    for function, wide in ((semantic_disparity, False), (reference.semantic_disparity, True)):
+        leaves = [(t.double() if wide else laid_out(t, layout)).detach().requires_grad_() for t in sides]
+        with with_threads(1 if wide else threads):
+            disparity = function(*leaves)
+            results.append([disparity.detach(), *torch.autograd.grad(disparity, leaves, grad.to(disparity.dtype))])
+    eps = max(torch.finfo(DTYPES[dtype]).eps, torch.finfo(torch.float32).eps if dtype else 0.0)
+    close(results[0][0], results[1][0], 4 * eps, 4 * eps * scale)
+    for got, want, rows in zip(results[0][1:], results[1][1:], (grad.shape[1], grad.shape[0])):
+        close(got, want, 4 * eps, 8 * eps * (1 + rows) ** 0.5)
 
 
 def check_gaussian(dtype: int, n: int, d: int, classes: int, temperature: float, weight: float, seed: int) -> None:
@@ -230,51 +280,70 @@ def check_gaussian(dtype: int, n: int, d: int, classes: int, temperature: float,
     close(results[0][1], results[1][1], 4 * torch.finfo(DTYPES[dtype]).eps + 1e-5, 4 * share * largest)
 
 
-def batch(seed: int) -> None:
-    """BATCH cases of each op; raises what the first bad one raised."""
-    settings = hypothesis.settings(
-        max_examples=BATCH, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
-    )
-
-    @hypothesis.seed(seed)
-    @settings
-    @hypothesis.given(contrasts)
-    def contrast(case: Contrast) -> None:
-        check_contrast(case)
-
-    @hypothesis.seed(seed)
-    @settings
-    @hypothesis.given(
+powers = {
+    "statistics": st.floats(-2, 2).map(lambda power: 10.0**power),
+    "disparity": st.floats(-6, 4).map(lambda power: 10.0**power),
+    "gaussian": st.floats(-1, 3).map(lambda power: 10.0**power),
+}
+layouts = st.sampled_from(["contiguous", "strided", "misaligned", "transposed"])
+seeds, dtypes, threads = st.integers(0, 10**6), st.integers(0, 3), st.integers(1, 3)
+# Each check, and what it is called with.
+CHECKS: list[tuple[Callable[..., None], st.SearchStrategy[Any]]] = [
+    (check_contrast, st.tuples(contrasts)),
+    (
+        check_statistics,
         st.tuples(
-            st.integers(0, 3),
+            dtypes,
             st.tuples(st.integers(2, 9), st.integers(4, 33), st.integers(4, 33)),
             st.integers(1, 4),
             st.integers(1, 5),
-            st.floats(-2, 2).map(lambda power: 10.0**power),
-            st.integers(0, 10**6),
-        )
-    )
-    def statistics(case: Any) -> None:
-        check_statistics(*case)
-
-    @hypothesis.seed(seed)
-    @settings
-    @hypothesis.given(
+            powers["statistics"],
+            st.booleans(),
+            threads,
+            seeds,
+        ),
+    ),
+    (
+        check_disparity,
         st.tuples(
-            st.integers(0, 3),
+            dtypes,
+            st.integers(0, 70),
+            st.none() | st.integers(0, 70),
+            st.integers(1, 5),
+            powers["disparity"],
+            st.booleans(),
+            layouts,
+            threads,
+            seeds,
+        ),
+    ),
+    (
+        check_gaussian,
+        st.tuples(
+            dtypes,
             st.integers(0, 60),
             st.integers(1, 40),
             st.integers(1, 6),
-            st.floats(-1, 3).map(lambda power: 10.0**power),
+            powers["gaussian"],
             st.floats(0, 1e7),
-            st.integers(0, 10**6),
-        )
-    )
-    def gaussian(case: Any) -> None:
-        check_gaussian(*case)
+            seeds,
+        ),
+    ),
+]
 
-    for check in (contrast, statistics, gaussian):
-        check()
+
+def draw(check: Callable[..., None], cases: st.SearchStrategy[Any], seed: int) -> None:
+    """BATCH cases of a check; raises what the first bad one raised."""
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=BATCH, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+    )
+    @hypothesis.given(cases)
+    def every(case: Any) -> None:
+        check(*case)
+
+    every()
 
 
 def main() -> int:
@@ -291,9 +360,11 @@ def main() -> int:
             failed += 1
     end, seed, batches = time.monotonic() + 60 * options.minutes, options.seed, 0
     while not failed and (batches == 0 or time.monotonic() < end):
-        batch(seed + batches)
+        for check, cases in CHECKS:
+            draw(check, cases, seed + batches)
         batches += 1
-    print(f"{len(CORPUS) - failed} passed, {failed} failed of the corpus; {3 * BATCH * batches} random cases passed")
+    passed = len(CHECKS) * BATCH * batches
+    print(f"{len(CORPUS) - failed} passed, {failed} failed of the corpus; {passed} random cases passed")
     return 1 if failed else 0
 
 
