@@ -64,6 +64,21 @@ refused env -u VIRTUAL_ENV PATH="/usr/bin:/bin" "$work/venv/bin/uv" build --whee
 echo "--- sdist, wheel, and the wheel in an environment where it is the first package"
 "$work/venv/bin/python" -m build --quiet --sdist --outdir "$work/dist" "$work/checkout"
 "$pip" wheel --quiet --no-deps --wheel-dir "$work/dist" "$work"/dist/pglcl_ext-*.tar.gz
+
+echo "--- a manylinux wheel, but for the libraries that come with torch"
+"$pip" install --quiet auditwheel
+"$work/venv/bin/auditwheel" show --json "$work"/dist/pglcl_ext-*.whl >"$work/wheel.json"
+python3 - "$work/wheel.json" <<'PY'
+import json
+import re
+import sys
+
+found = json.load(open(sys.argv[1]))
+others = [name for name in found["external_libs"] if not re.match(r"lib(torch|c10|gomp|cuda)", name)]
+assert not others, f"the wheel needs libraries that neither torch nor every Linux brings: {others}"
+assert found["sym_tag"].startswith("manylinux"), found["sym_tag"]
+print(found["sym_tag"])
+PY
 "$pip" uninstall --quiet --yes pglcl-ext
 "$pip" install --quiet "$work"/dist/pglcl_ext-*.whl
 check
