@@ -1,133 +1,176 @@
-"""Plants faults into the CUDA code and counts the tests that notice: ``python -m tests.mutants [--draw 40]``.
+"""Plants faults into the CUDA code and counts those that the tests notice: ``python -m tests.mutants [--draw 40]``.
 
-All faults are compiled into one library for the emulated device. Each gets a process of its own, forked from one that
-has loaded everything, in which it is switched on and the tests of its op run until one fails. The last line reads
-``planted A, killed B, equivalent C, survivors D``; survivors are listed with file and line.
+All faults are compiled into one library for the emulated device. Each is switched on in a process of its own, in which
+the tests that come by it run until one fails (campaign.py). The last line reads
+``planted A, killed B, equivalent C, survivors D``; survivors are listed with file and line. Faults that are proved to
+change nothing are in equivalent.txt.
+
+What became of each fault is appended to build/mutants/results.jsonl. A run that was stopped goes on from there, as long
+as the CUDA code, the emulator and the test that noticed a fault are the same.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
+import json
 import os
 import random
 import shutil
-import signal
 import sys
-import time
-from collections.abc import Iterator
+from collections import Counter, defaultdict
 from pathlib import Path
 
+import pytest
+
 from tests import native
-from tests.mutants.plant import Fault, plant
+from tests.mutants import campaign, plant
+from tests.mutants.plant import Fault
 from tests.simt import emulator
 
 HERE = Path(__file__).parent
-SECONDS = 900  # a fault that makes a loop endless is noticed after so long
-# The quickest first. What they share, patch_contrast.cuh and the launches, is tested by the loss.
-TESTS = {
-    "patch_statistics": [("tests/simt/emulated_kernels.py", "statistics"), ("tests/test_patch_statistics.py", "")],
-    "semantic_disparity": [
-        ("tests/simt/emulated_kernels.py", "disparity or bounds"),
-        ("tests/test_semantic_disparity.py", "not citizenship"),
-    ],
-    "gaussian_contrast": [("tests/simt/emulated_kernels.py", "gaussian"), ("tests/test_gaussian_contrast.py", "")],
-    "patch_contrast": [("tests/simt/emulated_kernels.py", "not statistics and not gaussian and not test_disparity")],
-}
+RESULTS = native.ROOT / "build" / "mutants" / "results.jsonl"
+TESTS = ["tests/simt/emulated_kernels.py", "tests/simt/emulated_edges.py"]
+MOST_FAULTS = 4095  # kMostFaults of simt.h
 
 
 def equivalents() -> dict[str, str]:
-    """The faults that change nothing, by their key, with the proof; from equivalent.txt."""
+    """The faults that change nothing, by their key, with the reason; from equivalent.txt."""
     found: dict[str, str] = {}
-    reason = ""
-    for line in (HERE / "equivalent.txt").read_text().splitlines():
-        if line.startswith("# "):
-            reason = line[2:]
-        elif line.strip():
-            found[line.strip()] = reason
+    for number, line in enumerate((HERE / "equivalent.txt").read_text().splitlines(), 1):
+        if not line or line.startswith("#"):
+            continue
+        key, separator, reason = line.rpartition(" || ")
+        if not separator or key in found:
+            raise ValueError(f"equivalent.txt:{number}: expected one line `key || reason` for each fault, got {line!r}")
+        found[key] = reason
     return found
 
 
-def build() -> list[Fault]:
-    """Loads the library with all faults in it, and returns them."""
-    texts, faults = plant()
-    folder = native.cache("mutants") / "csrc"
-    shutil.rmtree(folder, ignore_errors=True)
+def build(faults: list[Fault]) -> None:
+    """Loads the emulated ops with these faults in them, in the place of the CPU's."""
+    folder = native.cache(f"mutants_{os.getpid()}") / "csrc"
     shutil.copytree(native.CSRC, folder)
-    for name, text in texts.items():
-        (folder / name).write_text(text)
-    emulator.load(folder)
+    try:
+        for path in plant.sources():
+            name = str(path.relative_to(native.CSRC))
+            (folder / name).write_text(plant.planted(path.read_text(), [f for f in faults if f.file == name]))
+        emulator.load(folder)
+    finally:
+        shutil.rmtree(folder.parent)
+
+
+@functools.cache
+def digest(file: str) -> str:
+    """Of the sources and the emulator, which all results rest on, and of a test's file."""
+    inputs = [path for path in native.CSRC.rglob("*") if path.is_file() and path.parent.name not in ("cpu", "isa")]
+    test = native.ROOT / file
+    return native.digest([*inputs, *emulator.HEADERS, *([test] if test.is_file() else [])])
+
+
+class Record:
+    """results.jsonl: a line for each result, the last of a fault's counts."""
+
+    def __init__(self) -> None:
+        self.killers: dict[str, str] = {}
+        self.valid: set[str] = set()
+        lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+        for line in lines:
+            entry = json.loads(line)
+            if entry["killer"]:
+                self.killers[entry["key"]] = entry["killer"]
+            same = entry["killer"] and entry["digest"] == digest(entry["killer"].split("::")[0])
+            (self.valid.add if same else self.valid.discard)(entry["key"])
+
+    def hints(self) -> dict[str, Counter[str]]:
+        """The tests that noticed a fault, by the function that it was in."""
+        found: dict[str, Counter[str]] = defaultdict(Counter)
+        for key, killer in self.killers.items():
+            found[" | ".join(key.split(" | ")[:2])][killer] += 1
+        return found
+
+    def add(self, fault: Fault, result: campaign.Result) -> None:
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        entry = {"key": fault.key, "how": result.how, "killer": result.killer, "seconds": round(result.seconds, 2)}
+        entry["digest"] = digest(result.killer.split("::")[0])
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def chosen(arguments: argparse.Namespace) -> list[Fault]:
+    faults = [fault for fault in plant.plant() if arguments.only in f"{fault.file}:{fault.line} {fault.key}"]
+    if arguments.draw is not None:
+        drawn = random.Random(arguments.seed).sample(faults, min(arguments.draw, len(faults)))
+        faults = sorted(drawn, key=lambda fault: fault.number)
     return faults
 
 
-def family(fault: Fault) -> str:
-    return next(name for name in TESTS if Path(fault.file).name.startswith(name))
-
-
-def run_tests(fault: Fault) -> bool:
-    """Whether all tests of the fault's op pass with it; runs in the forked process."""
-    import pytest
-
-    emulator.plant(fault.number)
-    for file, selection in TESTS[family(fault)]:
-        command = ["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", "--emulated", "80", file]
-        if pytest.main([*command, *(["-k", selection] if selection else [])]) != 0:
-            return False
-    return True
-
-
-def start(fault: Fault) -> int:
-    """The number of a process that ends with 0 when the tests pass in spite of the fault."""
-    process = os.fork()
-    if process:
-        return process
-    os.setsid()
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
-    code = 1
-    with contextlib.suppress(BaseException):
-        code = 0 if run_tests(fault) else 1
-    os._exit(code)
-
-
-def survivors(faults: list[Fault], processes: int) -> Iterator[tuple[Fault, bool]]:
-    """Each fault with whether it survived, in the order in which they end."""
-    waiting, running = list(faults), {}
-    while waiting or running:
-        while waiting and len(running) < processes:
-            fault = waiting.pop(0)
-            running[start(fault)] = (fault, time.monotonic())
-        for process, (fault, began) in list(running.items()):
-            ended, status = os.waitpid(process, os.WNOHANG)
-            if ended:
-                del running[process]
-                yield fault, status == 0
-            elif time.monotonic() - began > SECONDS:
-                os.killpg(process, signal.SIGKILL)
-        time.sleep(0.05)
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draw", type=int, help="so many faults, drawn by --seed; all by default")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="faults whose file holds this text")
+    parser.add_argument("--only", default="", help="faults whose file, line or key holds this text")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--patience", type=float, default=1e9, help="seconds of tests that a fault meets at most")
+    parser.add_argument("--afresh", action="store_true", help="try faults again that earlier runs have settled")
+    parser.add_argument("--list", action="store_true", help="list the faults and stop")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # forked processes have no threads of the first one
-    faults = [fault for fault in build() if arguments.only in fault.file]
-    if arguments.draw is not None:
-        faults = sorted(random.Random(arguments.seed).sample(faults, min(arguments.draw, len(faults))), key=str)
-    proved = equivalents()
+    faults, proved, record = chosen(arguments), equivalents(), Record()
+    if arguments.list:
+        for fault in faults:
+            print(f"{fault.number} {fault.file}:{fault.line} {fault.key}")
+        return 0
+    assert len(plant.plant()) <= MOST_FAULTS
     counted = [fault for fault in faults if fault.key not in proved]
+    todo = [fault for fault in counted if arguments.afresh or fault.key not in record.valid]
+    by_number = {fault.number: fault for fault in faults}
     alive: list[Fault] = []
-    for done, (fault, survived) in enumerate(survivors(counted, arguments.processes), 1):
-        if survived:
+    done = 0
+
+    def report(result: campaign.Result) -> None:
+        nonlocal done
+        fault = by_number[result.fault]
+        record.add(fault, result)
+        done += 1
+        if not result.killed:
             alive.append(fault)
-            print(f"SURVIVES {fault.file}:{fault.line} {fault.rule}\n  {fault.key}", flush=True)
-        elif done % 20 == 0:
-            print(f"{done} of {len(counted)}", flush=True)
+            print(f"{result.how.upper()} {fault.file}:{fault.line}\n  {fault.key}", flush=True)
+        if done % 20 == 0:
+            print(f"{done} of {len(todo)}", flush=True)
+
+    if todo:
+        planted = faults if arguments.draw is not None else plant.plant()  # a draw plants no others
+        build(planted)
+        texts = [f"{fault.number} {fault.original} {fault.mutated}" for fault in planted]
+        plugin = campaign.Campaign(
+            [(fault.number, fault.near) for fault in todo],
+            MOST_FAULTS,
+            record.hints(),
+            {fault.number: record.killers.get(fault.key, "") for fault in todo},
+            report,
+            arguments.processes,
+            arguments.patience,
+            lambda file: RESULTS.parent / f"measured_{native.digest([], digest(file), *texts)}.pickle",
+        )
+        options = [
+            "-o",
+            "addopts=",
+            "-s",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:terminal",
+            "-W",
+            "ignore",
+            "--emulated",
+            "80",
+        ]
+        files = [file for file in TESTS if (native.ROOT / file).exists()]
+        code = pytest.main([*options, *files], plugins=[plugin])
+        if plugin.error or code not in (0, 5):
+            print(plugin.error or f"pytest ends with {code}")
+            return 2
     killed = len(counted) - len(alive)
     print(f"planted {len(faults)}, killed {killed}, equivalent {len(faults) - len(counted)}, survivors {len(alive)}")
     return 1 if alive else 0

@@ -7,8 +7,10 @@ simt.h turns into a choice. Declarations, constant expressions and templates sta
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -21,23 +23,38 @@ class Fault:
     Attributes:
         number: what switches it on, from 1.
         file: relative to csrc.
+        function: the one that it is in, or the type whose member it is in.
         line: of the original file, from 1.
         rule: the name of the rule.
         original, mutated: the text before and after.
+        again: how many faults of the same file, function, rule and text come before it.
+        start, stop: where the expression or statement lies in the original file.
+        kind: "expression" or "call".
     """
 
     number: int
     file: str
+    function: str
     line: int
     rule: str
     original: str
     mutated: str
+    again: int
+    start: int
+    stop: int
+    kind: str
+
+    @property
+    def near(self) -> str:
+        """Names the function, with its file."""
+        return f"{self.file} | {self.function}"
 
     @property
     def key(self) -> str:
-        """Names the fault for as long as its text stays: file, rule and text, without the line."""
+        """Names the fault for as long as its function and text stay, wherever they move."""
         squeezed = " ".join(f"{self.original} => {self.mutated}".split())
-        return f"{self.file} | {self.rule} | {squeezed}"
+        more = f" | again {self.again}" if self.again else ""
+        return f"{self.near} | {self.rule} | {squeezed}{more}"
 
 
 # What one token becomes, by rule. Spaces tell comparisons from template brackets: the sources are formatted.
@@ -192,17 +209,33 @@ def spread(choices: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
     return [choices[(2 * i + 1) * len(choices) // (2 * count)] for i in range(count)]
 
 
-def plant(per_region: int = 1) -> tuple[dict[str, str], list[Fault]]:
-    """The mutated text of each file of csrc/cuda, by its path relative to csrc, and the faults in it.
+# The line on which a function begins, by CUDA's words, at the left edge, or as a member with a body; or a type, whose
+# members may have values.
+FUNCTION = re.compile(
+    r"^(?:(?:  )?(?:PGLCL_(?:HOST_)?DEVICE|PGLCL_KERNEL|inline|explicit|static|constexpr)\b[^;=\n]*?\b(\w+)\("
+    r"|(?!template\b|using\b|PGLCL)[A-Za-z][\w:<>,*& ]*? (\w+)\("
+    r"|  (?!return\b|else\b|const\b)[A-Za-z][\w:<>,*&]* (\w+)\(.*\{$"
+    r"|(?:struct|class) (\w+)\b.*\{$)",
+    re.MULTILINE,
+)
+
+
+def sources() -> list[Path]:
+    """The files in which faults are planted."""
+    return [*sorted(CSRC.glob("cuda/*.cu")), *sorted(CSRC.glob("cuda/kernels/*.cuh"))]
+
+
+def plant(per_region: int = 1) -> list[Fault]:
+    """The faults of csrc/cuda.
 
     Args:
         per_region: at most so many faults in one expression or statement, besides its removal.
     """
-    texts: dict[str, str] = {}
     faults: list[Fault] = []
-    for path in [*sorted(CSRC.glob("cuda/*.cu")), *sorted(CSRC.glob("cuda/kernels/*.cuh"))]:
-        text, name = path.read_text(), str(path.relative_to(CSRC))
-        out, at = "", 0
+    seen: Counter[tuple[str, ...]] = Counter()
+    for path in sources():
+        text, name, at = path.read_text(), str(path.relative_to(CSRC)), 0
+        functions = [(found.start(), found[found.lastindex or 0]) for found in FUNCTION.finditer(text)]
         for first, stop, kind in sorted(r for s in statements(text) for r in regions(text, *s)):
             original = text[first:stop]
             choices = spread([m for m in mutate(original) if m[1] != original], per_region)
@@ -213,13 +246,27 @@ def plant(per_region: int = 1) -> tuple[dict[str, str], list[Fault]]:
                 choices.append(("count", f"wait_copies<{int(wait[1]) + 1}>()"))
             if first < at or not choices:
                 continue
-            code = f"({original})" if kind == "expression" else f"static_cast<void>({original})"
+            at = stop
+            function = next((f for start, f in reversed(functions) if start < first), "")
             for rule, mutated in choices:
                 line = text.count("\n", 0, first) + 1
-                faults.append(Fault(len(faults) + 1, name, line, rule, original, mutated))
-                other = f"({mutated})" if kind == "expression" else f"static_cast<void>({mutated})"
-                code = f"PGLCL_MUTANT({len(faults)}, {code}, {other})"
-            out += text[at:first] + code
-            at = stop
-        texts[name] = out + text[at:]
-    return texts, faults
+                same = (name, function, rule, original, mutated)
+                again = seen[same]
+                seen[same] += 1
+                faults.append(
+                    Fault(len(faults) + 1, name, function, line, rule, original, mutated, again, first, stop, kind)
+                )
+    return faults
+
+
+def planted(text: str, faults: list[Fault]) -> str:
+    """The text of a file with these faults of it, each of which a number at run time switches on."""
+    out, at = "", 0
+    for (first, stop, kind), group in groupby(faults, key=lambda f: (f.start, f.stop, f.kind)):
+        code = f"({text[first:stop]})" if kind == "expression" else f"static_cast<void>({text[first:stop]})"
+        for fault in group:
+            other = f"({fault.mutated})" if kind == "expression" else f"static_cast<void>({fault.mutated})"
+            code = f"PGLCL_MUTANT({fault.number}, {code}, {other})"
+        out += text[at:first] + code
+        at = stop
+    return out + text[at:]

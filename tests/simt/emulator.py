@@ -97,6 +97,13 @@ def plant(fault: int) -> None:
     load().simt_plant(c_int(fault))
 
 
+def take_reached(count: int) -> set[int]:
+    """Numbers, below `count`, of the planted faults that the code has come by since this was asked last."""
+    reached = (ctypes.c_ubyte * count)()
+    load().simt_take_reached(reached, c_int(count))
+    return {number for number in range(count) if reached[number]}
+
+
 def take_launches() -> list[str]:
     """Names of the kernels launched since this was asked last."""
     return load().simt_take_launches().decode().split()

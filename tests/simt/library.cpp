@@ -9,6 +9,12 @@ void simt_set_device(int capability, int compiled_for, int64_t shared_bytes, int
 
 void simt_plant(int fault) { simt::planted_fault = fault; }
 
+// A byte for each planted fault: 1 where the code has come by it since the last call of this.
+void simt_take_reached(unsigned char* reached, int count) {
+  std::memcpy(reached, simt::reached_faults, size_t(count));
+  std::memset(simt::reached_faults, 0, size_t(count));
+}
+
 // The kernels launched since the last call of this, one a line.
 const char* simt_take_launches() {
   static std::string names;

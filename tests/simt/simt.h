@@ -62,9 +62,15 @@ inline Device& device() {
   return device;
 }
 
-// Which of the faults that tests/mutants planted is on; 0: none.
+// Which of the faults that tests/mutants planted is on, 0: none; and which of them the running code has come by.
 inline int planted_fault = 0;
-#define PGLCL_MUTANT(number, original, mutated) (::simt::planted_fault == (number) ? (mutated) : (original))
+constexpr int kMostFaults = 4096;
+inline unsigned char reached_faults[kMostFaults] = {};
+inline bool is_on(int fault) {
+  reached_faults[fault] = 1;
+  return planted_fault == fault;
+}
+#define PGLCL_MUTANT(number, original, mutated) (::simt::is_on(number) ? (mutated) : (original))
 
 // --- who touched a byte last, and whether an access conflicts with it
 // ---------------------------------------------------------------------

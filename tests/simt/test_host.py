@@ -12,7 +12,7 @@ from tests import native
 pytestmark = pytest.mark.slow
 
 # The ops' own test files run the same way by hand: pytest --emulated 75 tests/test_patch_contrast.py
-RUNS = [(80, ["tests/simt/emulated_kernels.py"])]
+RUNS = [(80, ["tests/simt/emulated_kernels.py", "tests/simt/emulated_edges.py"])]
 
 
 @pytest.mark.parametrize(("capability", "arguments"), RUNS, ids=lambda v: str(v if isinstance(v, int) else v[0]))

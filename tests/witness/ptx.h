@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <sstream>
+#include <type_traits>
 
 #include "cuda_shim.h"
 
@@ -36,6 +37,14 @@ class Ptx {
     std::stringstream statements(text);
     for (std::string one; std::getline(statements, one, ';');)
       if (one.find_first_not_of(' ') != std::string::npos) instruction(one);
+  }
+
+  static float half_to_float(uint32_t half) {
+    const int exponent = int(half >> 10 & 31), mantissa = int(half & 1023);
+    const float magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY)
+                            : exponent     ? std::ldexp(float(1024 + mantissa), exponent - 25)
+                                           : std::ldexp(float(mantissa), -24);
+    return half >> 15 ? -magnitude : magnitude;
   }
 
  private:
@@ -107,14 +116,6 @@ class Ptx {
     copies.push_back(c);
   }
 
-  static float half_to_float(uint32_t half) {
-    const int exponent = int(half >> 10 & 31), mantissa = int(half & 1023);
-    const float magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY)
-                            : exponent     ? std::ldexp(float(1024 + mantissa), exponent - 25)
-                                           : std::ldexp(float(mantissa), -24);
-    return half >> 15 ? -magnitude : magnitude;
-  }
-
   static uint32_t to_bfloat16(uint64_t word) {
     const uint32_t bits = uint32_t(word);
     if (std::isnan(__uint_as_float(bits))) return 0x7fff;
@@ -138,12 +139,12 @@ class Ptx {
   void multiply(const std::vector<int>& index, const std::vector<uint64_t>& value, Decode decode) {
     if (index.size() != 14) fail("mma has 14 operands");
     constexpr int kPer = kDepth / 8;  // numbers in a register
-    Warp& warp = current_warp();
     const int lane = int(threadIdx.x % kWarpSize);
-    for (int i = 0; i < 6; ++i) warp.words[lane][i] = uint32_t(value[size_t(4 + i)]);
-    warp.barrier->arrive_and_wait();
+    uint64_t mine[6], words[kWarpSize][6];
+    for (int i = 0; i < 6; ++i) mine[i] = value[size_t(4 + i)];
+    exchange_words(mine, words);
     const auto number = [&](int owner, int word, int part) {
-      const uint32_t bits = warp.words[owner][word];
+      const uint32_t bits = uint32_t(words[owner][word]);
       return decode(kPer == 1 ? bits : bits >> (16 * part) & 0xffffu);
     };
     float result[4];
@@ -155,7 +156,6 @@ class Ptx {
         result[i] += number(row % 8 * 4 + t, 2 * upper + row / 8, part) * number(column * 4 + t, 4 + upper, part);
       }
     }
-    warp.barrier->arrive_and_wait();
     for (int i = 0; i < 4; ++i) write(index[size_t(i)], __float_as_uint(result[i]));
   }
 
@@ -163,23 +163,22 @@ class Ptx {
   void load_matrices(const std::string& name, const std::vector<int>& index, const std::vector<uint64_t>& value) {
     const bool transposed = name.find(".trans") != std::string::npos;
     const size_t count = index.size() - 1;
-    Warp& warp = current_warp();
     const int lane = int(threadIdx.x % kWarpSize);
-    warp.words[lane][0] = uint32_t(value.back());
-    warp.barrier->arrive_and_wait();
+    const uint64_t mine[1] = {value.back()};
+    uint64_t words[kWarpSize][1];
+    exchange_words(mine, words);
     uint32_t result[4] = {};
     for (size_t m = 0; m < count; ++m)
       for (int half = 0; half < 2; ++half) {
         const int row = transposed ? 2 * (lane % 4) + half : lane / 4;
         const int column = transposed ? lane / 4 : 2 * (lane % 4) + half;
-        const uint32_t at = warp.words[int(m) * 8 + row][0];
+        const size_t at = words[int(m) * 8 + row][0];
         if (at % 16 || at + 16 > current_block()->dynamic_bytes)
           fail("ldmatrix: a row that is no row of shared memory");
         uint16_t number;
         std::memcpy(&number, dynamic_shared() + at + 2 * column, sizeof(number));
         result[m] |= uint32_t(number) << (16 * half);
       }
-    warp.barrier->arrive_and_wait();
     for (size_t m = 0; m < count; ++m) write(index[m], result[m]);
   }
 

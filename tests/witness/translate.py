@@ -128,16 +128,14 @@ def all_barriers() -> list[Barrier]:
 
 
 def write_sources(folder: Path) -> None:
-    """Writes the translated files of csrc that CUDA compiles into `folder`."""
+    """Writes the kernels' headers, translated, and those that they share with the CPU into `folder`."""
     count = 0
-    for path in sorted([*CSRC.glob("*.h"), *CSRC.glob("shared/*.h"), *CSRC.glob("cuda/**/*.*")]):
+    for path in sorted([*CSRC.glob("shared/*.h"), *CSRC.glob("cuda/kernels/*")]):
         text = path.read_text()
         if path in kernels():
             text, barriers = number_barriers(path, count)
             count += len(barriers)
-        text = translate(text)
-        if path.parent.name == "kernels":  # their CUDA branch; launch.h takes the names of emulated_host.h
-            text = text.replace("defined(__CUDACC__)", "1")
+        text = translate(text).replace("defined(__CUDACC__)", "1")  # their CUDA branch
         target = folder / path.relative_to(CSRC)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text)

@@ -1,0 +1,365 @@
+"""What the tests of emulated_kernels.py let pass: each test here is missed by a fault that `make mutants` has planted.
+
+Run as those are: ``pytest --emulated 80 tests/simt/emulated_edges.py``. All are small, so that they meet many faults.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from pglcl_ext import reference
+from pglcl_ext._library import ops
+from tests.problems import ContrastProblem, gaussian_problem
+from tests.simt import calls, emulator
+from tests.simt.emulated_kernels import PATHS, assert_contrast, inside
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def apart(t: torch.Tensor) -> torch.Tensor:
+    """The same numbers, no two of which are neighbours in memory."""
+    return torch.stack([t, torch.zeros_like(t)], dim=-1)[..., 0]
+
+
+# --- the loss: host code ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+def test_inputs_of_any_strides(dtype: torch.dtype) -> None:
+    bounds = {"max_positive_disparity": torch.rand(9) / 2 + 0.2, "min_negative_disparity": torch.rand(9) / 3}
+    problem = ContrastProblem.random(9, 8, m=12, classes=2, **bounds)
+    arguments = (problem.anchors.to(dtype), problem.labels, problem.descriptors)
+    options = {"key_labels": problem.key_labels, "key_descriptors": problem.key_descriptors, **bounds}
+    want, wanted = calls.patch_contrast(*arguments, keys=problem.keys.to(dtype), **options)
+    got, grads = calls.patch_contrast(
+        *map(apart, arguments), keys=apart(problem.keys.to(dtype)), **{k: apart(v) for k, v in options.items()}
+    )
+    assert torch.equal(got, want)
+    assert all(torch.equal(a, b) for a, b in zip(grads, wanted, strict=True))
+
+
+@pytest.mark.parametrize("m", [None, 12], ids=["self", "keys"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bounds_of_a_few_anchors(dtype: torch.dtype, m: int | None) -> None:
+    bounds = {"max_positive_disparity": torch.rand(9) / 2 + 0.2, "min_negative_disparity": torch.rand(9) / 2}
+    assert_contrast(ContrastProblem.random(9, 8, m=m, classes=2, ignored=False, **bounds), dtype)
+
+
+@pytest.mark.parametrize("m", [None, 12], ids=["self", "keys"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_channels_of_a_few_anchors(dtype: torch.dtype, m: int | None) -> None:
+    options = {"max_positive_disparity": 0.4, "min_negative_disparity": 0.3}
+    assert_contrast(ContrastProblem.random(9, 8, m=m, channels=3, **options), dtype)
+
+
+def test_gradient_of_the_sum_of_losses() -> None:
+    problem = ContrastProblem.random(9, 8, classes=2, ignored=False).cast(torch.float32)
+    expanded = torch.tensor(1.5).expand(9)
+    _, (grad,) = calls.patch_contrast(problem.anchors, problem.labels, reduction="none", upstream=expanded)
+    _, (want,) = calls.patch_contrast(problem.anchors, problem.labels, reduction="none", upstream=expanded.clone())
+    assert torch.equal(grad, want)
+
+
+def raw_arguments(z: torch.Tensor, y: torch.Tensor, temperature: float = 0.1, weight: float = 1.0) -> tuple[Any, ...]:
+    """What ops.patch_contrast takes, without keys or descriptors, for a mean."""
+    return (z, y, None, None, None, *[None] * 5, temperature, math.inf, 0.0, weight, -1, -1, 1)
+
+
+def test_backward_takes_saved_outputs_of_any_strides_and_gives_no_gradient_of_keys_that_are_anchors() -> None:
+    z, y = torch.randn(9, 8), torch.randint(0, 2, (9,))
+    arguments = raw_arguments(z, y)
+    _, max_logit, log_sum, _, num_positives, num_valid = ops.patch_contrast(*arguments)
+    saved = (torch.tensor(1.0), max_logit, log_sum, num_positives, num_valid)
+    strided = (saved[0], *map(apart, saved[1:4]), num_valid)
+    want, of_keys = ops.patch_contrast_backward(*saved, *arguments, True, True)
+    got, _ = ops.patch_contrast_backward(*strided, *arguments, True, False)
+    assert of_keys.shape == (0,)
+    assert torch.equal(got, want)
+
+
+def test_rows_are_copied_only_where_vectors_need_it() -> None:
+    z, y = torch.randn(10, 8).bfloat16(), torch.randint(0, 2, (10,))
+    moved = torch.cat([z.flatten()[:1], z.flatten()])[1:].view(10, 8)
+    odd = torch.randn(10, 7).double()
+    for rows, copies in ((z, set()), (moved, {"aten::clone"}), (odd, set()), (odd.float(), {"aten::constant_pad_nd"})):
+        emulator.take_launches()
+        asked = inside("patch_contrast", lambda rows=rows: ops.patch_contrast(*raw_arguments(rows, y)))
+        assert set(asked) & {"aten::clone", "aten::constant_pad_nd"} == copies
+        kernel = {2: "contrast_forward_mma", 4: "contrast_forward_tiles", 8: "contrast_forward_plain"}
+        assert emulator.take_launches()[0] == kernel[rows.element_size()]
+
+
+# --- the loss: kernels ------------------------------------------------------------------------------------------------
+
+every_path = pytest.mark.parametrize(("dtype", "device"), PATHS.values(), ids=PATHS)
+
+
+@every_path
+def test_what_the_forward_pass_says_of_each_anchor(dtype: torch.dtype, device: dict[str, Any]) -> None:
+    z = (torch.randn(12, 8, generator=torch.Generator().manual_seed(1)) / 3).to(dtype)
+    y = torch.tensor([0, 0, 0, 1, 1, 2, -1, 0, 1, 3, 3, -1])  # 5 has no positive, 6 and 11 have no pair
+    temperature, weight = 0.5, 3.0
+    with calls.device(**device):
+        out = ops.patch_contrast(*raw_arguments(z, y, temperature, weight))
+    _, max_logit, log_sum, positive_logit, num_positives, num_valid = (t.double() for t in out)
+    counts = (y != -1)[:, None] & (y != -1) & ~torch.eye(12, dtype=torch.bool)
+    positive, negative = counts & (y[:, None] == y), counts & (y[:, None] != y)
+    logits = z.double() @ z.double().T / temperature
+    logits = torch.where(negative, logits + math.log(weight), logits).masked_fill(~counts, -math.inf)
+    close = {"rtol": 0, "atol": 4e-3 if device.get("allow_tf32") else 1e-5}
+    torch.testing.assert_close(max_logit, logits.max(1).values, **close)
+    torch.testing.assert_close((max_logit + log_sum).exp(), logits.exp().sum(1), rtol=1e-2, atol=0)
+    mean = torch.where(positive, logits, 0).sum(1) / positive.sum(1).clamp(min=1)
+    torch.testing.assert_close(positive_logit, mean, **close)
+    assert num_positives.tolist() == positive.sum(1).tolist()
+    assert int(num_valid) == int((positive.sum(1) > 0).sum())
+
+
+@every_path
+def test_no_share_is_above_one_whatever_the_rounding(dtype: torch.dtype, device: dict[str, Any]) -> None:
+    """A product that the backward pass finds larger than the forward pass's largest counts as that."""
+    z, y = torch.eye(2, 8).to(dtype) + 0.5, torch.tensor([0, 0])
+    with calls.device(**device):
+        arguments = raw_arguments(z, y)
+        _, max_logit, log_sum, _, num_positives, num_valid = ops.patch_contrast(*arguments)
+        saved = (torch.ones((), dtype=log_sum.dtype), max_logit - 0.5, log_sum, num_positives, num_valid)
+        grad, _ = ops.patch_contrast_backward(*saved, *arguments, True, False)
+    assert torch.equal(grad, torch.zeros_like(grad))
+
+
+@every_path
+def test_an_anchor_without_pairs_is_not_undecided(dtype: torch.dtype, device: dict[str, Any]) -> None:
+    z, h = torch.randn(5, 8).to(dtype), torch.rand(5)
+    h[0] = math.nan
+    bounds = torch.tensor([math.nan, 1.0, 1.0, 1.0, 1.0])
+    for y in (torch.tensor([0, -1, -1, -1, -1]), torch.tensor([-1, -1, 0, 1, 1])):
+        loss, (grad,) = calls.patch_contrast(z, y, h, max_positive_disparity=bounds, reduction="none", **device)
+        assert torch.isfinite(loss).all()
+        assert torch.isfinite(grad).all()
+        assert loss[0] == 0
+
+
+@every_path
+@pytest.mark.parametrize("sign", [1, -1])
+def test_descriptors_whose_difference_overflows(dtype: torch.dtype, device: dict[str, Any], sign: int) -> None:
+    huge = sign * (1.5e308 if dtype == torch.float64 else 3e38)
+    z, y = torch.randn(6, 8).to(dtype), torch.tensor([0, 0, 1, 1, 0, 0])
+    h = torch.full((6,), huge, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    loss, _ = calls.patch_contrast(z, y, h, reduction="none", **device)
+    assert torch.isfinite(loss).all()
+    h[5] = -huge  # infinitely far from all others
+    loss, _ = calls.patch_contrast(z, y, h, max_positive_disparity=1.0, reduction="none", **device)
+    assert torch.isnan(loss).all()
+
+
+@every_path
+@pytest.mark.parametrize("place", [1, 2, 7])
+def test_one_key_of_unknown_channels_spoils_every_anchor(
+    dtype: torch.dtype, device: dict[str, Any], place: int
+) -> None:
+    problem = ContrastProblem.random(5, 8, m=9, channels=3, ignored=False, max_positive_disparity=0.5, reduction="none")
+    h = problem.key_descriptors.clone()
+    h[place, 1] = math.nan
+    keys = {"keys": problem.keys.to(dtype), "key_labels": problem.key_labels, "key_descriptors": h}
+    arguments = (problem.anchors.to(dtype), problem.labels, problem.descriptors)
+    loss, _ = calls.patch_contrast(*arguments, **keys, **problem.options, **device)
+    assert torch.isnan(loss).all()
+
+
+@every_path
+def test_a_row_that_is_no_number_leaves_the_gradients_of_others_alone(
+    dtype: torch.dtype, device: dict[str, Any]
+) -> None:
+    z, y, h = torch.randn(9, 8).to(dtype), torch.tensor([0, 1, 1, 0, 1, 0, 1, 1, 0]), torch.zeros(9)
+    options = {"min_negative_disparity": 1.0, "reduction": "none", "temperature": 1.0}  # no negatives
+    _, (want,) = calls.patch_contrast(z, y, h, **options, **device)
+    z[3, 5] = math.nan
+    _, (grad,) = calls.patch_contrast(z, y, h, **options, **device)
+    assert torch.isnan(grad[0]).any()
+    torch.testing.assert_close(grad[y == 1], want[y == 1], rtol=1e-3, atol=1e-3)
+
+
+def with_own_keys(
+    z: torch.Tensor, y: torch.Tensor, rows: slice, bound: float | torch.Tensor = math.inf
+) -> tuple[Any, ...]:
+    """What ops.patch_contrast takes for anchors that are some of the keys, each with a loss of its own."""
+    bounds = bound if isinstance(bound, torch.Tensor) else None
+    scalar = math.inf if bounds is not None else bound
+    arguments = (z[rows].contiguous(), y[rows].contiguous(), None, z, y, None, bounds, None, None, None)
+    return (*arguments, 0.1, scalar, 0.0, 1.0, -1, rows.start, 0)
+
+
+@every_path
+def test_gradients_of_anchors_that_are_later_keys(dtype: torch.dtype, device: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.nn.functional.normalize(torch.randn(80, 8, generator=generator), dim=1).to(dtype)
+    y, rows = torch.randint(0, 3, (80,), generator=generator), slice(70, 78)
+    with calls.device(**device):
+        arguments = with_own_keys(z, y, rows)
+        losses, max_logit, log_sum, _, num_positives, num_valid = ops.patch_contrast(*arguments)
+        saved = (torch.ones_like(losses), max_logit, log_sum, num_positives, num_valid)
+        grads = ops.patch_contrast_backward(*saved, *arguments, True, True)
+    anchors, keys = z[rows].double().requires_grad_(), z.double().requires_grad_()
+    others = torch.arange(80) != torch.arange(80)[rows, None]
+    masks = {"positive_mask": (y[rows, None] == y) & others, "negative_mask": y[rows, None] != y}
+    want = reference.patch_contrast_loss(anchors, y[rows], keys=keys, key_labels=y, reduction="none", **masks)
+    tolerance = 4e-3 if device.get("allow_tf32") else {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 3e-2)
+    torch.testing.assert_close(losses.double(), want, rtol=tolerance, atol=tolerance)
+    for got, wanted in zip(grads, torch.autograd.grad(want.sum(), (anchors, keys)), strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
+
+
+@every_path
+def test_an_anchor_that_has_only_itself_among_later_keys(dtype: torch.dtype, device: dict[str, Any]) -> None:
+    z, y = torch.randn(6, 8).to(dtype), torch.tensor([-1, -1, -1, 0, -1, -1])
+    unknown = torch.tensor([math.nan], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    with calls.device(**device):
+        losses, *_ = ops.patch_contrast(*with_own_keys(z, y, slice(3, 4), unknown))
+    assert losses.tolist() == [0.0]
+
+
+def test_weights_that_float16_holds_by_their_scale() -> None:
+    """Weights of pairs are rounded to float16: the largest coefficient scales them, whoever reads it."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(100) % 2
+    z = (torch.randn(100, 8, generator=generator) / 50).half()
+    upstream = torch.full((100,), 1e-3)
+    upstream[99] = 4000.0  # read by the last warp; over a temperature of 0.05, 80000
+    options = {"temperature": 0.05, "reduction": "none"}
+    oracle = z.double().requires_grad_()
+    want = reference.patch_contrast_loss(oracle, y, **options)
+    (wanted,) = torch.autograd.grad(want, oracle, upstream.double())
+    _, (grad,) = calls.patch_contrast(z, y, upstream=upstream, **options)
+    torch.testing.assert_close(grad.double(), wanted, rtol=0, atol=4e-3 * float(wanted.abs().max()))
+    # Each of patches 0 and 2 is the other's whole share: a weight of twice the coefficient, just below a power of two.
+    z = torch.zeros(4, 8).half()
+    z[:, 0] = torch.tensor([4.0, -4, 4, -4])
+    _, (grad,) = calls.patch_contrast(
+        z, torch.tensor([0, 0, 1, 1]), temperature=1.0, reduction="sum", upstream=torch.tensor(1.9999)
+    )
+    assert torch.isfinite(grad).all()
+
+
+# --- the loss: which kernel, and what its launch asks for -------------------------------------------------------------
+
+
+def launched(dtype: torch.dtype, n: int, m: int, depth: int, **device: int) -> list[str]:
+    """The kernels of a forward and a backward pass, whose results are checked."""
+    emulator.take_launches()
+    assert_contrast(ContrastProblem.random(n, depth, m=m, classes=2), dtype, **device)
+    return emulator.take_launches()
+
+
+# Bytes that one stage takes for 16 columns in float32, and for up to 128 in 16 bits (the backward pass).
+ONE_STAGE = {torch.float32: 11088, torch.bfloat16: 28736}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_stage_where_two_do_not_fit(dtype: torch.dtype) -> None:
+    kind = "tiles" if dtype == torch.float32 else "mma"
+    for n, m in ((5, 9), (5, 0), (70, 100)):
+        kernels = launched(dtype, n, m, 16, shared_bytes=ONE_STAGE[dtype])
+        assert [f"contrast_{way}_{kind}" in kernels for way in ("forward", "backward")] == [True, True]
+    kernels = launched(dtype, 5, 9, 16, shared_bytes=ONE_STAGE[dtype] - 1)
+    assert "contrast_forward_plain" in kernels
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_more_than_48_kib_are_asked_for(dtype: torch.dtype) -> None:
+    launched(dtype, 3, 4, 256)
+    assert_contrast(ContrastProblem.random(3, 256, m=4, channels=3, max_positive_disparity=0.4), dtype)
+
+
+def test_keys_are_shared_out_four_tiles_to_a_block() -> None:
+    for m, parts in ((20, 1), (300, 1), (512, 2)):
+        kernels = launched(torch.bfloat16, 3, m, 8, multiprocessors=2)
+        assert ("contrast_merge_parts" in kernels) == (parts > 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+def test_embeddings_of_no_depth_and_no_anchors(dtype: torch.dtype) -> None:
+    y = torch.tensor([0, 0, 1, 1, 1])
+    loss, (grad,) = calls.patch_contrast(torch.empty(5, 0, dtype=dtype), y)
+    torch.testing.assert_close(loss.double(), torch.tensor(4.0).double().log(), rtol=1e-6, atol=0)
+    assert grad.shape == (5, 0)
+    keys = {"keys": torch.randn(5, 8).to(dtype), "key_labels": y}
+    loss, grads = calls.patch_contrast(torch.empty(0, 8, dtype=dtype), y[:0], **keys)
+    assert loss == 0
+    assert torch.equal(grads[1], torch.zeros(5, 8, dtype=dtype))
+
+
+@every_path
+def test_gradients_near_the_end_of_the_range(dtype: torch.dtype, device: dict[str, Any]) -> None:
+    if dtype in (torch.float16, torch.float64):
+        return  # gradients of float16 end at 65504; float64 has a far wider range
+    z = (torch.randn(4, 8, generator=torch.Generator().manual_seed(0)) / 8).to(dtype)
+    y, upstream = torch.tensor([0, 0, 1, 1]), 2.0e38
+    options = {"temperature": 1.0, "reduction": "sum"}
+    _, (want,) = calls.patch_contrast(z, y, upstream=torch.tensor(1.0), **options, **device)
+    _, (grad,) = calls.patch_contrast(z, y, upstream=torch.tensor(upstream), **options, **device)
+    torch.testing.assert_close(grad / upstream, want, rtol=2e-2, atol=1e-3)
+
+
+# --- the Gaussian loss ------------------------------------------------------------------------------------------------
+
+
+def test_gaussian_rows_that_do_not_fit() -> None:
+    anchors, *rest = gaussian_problem(3, 200)
+    rest = [rest[0], *(t.float() for t in rest[1:3]), rest[3]]
+    calls.gaussian_contrast(anchors.float(), *rest, shared_bytes=11 * 1024)
+    with pytest.raises(ValueError, match="anchors must have rows that fit the shared memory"):
+        calls.gaussian_contrast(anchors, *rest, shared_bytes=11 * 1024)
+
+
+@pytest.mark.parametrize("pairwise", [False, True])
+def test_gaussian_blocks_of_fewer_rows(pairwise: bool) -> None:
+    anchors, *rest = gaussian_problem(7, 40, pairwise=pairwise)
+    want = reference.gaussian_contrast_loss(anchors, *rest, reduction="none")
+    # Eight anchors, and products and gradients of three; in float32.
+    loss, _, _ = calls.gaussian_contrast(anchors.float(), *rest, shared_bytes=14 * 160 + 256, reduction="none")
+    torch.testing.assert_close(loss.double(), want, rtol=1e-4, atol=1e-4)
+
+
+def test_gaussian_logits_far_below_zero() -> None:
+    anchors, labels, means, _, counts = gaussian_problem(4, 8)
+    labels = labels.abs()
+    anchors = anchors.abs() + 1
+    means = -means.abs() - 3 - torch.arange(4).double()[:, None]
+    rest = (labels, means, torch.zeros(4, 8, 8).double(), counts)
+    loss, gradients, _ = calls.gaussian_contrast(anchors.float(), *rest, reduction="none", temperature=0.05)
+    want = reference.gaussian_contrast_loss(anchors, *rest, reduction="none", temperature=0.05)
+    assert torch.isfinite(gradients).all()
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_gaussian_rows_of_more_than_48_kib() -> None:
+    anchors, labels, *tables = gaussian_problem(1, 264, classes=1)
+    loss, _, _ = calls.gaussian_contrast(anchors, labels * 0, *tables)
+    torch.testing.assert_close(loss, reference.gaussian_contrast_loss(anchors, labels * 0, *tables))
+
+
+# --- patch statistics -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [2, 9])
+@pytest.mark.parametrize("patch", [(12, 3), (40, 1), (4, 11), (12, 12)], ids=str)
+def test_patches_whose_width_does_not_divide_a_warp(patch: tuple[int, int], classes: int) -> None:
+    """Lanes walk them in steps of 32 pixels, or groups of four: several rows and a rest."""
+    x = torch.randn(1, classes, *patch)
+    got, _ = calls.patch_statistics(x, list(patch), list(patch), None, probabilities=False, normalize=False)
+    for a, b in zip(got, reference.patch_statistics(x.double(), patch, patch), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=2e-6)
+
+
+def test_entropy_is_at_most_one_where_it_is_normalized() -> None:
+    """Rounded, the logarithm of the classes over itself may be above 1."""
+    for classes in (2, 6, 36):
+        (h, _, of_classes), _ = calls.patch_statistics(
+            torch.zeros(1, classes, 1, 2), [1, 2], [1, 2], None, probabilities=False, normalize=True
+        )
+        assert h.max() <= 1
+        assert of_classes.max() <= 1

@@ -1,0 +1,160 @@
+// The contrastive loss, both passes, against docs/method.md, sections 4 and 5. Cases: see main.
+#include "brute.h"
+// After the shim.
+#include "cuda/kernels/patch_contrast_launch.cuh"
+
+namespace witness {
+namespace {
+
+struct Side {
+  int64_t n;
+  Values rows;
+  Integers labels;
+  Values descriptors;
+};
+
+struct Rule {
+  double temperature, near, far, psi;
+  std::vector<uint8_t> positive, negative;  // masks, empty where labels and descriptors decide
+
+  bool is_positive(const Side& a, int64_t i, const Side& b, int64_t j) const {
+    if (!positive.empty()) return positive[size_t(i * b.n + j)];
+    return a.labels[i] == b.labels[j] && std::fabs(a.descriptors[i] - b.descriptors[j]) <= near;
+  }
+  bool is_negative(const Side& a, int64_t i, const Side& b, int64_t j) const {
+    if (!positive.empty()) return negative[size_t(i * b.n + j)];
+    return a.labels[i] != b.labels[j] && std::fabs(a.descriptors[i] - b.descriptors[j]) >= far;
+  }
+};
+
+PGLCL_UNWATCHED double loss_of(const Side& a, const Side& b, bool itself, int64_t depth, const Rule& rule) {
+  double total = 0;
+  int counted = 0;
+  for (int64_t i = 0; i < a.n; ++i) {
+    double sum = 0, positive = 0;
+    int positives = 0;
+    for (int64_t j = 0; j < b.n; ++j) {
+      if ((itself && i == j) || a.labels[i] == -1 || b.labels[j] == -1) continue;
+      double logit = 0;
+      for (int64_t d = 0; d < depth; ++d) logit += a.rows[i * depth + d] * b.rows[j * depth + d];
+      logit /= rule.temperature;
+      if (rule.is_positive(a, i, b, j)) {
+        sum += std::exp(logit);
+        positive += logit;
+        ++positives;
+      }
+      if (rule.is_negative(a, i, b, j)) sum += rule.psi * std::exp(logit);
+    }
+    if (positives == 0) continue;
+    total += std::log(sum) - positive / positives;
+    ++counted;
+  }
+  return total / std::max(counted, 1);
+}
+
+template <typename T>
+Side side(int64_t n, int64_t depth) {
+  return {n, numbers<T>(n * depth, 1 / std::sqrt(double(depth))), integers(-1, 3, n), fractions(n, 16)};
+}
+
+struct Options {
+  bool tf32 = false, masks = false;
+  int64_t shared_bytes = 160 * 1024;
+  int multiprocessors = 1;
+  bool backward = true;
+};
+
+// m: 0 where the anchors are the keys.
+template <typename T>
+void contrast(int64_t n, int64_t m, int64_t depth, const Options& options = {}) {
+  using scalar_t = typename pglcl::Accumulate<T>::type;
+  const bool itself = m == 0;
+  const Side a = side<T>(n, depth), b = itself ? a : side<T>(m, depth);
+  Rule rule{0.7, 0.6, 0.2, 3, {}, {}};
+  if (options.masks)
+    for (std::vector<uint8_t>* mask : {&rule.positive, &rule.negative})
+      for (const int64_t bit : integers(0, 2, a.n * b.n)) mask->push_back(uint8_t(bit));
+
+  const std::vector<T> anchors = encode<T>(a.rows), keys = encode<T>(b.rows);
+  const std::vector<scalar_t> h = encode<scalar_t>(a.descriptors), key_h = encode<scalar_t>(b.descriptors);
+  pglcl::cuda::ContrastArguments<T> x{};
+  x.anchors = anchors.data();
+  x.keys = itself ? anchors.data() : keys.data();
+  x.n = a.n;
+  x.m = b.n;
+  x.depth = depth;
+  x.labels = a.labels.data();
+  x.key_labels = b.labels.data();
+  x.descriptors = h.data();
+  x.key_descriptors = key_h.data();
+  x.channels = 1;
+  x.positive_bound = scalar_t(rule.near);
+  x.negative_bound = scalar_t(rule.far);
+  if (options.masks) {
+    x.positive_mask = rule.positive.data();
+    x.negative_mask = rule.negative.data();
+    x.positive_stride[0] = x.negative_stride[0] = b.n;
+    x.positive_stride[1] = x.negative_stride[1] = 1;
+  }
+  x.inverse_temperature = scalar_t(1 / rule.temperature);
+  x.log_weight = scalar_t(std::log(rule.psi));
+  x.log_both = scalar_t(std::log1p(rule.psi));
+  x.ignore_index = -1;
+  x.self_offset = itself ? 0 : -1;
+  const pglcl::cuda::DeviceLimits device{__CUDA_ARCH__ / 10, options.shared_bytes, options.tf32,
+                                         options.multiprocessors};
+
+  auto max_logit = unwritten<scalar_t>(n), log_sum = unwritten<scalar_t>(n), positive_logit = unwritten<scalar_t>(n);
+  auto losses = unwritten<scalar_t>(n), loss = unwritten<scalar_t>(1);
+  auto num_positives = unwritten<int32_t>(n);
+  auto num_valid = unwritten<int64_t>(1);
+  auto workspace = unwritten<float>(pglcl::cuda::contrast_parts_size(pglcl::cuda::contrast_part_count(x, device), n));
+  pglcl::cuda::run_contrast_forward<T>(
+      x, device, {max_logit.data(), log_sum.data(), positive_logit.data(), num_positives.data(), losses.data()},
+      workspace.data(), true, loss.data(), num_valid.data(), 0);
+
+  const std::string name = std::string("contrast of ") + Numbers<T>::kName + (itself ? ", self" : ", keys") +
+                           (options.tf32 ? ", TF32" : "") + (options.masks ? ", masks" : "");
+  const double tolerance = options.tf32 ? 4e-3 : Numbers<T>::kTolerance;
+  compare(name + ", loss", decode(loss), {loss_of(a, b, itself, depth, rule)}, tolerance);
+
+  if (!options.backward) return;
+  const std::vector<scalar_t> grad{1};
+  const pglcl::cuda::ContrastGradients<scalar_t> g{grad.data(),      false,          num_valid.data(),
+                                                   max_logit.data(), log_sum.data(), num_positives.data()};
+  auto of_anchors = unwritten<T>(n * depth), of_keys = unwritten<T>(m * depth);
+  pglcl::cuda::run_contrast_backward<T>(x, g, device, of_anchors.data(), true, itself, 0);
+  compare(name + ", gradient of anchors", decode(of_anchors),
+          differences(
+              [&](const Values& v) {
+                const Side moved{a.n, v, a.labels, a.descriptors};
+                return loss_of(moved, itself ? moved : b, itself, depth, rule);
+              },
+              a.rows),
+          tolerance);
+  if (itself) return;
+  pglcl::cuda::run_contrast_backward<T>(x, g, device, of_keys.data(), false, true, 0);
+  compare(
+      name + ", gradient of keys", decode(of_keys),
+      differences([&](const Values& v) { return loss_of(a, {b.n, v, b.labels, b.descriptors}, itself, depth, rule); },
+                  b.rows),
+      tolerance);
+}
+
+}  // namespace
+}  // namespace witness
+
+int main(int count, char** arguments) {
+  using namespace witness;
+  return run(count, arguments,
+             {
+                 [] { contrast<float>(5, 6, 3); },                                           // 0: plain kernels
+                 [] { contrast<float>(18, 35, 8); },                                         // 1: tiles, FFMA
+                 [] { contrast<float>(18, 35, 8, {.tf32 = true}); },                         // 2: tiles, TF32
+                 [] { contrast<pglcl::BFloat16>(18, 70, 8); },                               // 3: mma, or FFMA
+                 [] { contrast<pglcl::BFloat16>(18, 0, 24, {.masks = true}); },              // 4
+                 [] { contrast<pglcl::BFloat16>(3, 512, 8, {.backward = false}); },          // 5: keys shared out
+                 [] { contrast<pglcl::BFloat16>(18, 70, 8, {.shared_bytes = 30 * 1024}); },  // 6: one stage
+                 [] { contrast<pglcl::Float16>(18, 0, 8); },                                 // 7
+             });
+}
