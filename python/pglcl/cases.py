@@ -50,7 +50,7 @@ def split_patients(data: DataFolder, config: TrainConfig) -> Split:
         random.Random(config.seed).shuffle(patients)
     annotated = [p for p in patients if p in with_label]
     if not annotated:
-        raise UserError(f"{data.root}: no labelled volume")
+        raise UserError(f"{data.root}: no labelled volume{_where_labels_are(data)}")
     test = round(len(annotated) / 5) if config.test < 0 else config.test
     validation = round(len(annotated) / 10) if config.validation < 0 else config.validation
     if config.labelled + validation + test > len(annotated):
@@ -63,6 +63,12 @@ def split_patients(data: DataFolder, config: TrainConfig) -> Split:
     labelled = rest[: config.labelled]
     used = {*labelled, *tuned_on, *held_out}
     return Split(tuple(labelled), tuple(p for p in patients if p not in used), tuple(tuned_on), tuple(held_out))
+
+
+def _where_labels_are(data: DataFolder) -> str:
+    if data.layout != "plain":
+        return ""
+    return f"; labels are files of {data.root / 'labels'} that have the names of the images"
 
 
 def _split_of_parts(

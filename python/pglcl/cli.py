@@ -183,7 +183,18 @@ def _train(ctx: typer.Context, data: Path | None, output: Path | None, **options
             console(own["quiet"]).print(f"{run}: {reason}")
         raise typer.Exit(STOPPED) from None
     if training.speaks:
-        console(own["quiet"]).print(f"{run}: done. Next: pglcl evaluate {run} {root}; pglcl report {run}")
+        console(own["quiet"]).print(
+            f"{run}: done. Next: pglcl evaluate {run} {root}{_part_of(run)}; pglcl report {run}"
+        )
+
+
+def _part_of(run: Path) -> str:
+    """The option that scores a run without a test part, such as a fold: its validation, or what it learned from."""
+    from pglcl.evaluate import read_split
+
+    split = read_split(run)
+    part = next(part for part in ("test", "validation", "labelled") if split[part])
+    return "" if part == "test" else f" --part {part}"
 
 
 def _run_asked_for(

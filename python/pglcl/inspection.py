@@ -18,7 +18,9 @@ from pglcl.errors import UserError
 from pglcl.intensity import Intensity, Measured, choose_intensity, measure
 from pglcl.labels import LabelMap, parse_labels, value_counts
 from pglcl.layouts import Case, DataFolder
-from pglcl.memory import available_memory, in_words
+from pglcl.limits import check_memory
+from pglcl.memory import in_words
+from pglcl.model import choose_device
 from pglcl.prepare import choose_slice_axis, padded_shape
 from pglcl.volumes import read_label_values, read_volume, resized_shape
 
@@ -197,7 +199,7 @@ def survey(
     slice_axis = choose_slice_axis(config, labelled[0].shape)
     kept = trained if config.method != "supervised" else labelled
     needed = prepared_bytes(kept, config, slice_axis, len(labels))
-    _check_memory(needed, config, reports[0].channels)
+    check_memory(config, choose_device(config.device), reports[0].channels, len(labels), needed)
     notes.append(f"{len(kept)} prepared volumes take {in_words(needed)}")
     return Survey(labels, intensity, reports[0].channels, slice_axis, needed, tuple(notes))
 
@@ -224,23 +226,6 @@ def prepared_bytes(reports: Sequence[CaseReport], config: TrainConfig, slice_axi
         of_label = (1 if num_classes <= 127 else 2) if report.label_voxels else 0
         total += voxels * (4 * report.channels + of_label)
     return total
-
-
-def _check_memory(needed: int, config: TrainConfig, channels: int) -> None:
-    there = available_memory()
-    # The least that a step keeps for backward: its images, and the first feature maps before and after activation.
-    of_batch = 4 * config.batch_size * math.prod(config.size) * (channels + 2 * config.channel_list[0])
-    if of_batch > there:
-        raise UserError(
-            f"--image-size {','.join(map(str, config.size))} and --batch-size {config.batch_size} need at least "
-            f"{in_words(of_batch)} of memory, {in_words(there)} are free"
-        )
-    if needed + of_batch > there and not config.cache:
-        raise UserError(
-            f"the prepared volumes take {in_words(needed)} and a step at least {in_words(of_batch)}, {in_words(there)} "
-            "of memory are free; --cache DIR keeps them on the disk, a larger --spacing or smaller --image-size makes "
-            "them smaller"
-        )
 
 
 # --- the story of a folder ------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 
 from pglcl.errors import UserError
 from pglcl.files import read_json
-from pglcl.formats import hdf5
+from pglcl.formats import hdf5, read_source
 from pglcl.formats.names import inputs_in, is_dicom_folder, is_hidden, known_suffixes, list_folder, stem, suffix_of
 from pglcl.labels import LabelMap
 
@@ -338,11 +338,22 @@ def _nnunet(root: Path) -> DataFolder:
         if ending and not path.name.lower().endswith(str(ending).lower())
     ]
     for case in cases:
-        if len(case.images) != len(modalities):
+        if len(case.images) != len(modalities) and _channels_inside(case) != len(modalities):
             problems.append(f"{case.images[0]}: must have {len(modalities)} channel files, got {len(case.images)}")
     if problems:
         raise UserError(*problems)
     return DataFolder(root, "nnunet", cases, labels, modalities=modalities, notes=notes)
+
+
+def _channels_inside(case: Case) -> int:
+    """Channels of a case's files: nnU-Net keeps a colour picture in one file, `name_0000.png`, and names its colours.
+
+    0 where a file cannot be read, which is said when all files are.
+    """
+    try:
+        return sum(read_source(path).channels for path in case.images)
+    except UserError:
+        return 0
 
 
 def _nnunet_labels(content: Mapping[str, Any], file: Path, notes: list[str]) -> LabelMap | None:

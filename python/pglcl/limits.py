@@ -36,19 +36,41 @@ def check_resources(config: TrainConfig, device: torch.device, ranks: int) -> No
     most = max(1, WORKERS_PER_CORE * cores // ranks)
     if config.workers > most:
         raise UserError(f"--workers must be at most {most} on the {cores} cores of this machine, got {config.workers}")
-    need, has = bytes_of_a_step(config), _memory_of(device)
-    if need > has:
+    check_memory(config, device)
+
+
+def check_memory(
+    config: TrainConfig, device: torch.device, channels: int = 1, num_classes: int = 2, prepared: int = 0
+) -> None:
+    """Raises UserError for a training that needs more memory than there is.
+
+    Args:
+        config: its options.
+        device: that it computes on.
+        channels, num_classes: of the data; by default the least, for a look before the data are read.
+        prepared: bytes of the prepared volumes, which are kept beside the network on the CPU, or in `--cache`.
+    """
+    step, has = bytes_of_a_step(config, channels, num_classes), _memory_of(device)
+    if step > has:
         sizes = f"--batch-size {config.batch_size}, --image-size {'x'.join(map(str, config.size))}"
         raise UserError(
-            f"a step takes at least {in_words(need)}, {device} has {in_words(has)}: reduce {sizes}, "
+            f"a step takes at least {in_words(step)}, {device} has {in_words(has)}: reduce {sizes}, "
             f"--channels {config.channels}, --queue-length {config.queue_length} or --embedding-dim "
             f"{config.embedding_dim}"
         )
+    there = available_memory()
+    beside = step if device.type == "cpu" else 0
+    if prepared + beside > there and not config.cache:
+        and_step = f" and a step at least {in_words(beside)}" if beside else ""
+        raise UserError(
+            f"the prepared volumes take {in_words(prepared)}{and_step}, {in_words(there)} of memory are free; "
+            "--cache DIR keeps them on the disk, a larger --spacing or smaller --image-size makes them smaller"
+        )
 
 
-def bytes_of_a_step(config: TrainConfig) -> float:
+def bytes_of_a_step(config: TrainConfig, channels: int = 1, num_classes: int = 2) -> float:
     """At least: what the student keeps for its backward pass, parameters, their optimiser, and the queue."""
-    classes = max(2, config.num_classes)
+    classes = max(num_classes, config.num_classes)
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(t: torch.Tensor) -> torch.Tensor:
@@ -57,8 +79,8 @@ def bytes_of_a_step(config: TrainConfig) -> float:
 
     try:
         with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            network = network_for(config, 1, classes)
-            network(torch.empty(config.batch_size, 1, *config.size))
+            network = network_for(config, channels, classes)
+            network(torch.empty(config.batch_size, channels, *config.size))
     except (RuntimeError, OverflowError):  # more numbers than 64 bits count
         return float("inf")
     parameters = sum(p.numel() for p in network.parameters())

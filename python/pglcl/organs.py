@@ -42,7 +42,7 @@ def organs_of_masks(model: TrainedModel, data: TrainingData, ranks: Ranks) -> tu
         mask, truth = predicted_and_true(predictor, case)
         for row, shown in enumerate((mask, keep_largest(mask, range(1, k)))):
             for score in score_volume(shown, truth, k, (1, 1, 1), patient="", case="", distances=False):
-                sums[row, score.label] += 0 if math.isnan(score.dice) else score.dice
+                sums[row, score.class_index] += 0 if math.isnan(score.dice) else score.dice
     plain, kept = torch.tensor(ranks.sum(sums.flatten().tolist())).view(2, k)
     one = single_organs((v.label for v in data.labelled if v.label is not None), k)
     return tuple(label for label in one if kept[label] >= plain[label])

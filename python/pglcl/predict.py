@@ -147,11 +147,11 @@ class Prediction:
         return mask
 
     def probabilities(self) -> Tensor:
-        """(K, X, Y, Z) float32."""
-        whole = torch.empty(self.num_classes, *self.shape)
+        """(K, X, Y, Z) float32; classes lie side by side in memory, as files have them."""
+        whole = torch.empty(*self.shape, self.num_classes)
         for place, p in self.slabs():
-            whole[:, place] = p
-        return whole
+            whole[place] = p.movedim(0, -1)
+        return whole.movedim(-1, 0)
 
     def entropy(self) -> Tensor:
         """(X, Y, Z) float32, nats."""

@@ -260,7 +260,7 @@ def _score_table(found: Evaluation) -> str:
             cells += f"<small>{_number(low, digits)} to {_number(high, digits)}</small>"
             if metric == "hd95":
                 cells += f"<td>{_number(row['hd95_median'], digits)}"
-        kind = " class=mean" if row["label"] is None else ""
+        kind = " class=mean" if row["class_index"] is None else ""
         counts = "".join(f"<td>{row[name]}" for name in ("absent", "missed", "stray"))
         body.append(f"<tr{kind}><th scope=row>{_text(row['class'])}{cells}{counts}")
     note = (
@@ -275,7 +275,7 @@ def _score_table(found: Evaluation) -> str:
 
 def _patient_table(found: Evaluation) -> str:
     """A row for each patient, the worst first."""
-    labels = sorted({score.label for score in found.scores})
+    labels = sorted({score.class_index for score in found.scores})
     by_class = {label: patient_means(found.scores, "dice", label) for label in labels}
     overall = {metric: patient_means(found.scores, metric) for metric in METRICS}
     patients = sorted(found.subject.patients, key=lambda p: overall["dice"].get(p, math.inf))

@@ -154,7 +154,7 @@ def write_like(data: np.ndarray, source: Source, path: Path) -> None:
         path: its suffix says the format; :func:`pglcl.formats.result_suffix` gives that of the input.
     """
     with replacing(path) as partial:
-        formats.write(np.ascontiguousarray(to_source_axes(data, source)), source, partial)
+        formats.write(to_source_axes(data, source), source, partial)  # a view: writers copy what they must
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from pglcl.evaluate import (
     Evaluation,
     Subject,
     bootstrap_interval,
+    evaluate_run,
     may_renew,
     patient_means,
     read_scores,
@@ -28,6 +29,9 @@ from pglcl.evaluate import (
     table,
 )
 from pglcl.files import read_json, write_json
+from pglcl.train import Training
+
+from tests.pglcl.folders import save, tiny, volume
 
 
 def ball(centre: tuple[int, int, int], radius: float, shape: tuple[int, int, int] = (24, 24, 24)) -> torch.Tensor:
@@ -116,6 +120,38 @@ def evaluation(run: str = "run", **changes: Any) -> Evaluation:
     return Evaluation(replace(subject, **changes), found, {1: "ball"}, "mm")
 
 
+def test_scores_carry_class_and_label_value(tmp_path: Path) -> None:
+    """Masks of 0, 85, 170: the classes are 1 and 2, and files have 85 and 170."""
+    root = tmp_path / "data"
+    for i in range(6):
+        image, label = volume(i)
+        save(root / "images" / f"c{i}.nii.gz", image)
+        save(root / "labels" / f"c{i}.nii.gz", label * np.uint8(85))
+    options = {"method": "supervised", "labelled": 2, "validation": 0, "test": 1, "steps": 1}
+    Training(root, tmp_path / "run", tiny(**options, labels="0,85=ball,170"), quiet=True).run()
+    found = evaluate_run(tmp_path / "run", root)
+    rows = list(csv.DictReader(found.files[0].open()))
+    assert [(r["class_index"], r["label_value"], r["class"]) for r in rows] == [
+        ("1", "85", "ball"),
+        ("2", "170", "label 170"),
+    ]
+    content = json.loads(found.files[-1].read_text())
+    for part in ("scores", "summary"):
+        shown = [(r["class_index"], r["label_value"], r["class"]) for r in content[part][:2]]
+        assert shown == [(1, 85, "ball"), (2, 170, "label 170")]
+    again = read_scores(found.files[-1])
+    assert again is not None
+    assert again.scores[1].label_value == 170
+
+
+def test_distances_between_scattered_voxels() -> None:
+    """Pieces of one voxel, everywhere: every one lies on a surface, and the box is the whole volume."""
+    truth = torch.zeros(20, 20, 20, dtype=torch.uint8)
+    truth[::2, ::2, ::2] = 1
+    (found,) = score_volume(truth.roll(1, 0), truth, 2, (1.5, 2.0, 2.0), patient="p", case="c")
+    assert (found.dice, found.hd95, found.asd) == (0, 1.5, 1.5)
+
+
 def test_scores_are_json(tmp_path: Path) -> None:
     """A class without a score is null: NaN is no JSON."""
     evaluation().save(score_files(tmp_path, "test"))
@@ -148,8 +184,8 @@ def test_scores_say_what_they_belong_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [
-    "", "{", "[]", "null", "3", '{"format": "pglcl scores 1"}', '{"summary": [], "scores": []}', "[" * 100000,
-    '{"format": "pglcl scores 1", "subject": [], "scores": 3, "unit": 1, "class_names": []}',
+    "", "{", "[]", "null", "3", '{"format": "pglcl scores 2"}', '{"summary": [], "scores": []}', "[" * 100000,
+    '{"format": "pglcl scores 2", "subject": [], "scores": 3, "unit": 1, "class_names": []}',
 ], ids=range(9))  # fmt: skip
 def test_a_file_that_holds_no_scores(text: str, tmp_path: Path) -> None:
     files = score_files(tmp_path, "test")
@@ -182,9 +218,9 @@ def test_earlier_scores_are_renewed_and_others_kept(tmp_path: Path) -> None:
 
 def test_a_box_around_both_masks_changes_no_score() -> None:
     """MONAI on the whole volume is the reference; masks touch the border, too."""
-    for centre, shift in (((12, 11, 10), 3), ((2, 3, 20), 1), ((22, 22, 2), -2)):
-        truth = ball(centre, 5)
-        prediction = truth.roll(shift, 1)
+    noise = torch.rand(2, 24, 24, 24, generator=torch.Generator().manual_seed(0)) > 0.9
+    balls = [(ball(c, 5).roll(n, 1), ball(c, 5)) for c, n in (((12, 11, 10), 3), ((2, 3, 20), 1), ((22, 22, 2), -2))]
+    for prediction, truth in (*balls, (noise[0], noise[1])):
         found = scores(prediction, truth, spacing=(2.0, 1.0, 1.5))[0]
         pair = [x[None, None].float() for x in (prediction, truth)]
         options = {"include_background": True, "spacing": [2.0, 1.0, 1.5]}

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from pglcl import formats
 from pglcl.errors import UserError
+from pglcl.labels import LabelMap
 from pglcl.volumes import read_label_values, read_volume, write_like
 
 from tests.pglcl.folders import OBLIQUE, STRAIGHT, dicom, save, volume, write
@@ -278,6 +279,12 @@ def test_pictures(case: tuple[str, str], tmp_path: Path) -> None:
         )
         write_like(mask, read.source, tmp_path / f"mask{suffix}")
         np.testing.assert_array_equal(read_label_values(tmp_path / f"mask{suffix}", path), mask)
+    for values in ((0, 1, 70000), (-1, 0, 3)):  # which no PNG holds
+        kept = LabelMap(tuple((value,) for value in values), ("a", "b", "c"))
+        mask = kept.decode(np.arange(48).reshape(6, 8, 1) % 3)
+        assert formats.result_suffix(path, mask.dtype) == ".tif"
+        write_like(mask, read.source, tmp_path / "mask.tif")
+        np.testing.assert_array_equal(read_label_values(tmp_path / "mask.tif", path), mask)
     chances = np.random.default_rng(0).random((6, 8, 1, 4), np.float32)
     assert formats.result_suffix(path, chances.dtype) == ".tif"
     write_like(chances, read.source, tmp_path / "p.tif")

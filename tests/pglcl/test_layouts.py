@@ -168,6 +168,24 @@ def test_nnunet_in_another_format(tmp_path: Path) -> None:
         open_folder(tmp_path)
 
 
+def test_nnunet_keeps_the_colours_of_a_picture_in_one_file(tmp_path: Path) -> None:
+    root = pictures(tmp_path)
+    for old, new in (("images", "imagesTr"), ("labels", "labelsTr")):
+        (root / old).rename(root / new)
+    for path in (root / "imagesTr").iterdir():
+        path.rename(path.with_name(f"{path.stem}_0000.png"))
+    colours = {"0": "R", "1": "G", "2": "B"}
+    labels = {"background": 0, "cell": 85, "nucleus": 170}
+    describe(root, channel_names=colours, file_ending=".png", labels=labels)
+    data = open_folder(root)
+    assert [case.images[0].name for case in data.cases][:2] == ["cell00_0000.png", "cell01_0000.png"]
+    assert {report.channels for report in inspect_folder(data)} == {3}
+    assert not [line for report in inspect_folder(data) for line in report.problems]
+    describe(root, channel_names={"0": "R", "1": "G"}, file_ending=".png", labels=labels)
+    with pytest.raises(UserError, match=r"cell00_0000\.png: must have 2 channel files, got 1"):
+        open_folder(root)
+
+
 def test_nnunet_whose_names_do_not_fit(tmp_path: Path) -> None:
     root = nnunet(tmp_path, channels=2)
     (root / "imagesTr" / "heart_003_0001.nii.gz").unlink()

@@ -15,7 +15,7 @@ from pglcl.batches import StepBatches, loader
 from pglcl.cli import main
 from pglcl.config import TrainConfig
 from pglcl.errors import UserError, WriteError
-from pglcl.limits import bytes_of_a_step, check_resources, check_threads, most_workers
+from pglcl.limits import bytes_of_a_step, check_memory, check_resources, check_threads, most_workers
 from pglcl.record import MetricsLog
 from pglcl.train import Training
 from pglcl.training_data import load_training_data
@@ -54,8 +54,24 @@ def test_more_memory_than_there_is(options: dict[str, Any]) -> None:
 def test_bytes_of_a_step_are_those_that_autograd_keeps() -> None:
     small, large = tiny(), tiny(image_size="64")
     assert 3 < (bytes_of_a_step(large) - 1e5) / (bytes_of_a_step(small) - 1e5) < 5  # four times the pixels
+    assert bytes_of_a_step(large, channels=8) > bytes_of_a_step(large)
+    assert bytes_of_a_step(large, num_classes=100) > 2 * bytes_of_a_step(large)
     assert 1e6 < bytes_of_a_step(TrainConfig()) < 2**30  # the default fits anywhere
     check_resources(TrainConfig(), torch.device("cpu"), 1)
+
+
+def test_prepared_volumes_and_a_step_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, cpu = tiny(), torch.device("cpu")
+    step = int(bytes_of_a_step(config))
+    monkeypatch.setattr(limits, "available_memory", lambda: 2 * step)
+    check_memory(config, cpu, prepared=step // 2)
+    with pytest.raises(UserError, match=r"the prepared volumes take .* and a step at least .*--cache DIR"):
+        check_memory(config, cpu, prepared=3 * step // 2)
+    check_memory(tiny(cache="folder"), cpu, prepared=3 * step // 2)
+    monkeypatch.setattr(limits, "_memory_of", lambda device: 10 * step)
+    check_memory(config, torch.device("cuda"), prepared=3 * step // 2)  # the step is kept elsewhere
+    with pytest.raises(UserError, match=r"the prepared volumes take .* of memory are free"):
+        check_memory(config, torch.device("cuda"), prepared=3 * step)
 
 
 def test_processes_and_threads(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

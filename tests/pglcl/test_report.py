@@ -105,7 +105,9 @@ def test_volumes_that_are_shown_differ() -> None:
         chosen = _chosen(cases[:count])
         assert list(chosen) == expected
         assert len({case.name for case in chosen.values()}) == count
-    scores = [Score(f"p{i}", f"c{i}", 1, dice, 0.0, 0.0, "ok") for i, dice in enumerate((0.5, 0.2, float("nan"), 0.9))]
+    scores = [
+        Score(f"p{i}", f"c{i}", 1, 1, dice, 0.0, 0.0, "ok") for i, dice in enumerate((0.5, 0.2, float("nan"), 0.9))
+    ]
     subject = Subject("r", "m", 1, 1, "test", "/d", {}, [], [])
     ranked = _ranked(cases, Evaluation(subject, scores, {}, "mm"))
     assert [case.name for case in ranked] == ["c1", "c0", "c3"]

@@ -61,14 +61,15 @@ def result_suffix(image: Path, dtype: np.dtype) -> str:
     """Of a file beside `image` for a mask (an integer dtype), or for floats: probabilities and entropies.
 
     NIfTI for NIfTI, DICOM and HDF5; NRRD and MetaImage (.mha) for themselves; masks of pictures as PNG, BMP or TIFF
-    like the picture (PNG for JPEG, and where BMP's 8 bits do not do), their floats as TIFF.
+    like the picture (PNG for JPEG, and where BMP's 8 bits do not do), their floats as TIFF, and masks of values that 16
+    bits without a sign do not hold.
     """
     suffix, reader = suffix_of(image), "itk" if image.is_dir() else _reader(image)
     if reader == "itk" and not image.is_dir():
         return ".mha" if suffix == ".mhd" else suffix
     if reader != "picture":
         return ".nii.gz"
-    if np.dtype(dtype).kind == "f" or suffix in (".tif", ".tiff"):
+    if np.dtype(dtype) not in (np.uint8, np.uint16) or suffix in (".tif", ".tiff"):
         return ".tif"
     return ".bmp" if suffix == ".bmp" and dtype == np.uint8 else ".png"
 

@@ -145,7 +145,7 @@ def write(data: np.ndarray, source: Source, path: Path) -> None:
         data = data[..., 0]
     wide = isinstance(old, nib.Nifti2Header) or max(data.shape) > 32767  # the most that NIfTI-1 can say
     kind = nib.Nifti2Image if wide else nib.Nifti1Image
-    image = kind(np.ascontiguousarray(data), source.affine)
+    image = kind(data, source.affine)
     header = image.header
     if old is None:
         header.set_qform(source.affine, 1)
