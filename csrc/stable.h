@@ -80,12 +80,26 @@ inline void require_tensor(const Tensor& t, const char* name, const Tensor& like
 // --- memory
 // -------------------------------------------------------------------------------------------------------------
 
+// Not by torch::stable::new_empty, which looks the operator up by its name: that takes as long as a small op.
 inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType type) {
-  return torch::stable::new_empty(like, IntArray(shape.data(), shape.size()), type);
+  Shape strides(shape.size());
+  int64_t stride = 1;
+  for (size_t d = shape.size(); d-- > 0; stride *= std::max<int64_t>(shape[d], 1)) strides[d] = stride;
+  int32_t device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), dtype,
+                                                         device_type, device_index, &handle));
+  return Tensor(handle);
 }
 
 inline Tensor zeros(const Tensor& like, const Shape& shape, ScalarType type) {
-  return torch::stable::new_zeros(like, IntArray(shape.data(), shape.size()), type);
+  if (!like.is_cpu()) return torch::stable::new_zeros(like, IntArray(shape.data(), shape.size()), type);
+  const Tensor out = empty(like, shape, type);
+  if (out.numel()) std::memset(out.mutable_data_ptr(), 0, size_t(out.numel()) * out.element_size());
+  return out;
 }
 
 // Contiguous, and of the given type where one is named.
