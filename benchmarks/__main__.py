@@ -32,7 +32,9 @@ def main() -> None:
     parser.add_argument("--sizes", default="", help=f"numbers of patches, e.g. 512,4096, for {', '.join(WITH_SIZES)}")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
-    parser.add_argument("--data", default="", help="segmentation: the folder with ACDC/ and Task04_Hippocampus/")
+    parser.add_argument(
+        "--data", default="", help="segmentation: the folder with ACDC/, Task04_Hippocampus/ and Histology_nuclei/"
+    )
     parser.add_argument("--runs", default="build/segmentation", help="segmentation: the runs (default: %(default)s)")
     parser.add_argument("--only", default="", help="segmentation: runs whose dataset/method/seed contains this")
     parser.add_argument("--jobs", type=int, default=1, help="segmentation: runs at once (default: %(default)s)")
@@ -73,6 +75,8 @@ def main() -> None:
         if results:
             save(folder, name, command, results, table, took)
         print(f"\n{question}\n\n{table or 'nothing has ended'}", flush=True)
+        if question == "segmentation" and folder == RESULTS:
+            plots.segmentation(Path(arguments.runs), Path(arguments.data))
         if results and name in ("peers", "scaling"):
             getattr(plots, name)(folder)
     if folder == RESULTS:

@@ -71,6 +71,56 @@ def peers(folder: Path = RESULTS) -> None:
     save(figure, folder / "peers.png", content["machine"])
 
 
+def segmentation(runs: Path, data: Path, dataset: str = "histology", seed: int = 0, folder: Path = RESULTS) -> bool:
+    """One test image: the truth, and what each method of the comparison says of it.
+
+    It is the image whose Dice by the base is the median. Images of Histology may be shown: they are in the public
+    domain. False while a run of the comparison has not ended.
+    """
+    import torch
+    from pglcl.cases import cases_of
+    from pglcl.figures import colour
+    from pglcl.layouts import open_folder
+    from pglcl.model import load_model
+    from pglcl.predict import Predictor
+    from pglcl.volumes import read_label, read_volume
+
+    from benchmarks.segmentation import DATASETS, Run, per_patient
+
+    asked = DATASETS[dataset]
+    rows = [Run(dataset, method, seed) for method in ("supervised", asked.base, f"{asked.base} + patchcl")]
+    scores = [per_patient(run, runs) for run in rows]
+    if any(found is None for found in scores):
+        return False
+    by_base = sorted(scores[1]["dice"].items(), key=lambda item: item[1])  # type: ignore[index]
+    patient = by_base[len(by_base) // 2][0]
+    case = cases_of(open_folder(data / asked.folder), [patient], with_label=True)[0]
+    models = [load_model(run.folder(runs), "cpu") for run in rows]
+    assert case.label is not None
+    truth = torch.from_numpy(read_label(case.label, case.images[0], models[0].labels))
+    z = int((truth > 0).flatten(0, 1).sum(0).argmax())
+    image = torch.from_numpy(read_volume(case.images).data)[..., z].float()
+    shown = [("truth", truth)]
+    for run, model, found in zip(rows, models, scores):
+        assert found is not None
+        mask = Predictor([model])(case)[0].mask()
+        shown.append((f"{run.method}, Dice {100 * found['dice'][patient]:.0f}", mask))
+    figure, axes = plt.subplots(1, len(shown), figsize=(3.0 * len(shown), 3.0 * image.shape[1] / image.shape[2] + 0.4))
+    picture = (image / image.max()).clamp(0, 1).permute(1, 2, 0)
+    for axis, (title, mask) in zip(axes, shown):
+        axis.imshow(picture, interpolation="nearest")
+        for k in range(1, models[0].num_classes):
+            axis.contour((mask[..., z] == k).float(), [0.5], colors=[colour(k)], linewidths=1.2)
+        axis.set_title(title, fontsize=10)
+        axis.axis("off")
+    figure.tight_layout()
+    path = folder / "segmentation.png"
+    figure.savefig(path.with_suffix(".partial"), format="png", dpi=110)
+    path.with_suffix(".partial").replace(path)
+    plt.close(figure)
+    return True
+
+
 def scaling(folder: Path = RESULTS) -> None:
     """Time and memory of the loss against the number of patches, each beside the slope that it should have."""
     content = json.loads((folder / "scaling.json").read_text(encoding="utf-8"))

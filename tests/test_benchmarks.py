@@ -19,6 +19,8 @@ from torch.utils.benchmark.utils.timer import timer
 pytest.importorskip("psutil")
 pytest.importorskip("matplotlib")
 
+from pglcl.config import TrainConfig
+
 from benchmarks import gaussian, pages, peers, runner, scaling, segmentation
 from pglcl_ext import gaussian_contrast_loss
 
@@ -150,19 +152,22 @@ def test_slope() -> None:
 
 def test_every_run_has_a_place_of_its_own() -> None:
     runs = list(segmentation.matrix())
-    assert (
-        len({run.folder(Path("runs")) for run in runs})
-        == len(runs)
-        == len(segmentation.SEEDS) * sum(len(segmentation.methods(dataset)) for dataset in segmentation.DATASETS)
+    every = [(run.dataset, run.method, run.seed) for run in runs]
+    assert len(set(every)) == len(every) == len({run.folder(Path("runs")) for run in runs})
+    assert len(every) == sum(
+        len(d.seeds) * len(segmentation.methods(name)) for name, d in segmentation.DATASETS.items()
     )
-    first = runs[: len(segmentation.SEEDS) * len(segmentation.DATASETS) * 4]
-    assert {run.method for run in first if run.dataset == "acdc"} == {
+    first = [run for run in runs[: 4 * len(segmentation.DATASETS)] if run.dataset == "acdc"]
+    assert {run.method for run in first} == {
         "supervised",
         "copy-paste",
         "copy-paste + patchcl",
         "fully supervised",
     }
-    assert [run.seed for run in segmentation.matrix("acdc/supervised/")] == list(segmentation.SEEDS)
+    assert [run.seed for run in segmentation.matrix("acdc/supervised/")] == [0, 1, 2, 3]
+    for run in runs:  # options that TrainConfig takes
+        TrainConfig(**run.options())
+    assert next(segmentation.matrix("hippocampus/fully supervised/0")).options()["labelled"] == 110
 
 
 def test_paired_interval() -> None:
@@ -178,15 +183,26 @@ def test_paired_interval() -> None:
 
 
 def test_goals_are_judged() -> None:
-    def method(dice: float, minus_base: tuple[float, float, float] | None = None) -> dict[str, Any]:
-        return {"dice": [dice], "minus_base": minus_base}
+    def record(dataset: str, method: str, dice: float, hd95: float = 5.0, gain: Any = None) -> dict[str, Any]:
+        return {"dataset": dataset, "method": method, "dice": [dice], "hd95": [hd95], "minus_base": gain}
 
-    own = {"supervised": method(60.0), "fully supervised": method(80.0), "b": method(69.5)}
-    assert segmentation.goal("b", own) == "not measured"
-    own["b + patchcl"] = method(71.0, (0.015, 0.001, 0.03))
-    assert segmentation.goal("b", own).count("met") == 2
-    own["b + patchcl"] = method(69.9, (0.015, -0.001, 0.03))
-    assert segmentation.goal("b", own).count("missed") == 2
+    results = [record("acdc-6000", "supervised", 60.0), record("acdc-6000", "fully supervised", 90.0)]
+    lines = segmentation.verdicts(results)
+    assert "not measured" in lines[0]
+    assert all("missed" in line for line in lines[1:])
+    ahead, behind = (
+        {"dice": (0.015, low, 0.03), "hd95": (worse, -1, 1)} for low, worse in ((0.001, -0.5), (-0.001, 0.5))
+    )
+    results += [
+        record("acdc-6000", "copy-paste + patchcl", 83.5, 3.9, ahead),
+        record("hippocampus", "weak-to-strong + patchcl", 80.0, 2.0, ahead),
+        record("histology", "copy-paste + patchcl", 80.0, 2.0, ahead),
+    ]
+    assert all(": met" in line for line in segmentation.verdicts(results))
+    results[2:] = [record(r["dataset"], r["method"], 80.9, 4.1, behind) for r in results[2:]]
+    assert all(": missed" in line for line in segmentation.verdicts(results))
+    assert segmentation.base_of("copy-paste, warm-up without pasting") == "copy-paste"
+    assert segmentation.base_of("copy-paste + patchcl, unguided") == "copy-paste"
 
 
 def test_pages_have_the_figures_of_the_results() -> None:
@@ -196,7 +212,7 @@ def test_pages_have_the_figures_of_the_results() -> None:
         assert pages.rendered(text) == text, "python -m benchmarks.pages brings the pages up to date"
 
 
-@pytest.mark.parametrize("question", pages.QUESTIONS)
+@pytest.mark.parametrize("question", [question for question in pages.QUESTIONS if pages.results(question)])
 def test_tables_are_those_of_the_results(question: str) -> None:
     content = json.loads((runner.RESULTS / f"{question}.json").read_text(encoding="utf-8"))
     assert {"processor", "commit", "torch_running"} <= set(content["machine"])
