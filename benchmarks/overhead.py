@@ -1,4 +1,4 @@
-"""python -m benchmarks.overhead: what autograd costs a small call, beyond the two ops, on one thread.
+"""python -m benchmarks.overhead: what a small call costs on one thread: the ops, by size, and autograd beyond them.
 
 Both passes through the public function against the op and its backward op, called alone below autograd. Each sample is
 the processor time of this thread for 20 calls; the smallest of many is taken, since whatever disturbs only adds.
@@ -82,12 +82,28 @@ def rows() -> list[dict[str, Any]]:
     return found
 
 
+def sizes() -> list[list[str]]:
+    """Microseconds of the contrastive op and its backward op, below autograd: without work, and with more and more."""
+    found = []
+    for n, depth in ((0, DEPTH), (1, DEPTH), (N, 8), (N, DEPTH)):
+        g = torch.Generator().manual_seed(0)
+        anchors = F.normalize(torch.randn(n, depth, generator=g), dim=1).requires_grad_()
+        labels, entropy = torch.randint(0, CLASSES, (n,), generator=g), torch.rand(n, generator=g)
+        calls = recorded(lambda z, y=labels, h=entropy: patch_contrast_loss(z, y, h), anchors)
+        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+            times = fastest({str(op): lambda op=op, arguments=arguments: op(*arguments) for op, arguments in calls})
+        found.append([f"{n} x {depth}", *(f"{t:.1f}" for t in times.values())])
+    return found
+
+
 def main() -> None:
     torch.set_num_threads(1)
     info = machine()
     print(f"{info['processor']}, 1 thread, {info['cpu_instruction_set']}, torch {info['torch_running']}\n")
     head = ["function, microseconds", "op and backward op", "both passes", "of which not ours"]
     print(markdown(head, [[r["function"], *(f"{r[k]:.0f}" for k in ("ops", "both", "overhead"))] for r in rows()]))
+    print()
+    print(markdown(["patch_contrast, N x D, microseconds", "op", "backward op"], sizes()))
 
 
 if __name__ == "__main__":
