@@ -270,7 +270,7 @@ def test_the_gradient_of_an_unlikely_class_beside_two_likely_ones(gap: float, st
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("classes", [2, 3, 7])
-def test_logits_of_minus_infinity_and_infinitely_apart(classes: int, dtype: torch.dtype, isa: str) -> None:
+def test_every_instruction_set_with_logits_of_minus_infinity(classes: int, dtype: torch.dtype, isa: str) -> None:
     """A masked class, -inf, has probability 0; so has one that lies farther below than the largest number."""
     largest = torch.finfo(dtype).max
     x = torch.randn(1, classes, 6, 37, dtype=torch.float64)
