@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-fast bench docs torture fuzz sanitize avx512 format lint clean cuda-setup test-cuda bench-cuda cuda-all cuda-check mutants witness
+.PHONY: setup demo test test-fast bench docs torture fuzz sanitize avx512 format lint clean cuda-setup test-cuda bench-cuda cuda-all cuda-check emulated mutants witness
 
 # The native sources are part of the stamp: the extension is rebuilt when one changes.
 SOURCES := $(shell find csrc tools -type f) CMakeLists.txt setup.py pyproject.toml
@@ -65,6 +65,12 @@ docs: setup
 SEED ?= 0
 mutants: setup
 	$(BIN)/python -m tests.mutants --seed $(SEED) $(if $(MUTANTS),--draw $(MUTANTS))
+
+# The ops' tests through the CUDA code on emulated devices, whole; `make test` has a draw of them.
+EMULATED ?= 75 80 86 90
+OP_TESTS := $(patsubst %,tests/test_%.py,semantic_disparity patch_statistics patch_contrast gaussian_contrast hard_negatives autograd)
+emulated: setup
+	for device in $(EMULATED); do $(BIN)/python -m pytest --emulated $$device $(OP_TESTS) || exit 1; done
 
 # The CUDA code by threads under ThreadSanitizer, against plain loops.
 witness: setup

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT / "tools"))
 import native_build  # noqa: E402
-from find_torch import TORCH_REQUIREMENT, find_torch, torch_versions  # noqa: E402
+from find_torch import TORCH_REQUIREMENT  # noqa: E402
 
 
 class FreshPackages(build_py):
@@ -38,17 +37,8 @@ class CMakeBuild(build_ext):
             self.copy_file(str(target / "_build_config.py"), str(ROOT / "pglcl_ext" / "_build_config.py"))
 
 
-def torch_requirement() -> str:
-    """The CPU ops run with every torch from the oldest on; CUDA kernels with the release they were compiled against."""
-    folder = find_torch(os.environ.get("PGLCL_TORCH_DIR"))
-    if folder is None or os.environ.get("PGLCL_CUDA") == "0":
-        return TORCH_REQUIREMENT
-    version, cuda = torch_versions(folder)
-    return TORCH_REQUIREMENT if cuda == "none" else f"torch=={version.partition('+')[0]}"
-
-
 setup(
     ext_modules=[Extension("pglcl_ext._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "build_py": FreshPackages},
-    install_requires=[torch_requirement(), "numpy"],
+    install_requires=[TORCH_REQUIREMENT, "numpy"],
 )

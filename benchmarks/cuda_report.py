@@ -153,9 +153,10 @@ class Kernel:
         if "_mma" in self.name:
             columns, deepest = columns_of_tile(self.name), 128 if " 128," in self.name else 256
             rows = 0 if columns == 64 else ROWS  # rows that are held pass through a stage
-            return (rows + 2 * columns) * (deepest + 8) * 2 + 2 * 40 * columns + 64
+            return (rows + 2 * columns) * (deepest + 8) * 2 + 2 * 44 * columns + 64
         if "_tiles" not in self.name:
             return 0
+        depth, stages = (128, 1) if "deep" in self.name else (depth, 2)
         size = 4 if "float" in self.name else 2
         columns = 32 if size == 4 else 64
         row = (depth + 15) // 16 * 16 + 16 // size
@@ -163,8 +164,8 @@ class Kernel:
         def rounded(n: int) -> int:
             return (n + 15) // 16 * 16
 
-        tiles = rounded(32 * row * size) + rounded(2 * columns * row * size)
-        return tiles + rounded(32 * (columns + 4) * 4) + 40 * columns + 64 + 16
+        tiles = rounded(32 * row * size) + rounded(stages * columns * row * size)
+        return tiles + rounded(32 * (columns + 4) * 4) + 44 * columns + 64 + 16
 
     def counted(self) -> list[tuple[str, float, float]]:
         """(what, how many, the most it may be) for what LIMITS counts in this kernel."""
@@ -194,13 +195,18 @@ ENUMERATORS = {"Math": ("FFMA", "TF32"), "Owner": ("anchors", "keys", "both")}
 
 
 def short_name(mangled: str) -> str:
-    """E.g. contrast_backward_mma<BFloat16, 128, both, rule>: the last says whether masks or several channels decide."""
+    """E.g. contrast_backward_mma<BFloat16, 128, both, rule>: the last says whether masks or several channels decide.
+
+    Kernels of tiles say besides when they are for rows that pass in chunks: deep.
+    """
     name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
     for kind, values in ENUMERATORS.items():
         for number, value in enumerate(values):
             name = name.replace(f"(pglcl::cuda::{kind}){number}", value)
     name = re.sub(r"\(.*$", "", name.replace("(int)", ""))
-    name = name.replace(", false>", ", rule>").replace(", true>", ", general>")
+    name = re.sub(r"(_tiles<.*), false>", r"\1>", re.sub(r"(_tiles<.*, )(\w+), true>", r"\1\2, deep>", name))
+    for value, rule in (("false", "rule"), ("true", "general")):
+        name = name.replace(f", {value}>", f", {rule}>").replace(f", {value}, deep>", f", {rule}, deep>")
     return re.sub(r"^void |pglcl::cuda::|pglcl::", "", name).strip()
 
 

@@ -81,22 +81,24 @@ def contrast(counts: dict[str, Any], n: int, gpu: Gpu, *, backward: bool) -> dic
     columns = 32 if backward else 64
     row = (DEPTH + 8) * SIZE
     blocks = math.ceil(n / ROWS)
-    if not backward:  # keys are shared out as contrast_part_count has it
-        blocks *= max(1, min(3 * gpu.multiprocessors // blocks, n // 256, 16))
-    launch = Launch(blocks, kernel["registers"], (2 * columns + (ROWS if backward else 0)) * row + 80 * columns + 64)
+    # What passes the rows is shared out as part_count has it.
+    parts = max(1, min(3 * gpu.multiprocessors // blocks, n // (4 * columns), 16))
+    blocks *= parts
+    launch = Launch(blocks, kernel["registers"], (2 * columns + (ROWS if backward else 0)) * row + 88 * columns + 64)
     waves, issue = launch.stretch(gpu)
     pairs = float(n) * n
     # Of a warp's 16 rows each column of a tile is read once per product; its own rows again where they are not held.
     matrices = DEPTH * SIZE / 16 * (2 if backward else 1) + (DEPTH * SIZE / columns if backward else 0)
     copies = DEPTH * SIZE / ROWS
-    side = (8 + 4 * (7 if backward else 1)) * 32 / 4 / 16 / 8  # 8 lanes of a warp read the same column at once
+    side = (8 + 4 * (8 if backward else 1)) * 32 / 4 / 16 / 8  # 8 lanes of a warp read the same column at once
+    written_and_read = 2 * parts * n * DEPTH * 4 if backward and parts > 1 else 0
     return {
         "issue": pairs * kernel["instructions a pair"] / (128 * gpu.cycles) * issue,
         "tensor cores": pairs * 2 * DEPTH * (2 if backward else 1) / gpu.tensor * waves,
         "exponentials": pairs * (2 if backward else 1) / (16 * gpu.cycles) * waves,
         "shared memory": pairs * (matrices + copies + side) / (128 * gpu.cycles) * waves,
         "cache": n / ROWS * n * DEPTH * SIZE / gpu.cache,
-        "memory": (2 if backward else 1) * n * DEPTH * SIZE / gpu.memory,
+        "memory": ((2 if backward else 1) * n * DEPTH * SIZE + written_and_read) / gpu.memory,
     }
 
 

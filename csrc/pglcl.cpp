@@ -4,12 +4,13 @@
 
 #include "cpu/isa/kernel_table.h"
 
-// The inputs of the fused contrastive loss, shared by its forward and backward op.
+// The inputs of the fused contrastive loss, shared by its forward and backward op. allow_tf32: float32 products may
+// round their factors to TF32, PyTorch's own switch, which the stable interface does not tell; GPUs alone can.
 #define PGLCL_CONTRAST_SCHEMA                                                                          \
   "Tensor anchors, Tensor labels, Tensor? descriptors, Tensor? keys, Tensor? key_labels, "             \
   "Tensor? key_descriptors, Tensor? positive_bounds, Tensor? negative_bounds, Tensor? positive_mask, " \
   "Tensor? negative_mask, float temperature, float positive_bound, float negative_bound, "             \
-  "float negative_weight, int ignore_index, int self_offset, int reduction"
+  "float negative_weight, int ignore_index, int self_offset, int reduction, bool allow_tf32"
 
 STABLE_TORCH_LIBRARY(pglcl_ext, m) {
   m.def(

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
@@ -15,6 +16,7 @@
 #include <algorithm>
 #include <initializer_list>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "shared/dtype.h"
@@ -81,14 +83,16 @@ inline void require_tensor(const Tensor& t, const char* name, const Tensor& like
 // -------------------------------------------------------------------------------------------------------------
 
 // Not by torch::stable::new_empty, which looks the operator up by its name: that takes as long as a small op.
-inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType type) {
+// On the device of `like`, and of its type where none is named.
+inline Tensor empty(const Tensor& like, const Shape& shape, std::optional<ScalarType> type = std::nullopt) {
   Shape strides(shape.size());
   int64_t stride = 1;
   for (size_t d = shape.size(); d-- > 0; stride *= std::max<int64_t>(shape[d], 1)) strides[d] = stride;
   int32_t device_type, device_index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  const int32_t dtype =
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type.value_or(like.scalar_type())));
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), dtype,
                                                          device_type, device_index, &handle));
@@ -110,6 +114,29 @@ inline Tensor as_contiguous(const Tensor& t, std::optional<ScalarType> type = st
 
 inline Tensor cast(const Tensor& t, ScalarType type) {
   return t.scalar_type() == type ? t : torch::stable::to(t, type);
+}
+
+// An operator of torch that stable/ops.h has no function for; its overload's name may be empty.
+template <typename... Arguments>
+std::vector<Tensor> call_torch(const char* name, const char* overload, size_t results, const Arguments&... arguments) {
+  std::vector<StableIValue> stack{torch::stable::detail::from(arguments)...};
+  stack.resize(std::max(stack.size(), results));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  std::vector<Tensor> out;
+  for (size_t i = 0; i < results; ++i) out.push_back(torch::stable::detail::to<Tensor>(stack[i]));
+  return out;
+}
+
+// (values, places) along the last dimension in ascending order; equal ones stay in theirs.
+inline std::pair<Tensor, Tensor> stable_sort(const Tensor& t) {
+  const std::vector<Tensor> sorted =
+      call_torch("aten::sort", "stable", 2, t, std::optional<bool>(true), int64_t(-1), false);
+  return {sorted[0], sorted[1]};
+}
+
+// t[places], for places (N,) int64 along the first dimension.
+inline Tensor rows_at(const Tensor& t, const Tensor& places) {
+  return call_torch("aten::index_select", "", 1, t, int64_t(0), places)[0];
 }
 
 template <typename T>

@@ -45,6 +45,7 @@ class ContrastNumbers(NamedTuple):
     ignore_index: int
     self_offset: int  # key i + self_offset is anchor i itself; -1 where there is no such key
     reduction: int  # one of REDUCTIONS
+    allow_tf32: bool  # float32 products on a GPU may round their factors to TF32
 
 
 class ContrastArguments(NamedTuple):

@@ -22,6 +22,11 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("+")[0].split(".")[:2])
 
 
+def _major(version: str | None) -> str:
+    """ "13" for 13.0."""
+    return (version or "none").partition(".")[0]
+
+
 def _load() -> Any:
     try:
         from pglcl_ext import _build_config
@@ -32,11 +37,12 @@ def _load() -> Any:
     if _release(torch.__version__) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         raise ImportError(f"pglcl_ext needs torch {oldest} or later, but torch {torch.__version__} is running")
-    # The CUDA ops use interfaces of torch that differ from one version to the next; the CPU ops use none of them.
-    if _build_config.cuda_built and _build_config.torch_version != torch.__version__:
+    # A stream of one major version of the CUDA runtime means nothing to another one.
+    if _build_config.cuda_built and _major(_build_config.cuda_version) != _major(torch.version.cuda):
+        running = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
         raise ImportError(
-            f"pglcl_ext was built with CUDA against torch {_build_config.torch_version}, but torch "
-            f"{torch.__version__} is running. Rebuild it from its source folder: {REBUILD}"
+            f"pglcl_ext was built with CUDA {_build_config.cuda_version}, but torch {torch.__version__} with {running} "
+            f"is running. Rebuild it from its source folder: {REBUILD}"
         )
     try:
         return importlib.import_module("pglcl_ext._C")
@@ -67,13 +73,24 @@ ops = torch.ops.pglcl_ext
 INSTRUCTION_SETS: tuple[str, ...] = compiled.INSTRUCTION_SETS
 
 
+@torch.compiler.assume_constant_result
+def allow_tf32() -> bool:
+    """Whether float32 products on a GPU may take TF32: PyTorch's own switch, in whichever of its ways it was set.
+
+    A compiled function is compiled again after the switch was turned; an exported program keeps what it was traced
+    with.
+    """
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
 def build_info() -> dict[str, Any]:
     """What this installation was built with and what it uses.
 
     Returns:
-        A dict with ``version`` (of pglcl-ext), ``torch_built`` and ``torch_running``, ``cuda_built`` (bool) and
-        ``cuda_reason`` (why not, else ""), ``cuda_architectures`` (list of str) and ``cpu_instruction_set``, the one
-        in use: the best that the processor and the environment variable ``PGLCL_CPU_ISA`` (``baseline``, ``avx2``,
+        A dict with ``version`` (of pglcl-ext), ``torch_built`` and ``torch_running``, ``cuda_built`` (bool),
+        ``cuda_version`` (of the torch built against), ``cuda_reason`` (why there is no CUDA code, else ""),
+        ``cuda_architectures`` (list of str) and ``cpu_instruction_set``, the one in use: the best that the processor
+        and the environment variable ``PGLCL_CPU_ISA`` (``baseline``, ``avx2``,
         ``avx512`` or ``avx512_bf16``) allow. An unknown name in it ends the import.
     """
     from pglcl_ext import _build_config
@@ -83,6 +100,7 @@ def build_info() -> dict[str, Any]:
         "torch_built": _build_config.torch_version,
         "torch_running": torch.__version__,
         "cuda_built": _build_config.cuda_built,
+        "cuda_version": _build_config.cuda_version,
         "cuda_reason": _build_config.cuda_reason,
         "cuda_architectures": list(_build_config.cuda_architectures),
         "cpu_instruction_set": compiled.cpu_instruction_set(),

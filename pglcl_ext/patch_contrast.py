@@ -23,7 +23,7 @@ from pglcl_ext._checks import (
     check_positive,
     check_reduction,
 )
-from pglcl_ext._library import ops
+from pglcl_ext._library import allow_tf32, ops
 from pglcl_ext.distributed import GATHERS, SharedGroup, all_keys_contrast, first_row, gather_rows, ring_contrast
 from pglcl_ext.semantic_disparity import accumulate_dtype, disparity_bounds
 
@@ -177,6 +177,7 @@ def patch_contrast(
             check_integer("ignore_index", ignore_index),
             -1,
             REDUCTIONS[reduction],
+            allow_tf32(),
         ),
     )
     check_contrast(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,6 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run the ops' CUDA code, host and device, on an emulated device of this compute capability (75, 80, 86, "
         "90) in the place of the CPU's; tests that are about the CPU's own code are left out",
     )
+    parser.addoption("--draw", type=int, metavar="COUNT", help="run COUNT of the tests, drawn by --draw-seed")
+    parser.addoption("--draw-seed", type=int, default=0, metavar="SEED")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -40,14 +43,37 @@ def pytest_configure(config: pytest.Config) -> None:
         emulator.use(emulator.DEVICES[config.getoption("--emulated")])
 
 
-ABOUT_THE_CPU = ("test_every_instruction_set", "test_same_bits_for_any_number_of_threads", "test_memory_is_linear")
+ABOUT_THE_CPU = (
+    "test_every_instruction_set",
+    "test_same_bits_for_any_number_of_threads",
+    "test_memory_is_linear",
+    "test_labels_beyond_the_classes_are_refused_on_the_cpu",
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kept = list(items)
     if config.getoption("--emulated") is not None:
-        left_out = [item for item in items if item.name.startswith(ABOUT_THE_CPU)]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+        kept = [item for item in kept if not item.name.startswith(ABOUT_THE_CPU)]
+    if config.getoption("--draw") is not None:
+        drawn = random.Random(config.getoption("--draw-seed")).sample(kept, min(config.getoption("--draw"), len(kept)))
+        kept = [item for item in kept if item in drawn]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+# An emulated device takes a microsecond for each access of each thread: the largest problems of the ops' tests are cut
+# to this many rows, which are several tiles of every kernel and no multiple of one.
+MOST_EMULATED_ROWS = 150
+
+
+@pytest.fixture(autouse=True)
+def _size_of_problems(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one place where tests of an emulated device are made smaller: the random problems that they share."""
+    if request.config.getoption("--emulated") is not None and request.path.parent == ROOT / "tests":
+        from tests import problems
+
+        monkeypatch.setattr(problems, "MOST_ROWS", MOST_EMULATED_ROWS)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

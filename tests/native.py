@@ -18,6 +18,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 TORCH = Path(torch.__file__).parent
+# As CMakeLists.txt compiles csrc; torch hides names that these builds show.
+STABLE = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020d000000000000", "-Wno-attributes"]
 
 
 def compiler() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pglcl_ext import patch_contrast_loss, reference
+
+MOST_ROWS = math.inf  # of the problems here; tests of an emulated device have fewer
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -44,6 +47,8 @@ class ContrastProblem:
         **options: Any,
     ) -> ContrastProblem:
         g = torch.Generator().manual_seed(seed)
+        n = int(min(n, MOST_ROWS))
+        m = None if m is None else int(min(m, MOST_ROWS))
 
         def side(count: int) -> tuple[Tensor, Tensor, Tensor | None]:
             labels = torch.randint(-1 if ignored else 0, classes, (count,), generator=g)
@@ -123,6 +128,7 @@ def gaussian_problem(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """anchors, labels, means, covariances and counts of gaussian_contrast_loss, in float64."""
     g = torch.Generator().manual_seed(seed)
+    n = int(min(n, MOST_ROWS))
     lead = (classes, classes) if pairwise else (classes,)
     roots = torch.randn(*lead, d, d + 2, generator=g, dtype=torch.float64) / (d + 2)
     counts = torch.randint(1, 100, (classes,), generator=g)

@@ -211,7 +211,7 @@ def test_sums_of_parts_merge_at_any_size_of_logits(scale: float) -> None:
 
     def part(keys: slice) -> distributed._AnchorSums:
         none = (None,) * 5
-        numbers = (0.5, math.inf, 0.0, 1e3, -1, -1, 0)
+        numbers = (0.5, math.inf, 0.0, 1e3, -1, -1, 0, False)
         loss, top, log_sum, _, count, _ = ops.patch_contrast(z, y, None, k[keys], key_labels[keys], *none, *numbers)
         return distributed._AnchorSums(top, log_sum, torch.where(count > 0, log_sum - loss, 0), count)
 

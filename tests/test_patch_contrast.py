@@ -174,7 +174,7 @@ def test_splitting_keys_and_merging_gives_the_same(device: torch.device) -> None
 
     def part(keys: slice) -> tuple[Tensor, ...]:
         none = (None,) * 5
-        numbers = (0.1, math.inf, 0.0, 1.0, -1, -1, 0)
+        numbers = (0.1, math.inf, 0.0, 1.0, -1, -1, 0, False)
         return ops.patch_contrast(p.anchors, p.labels, None, p.keys[keys], p.key_labels[keys], *none, *numbers)
 
     _, max_a, sum_a, logit_a, count_a, _ = part(slice(0, 60))
@@ -232,7 +232,8 @@ def op_arguments(device: torch.device, dtype: torch.dtype, *, keys: bool, reduct
     p = ContrastProblem.random(40, 8, m=30 if keys else None).cast(dtype, device)
     side = (p.keys, p.key_labels, p.key_descriptors) if keys else (None, None, None)
     bounds = (torch.rand(40, device=device), None) if keys else (None, None)
-    return (p.anchors, p.labels, p.descriptors, *side, *bounds, None, None, 0.1, 0.5, 0.1, 1.0, -1, -1, reduction)
+    numbers = (0.1, 0.5, 0.1, 1.0, -1, -1, reduction, False)
+    return (p.anchors, p.labels, p.descriptors, *side, *bounds, None, None, *numbers)
 
 
 @pytest.mark.parametrize("keys", [False, True])

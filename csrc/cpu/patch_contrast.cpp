@@ -17,7 +17,7 @@ using OptionalTensor = std::optional<Tensor>;
   const OptionalTensor &positive_bounds, const OptionalTensor &negative_bounds,                              \
   const OptionalTensor &positive_mask, const OptionalTensor &negative_mask, double temperature,              \
   double positive_bound, double negative_bound, double negative_weight, int64_t ignore_index,                \
-  int64_t self_offset, int64_t reduction
+  int64_t self_offset, int64_t reduction, bool
 
 #define PGLCL_CONTRAST_ARGUMENTS                                                                             \
   {anchors, labels, descriptors, keys, key_labels, key_descriptors, positive_bounds, negative_bounds,        \

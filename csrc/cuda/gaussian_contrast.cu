@@ -1,47 +1,43 @@
 // CUDA implementation of the op gaussian_contrast: check, allocate, launch. Nothing here waits for the device.
 #include "kernels/gaussian_contrast.cuh"
 
-#include <ATen/TensorOperators.h>
-#include <ATen/ops/argsort.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
 #include "../checks.h"
 #include "launch.h"
 
 namespace pglcl {
 namespace {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(PGLCL_GAUSSIAN_PARAMETERS) {
+std::tuple<Tensor, Tensor, Tensor> forward(PGLCL_GAUSSIAN_PARAMETERS) {
   const GaussianContrastArgs x PGLCL_GAUSSIAN_ARGUMENTS;
-  check_gaussian_contrast(x);
+  require_gaussian_contrast(x);
   const DeviceGuard guard(anchors);
-  const at::ScalarType type = x.accumulate_type();
-  const int64_t n = anchors.size(0), depth = anchors.size(1);
+  const ScalarType type = accumulate_type(anchors);
+  const int64_t n = anchors.size(0), depth = anchors.size(1), k = counts.size(0);
   const bool pairwise = means.dim() == 3;
-  const at::Tensor rows = anchors.contiguous(), classes = labels.contiguous(), keys = counts.contiguous();
-  const at::Tensor centres = means.to(type).contiguous(), wide = covariances.to(type);
-  // Only the symmetric part has a quadratic form.
-  const at::Tensor symmetric = ((wide + wide.transpose(-1, -2)) / 2).contiguous();
+  const Tensor rows = as_contiguous(anchors), classes = as_contiguous(labels), keys = as_contiguous(counts);
+  const Tensor centres = as_contiguous(means, type), given = as_contiguous(covariances, type);
+  const Tensor symmetric = empty(given, shape_of(given), type);
   // A block whose anchors are of one class reads one covariance for all of them.
-  const at::Tensor order = pairwise ? at::argsort(classes, /*stable=*/true, 0, false) : at::Tensor();
+  const OptionalTensor order = pairwise ? OptionalTensor(stable_sort(classes).second) : std::nullopt;
 
   const int64_t shared = device_attribute(DeviceAttribute::kSharedBytes);
-  const bool fits = type == at::kDouble ? cuda::gaussian_rows_per_block<double>(depth, shared) > 0
-                                        : cuda::gaussian_rows_per_block<float>(depth, shared) > 0;
-  TORCH_CHECK_VALUE(fits, "anchors must have rows that fit the shared memory of the GPU, ", shared,
-                    " bytes, three times; got ", anchors.sizes());
-  const at::TensorOptions options = anchors.options().dtype(type);
-  at::Tensor losses = at::empty({n}, options);
-  at::Tensor count = at::empty({n}, options.dtype(at::kInt)), num_valid = at::empty({}, options.dtype(at::kLong));
-  at::Tensor gradients = at::empty({needs_gradients ? n : 0, depth}, options);
-  at::Tensor loss = reduction == kNone ? losses : at::empty({}, options);
+  const bool fits = with_accumulate_type(
+      anchors, [&]<typename scalar_t>() { return cuda::gaussian_rows_per_block<scalar_t>(depth, shared) > 0; });
+  STD_TORCH_CHECK(fits, "anchors must have rows that fit the shared memory of the GPU, ", shared,
+                  " bytes, three times; got rows of ", depth);
+  const Tensor losses = empty(anchors, {n}, type), count = empty(anchors, {n}, ScalarType::Int);
+  const Tensor num_valid = empty(anchors, {}, ScalarType::Long);
+  const Tensor gradients = empty(anchors, {needs_gradients ? n : 0, depth}, type);
+  const Tensor loss = reduction == kNone ? losses : empty(anchors, {}, type);
   with_element_type(anchors, [&]<typename T>() {
     using scalar_t = typename Accumulate<T>::type;
+    const auto stream = current_stream();
+    cuda::run_symmetric_part(input_of<scalar_t>(given), output_of<scalar_t>(symmetric), pairwise ? k * k : k, depth,
+                             stream);
     const cuda::GaussianArguments<T> inputs{input_of<T>(rows),
                                             n,
                                             depth,
-                                            counts.size(0),
+                                            k,
                                             input_of<int64_t>(classes),
                                             input_of<int64_t>(order),
                                             input_of<scalar_t>(centres),
@@ -55,7 +51,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(PGLCL_GAUSSIAN_PARAMETERS
     cuda::run_gaussian_contrast<T>(inputs, shared, output_of<scalar_t>(losses), output_of<int32_t>(count),
                                    needs_gradients ? output_of<scalar_t>(gradients) : nullptr, reduction == kMean,
                                    reduction == kNone ? nullptr : output_of<scalar_t>(loss),
-                                   output_of<int64_t>(num_valid), current_stream());
+                                   output_of<int64_t>(num_valid), stream);
   });
   PGLCL_CHECK_LAUNCH();
   return {loss, gradients, num_valid};
@@ -63,6 +59,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(PGLCL_GAUSSIAN_PARAMETERS
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(pglcl_ext, PGLCL_CUDA_KEY, m) { m.impl("gaussian_contrast", forward); }
+STABLE_TORCH_LIBRARY_IMPL(pglcl_ext, PGLCL_CUDA_KEY, m) { m.impl("gaussian_contrast", TORCH_BOX(&forward)); }
 
 }  // namespace pglcl

@@ -1,36 +1,42 @@
 // What every CUDA implementation does around its kernels: device guard, current stream, launch check, device
-// attributes, and the pointers of tensors. Under nvcc these are PyTorch's and CUDA's own; any other compiler builds the
-// same files for the emulated device of tests/simt, which gives the same names in emulated_host.h.
+// attributes, and the pointers of tensors. Under nvcc these are CUDA's own and those of PyTorch's stable interface; any
+// other compiler builds the same files for the emulated device of tests/simt, which gives the same names in
+// emulated_host.h.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
+#include "../stable.h"
 #include "kernels/device.h"
 
 #if defined(__CUDACC__)
 
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
+#include <torch/csrc/stable/accelerator.h>
 
 // The dispatch key that the files here register their ops for.
 #define PGLCL_CUDA_KEY CUDA
 
 // At the end of each op, after its last launch.
-#define PGLCL_CHECK_LAUNCH() C10_CUDA_KERNEL_LAUNCH_CHECK()
+#define PGLCL_CHECK_LAUNCH() ::pglcl::check_cuda(cudaGetLastError(), "launch of a kernel")
 
 namespace pglcl {
 
 // The first line of every op: what follows runs on the device of `t`.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(const at::Tensor& t) : guard_(t.device()) {}
+  explicit DeviceGuard(const Tensor& t) : guard_(t.get_device_index()) {}
 
  private:
-  c10::cuda::CUDAGuard guard_;
+  torch::stable::accelerator::DeviceGuard guard_;
 };
 
-inline PglclStream current_stream() { return c10::cuda::getCurrentCUDAStream(); }
+inline int current_device() {
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "the current device");
+  return device;
+}
+
+inline PglclStream current_stream() {
+  return static_cast<PglclStream>(torch::stable::accelerator::getCurrentStream(current_device()).nativeHandle());
+}
 
 enum class DeviceAttribute : int {
   kCapabilityMajor = cudaDevAttrComputeCapabilityMajor,
@@ -42,7 +48,7 @@ enum class DeviceAttribute : int {
 // Of the current device.
 inline int device_attribute(DeviceAttribute which) {
   int value = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, cudaDeviceAttr(which), c10::cuda::current_device()));
+  check_cuda(cudaDeviceGetAttribute(&value, cudaDeviceAttr(which), current_device()), "an attribute of the device");
   return value;
 }
 
@@ -51,13 +57,13 @@ inline int device_attribute(DeviceAttribute which) {
 template <typename Kernel>
 int compiled_for(Kernel kernel) {
   cudaFuncAttributes attributes;
-  C10_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  check_cuda(cudaFuncGetAttributes(&attributes, kernel), "attributes of a kernel");
   return attributes.ptxVersion;
 }
 
 // A tensor's pointer that kernels read or write; the emulated device checks every access against it.
-inline const void* read_pointer(const at::Tensor& t) { return t.const_data_ptr(); }
-inline void* write_pointer(const at::Tensor& t) { return t.mutable_data_ptr(); }
+inline const void* read_pointer(const Tensor& t) { return t.const_data_ptr(); }
+inline void* write_pointer(const Tensor& t) { return t.mutable_data_ptr(); }
 
 }  // namespace pglcl
 
@@ -69,22 +75,27 @@ namespace pglcl {
 
 // Calls body.operator()<T>() with the kernels' element type of a tensor.
 template <typename Body>
-void with_element_type(const at::Tensor& t, Body body) {
+void with_element_type(const Tensor& t, Body body) {
   switch (t.scalar_type()) {
-    case at::kDouble: return body.template operator()<double>();
-    case at::kFloat: return body.template operator()<float>();
-    case at::kBFloat16: return body.template operator()<BFloat16>();
+    case ScalarType::Double: return body.template operator()<double>();
+    case ScalarType::Float: return body.template operator()<float>();
+    case ScalarType::BFloat16: return body.template operator()<BFloat16>();
     default: return body.template operator()<Float16>();
   }
 }
 
 template <typename T>
-const T* input_of(const at::Tensor& t) {
-  return t.defined() ? static_cast<const T*>(read_pointer(t)) : nullptr;
+const T* input_of(const Tensor& t) {
+  return static_cast<const T*>(read_pointer(t));
 }
 
 template <typename T>
-T* output_of(at::Tensor& t) {
+const T* input_of(const std::optional<Tensor>& t) {
+  return t ? input_of<T>(*t) : nullptr;
+}
+
+template <typename T>
+T* output_of(const Tensor& t) {
   return static_cast<T*>(write_pointer(t));
 }
 

@@ -1,10 +1,6 @@
 // CUDA implementation of the op patch_statistics: check, allocate, launch.
 #include "kernels/patch_statistics.cuh"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <torch/library.h>
-
 #include <cmath>
 
 #include "../checks.h"
@@ -15,7 +11,7 @@ namespace {
 
 // Where the elements of a tensor lie: (B, K, *S), or (B, *S) without classes. Nothing is copied, whatever the strides.
 template <typename T>
-cuda::Strided<T> strided(T* data, const at::Tensor& t, bool classes) {
+cuda::Strided<T> strided(T* data, const Tensor& t, bool classes) {
   cuda::Strided<T> out{data, t.stride(0), classes ? t.stride(1) : 0, {0, 0, 0}};
   const int64_t lead = classes ? 2 : 1, dims = t.dim() - lead;
   for (int64_t d = 0; d < dims; ++d) out.at[3 - dims + d] = t.stride(lead + d);
@@ -23,26 +19,27 @@ cuda::Strided<T> strided(T* data, const at::Tensor& t, bool classes) {
 }
 
 template <typename T>
-cuda::Strided<const T> strided_input(const at::Tensor& t, bool classes) {
+cuda::Strided<const T> strided_input(const Tensor& t, bool classes) {
   return strided(input_of<T>(t), t, classes);
 }
 
 template <typename T>
-cuda::StatisticsInput<T> statistics_input(const at::Tensor& input, const PatchGrid& grid, bool probabilities,
+cuda::StatisticsInput<T> statistics_input(const Tensor& input, const PatchGrid& grid, bool probabilities,
                                           bool normalize) {
-  TORCH_CHECK_VALUE(grid.pixels() <= cuda::kMostPixels && grid.classes <= cuda::kMostPixels,
-                    "input must have images and classes of fewer than 2^31 numbers on a GPU, got ", input.sizes());
+  STD_TORCH_CHECK(grid.pixels() <= cuda::kMostPixels && grid.classes <= cuda::kMostPixels,
+                  "input must have images and classes of fewer than 2^31 numbers on a GPU, got images of ",
+                  grid.pixels(), " and ", grid.classes, " classes");
   return {strided_input<T>(input, true), cuda::narrowed(grid), probabilities, normalize,
           std::log(double(grid.classes))};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& input, at::IntArrayRef patch_size,
-                                                       at::IntArrayRef stride, bool probabilities, bool normalize) {
-  const PatchGrid grid = check_patch_grid(input, patch_size, stride);
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, IntArray patch_size, IntArray stride,
+                                           bool probabilities, bool normalize) {
+  const PatchGrid grid = require_patch_grid(input, patch_size, stride);
   const DeviceGuard guard(input);
-  at::Tensor entropy = at::empty(patch_grid_shape(input, grid, false), input.options());
-  at::Tensor confidence = at::empty(patch_grid_shape(input, grid, true), input.options());
-  at::Tensor class_entropy = at::empty(patch_grid_shape(input, grid, true), input.options());
+  const Tensor entropy = empty(input, patch_grid_shape(input, grid, false));
+  const Tensor confidence = empty(input, patch_grid_shape(input, grid, true));
+  const Tensor class_entropy = empty(input, patch_grid_shape(input, grid, true));
   with_element_type(input, [&]<typename T>() {
     cuda::run_statistics_forward<T>(statistics_input<T>(input, grid, probabilities, normalize),
                                     {output_of<T>(entropy), output_of<T>(confidence), output_of<T>(class_entropy)},
@@ -53,14 +50,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& input, 
 }
 
 // confidence and class_entropy, which are rounded, are summed again instead of read.
-at::Tensor backward(const at::Tensor& grad_entropy, const at::Tensor& grad_confidence,
-                    const at::Tensor& grad_class_entropy, const at::Tensor& input, const at::Tensor&, const at::Tensor&,
-                    at::IntArrayRef patch_size, at::IntArrayRef stride, bool probabilities, bool normalize) {
-  const PatchGrid grid = check_patch_grid(input, patch_size, stride);
+Tensor backward(const Tensor& grad_entropy, const Tensor& grad_confidence, const Tensor& grad_class_entropy,
+                const Tensor& input, const Tensor&, const Tensor&, IntArray patch_size, IntArray stride,
+                bool probabilities, bool normalize) {
+  const PatchGrid grid = require_patch_grid(input, patch_size, stride);
+  const ScalarType type = input.scalar_type();
+  require_tensor(grad_entropy, "grad_entropy", input, type, patch_grid_shape(input, grid, false));
+  require_tensor(grad_confidence, "grad_confidence", input, type, patch_grid_shape(input, grid, true));
+  require_tensor(grad_class_entropy, "grad_class_entropy", input, type, patch_grid_shape(input, grid, true));
   const DeviceGuard guard(input);
-  at::Tensor grad_input = at::empty_like(input);
-  const at::ScalarType wide = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  at::Tensor coefficients = at::empty({2, grid.batch, grid.classes, grid.patches()}, input.options().dtype(wide));
+  const Tensor grad_input = torch::stable::empty_like(input);
+  const Tensor coefficients = empty(input, {2, grid.batch, grid.classes, grid.patches()}, accumulate_type(input));
   with_element_type(input, [&]<typename T>() {
     using scalar_t = typename Accumulate<T>::type;
     scalar_t* gamma = output_of<scalar_t>(coefficients);
@@ -75,9 +75,9 @@ at::Tensor backward(const at::Tensor& grad_entropy, const at::Tensor& grad_confi
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(pglcl_ext, PGLCL_CUDA_KEY, m) {
-  m.impl("patch_statistics", forward);
-  m.impl("patch_statistics_backward", backward);
+STABLE_TORCH_LIBRARY_IMPL(pglcl_ext, PGLCL_CUDA_KEY, m) {
+  m.impl("patch_statistics", TORCH_BOX(&forward));
+  m.impl("patch_statistics_backward", TORCH_BOX(&backward));
 }
 
 }  // namespace pglcl

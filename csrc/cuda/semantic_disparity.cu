@@ -1,120 +1,111 @@
 // CUDA implementation of the ops semantic_disparity and disparity_bounds: check, allocate, launch.
 #include "kernels/semantic_disparity.cuh"
 
-#include <ATen/ops/arange.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
-#include <torch/library.h>
-
-#include <limits>
-
 #include "../checks.h"
 #include "launch.h"
 
 namespace pglcl {
 namespace {
 
-at::ScalarType accumulate_type(const at::Tensor& t) {
-  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
+Tensor wide(const Tensor& t) { return as_contiguous(t, accumulate_type(t)); }
 
-at::Tensor wide(const at::Tensor& t) { return t.to(accumulate_type(t)).contiguous(); }
-
-at::Tensor forward(const at::Tensor& a, const at::Tensor& b) {
-  const int64_t channels = check_disparity(a, b), n = a.size(0), m = b.size(0);
+Tensor forward(const Tensor& a, const Tensor& b) {
+  const int64_t channels = require_two_descriptors(a, "a", b, "b"), n = a.size(0), m = b.size(0);
   const DeviceGuard guard(a);
-  const at::Tensor wide_a = wide(a), wide_b = wide(b);
-  at::Tensor out = at::empty({n, m}, wide_a.options());
-  const auto run = [&]<typename T>() {
-    cuda::run_disparity_forward<T>(input_of<T>(wide_a), input_of<T>(wide_b), output_of<T>(out), n, m, channels,
-                                   current_stream());
-  };
-  a.scalar_type() == at::kDouble ? run.operator()<double>() : run.operator()<float>();
+  const Tensor wide_a = wide(a), wide_b = wide(b), out = empty(a, {n, m}, accumulate_type(a));
+  with_accumulate_type(a, [&]<typename scalar_t>() {
+    cuda::run_disparity_forward(input_of<scalar_t>(wide_a), input_of<scalar_t>(wide_b), output_of<scalar_t>(out), n, m,
+                                channels, current_stream());
+  });
   PGLCL_CHECK_LAUNCH();
-  return out.to(a.scalar_type());
+  return cast(out, a.scalar_type());
 }
 
-std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& a, const at::Tensor& b,
-                                            bool needs_a, bool needs_b) {
-  const int64_t channels = check_disparity(a, b), n = a.size(0), m = b.size(0);
+std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& a, const Tensor& b, bool needs_a, bool needs_b) {
+  const int64_t channels = require_two_descriptors(a, "a", b, "b"), n = a.size(0), m = b.size(0);
+  require_tensor(grad, "grad", a, a.scalar_type(), {n, m});
   const DeviceGuard guard(a);
-  const at::Tensor g = grad.to(accumulate_type(grad)), wide_a = wide(a), wide_b = wide(b);
-  at::Tensor grad_a = needs_a ? at::empty(a.sizes(), wide_a.options()) : at::empty({0}, wide_a.options());
-  at::Tensor grad_b = needs_b ? at::empty(b.sizes(), wide_b.options()) : at::empty({0}, wide_b.options());
-  const auto run = [&]<typename T>() {
+  const Tensor g = cast(grad, accumulate_type(a)), wide_a = wide(a), wide_b = wide(b);
+  const Tensor grad_a = empty(a, needs_a ? shape_of(a) : Shape{0}, accumulate_type(a));
+  const Tensor grad_b = empty(b, needs_b ? shape_of(b) : Shape{0}, accumulate_type(b));
+  with_accumulate_type(a, [&]<typename T>() {
     const auto stream = current_stream();
     if (needs_a)
-      cuda::run_disparity_backward<T>(input_of<T>(g), input_of<T>(wide_a), input_of<T>(wide_b), output_of<T>(grad_a), n,
-                                      m, channels, g.stride(0), g.stride(1), stream);
+      cuda::run_disparity_backward(input_of<T>(g), input_of<T>(wide_a), input_of<T>(wide_b), output_of<T>(grad_a), n, m,
+                                   channels, g.stride(0), g.stride(1), stream);
     if (needs_b)
-      cuda::run_disparity_backward<T>(input_of<T>(g), input_of<T>(wide_b), input_of<T>(wide_a), output_of<T>(grad_b), m,
-                                      n, channels, g.stride(1), g.stride(0), stream);
-  };
-  a.scalar_type() == at::kDouble ? run.operator()<double>() : run.operator()<float>();
+      cuda::run_disparity_backward(input_of<T>(g), input_of<T>(wide_b), input_of<T>(wide_a), output_of<T>(grad_b), m, n,
+                                   channels, g.stride(1), g.stride(0), stream);
+  });
   PGLCL_CHECK_LAUNCH();
-  return {grad_a.to(a.scalar_type()), grad_b.to(b.scalar_type())};
+  return {cast(grad_a, a.scalar_type()), cast(grad_b, b.scalar_type())};
 }
 
-at::Tensor bounds(const at::Tensor& descriptors, const at::Tensor& labels, const at::Tensor& key_descriptors,
-                  const at::Tensor& key_labels, int64_t count, bool positives, int64_t ignore_index,
-                  int64_t self_offset) {
-  const int64_t channels = check_disparity_bounds(descriptors, labels, key_descriptors, key_labels, count, positives);
-  const DeviceGuard guard(descriptors);
-  const at::Tensor a = wide(descriptors), b = wide(key_descriptors);
-  const at::Tensor y = labels.contiguous(), key_y = key_labels.contiguous();
-  const int64_t n = a.size(0), m = b.size(0);
-  at::Tensor out = at::empty({n}, a.options());
+// The keys in the orders of SortedKeys, ignored ones behind all others; nothing leaves the device.
+template <typename T>
+struct KeyOrders {
+  Tensor value, label, place, member_of, total;
 
-  // One channel: the orders of SortedKeys, with ignored keys behind all others. `total` stays on the device.
-  at::Tensor value, label, place, member_of, total;
-  if (channels == 1) {
-    const at::Tensor ignored = key_y.eq(ignore_index);
-    const auto by_value =
-        b.reshape({m}).masked_fill(ignored, std::numeric_limits<double>::infinity()).sort(/*stable=*/true, 0, false);
-    value = std::get<0>(by_value);
-    const at::Tensor order = std::get<1>(by_value);
-    const at::Tensor labels_by_value =
-        key_y.masked_fill(ignored, std::numeric_limits<int64_t>::max()).index_select(0, order);
-    const auto by_label = labels_by_value.sort(/*stable=*/true, 0, false);
-    label = std::get<0>(by_label);
-    place = std::get<1>(by_label);
-    const at::Tensor members = at::arange(m, place.options());
-    member_of = at::full({m}, -1, place.options()).scatter(0, order.index_select(0, place), members);
-    member_of = member_of.masked_fill(ignored, -1);
-    total = ignored.logical_not().sum();
+  KeyOrders(const Tensor& descriptors, const Tensor& labels, int64_t ignore_index) {
+    const int64_t m = labels.size(0);
+    const Tensor values = empty(descriptors, {m}, descriptors.scalar_type()), names = empty(labels, {m});
+    const Tensor counts = empty(labels, {m});
+    cuda::run_bounds_prepare(input_of<T>(descriptors), input_of<int64_t>(labels), m, ignore_index, output_of<T>(values),
+                             output_of<int64_t>(names), output_of<int64_t>(counts), current_stream());
+    Tensor order;
+    std::tie(value, order) = stable_sort(values);
+    std::tie(label, place) = stable_sort(rows_at(names, order));
+    total = torch::stable::sum(counts);
+    member_of = empty(labels, {m});
+    cuda::run_bounds_members(input_of<int64_t>(order), input_of<int64_t>(place), input_of<int64_t>(counts), m,
+                             output_of<int64_t>(member_of), current_stream());
   }
-  const auto run = [&]<typename T>() {
+
+  cuda::SortedInputs<T> inputs() const {
+    return {input_of<T>(value), input_of<int64_t>(label), input_of<int64_t>(place), input_of<int64_t>(member_of),
+            input_of<int64_t>(total)};
+  }
+};
+
+Tensor bounds(const Tensor& descriptors, const Tensor& labels, const Tensor& key_descriptors, const Tensor& key_labels,
+              int64_t count, bool positives, int64_t ignore_index, int64_t self_offset) {
+  const int64_t channels = require_two_descriptors(descriptors, "descriptors", key_descriptors, "key_descriptors");
+  require_tensor(labels, "labels", descriptors, ScalarType::Long, {descriptors.size(0)});
+  require_tensor(key_labels, "key_labels", descriptors, ScalarType::Long, {key_descriptors.size(0)});
+  require(count > 0, "count");
+  const DeviceGuard guard(descriptors);
+  const Tensor a = wide(descriptors), b = wide(key_descriptors);
+  const Tensor y = as_contiguous(labels), key_y = as_contiguous(key_labels);
+  const Tensor out = empty(a, {a.size(0)}, a.scalar_type());
+  with_accumulate_type(a, [&]<typename T>() {
     const cuda::BoundsInputs<T> inputs{input_of<T>(a),
                                        input_of<T>(b),
                                        input_of<int64_t>(y),
                                        input_of<int64_t>(key_y),
-                                       n,
-                                       m,
+                                       a.size(0),
+                                       b.size(0),
                                        channels,
                                        count,
                                        ignore_index,
                                        self_offset,
                                        positives};
-    const auto stream = current_stream();
-    if (channels == 1)
-      cuda::run_bounds_sorted<T>(inputs,
-                                 {input_of<T>(value), input_of<int64_t>(label), input_of<int64_t>(place),
-                                  input_of<int64_t>(member_of), input_of<int64_t>(total)},
-                                 output_of<T>(out), stream);
-    else
-      cuda::run_bounds_select<T>(inputs, output_of<T>(out), stream);
-  };
-  a.scalar_type() == at::kDouble ? run.operator()<double>() : run.operator()<float>();
+    if (channels > 1) {
+      cuda::run_bounds_select(inputs, output_of<T>(out), current_stream());
+    } else {
+      const KeyOrders<T> sorted(b, key_y, ignore_index);
+      cuda::run_bounds_sorted(inputs, sorted.inputs(), output_of<T>(out), current_stream());
+    }
+  });
   PGLCL_CHECK_LAUNCH();
   return out;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(pglcl_ext, PGLCL_CUDA_KEY, m) {
-  m.impl("semantic_disparity", forward);
-  m.impl("semantic_disparity_backward", backward);
-  m.impl("disparity_bounds", bounds);
+STABLE_TORCH_LIBRARY_IMPL(pglcl_ext, PGLCL_CUDA_KEY, m) {
+  m.impl("semantic_disparity", TORCH_BOX(&forward));
+  m.impl("semantic_disparity_backward", TORCH_BOX(&backward));
+  m.impl("disparity_bounds", TORCH_BOX(&bounds));
 }
 
 }  // namespace pglcl

@@ -78,9 +78,31 @@ def test_sizes_that_do_not_divide_tiles(n: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("depth", [1, 8, 20, 64, 136, 256, 264])
+@pytest.mark.parametrize("depth", [1, 8, 20, 64, 136, 256])
 def test_depths(depth: int, dtype: torch.dtype) -> None:
     assert_contrast(ContrastProblem.random(35, depth, m=66, classes=2), dtype)
+
+
+@pytest.mark.parametrize("device", [{"capability": 75}, {}, {"allow_tf32": True}], ids=["sm_75", "sm_80", "TF32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("depth", "n", "m"), [(257, 35, None), (300, 34, 40), (512, 5, 33)])
+def test_rows_that_pass_in_chunks(
+    depth: int, n: int, m: int | None, dtype: torch.dtype, device: dict[str, Any]
+) -> None:
+    emulator.take_launches()
+    assert_contrast(ContrastProblem.random(n, depth, m=m, classes=2, max_positive_disparity=0.6), dtype, **device)
+    assert not [name for name in emulator.take_launches() if "plain" in name]
+
+
+def test_masks_and_channels_of_rows_that_pass_in_chunks() -> None:
+    problem = ContrastProblem.random(33, 260, m=20)
+    problem.options = {"positive_mask": torch.rand(33, 20) < 0.3, "negative_mask": torch.rand(33, 20) < 0.5}
+    assert_contrast(problem, torch.float32)
+    assert_contrast(ContrastProblem.random(20, 260, channels=3, max_positive_disparity=0.4), torch.bfloat16)
+
+
+def test_a_depth_of_2048() -> None:
+    assert_contrast(ContrastProblem.random(6, 2048, classes=2), torch.bfloat16)
 
 
 def test_plain_kernel_beyond_one_chunk_of_depth() -> None:
@@ -152,6 +174,7 @@ GRIDS = [
     ((1, 4, 32, 32), (16, 16), (8, 8)),
     ((1, 8, 9, 9), (4, 4), (4, 4)),
     ((1, 11, 8, 9), (4, 4), (3, 3)),
+    ((1, 19, 8, 9), (4, 4), (3, 3)),
     ((1, 131, 5, 5), (4, 4), (1, 1)),
     ((1, 9, 14, 13), (13, 12), (1, 1)),
     ((1, 4, 20, 36), (18, 18), (2, 6)),
@@ -180,6 +203,17 @@ def test_statistics(shape, patch, stride, probabilities: bool, dtype: torch.dtyp
     (expected,) = torch.autograd.grad(want, oracle, weights)
     scale = max(expected.abs().max().item(), 1e-3) if expected.numel() else 1.0
     torch.testing.assert_close(grad.double(), expected, rtol=0, atol=4 * tolerance * scale)
+
+
+def test_statistics_of_more_classes_than_are_kept_at_once() -> None:
+    """1030 classes take three passes in float64, which keeps the sums of 512."""
+    x = torch.randn(1, 1030, 3, 2, dtype=torch.float64, requires_grad=True)
+    want = reference.patch_statistics(x, (2, 2), (1, 1))
+    weights = [torch.randn(t.shape, dtype=torch.float64) for t in want]
+    got, grad = calls.patch_statistics(x, [2, 2], [1, 1], weights, probabilities=False, normalize=False)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grad, torch.autograd.grad(want, x, weights)[0], rtol=1e-10, atol=1e-12)
 
 
 def test_statistics_where_their_elements_lie() -> None:
@@ -366,6 +400,53 @@ def test_a_row_that_is_no_number_spoils_only_what_uses_it(path, bad: float) -> N
     assert torch.isfinite(grad[~used]).all()
 
 
+@pytest.mark.parametrize("weight", [2.0**-10, 1e7])
+def test_the_weight_of_negatives_does_not_drown_in_large_logits(path, weight: float) -> None:
+    """Whole numbers: logits are exact in every type, and many are equal."""
+    dtype, device = path
+    g = torch.Generator().manual_seed(1)
+    z = torch.randint(-2, 3, (70, 8), generator=g).double() * 2.0**13
+    y = torch.randint(0, 3, (70,), generator=g)
+    oracle = z.clone().requires_grad_()
+    expected = reference.patch_contrast_loss(oracle, y, temperature=2.0**-4, negative_weight=weight)
+    (want,) = torch.autograd.grad(expected, oracle)
+    options = {"temperature": 2.0**-4, "negative_weight": weight, "upstream": torch.tensor(1.0)}
+    loss, (grad,) = calls.patch_contrast(z.to(dtype), y, **options, **device)
+    torch.testing.assert_close(loss.double(), expected, rtol=4e-6, atol=4e-6)
+    epsilon = max(torch.finfo(dtype).eps, 1e-3 if device.get("allow_tf32") else 4e-6)
+    torch.testing.assert_close(grad.double(), want, rtol=2 * epsilon, atol=epsilon * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_logit_that_is_infinite(path, sign: float) -> None:
+    """Anchors 0 and 1 are a pair whose logit is beyond the type; all other logits are 0."""
+    dtype, device = path
+    z = torch.zeros(40, 8, dtype=dtype)
+    z[0, 0], z[1, 0] = 4, sign * 4
+    y = torch.ones(40, dtype=torch.long)
+    y[:2] = 0
+    upstream = torch.ones(40).index_fill(0, torch.tensor([0, 1]), 0)
+    options = {"temperature": 1e-308 if dtype == torch.float64 else 1e-38, "reduction": "none", "upstream": upstream}
+    loss, (grad,) = calls.patch_contrast(z, y, **options, **device)
+    # log(37 positives and 2 negatives, all of logit 0); the positive itself is infinitely far above, or below.
+    torch.testing.assert_close(loss[2:].double(), torch.full((38,), math.log(39)).double(), rtol=1e-5, atol=1e-5)
+    assert (torch.isnan(loss[:2]) if sign > 0 else loss[:2] == math.inf).all()
+    # Nobody asks for the losses of the two.
+    assert torch.isfinite(grad).all() or dtype == torch.float16  # whose gradients are beyond the type
+
+
+def test_tiles_of_ignored_patches_add_nothing(path) -> None:
+    dtype, device = path
+    problem = ContrastProblem.random(40, 8, ignored=False, reduction="sum")
+    z = torch.nn.functional.pad(problem.anchors.to(dtype), (0, 0, 0, 100), value=math.nan)
+    labels = torch.nn.functional.pad(problem.labels, (0, 100), value=-1)
+    alone, (want,) = calls.patch_contrast(z[:40], problem.labels, reduction="sum", **device)
+    loss, (grad,) = calls.patch_contrast(z, labels, reduction="sum", **device)
+    torch.testing.assert_close(loss, alone, rtol=0, atol=0)
+    assert torch.equal(grad[:40], want)
+    assert torch.all(grad[40:] == 0)
+
+
 def test_masks_that_call_a_key_both_count_it_twice(path) -> None:
     dtype, device = path
     problem = ContrastProblem.random(40, 8, m=70)
@@ -376,6 +457,16 @@ def test_masks_that_call_a_key_both_count_it_twice(path) -> None:
         "negative_weight": 3.0,
     }
     assert_contrast(problem, dtype, **device)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_columns_shared_out_among_blocks(dtype: torch.dtype) -> None:
+    """Anchors and keys in up to four parts each, put together by one launch."""
+    problem = ContrastProblem.random(280, 16, m=300, classes=3, max_positive_disparity=0.5)
+    emulator.take_launches()
+    assert_contrast(problem, dtype, multiprocessors=60)
+    launched = [name for name in emulator.take_launches() if "merge_gradients" in name or "backward" in name]
+    assert launched == ["contrast_backward_mma", "contrast_backward_mma", "contrast_merge_gradients"]
 
 
 @pytest.mark.parametrize("name", ["plain", "none", "bounds"])
@@ -405,7 +496,8 @@ CAPTURABLE = {
     "aten::index_select", "aten::logical_not", "aten::masked_fill", "aten::masked_fill_", "aten::reshape",
     "aten::resize_", "aten::scatter", "aten::sort", "aten::sum", "aten::to", "aten::_to_copy", "aten::transpose",
     "aten::view", "aten::add", "aten::_reshape_alias", "aten::_unsafe_view", "aten::slice", "aten::select",
-    "aten::unsqueeze", "aten::detach", "aten::alias", "aten::zeros", "aten::zero_", "aten::flip",
+    "aten::unsqueeze", "aten::detach", "aten::alias", "aten::zeros", "aten::zero_", "aten::flip", "aten::new_empty",
+    "aten::pad", "aten::constant_pad_nd", "aten::narrow",
 }  # fmt: skip
 ALLOCATES = {"aten::empty", "aten::empty_strided", "aten::empty_like"}
 
@@ -510,6 +602,7 @@ def test_an_anchor_that_is_a_later_key(dtype: torch.dtype) -> None:
         -1,
         offset,
         0,
+        False,
     )
     losses, *_ = torch.ops.pglcl_ext.patch_contrast(*inputs)
     whole = reference.patch_contrast_loss(z.double(), y, reduction="none")
@@ -517,11 +610,63 @@ def test_an_anchor_that_is_a_later_key(dtype: torch.dtype) -> None:
     torch.testing.assert_close(losses.double(), whole[offset : offset + 30], rtol=tolerance, atol=tolerance)
 
 
+def shifted(t: torch.Tensor) -> torch.Tensor:
+    """The same numbers, from the second place of a longer memory on."""
+    return torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape) if t.numel() else t
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_storage_offsets_of_what_the_backward_passes_take(dtype: torch.dtype) -> None:
+    ops = torch.ops.pglcl_ext
+    problem = ContrastProblem.random(35, 16, m=40).cast(dtype)
+    masks = (torch.rand(35, 40) < 0.3, torch.rand(35, 40) < 0.5)
+    keys = (problem.keys.detach(), problem.key_labels, None)
+    numbers = (0.1, math.inf, 0.0, 1.0, -1, -1, 1, False)
+    inputs = (problem.anchors.detach(), problem.labels, None, *keys, None, None, *masks, *numbers)
+    loss, *saved = ops.patch_contrast(*inputs)
+    forward = (torch.ones_like(loss), saved[0], saved[1], saved[3], saved[4])
+
+    def moved(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(shifted(t) if isinstance(t, torch.Tensor) else t for t in arguments)
+
+    torch.testing.assert_close(ops.patch_contrast(*moved(inputs))[0], loss)
+    want = ops.patch_contrast_backward(*forward, *inputs, True, True)
+    got = ops.patch_contrast_backward(*moved((*forward, *inputs)), True, True)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    x = torch.randn(1, 3, 8, 16).to(dtype)
+    grads = tuple(torch.randn(shape).to(dtype) for shape in ((1, 2, 2), (1, 3, 2, 2), (1, 3, 2, 2)))
+    outputs = ops.patch_statistics(x, [4, 8], [4, 8], False, False)
+    back = (*grads, x, *outputs[1:])
+    a, b = (ops.patch_statistics_backward(*t, [4, 8], [4, 8], False, False) for t in (moved(back), back))
+    torch.testing.assert_close(a, b, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_storage_offsets_of_gaussians_and_descriptors(dtype: torch.dtype) -> None:
+    ops = torch.ops.pglcl_ext
+    for pairwise in (False, True):
+        anchors, *rest = gaussian_problem(11, 8, pairwise=pairwise)
+        want = calls.gaussian_contrast(anchors.to(dtype), *rest)
+        got = calls.gaussian_contrast(shifted(anchors.to(dtype)), *(shifted(t) for t in rest))
+        for a, b in zip(got, want):
+            assert torch.equal(a, b)
+    for channels in (1, 3):
+        a, b = torch.rand(20, channels).to(dtype), torch.rand(17, channels).to(dtype)
+        y, z, grad = torch.randint(-1, 3, (20,)), torch.randint(-1, 3, (17,)), torch.randn(20, 17).to(dtype)
+        assert torch.equal(ops.semantic_disparity(shifted(a), shifted(b)), ops.semantic_disparity(a, b))
+        moved = ops.semantic_disparity_backward(shifted(grad), shifted(a), shifted(b), True, True)
+        for got, want in zip(moved, ops.semantic_disparity_backward(grad, a, b, True, True)):
+            assert torch.equal(got, want)
+        keys = (shifted(a), shifted(y), shifted(b), shifted(z))
+        for positives in (True, False):
+            want = ops.disparity_bounds(a, y, b, z, 3, positives, -1, -1)
+            got = ops.disparity_bounds(*keys, 3, positives, -1, -1)
+            assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_storage_offsets_of_every_tensor(dtype: torch.dtype) -> None:
-    def shifted(t: torch.Tensor) -> torch.Tensor:
-        return torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape) if t.numel() else t
-
     problem = ContrastProblem.random(
         40, 16, m=50, max_positive_disparity=torch.rand(40), min_negative_disparity=torch.rand(40) / 3
     )

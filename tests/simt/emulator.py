@@ -54,7 +54,7 @@ def build(csrc: Path = native.CSRC) -> Path:
     if not target.exists():
         ops = [*sorted(csrc.glob("cuda/*.cu")), HERE / "library.cpp"]
         prefix = native.torch_includes([*ops, *csrc.glob("*.h"), *csrc.glob("cuda/*.h")]) + '#include "simt.h"\n'
-        flags = ["-O1", f"-I{HERE}", f"-I{csrc}"]
+        flags = ["-O1", f"-I{HERE}", f"-I{csrc}", *native.STABLE]
         native.build(folder / "objects", ops, target, prefix=prefix, flags=flags, shared=True)
     return target
 

@@ -1,4 +1,4 @@
-"""The ops' own tests run through csrc/cuda, host and device code, on an emulated device, in a process of their own."""
+"""The ops' own tests run through csrc/cuda, host and device code, on emulated devices, in processes of their own."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ import sys
 import pytest
 
 from tests import native
+from tests.simt.emulator import DEVICES
 
 pytestmark = pytest.mark.slow
 
-# The ops' own test files run the same way by hand: pytest --emulated 75 tests/test_patch_contrast.py
-RUNS = [(80, ["tests/simt/emulated_kernels.py", "tests/simt/emulated_edges.py"])]
+# Whole by hand, for one device: pytest --emulated 75 FILES; for all of them: make emulated
+OPS = ["semantic_disparity", "patch_statistics", "patch_contrast", "gaussian_contrast", "hard_negatives", "autograd"]
+FILES = [f"tests/test_{name}.py" for name in OPS]
+DRAWN = 20  # of the tests of the ops, for each device: half a minute
 
 
-@pytest.mark.parametrize(("capability", "arguments"), RUNS, ids=lambda v: str(v if isinstance(v, int) else v[0]))
-def test_ops_on_an_emulated_device(capability: int, arguments: list[str]) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--emulated",
-        str(capability),
-        *arguments,
-    ]
-    done = subprocess.run(command, cwd=native.ROOT, capture_output=True, text=True, check=False)
+def run_emulated(capability: int, *arguments: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--emulated", str(capability)]
+    done = subprocess.run([*command, *arguments], cwd=native.ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def test_kernels() -> None:
+    run_emulated(80, "tests/simt/emulated_kernels.py", "tests/simt/emulated_edges.py")
+
+
+@pytest.mark.parametrize("capability", DEVICES)
+def test_draw_of_the_ops_tests(capability: int) -> None:
+    # Without the largest, which `make emulated` runs.
+    least = "not large_logits and not gradcheck and not extreme_logits"
+    run_emulated(capability, "--draw", str(DRAWN), "--draw-seed", str(capability), "-k", least, *FILES)

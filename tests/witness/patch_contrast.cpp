@@ -98,7 +98,6 @@ void contrast(int64_t n, int64_t m, int64_t depth, const Options& options = {}) 
   }
   x.inverse_temperature = scalar_t(1 / rule.temperature);
   x.log_weight = scalar_t(std::log(rule.psi));
-  x.log_both = scalar_t(std::log1p(rule.psi));
   x.ignore_index = -1;
   x.self_offset = itself ? 0 : -1;
   const pglcl::cuda::DeviceLimits device{__CUDA_ARCH__ / 10, options.shared_bytes, options.tf32,
@@ -123,7 +122,14 @@ void contrast(int64_t n, int64_t m, int64_t depth, const Options& options = {}) 
   const pglcl::cuda::ContrastGradients<scalar_t> g{grad.data(),      false,          num_valid.data(),
                                                    max_logit.data(), log_sum.data(), num_positives.data()};
   auto of_anchors = unwritten<T>(n * depth), of_keys = unwritten<T>(m * depth);
-  pglcl::cuda::run_contrast_backward<T>(x, g, device, of_anchors.data(), true, itself, 0);
+  const int anchor_parts = pglcl::cuda::gradient_part_count(x, device, true);
+  const int key_parts = itself ? 1 : pglcl::cuda::gradient_part_count(x, device, false);
+  auto anchor_sums = unwritten<float>(anchor_parts * n * depth), key_sums = unwritten<float>(key_parts * m * depth);
+  const pglcl::cuda::GradientParts<T> to_anchors{anchor_sums.data(), of_anchors.data(), n * depth, anchor_parts};
+  const pglcl::cuda::GradientParts<T> to_keys{key_sums.data(), of_keys.data(), m * depth, key_parts};
+  pglcl::cuda::run_contrast_backward<T>(x, g, device, to_anchors, true, itself, 0);
+  if (!itself) pglcl::cuda::run_contrast_backward<T>(x, g, device, to_keys, false, true, 0);
+  pglcl::cuda::run_merge_gradients(to_anchors, to_keys, 0);
   compare(name + ", gradient of anchors", decode(of_anchors),
           differences(
               [&](const Values& v) {
@@ -133,7 +139,6 @@ void contrast(int64_t n, int64_t m, int64_t depth, const Options& options = {}) 
               a.rows),
           tolerance);
   if (itself) return;
-  pglcl::cuda::run_contrast_backward<T>(x, g, device, of_keys.data(), false, true, 0);
   compare(
       name + ", gradient of keys", decode(of_keys),
       differences([&](const Values& v) { return loss_of(a, {b.n, v, b.labels, b.descriptors}, itself, depth, rule); },

@@ -163,6 +163,8 @@ PGLCL_DEVICE double minimum(double a, double b) { return fmin(a, b); }
 PGLCL_DEVICE float absolute(float x) { return fabsf(x); }
 PGLCL_DEVICE double absolute(double x) { return fabs(x); }
 PGLCL_DEVICE int count_bits(uint32_t x) { return __popc(x); }
+PGLCL_DEVICE float log_of_one_and(float x) { return log1pf(x); }
+PGLCL_DEVICE double log_of_one_and(double x) { return log1p(x); }
 
 // D += A B on the tensor cores of a warp, operands and result as mma.sync lays them out.
 PGLCL_DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -316,6 +318,10 @@ T absolute(T x) {
   return std::fabs(x);
 }
 inline int count_bits(uint32_t x) { return std::popcount(x); }
+template <typename T>
+T log_of_one_and(T x) {
+  return std::log1p(x);
+}
 
 inline float decode_bf16(uint32_t word, int half) { return bits_float(half ? word & 0xffff0000u : word << 16); }
 float decode_f16(uint32_t word, int half);

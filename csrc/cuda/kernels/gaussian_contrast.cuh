@@ -207,6 +207,26 @@ PGLCL_KERNEL gaussian_contrast_rows(const GaussianArguments<T> x, typename Accum
   }
 }
 
+// Only the symmetric part of a matrix has a quadratic form: half the sum of it and its transpose.
+template <typename scalar_t>
+PGLCL_KERNEL symmetric_part(const scalar_t* from_data, scalar_t* to_data, int64_t count, int64_t depth) {
+  const Global<const scalar_t> from(from_data);
+  const Global<scalar_t> to(to_data);
+  const int64_t at = int64_t(block_index()) * kGaussianThreads + thread_index();
+  if (at >= count * depth * depth) return;
+  const int64_t row = at / depth, column = at - row * depth, matrix = row / depth;
+  const int64_t mirrored = (matrix * depth + column) * depth + (row - matrix * depth);
+  to.store(at, (from.load(at) + from.load(mirrored)) / scalar_t(2));
+}
+
+// Of `count` matrices (depth, depth).
+template <typename scalar_t>
+void run_symmetric_part(const scalar_t* from, scalar_t* to, int64_t count, int64_t depth, PglclStream stream) {
+  const int64_t blocks = (count * depth * depth + kGaussianThreads - 1) / kGaussianThreads;
+  if (blocks == 0) return;
+  PGLCL_LAUNCH(symmetric_part<scalar_t>, blocks, 1, kGaussianThreads, 0, stream, from, to, count, depth);
+}
+
 // Bytes of shared memory that `rows` anchors take.
 template <typename scalar_t>
 int64_t gaussian_shared_bytes(int rows, int64_t depth) {

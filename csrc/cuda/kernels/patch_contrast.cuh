@@ -23,6 +23,14 @@ PGLCL_DEVICE scalar_t power_e(scalar_t x) {
 PGLCL_DEVICE float logarithm2(float x) { return log2f(x); }
 PGLCL_DEVICE double logarithm2(double x) { return log2(x); }
 
+// log(e^a + e^b); a sum that is no number stays none.
+template <typename scalar_t>
+PGLCL_DEVICE scalar_t log_add(scalar_t a, scalar_t b) {
+  const bool first = a > b;
+  const scalar_t high = first ? a : b, low = first ? b : a;
+  return low == -scalar_t(INFINITY) ? high : high + log_of_one_and(power_e(low - high));
+}
+
 // The lowest finite number: as the maximum of nothing it needs no special case, unlike minus infinity.
 template <typename scalar_t>
 constexpr scalar_t kLowest = sizeof(scalar_t) == 8 ? scalar_t(-1.7976931348623157e308) : scalar_t(-3.402823466e38f);
@@ -42,7 +50,6 @@ struct ContrastArguments {
   int64_t positive_stride[2], negative_stride[2];
   scalar_t inverse_temperature;
   scalar_t log_weight;  // log(negative_weight); -inf, for a weight of 0: negatives do not count
-  scalar_t log_both;    // log(1 + negative_weight), of a pair that masks call positive and negative
   int64_t ignore_index;
   int64_t self_offset;  // anchor i and key i + self_offset are the same patch; negative: none is
 };
@@ -79,7 +86,9 @@ struct Patch {
 template <typename scalar_t>
 struct AnchorTerms {
   scalar_t positive_bound, negative_bound;
-  scalar_t max_logit, log_sum;
+  scalar_t max_logit;
+  // To the base 2: of the sum of all pairs, over e^max_logit, and of that sum over the weight of a negative.
+  scalar_t log_sum, log_negative;
   scalar_t coefficient, mean;  // dL/d(dot): coefficient (p - 1 / |P|) = coefficient p - mean
   bool counts;
   bool undecided;  // a bound is no number
@@ -104,7 +113,7 @@ PGLCL_DEVICE Patch<scalar_t> load_patch(const ContrastArguments<T>& x, int64_t i
 
 template <typename T, typename scalar_t = typename Accumulate<T>::type>
 PGLCL_DEVICE AnchorTerms<scalar_t> no_terms() {
-  return {scalar_t(NAN), scalar_t(NAN), 0, 0, 0, 0, false, false};
+  return {scalar_t(NAN), scalar_t(NAN), 0, 0, 0, 0, 0, false, false};
 }
 
 template <typename T, typename scalar_t = typename Accumulate<T>::type>
@@ -119,21 +128,25 @@ PGLCL_DEVICE AnchorTerms<scalar_t> load_terms(const ContrastArguments<T>& x, int
   return terms;
 }
 
-// The same for the backward pass. An anchor without a positive has no part in the loss.
+// The same for the backward pass. An anchor without a positive has no part in the loss, and one whose loss nobody asks
+// for has none in the gradient, be it a number or not.
 template <typename T, typename scalar_t = typename Accumulate<T>::type>
 PGLCL_DEVICE AnchorTerms<scalar_t> load_terms(const ContrastArguments<T>& x, const ContrastGradients<scalar_t>& g,
                                               int64_t i, const Patch<scalar_t>& anchor) {
   if (!anchor.counts) return no_terms<T>();
   const int32_t count = Global<const int32_t>(g.num_positives).load(i);
   if (count == 0) return no_terms<T>();
-  AnchorTerms<scalar_t> terms = load_terms<T>(x, i, anchor);
   scalar_t upstream = Global<const scalar_t>(g.grad).load(g.grad_per_anchor ? i : 0);
+  if (upstream == scalar_t(0)) return no_terms<T>();
+  AnchorTerms<scalar_t> terms = load_terms<T>(x, i, anchor);
   if (g.num_valid) {
     const int64_t valid = Global<const int64_t>(g.num_valid).load(0);
     upstream /= scalar_t(valid > 1 ? valid : 1);
   }
   terms.max_logit = Global<const scalar_t>(g.max_logit).load(i);
-  terms.log_sum = Global<const scalar_t>(g.log_sum).load(i);
+  const scalar_t log_sum = Global<const scalar_t>(g.log_sum).load(i);
+  terms.log_sum = log_sum * scalar_t(kLog2E);
+  terms.log_negative = (log_sum - x.log_weight) * scalar_t(kLog2E);
   terms.coefficient = upstream * x.inverse_temperature;
   terms.mean = terms.coefficient / scalar_t(count);
   return terms;
@@ -180,11 +193,10 @@ PGLCL_DEVICE PairKind decide(const ContrastArguments<T>& x, int64_t i, const Pat
   return kind;
 }
 
-// The logit of a pair that counts: that of a negative carries its weight.
+// Rounded once, the same in both passes. The weight of a negative is no part of it: in a large logit it would drown.
 template <typename T, typename scalar_t = typename Accumulate<T>::type>
-PGLCL_DEVICE scalar_t pair_logit(const ContrastArguments<T>& x, const PairKind& kind, scalar_t dot) {
-  const scalar_t of_positive = kind.negative ? x.log_both : scalar_t(0);
-  return multiply_add(dot, x.inverse_temperature, kind.positive ? of_positive : x.log_weight);
+PGLCL_DEVICE scalar_t pair_logit(const ContrastArguments<T>& x, scalar_t dot) {
+  return multiply_add(dot, x.inverse_temperature, scalar_t(0));
 }
 
 // What a whole set of keys says about whether an anchor's pairs can be decided: as decide() has it pair by pair.
@@ -222,7 +234,7 @@ struct KeyScan {
 template <typename scalar_t>
 struct RunningSums {
   scalar_t highest = kLowest<scalar_t>;  // of the logits met
-  scalar_t sum = 0;                      // of e^(logit - highest)
+  scalar_t sum = 0, negative_sum = 0;    // of e^(logit - highest), of the positives and of the negatives
   scalar_t spread = 0;                   // of logit - highest over the positives: no large number is summed
   int32_t positives = 0;
   bool undecided = false;
@@ -230,14 +242,16 @@ struct RunningSums {
   // Everything is counted from a new maximum.
   PGLCL_DEVICE void raise(scalar_t top) {
     const scalar_t step = highest - top;
-    sum *= power_e(step);
+    const scalar_t factor = power_e(step);
+    sum *= factor;
+    negative_sum *= factor;
     if (positives > 0) spread += scalar_t(positives) * step;
     highest = top;
   }
 
-  // Logits of pairs that do not count are minus infinity; bit k of `positive` says what logit k is.
+  // Logits of pairs that do not count are minus infinity; bits k of `positive` and `negative` say what logit k is.
   template <int kCount>
-  PGLCL_DEVICE void add(const scalar_t (&logits)[kCount], uint32_t positive) {
+  PGLCL_DEVICE void add(const scalar_t (&logits)[kCount], uint32_t positive, uint32_t negative) {
     scalar_t top = highest;
 #pragma unroll
     for (int k = 0; k < kCount; ++k) top = maximum(top, logits[k]);  // of numbers; NaN shows in the sum
@@ -245,8 +259,12 @@ struct RunningSums {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       const scalar_t below = logits[k] - highest;  // NaN, where an infinite logit leaves no answer
-      sum += power_e(below);
-      if (positive >> k & 1) spread += below;
+      const scalar_t share = power_e(below);
+      if (positive >> k & 1) {
+        sum += share;
+        spread += below;
+      }
+      if (negative >> k & 1) negative_sum += share;
     }
     positives += count_bits(positive);
   }
@@ -257,6 +275,7 @@ struct RunningSums {
     RunningSums other;
     other.highest = shuffle_xor(highest, lane_mask);
     other.sum = shuffle_xor(sum, lane_mask);
+    other.negative_sum = shuffle_xor(negative_sum, lane_mask);
     other.spread = shuffle_xor(spread, lane_mask);
     other.positives = shuffle_xor(positives, lane_mask);
     other.undecided = shuffle_xor(int(undecided), lane_mask);
@@ -267,15 +286,17 @@ struct RunningSums {
     raise(top);
     other.raise(top);
     sum += other.sum;
+    negative_sum += other.negative_sum;
     spread += other.spread;
     positives += other.positives;
     undecided = undecided || other.undecided;
   }
 
   // Without a pair the maximum and the sum are those of nothing, minus infinity both.
-  PGLCL_DEVICE void write(int64_t i, const ContrastSums<scalar_t>& out) const {
-    const bool met = sum != scalar_t(0) || positives > 0;
-    const scalar_t log_sum = undecided ? scalar_t(NAN) : logarithm2(sum) * scalar_t(kLn2);
+  PGLCL_DEVICE void write(int64_t i, scalar_t log_weight, const ContrastSums<scalar_t>& out) const {
+    const bool met = sum != scalar_t(0) || negative_sum != scalar_t(0) || positives > 0;
+    const scalar_t of_negatives = log_weight + logarithm2(negative_sum) * scalar_t(kLn2);
+    const scalar_t log_sum = undecided ? scalar_t(NAN) : log_add(logarithm2(sum) * scalar_t(kLn2), of_negatives);
     const scalar_t mean_spread = positives ? spread / scalar_t(positives) : scalar_t(0);
     const bool counts = positives > 0 || undecided;
     Global<scalar_t>(out.max_logit).store(i, undecided ? scalar_t(NAN) : met ? highest : -scalar_t(INFINITY));
@@ -287,13 +308,14 @@ struct RunningSums {
   }
 };
 
-// dL/d(dot) of a pair, from its anchor's side. No exponent is above 0 and no share above 1: the maximum bounds the
-// logit, whatever the rounding, and the sum holds the maximum's own 1.
+// dL/d(dot) of a pair, from its anchor's side. No share is above 1 but by rounding: the maximum bounds the logit,
+// whatever the rounding, and the sum holds the pair's own term.
 template <typename T, typename scalar_t = typename Accumulate<T>::type>
 PGLCL_DEVICE scalar_t pair_weight(const ContrastArguments<T>& x, const PairKind& kind,
                                   const AnchorTerms<scalar_t>& terms, scalar_t dot) {
-  const scalar_t below = minimum(pair_logit(x, kind, dot) - terms.max_logit, scalar_t(0));
-  const scalar_t share = power_e(below - terms.log_sum);
+  const scalar_t below = minimum(pair_logit(x, dot) - terms.max_logit, scalar_t(0));
+  scalar_t share = power2(multiply_add(below, scalar_t(kLog2E), kind.positive ? -terms.log_sum : -terms.log_negative));
+  if (kind.positive && kind.negative) share += power2(multiply_add(below, scalar_t(kLog2E), -terms.log_negative));
   // An infinite dot is no number times 0, and so is the gradient of who uses it.
   const scalar_t rest = multiply_add(dot, scalar_t(0), kind.positive ? -terms.mean : scalar_t(0));
   const scalar_t weight = multiply_add(terms.coefficient, share, rest);
@@ -322,10 +344,9 @@ PGLCL_KERNEL contrast_forward_plain(ContrastArguments<T> x, ContrastSums<typenam
     sums.undecided = sums.undecided || kind.undecided;
     if (!kind.positive && !kind.negative) continue;  // the same in all lanes
     const scalar_t dot = warp_dot<T>(x.anchors, i, x.keys, j, x.depth);
-    sums.add({pair_logit(x, kind, dot)}, kind.positive);
-    if (kind.positive && kind.negative) sums.spread -= x.log_both;
+    sums.add({pair_logit(x, dot)}, kind.positive, kind.negative);
   }
-  if (thread_index() % 32 == 0) sums.write(i, out);
+  if (thread_index() % 32 == 0) sums.write(i, x.log_weight, out);
 }
 
 constexpr int kPlainDepth = 512;  // columns of the gradient summed at once: 4 warps x 512 x 8 bytes = 16 KiB

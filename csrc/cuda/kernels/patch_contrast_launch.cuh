@@ -17,6 +17,9 @@ inline int64_t blocks_of(int64_t rows, int64_t per_block) { return (rows + per_b
 
 enum class Path { kPlain, kFfma, kTf32, kMma };
 
+// Rows longer than kMaxDepth, in 16 bits, are widened: to float32 every number goes unchanged, and to TF32 as well.
+inline bool widens(int64_t depth, int64_t element_size) { return depth > kMaxDepth && element_size == 2; }
+
 // The kernel, and the stages of its pipeline that fit: 2 or 1.
 struct Choice {
   Path path;
@@ -27,8 +30,12 @@ template <typename T>
 Choice choose_path(const ContrastArguments<T>& x, const DeviceLimits& device) {
   const bool aligned = x.depth * sizeof(T) % 16 == 0 && reinterpret_cast<uintptr_t>(x.anchors) % 16 == 0 &&
                        reinterpret_cast<uintptr_t>(x.keys) % 16 == 0;
-  if (sizeof(T) == 8 || !aligned || x.depth == 0 || x.depth > kMaxDepth) return {Path::kPlain, 0};
+  if (sizeof(T) == 8 || !aligned || x.depth == 0) return {Path::kPlain, 0};
   const bool tensor = device.compiled_for >= 80;
+  if (x.depth > kMaxDepth) {
+    if (sizeof(T) == 2 || tile_shared_bytes<T>(kDepthChunk, 1) > device.shared_bytes) return {Path::kPlain, 0};
+    return {tensor && device.allow_tf32 ? Path::kTf32 : Path::kFfma, 1};
+  }
   for (int stages = 2; stages > 0; --stages) {
     if constexpr (sizeof(T) == 2) {
       // The backward pass takes more, and chooses alike.
@@ -52,26 +59,46 @@ void with_rule(const ContrastArguments<T>& x, Body body) {
     body.template operator()<false>();
 }
 
+// Calls body.operator()<deep>(): whether rows pass in chunks. 16-bit rows never do.
+template <typename T, typename Body>
+void with_chunks(int64_t depth, Body body) {
+  if constexpr (sizeof(T) == 4)
+    if (depth > kMaxDepth) return body.template operator()<true>();
+  body.template operator()<false>();
+}
+
 template <typename T, Math kMath>
 void launch_forward_tiles(const ContrastArguments<T>& x, const DeviceLimits& device, const ContrastSums<float>& out,
                           int stages, PglclStream stream) {
   with_rule(x, [&]<bool kGeneral>() {
-    const int64_t bytes = tile_shared_bytes<T>(x.depth, stages);
-    PGLCL_ALLOW_SHARED((contrast_forward_tiles<T, kMath, kGeneral>), bytes, device.shared_bytes);
-    PGLCL_LAUNCH((contrast_forward_tiles<T, kMath, kGeneral>), blocks_of(x.n, kRows), 1, kContrastThreads, bytes,
-                 stream, x, out, stages);
+    with_chunks<T>(x.depth, [&]<bool kDeep>() {
+      const int64_t bytes = tile_shared_bytes<T>(kDeep ? kDepthChunk : x.depth, stages);
+      PGLCL_ALLOW_SHARED((contrast_forward_tiles<T, kMath, kGeneral, kDeep>), bytes, device.shared_bytes);
+      PGLCL_LAUNCH((contrast_forward_tiles<T, kMath, kGeneral, kDeep>), blocks_of(x.n, kRows), 1, kContrastThreads,
+                   bytes, stream, x, out, stages);
+    });
   });
 }
 
-// Blocks among which the keys of a row are shared out, so that each multiprocessor gets three, with four tiles at
-// least.
-template <typename T>
-int contrast_part_count(const ContrastArguments<T>& x, const DeviceLimits& device) {
-  if (x.n == 0 || choose_path(x, device).path != Path::kMma) return 1;
-  const int64_t rows = blocks_of(x.n, kMmaRows), wanted = 3 * device.multiprocessors / rows;
-  const int64_t most = x.m / (4 * kMmaColumns<128, true>);
+// Blocks among which the `columns` of a block of rows are shared out, so that each multiprocessor gets three, with four
+// tiles of `tile` at least.
+inline int part_count(int64_t rows, int64_t columns, int tile, const DeviceLimits& device) {
+  if (rows == 0) return 1;
+  const int64_t wanted = 3 * device.multiprocessors / blocks_of(rows, kMmaRows), most = columns / (4 * tile);
   const int64_t parts = wanted < most ? wanted : most;
   return parts < 1 ? 1 : parts > 16 ? 16 : int(parts);
+}
+
+template <typename T>
+int contrast_part_count(const ContrastArguments<T>& x, const DeviceLimits& device) {
+  return choose_path(x, device).path == Path::kMma ? part_count(x.n, x.m, kMmaColumns<128, true>, device) : 1;
+}
+
+// The same for the gradient of the anchors, or of the keys.
+template <typename T>
+int gradient_part_count(const ContrastArguments<T>& x, const DeviceLimits& device, bool own_anchor) {
+  if (choose_path(x, device).path != Path::kMma || x.depth > 128) return 1;
+  return part_count(own_anchor ? x.n : x.m, own_anchor ? x.m : x.n, kMmaColumns<128, false>, device);
 }
 
 template <typename T, int kDepth>
@@ -84,7 +111,8 @@ void launch_forward_mma(const ContrastArguments<T>& x, const DeviceLimits& devic
                  bytes, stream, x, out, parts, stages);
   });
   if (parts.count > 1)
-    PGLCL_LAUNCH(contrast_merge_parts, blocks_of(x.n, kContrastThreads), 1, kContrastThreads, 0, stream, parts, out);
+    PGLCL_LAUNCH(contrast_merge_parts, blocks_of(x.n, kContrastThreads), 1, kContrastThreads, 0, stream, parts,
+                 x.log_weight, out);
 }
 
 // loss: one number; null where out.losses are the result. workspace: contrast_parts_size(contrast_part_count(x,
@@ -117,61 +145,84 @@ template <typename T, Math kMath>
 void launch_backward_tiles(const ContrastArguments<T>& x, const ContrastGradients<float>& g, const DeviceLimits& device,
                            T* grad, bool own_anchor, bool own_key, int stages, PglclStream stream) {
   with_rule(x, [&]<bool kGeneral>() {
-    const auto launch = [&]<int kDepth>() {
-      const int64_t bytes = tile_shared_bytes<T>(x.depth, stages);
-      PGLCL_ALLOW_SHARED((contrast_backward_tiles<T, kMath, kDepth, kGeneral>), bytes, device.shared_bytes);
-      PGLCL_LAUNCH((contrast_backward_tiles<T, kMath, kDepth, kGeneral>), blocks_of(own_anchor ? x.n : x.m, kRows), 1,
-                   kContrastThreads, bytes, stream, x, g, grad, own_anchor, own_key, stages);
-    };
-    x.depth > 128 ? launch.template operator()<256>() : launch.template operator()<128>();
+    with_chunks<T>(x.depth, [&]<bool kDeep>() {
+      const auto launch = [&]<int kDepth>() {
+        const int64_t bytes = tile_shared_bytes<T>(kDeep ? kDepthChunk : x.depth, stages);
+        PGLCL_ALLOW_SHARED((contrast_backward_tiles<T, kMath, kDepth, kGeneral, kDeep>), bytes, device.shared_bytes);
+        PGLCL_LAUNCH((contrast_backward_tiles<T, kMath, kDepth, kGeneral, kDeep>),
+                     blocks_of(own_anchor ? x.n : x.m, kRows), kDeep ? blocks_of(x.depth, kDepthChunk) : 1,
+                     kContrastThreads, bytes, stream, x, g, grad, own_anchor, own_key, stages);
+      };
+      if constexpr (kDeep)
+        launch.template operator()<kDepthChunk>();
+      else
+        x.depth > 128 ? launch.template operator()<256>() : launch.template operator()<128>();
+    });
   });
 }
 
 template <typename T, int kDepth, Owner kOwner>
 void launch_backward_mma(const ContrastArguments<T>& x, const ContrastGradients<float>& g, const DeviceLimits& device,
-                         T* grad, int stages, PglclStream stream) {
+                         const GradientParts<T>& out, int stages, PglclStream stream) {
   with_rule(x, [&]<bool kGeneral>() {
     const int64_t bytes = mma_shared_bytes<kDepth, false>(stages);
     PGLCL_ALLOW_SHARED((contrast_backward_mma<T, kDepth, kOwner, kGeneral>), bytes, device.shared_bytes);
     PGLCL_LAUNCH((contrast_backward_mma<T, kDepth, kOwner, kGeneral>),
-                 blocks_of(kOwner == Owner::kKeys ? x.m : x.n, kMmaRows), 1, kContrastThreads, bytes, stream, x, g,
-                 grad, stages);
+                 blocks_of(kOwner == Owner::kKeys ? x.m : x.n, kMmaRows), out.count, kContrastThreads, bytes, stream, x,
+                 g, out, stages);
   });
 }
 
 template <typename T, int kDepth>
 void launch_backward_mma(const ContrastArguments<T>& x, const ContrastGradients<float>& g, const DeviceLimits& device,
-                         T* grad, bool own_anchor, bool own_key, int stages, PglclStream stream) {
+                         const GradientParts<T>& out, bool own_anchor, bool own_key, int stages, PglclStream stream) {
   if (own_anchor && own_key)
-    launch_backward_mma<T, kDepth, Owner::kBoth>(x, g, device, grad, stages, stream);
+    launch_backward_mma<T, kDepth, Owner::kBoth>(x, g, device, out, stages, stream);
   else if (own_anchor)
-    launch_backward_mma<T, kDepth, Owner::kAnchors>(x, g, device, grad, stages, stream);
+    launch_backward_mma<T, kDepth, Owner::kAnchors>(x, g, device, out, stages, stream);
   else
-    launch_backward_mma<T, kDepth, Owner::kKeys>(x, g, device, grad, stages, stream);
+    launch_backward_mma<T, kDepth, Owner::kKeys>(x, g, device, out, stages, stream);
 }
 
-// The gradient of the anchors (own_anchor), of the keys (own_key), or of both at once when they are the same.
+// The gradient of the anchors (own_anchor), of the keys (own_key), or of both at once when they are the same. Where it
+// comes in parts, run_merge_gradients puts them together.
 template <typename T, typename scalar_t = typename Accumulate<T>::type>
 void run_contrast_backward(const ContrastArguments<T>& x, const ContrastGradients<scalar_t>& g,
-                           const DeviceLimits& device, T* grad, bool own_anchor, bool own_key, PglclStream stream) {
+                           const DeviceLimits& device, const GradientParts<T>& out, bool own_anchor, bool own_key,
+                           PglclStream stream) {
   const int64_t rows = own_anchor ? x.n : x.m;
   if (rows == 0 || x.depth == 0) return;
   const Choice choice = choose_path(x, device);
   if constexpr (sizeof(T) == 2) {
     if (choice.path == Path::kMma && x.depth <= 128)
-      return launch_backward_mma<T, 128>(x, g, device, grad, own_anchor, own_key, choice.stages, stream);
+      return launch_backward_mma<T, 128>(x, g, device, out, own_anchor, own_key, choice.stages, stream);
     if (choice.path == Path::kMma)
-      return launch_backward_mma<T, 256>(x, g, device, grad, own_anchor, own_key, choice.stages, stream);
+      return launch_backward_mma<T, 256>(x, g, device, out, own_anchor, own_key, choice.stages, stream);
   }
   if constexpr (sizeof(T) == 4)
     if (choice.path == Path::kTf32)
-      return launch_backward_tiles<T, Math::kTensor>(x, g, device, grad, own_anchor, own_key, choice.stages, stream);
+      return launch_backward_tiles<T, Math::kTensor>(x, g, device, out.gradient, own_anchor, own_key, choice.stages,
+                                                     stream);
   if constexpr (sizeof(T) < 8)
     if (choice.path == Path::kFfma)
-      return launch_backward_tiles<T, Math::kFfma>(x, g, device, grad, own_anchor, own_key, choice.stages, stream);
+      return launch_backward_tiles<T, Math::kFfma>(x, g, device, out.gradient, own_anchor, own_key, choice.stages,
+                                                   stream);
   const int64_t bytes = kContrastThreads / 32 * kPlainDepth * sizeof(scalar_t);
   PGLCL_LAUNCH(contrast_backward_plain<T>, blocks_of(rows, kContrastThreads / 32), 1, kContrastThreads, bytes, stream,
-               x, g, grad, own_anchor, own_key);
+               x, g, out.gradient, own_anchor, own_key);
+}
+
+// Of the anchors and the keys; what came in one part is whole.
+template <typename T>
+void run_merge_gradients(const GradientParts<T>& anchors, const GradientParts<T>& keys, PglclStream stream) {
+  if constexpr (sizeof(T) == 2) {
+    const GradientParts<T>& first = anchors.count > 1 ? anchors : keys;
+    const bool both = anchors.count > 1 && keys.count > 1;
+    if (first.count == 1) return;
+    const int64_t size = both && keys.size > first.size ? keys.size : first.size;
+    PGLCL_LAUNCH(contrast_merge_gradients<T>, blocks_of(size, 4 * kContrastThreads), both ? 2 : 1, kContrastThreads, 0,
+                 stream, first, keys);
+  }
 }
 
 }  // namespace pglcl::cuda

@@ -219,7 +219,7 @@ PGLCL_DEVICE void meet_columns(const ContrastArguments<T>& x, const ColumnSide<8
   constexpr int kColumns = 8 * kTiles;
   const int within = thread_index() % 4;
   float logits[2][2 * kTiles];
-  uint32_t positive[2] = {0, 0};
+  uint32_t positive[2] = {0, 0}, negative[2] = {0, 0};
   int self[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) self[r] = kSelf ? own_column(index[r], x.self_offset, first, kColumns) : -1;
@@ -236,25 +236,25 @@ PGLCL_DEVICE void meet_columns(const ContrastArguments<T>& x, const ColumnSide<8
         if constexpr (kGeneral) {
           kind = decide(x, index[r], anchor[r], first + column, keys[c], terms[r]);
           sums[r].undecided = sums[r].undecided || kind.undecided;
-          if (kind.positive && kind.negative) sums[r].spread -= x.log_both;
         } else {
           kind = decide_by_rule(anchor[r], keys[c], terms[r].positive_bound, terms[r].negative_bound);
           if (kSelf && column == self[r]) kind = {false, false, false};
         }
-        const float logit = pair_logit(x, kind, products[t][2 * r + c]);
+        const float logit = pair_logit(x, products[t][2 * r + c]);
         logits[r][2 * t + c] = kind.positive || kind.negative ? logit : -INFINITY;
         positive[r] |= uint32_t(kind.positive) << (2 * t + c);
+        negative[r] |= uint32_t(kind.negative) << (2 * t + c);
       }
     }
   }
 #pragma unroll
-  for (int r = 0; r < 2; ++r) sums[r].add(logits[r], positive[r]);
+  for (int r = 0; r < 2; ++r) sums[r].add(logits[r], positive[r], kGeneral ? negative[r] : ~positive[r]);
 }
 
 // The keys may be shared out among several blocks of the same rows, when there are too few rows for the GPU. Each
 // leaves its part of an anchor's sums here, and contrast_merge_parts puts them together in one order. (parts, n) each.
 struct ContrastParts {
-  float *highest, *sum, *spread;
+  float *highest, *sum, *negative_sum, *spread;
   int32_t *positives, *undecided;
   int64_t n;
   int count;
@@ -263,6 +263,7 @@ struct ContrastParts {
     const int64_t at = part * n + i;
     Global<float>(highest).store(at, sums.highest);
     Global<float>(sum).store(at, sums.sum);
+    Global<float>(negative_sum).store(at, sums.negative_sum);
     Global<float>(spread).store(at, sums.spread);
     Global<int32_t>(positives).store(at, sums.positives);
     Global<int32_t>(undecided).store(at, sums.undecided);
@@ -272,6 +273,7 @@ struct ContrastParts {
     RunningSums<float> sums;
     sums.highest = Global<const float>(highest).load(at);
     sums.sum = Global<const float>(sum).load(at);
+    sums.negative_sum = Global<const float>(negative_sum).load(at);
     sums.spread = Global<const float>(spread).load(at);
     sums.positives = Global<const int32_t>(positives).load(at);
     sums.undecided = Global<const int32_t>(undecided).load(at) != 0;
@@ -280,19 +282,19 @@ struct ContrastParts {
 };
 
 // Of `workspace`, which holds contrast_parts_size(count, n) numbers.
-constexpr int64_t contrast_parts_size(int count, int64_t n) { return count > 1 ? 5 * count * n : 0; }
+constexpr int64_t contrast_parts_size(int count, int64_t n) { return count > 1 ? 6 * count * n : 0; }
 inline ContrastParts contrast_parts(float* workspace, int count, int64_t n) {
   const int64_t each = count > 1 ? count * n : 0;
   const auto integers = [&](int k) { return reinterpret_cast<int32_t*>(workspace + k * each); };
-  return {workspace, workspace + each, workspace + 2 * each, integers(3), integers(4), n, count};
+  return {workspace, workspace + each, workspace + 2 * each, workspace + 3 * each, integers(4), integers(5), n, count};
 }
 
-PGLCL_KERNEL contrast_merge_parts(ContrastParts parts, ContrastSums<float> out) {
+PGLCL_KERNEL contrast_merge_parts(ContrastParts parts, float log_weight, ContrastSums<float> out) {
   const int64_t i = int64_t(block_index()) * kContrastThreads + thread_index();
   if (i >= parts.n) return;
   RunningSums<float> sums = parts.load(0, i);
   for (int part = 1; part < parts.count; ++part) sums.merge(parts.load(part, i));
-  sums.write(i, out);
+  sums.write(i, log_weight, out);
 }
 
 // kGeneral: masks or several channels decide, instead of decide_by_rule.
@@ -348,7 +350,7 @@ PGLCL_KERNEL contrast_forward_mma(ContrastArguments<T> x, ContrastSums<float> ou
     if (parts.count > 1)
       parts.store(block_index_y(), index[r], sums[r]);
     else
-      sums[r].write(index[r], out);
+      sums[r].write(index[r], x.log_weight, out);
   }
 }
 
@@ -370,6 +372,17 @@ PGLCL_DEVICE float weight_scale(const ContrastArguments<T>& x, const ContrastGra
     const int wanted = 13 - exponent < -100 ? -100 : 13 - exponent > 100 ? 100 : 13 - exponent;
     return bits_float(uint32_t(wanted + 127) << 23);
   }
+}
+
+// Whether one of a thread's weights is neither 0 nor -0.
+template <int kTiles>
+PGLCL_DEVICE bool any_weight(const float (&weights)[kTiles][4]) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) bits |= float_bits(weights[t][i]);
+  return bits << 1 != 0;
 }
 
 // Whose gradient a block of rows holds.
@@ -426,8 +439,43 @@ PGLCL_DEVICE float weigh_columns(const ContrastArguments<T>& x, const ColumnSide
   return infinite;
 }
 
+// The columns may be shared out among several blocks of the same rows, as in the forward pass. Each leaves its sums in
+// a part of its own, and contrast_merge_gradients adds the parts in one order.
+template <typename T>
+struct GradientParts {
+  float* sums;  // (count, rows, depth); not used where there is one part
+  T* gradient;  // (rows, depth)
+  int64_t size;
+  int count;
+};
+
+// Blocks in y: of the anchors and of the keys, or of one of them.
+template <typename T>
+PGLCL_KERNEL contrast_merge_gradients(GradientParts<T> first, GradientParts<T> second) {
+  constexpr int kVector = 4;
+  const GradientParts<T>& x = block_index_y() == 0 ? first : second;
+  const int64_t at = (int64_t(block_index()) * kContrastThreads + thread_index()) * kVector;
+  if (at >= x.size) return;
+  const Global<const float> sums(x.sums);
+  Vector<float, kVector> total = sums.template load_vector<kVector>(at);
+  for (int part = 1; part < x.count; ++part) {
+    const Vector<float, kVector> more = sums.template load_vector<kVector>(part * x.size + at);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) total.at[i] += more.at[i];
+  }
+  Vector<T, kVector> out;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) out.at[i] = narrow<T>(total.at[i]);
+  Global<T>(x.gradient).template store_vector<kVector>(at, out);
+}
+
+// Deep rows leave no registers for parts.
+template <int kDepth>
+constexpr bool kSharesColumns = kDepth <= 128;
+
 template <typename T, int kDepth, Owner kOwner, bool kGeneral>
-PGLCL_KERNEL contrast_backward_mma(ContrastArguments<T> x, ContrastGradients<float> g, T* grad_data, int stages) {
+PGLCL_KERNEL contrast_backward_mma(ContrastArguments<T> x, ContrastGradients<float> g, GradientParts<T> out,
+                                   int stages) {
   constexpr int kColumns = kMmaColumns<kDepth, false>, kTiles = kColumns / 8;
   constexpr bool kOwnAnchor = kOwner != Owner::kKeys, kOwnKey = kOwner != Owner::kAnchors;
   SharedMemory shared;
@@ -462,9 +510,15 @@ PGLCL_KERNEL contrast_backward_mma(ContrastArguments<T> x, ContrastGradients<flo
   };
   RowFragments<T, kDepth, false> fragments(memory.rows);
   const int64_t tiles = (column_count + kColumns - 1) / kColumns;
+  int64_t first_tile = 0, last_tile = tiles;
+  if constexpr (kSharesColumns<kDepth>) {
+    const int64_t share = (tiles + out.count - 1) / out.count;
+    first_tile = block_index_y() * share;
+    last_tile = first_tile + share < tiles ? first_tile + share : tiles;
+  }
   stream_tiles<T, kDepth, false>(
       memory, fragments, kOwnAnchor ? x.anchors : x.keys, first_row, row_count, kOwnAnchor ? x.keys : x.anchors,
-      column_count, 0, tiles, x.depth, stages,
+      column_count, first_tile, last_tile, x.depth, stages,
       [&](int64_t first) {
         const int64_t i = thread_index() < kColumns ? first + thread_index() : column_count;
         Loaded loaded{load_patch(x, i, !kOwnAnchor), no_terms<T>()};
@@ -487,6 +541,7 @@ PGLCL_KERNEL contrast_backward_mma(ContrastArguments<T> x, ContrastGradients<flo
           infinite = weigh_columns<T, kOwner, kGeneral, true>(x, side, index, own, own_terms, first, weights);
         else
           infinite = weigh_columns<T, kOwner, kGeneral, false>(x, side, index, own, own_terms, first, weights);
+        if (ballot(any_weight(weights)) == 0) return;  // adds nothing
         // A column that is not finite has no finite product with any row: every warp sees it.
         if (ballot(infinite != 0) == 0)
           add_columns<T, kDepth, true>(weights, memory.columns, at, x.depth, gradient);
@@ -494,7 +549,9 @@ PGLCL_KERNEL contrast_backward_mma(ContrastArguments<T> x, ContrastGradients<flo
           add_columns<T, kDepth, false>(weights, memory.columns, at, x.depth, gradient);
       });
 
-  const Global<T> grad(grad_data);
+  const bool in_parts = kSharesColumns<kDepth> && out.count > 1;
+  const Global<T> grad(out.gradient);
+  const Global<float> sums(out.sums);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     if (index[r] >= row_count) continue;
@@ -504,10 +561,12 @@ PGLCL_KERNEL contrast_backward_mma(ContrastArguments<T> x, ContrastGradients<flo
     for (int n = 0; n < kDepth / 8; ++n) {
       const int d = 8 * n + lane % 4 * 2;
       if (d >= x.depth) break;
-      Vector<T, 2> value;
-#pragma unroll
-      for (int c = 0; c < 2; ++c) value.at[c] = narrow<T>(gradient[n][2 * r + c] / scale + none);
-      grad.template store_vector<2>(index[r] * x.depth + d, value);
+      const int64_t at = index[r] * x.depth + d;
+      const Vector<float, 2> value{{gradient[n][2 * r] / scale + none, gradient[n][2 * r + 1] / scale + none}};
+      if (in_parts)
+        sums.template store_vector<2>(block_index_y() * out.size + at, value);
+      else
+        grad.template store_vector<2>(at, {{narrow<T>(value.at[0]), narrow<T>(value.at[1])}});
     }
   }
 }

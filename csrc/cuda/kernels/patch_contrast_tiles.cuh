@@ -1,12 +1,15 @@
 // Tiles of the fused contrastive loss in shared memory: float32, with TF32 or FFMA, and 16-bit types where there are no
-// tensor cores; depth up to 256. 16-bit types on tensor cores: patch_contrast_mma.cuh.
+// tensor cores. 16-bit types on tensor cores: patch_contrast_mma.cuh.
 //
 // A block owns kRows rows (anchors, or keys for their gradient) and streams tiles of the others through shared memory,
 // copied asynchronously, the next one while this one is worked on. The steps of a tile:
 //   1. dots: rows times columns, on the tensor cores of a warp (mma.sync) or with FFMA, into shared memory;
 //   2. pairs: masks and exponentials, four threads to a row: running sums (forward) or dL/d(dot) in place (backward);
 //   3. backward: gradient += weights times columns, held in registers until the last tile.
-// Every row of every output is written by the block that owns it: no atomics, the same bits on every run.
+// Rows that are longer than kMaxDepth pass through shared memory in chunks. The backward pass then has a block for each
+// chunk of the gradient, which needs the dots of all chunks: at a depth of 512, 2.5 times the operations, where the
+// plain kernels would read every key from the cache for every anchor. Every row of every output is written by the block
+// that owns it: no atomics, the same bits on every run.
 #pragma once
 
 #include "patch_contrast.cuh"
@@ -22,6 +25,8 @@ constexpr int kRows = 32;
 template <typename T>
 constexpr int kColumns = sizeof(T) == 2 ? 64 : 32;
 constexpr int kMaxDepth = 256;
+// Of longer rows: 32 + 32 rows of it and their weights are 40 KiB, four blocks a multiprocessor.
+constexpr int kDepthChunk = 128;
 // Pads rows of the weights so that the lanes of a fragment (4 rows x 8 columns) meet 32 banks.
 template <typename T>
 constexpr int kWeightStride = kColumns<T> + 4;
@@ -70,6 +75,7 @@ class ColumnSide {
     store_number(kNegativeBound, c, terms.negative_bound);
     store_number(kMaxLogit, c, terms.max_logit);
     store_number(kLogSum, c, terms.log_sum);
+    store_number(kLogNegative, c, terms.log_negative);
     store_number(kCoefficient, c, terms.coefficient);
     store_number(kMean, c, terms.mean);
     flags_.store(first_ + c, int(patch.counts) | int(terms.counts) << 1 | int(terms.undecided) << 2);
@@ -88,17 +94,18 @@ class ColumnSide {
   PGLCL_DEVICE void terms(int c, AnchorTerms<float> (&out)[kGroup]) const {
     const auto positive_bound = numbers<kGroup>(kPositiveBound, c), negative_bound = numbers<kGroup>(kNegativeBound, c);
     const auto max_logit = numbers<kGroup>(kMaxLogit, c), log_sum = numbers<kGroup>(kLogSum, c);
+    const auto log_negative = numbers<kGroup>(kLogNegative, c);
     const auto coefficient = numbers<kGroup>(kCoefficient, c), mean = numbers<kGroup>(kMean, c);
 #pragma unroll
     for (int k = 0; k < kGroup; ++k) {
       const int flags = kGeneral ? flags_.load(first_ + c + k) : 2;
-      out[k] = {positive_bound.at[k], negative_bound.at[k], max_logit.at[k], log_sum.at[k],
+      out[k] = {positive_bound.at[k], negative_bound.at[k], max_logit.at[k], log_sum.at[k],  log_negative.at[k],
                 coefficient.at[k],    mean.at[k],           bool(flags & 2), bool(flags & 4)};
     }
   }
 
  private:
-  enum { kDescriptor, kPositiveBound, kNegativeBound, kMaxLogit, kLogSum, kCoefficient, kMean, kNumbers };
+  enum { kDescriptor, kPositiveBound, kNegativeBound, kMaxLogit, kLogSum, kLogNegative, kCoefficient, kMean, kNumbers };
 
   PGLCL_DEVICE void store_number(int which, int c, float value) const {
     number_.store(which * kTurns * kCount + first_ + c, value);
@@ -162,7 +169,7 @@ constexpr int64_t tile_shared_bytes(int64_t depth, int stages) {
   return rounded_to_16(int64_t(kRows) * row_stride<T>(depth) * sizeof(T)) +
          rounded_to_16(int64_t(stages) * kColumns<T> * row_stride<T>(depth) * sizeof(T)) +
          rounded_to_16(int64_t(kRows) * kWeightStride<T> * sizeof(float)) + ColumnSide<kColumns<T>>::bytes() +
-         ScanMemory::bytes() + rounded_to_16(sizeof(int));
+         ScanMemory::bytes() + rounded_to_16(2 * sizeof(int));
 }
 
 // --- copies
@@ -190,17 +197,18 @@ struct CopyPlan {
   }
 };
 
-// `count` rows starting at `first` of a (total, depth) matrix; rows and columns past its end become zeros.
+// `count` rows starting at `first` of a (total, depth) matrix, from column `start` on; rows and columns past its end
+// become zeros.
 template <typename T>
 PGLCL_DEVICE void copy_rows(const CopyPlan& plan, const Shared<T>& to, int at, int stride, const Global<const T>& from,
-                            int64_t first, int count, int64_t total, int64_t depth) {
+                            int64_t first, int count, int64_t total, int64_t depth, int64_t start = 0) {
   constexpr int kElements = 16 / sizeof(T);
   const int rows_left = int(total - first < count ? total - first : count);
   int r = plan.row, c = plan.chunk;
   while (r < count) {
     const int d = c * kElements;
-    const bool beyond = r >= rows_left || d >= depth;
-    to.copy_async(at + r * stride + d, from, beyond ? 0 : (first + r) * depth + d, beyond);
+    const bool beyond = r >= rows_left || start + d >= depth;
+    to.copy_async(at + r * stride + d, from, beyond ? 0 : (first + r) * depth + start + d, beyond);
     plan.advance(r, c);
   }
 }
@@ -234,9 +242,9 @@ PGLCL_DEVICE int own_column(int64_t row, int64_t shift, int64_t first, int count
 // --- step 1: dots
 // -------------------------------------------------------------------------------------------------------------
 
-// FFMA: a thread has 2 rows and every eighth column; 16 bytes of depth per load.
+// FFMA: a thread has 2 rows and every eighth column; 16 bytes of depth per load. more: added to what is there.
 template <typename T>
-PGLCL_DEVICE void dots_ffma(const Shared<T>& rows, const Shared<T>& columns, int column_at, int64_t depth,
+PGLCL_DEVICE void dots_ffma(const Shared<T>& rows, const Shared<T>& columns, int column_at, int64_t depth, bool more,
                             const Shared<float>& out) {
   constexpr int kElements = 16 / sizeof(T);
   constexpr int kPerThread = kColumns<T> / 8;
@@ -259,13 +267,16 @@ PGLCL_DEVICE void dots_ffma(const Shared<T>& rows, const Shared<T>& columns, int
 #pragma unroll
   for (int r = 0; r < 2; ++r)
 #pragma unroll
-    for (int c = 0; c < kPerThread; ++c) out.store((row + r) * kWeightStride<T> + column + 8 * c, sums[r][c]);
+    for (int c = 0; c < kPerThread; ++c) {
+      const int place = (row + r) * kWeightStride<T> + column + 8 * c;
+      out.store(place, more ? out.load(place) + sums[r][c] : sums[r][c]);
+    }
 }
 
 // Tensor cores, TF32: a warp has all rows and a quarter of the columns. Fragments are laid out as mma.sync has them in
 // the PTX ISA.
 PGLCL_DEVICE void dots_tensor(const Shared<float>& rows, const Shared<float>& columns, int column_at, int64_t depth,
-                              const Shared<float>& out) {
+                              bool more, const Shared<float>& out) {
   constexpr int kTiles = kColumns<float> / 4 / 8;  // of 8 columns, per warp
   const int stride = row_stride<float>(depth), steps = padded_depth<float>(depth);
   const int lane = thread_index() % 32, group = lane / 4, within = lane % 4;
@@ -293,18 +304,20 @@ PGLCL_DEVICE void dots_tensor(const Shared<float>& rows, const Shared<float>& co
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        out.store((16 * m + group + 8 * (i / 2)) * kWeightStride<float> + first_column + 8 * n + 2 * within + i % 2,
-                  sums[m][n][i]);
+      for (int i = 0; i < 4; ++i) {
+        const int place =
+            (16 * m + group + 8 * (i / 2)) * kWeightStride<float> + first_column + 8 * n + 2 * within + i % 2;
+        out.store(place, more ? out.load(place) + sums[m][n][i] : sums[m][n][i]);
+      }
 }
 
 template <typename T, Math kMath>
-PGLCL_DEVICE void compute_dots(const Shared<T>& rows, const Shared<T>& columns, int column_at, int64_t depth,
+PGLCL_DEVICE void compute_dots(const Shared<T>& rows, const Shared<T>& columns, int column_at, int64_t depth, bool more,
                                const Shared<float>& out) {
   if constexpr (kMath == Math::kTensor)
-    dots_tensor(rows, columns, column_at, depth, out);
+    dots_tensor(rows, columns, column_at, depth, more, out);
   else
-    dots_ffma<T>(rows, columns, column_at, depth, out);
+    dots_ffma<T>(rows, columns, column_at, depth, more, out);
 }
 
 // --- step 3: gradient += weights (kRows x kColumns) times columns (kColumns x depth)
@@ -435,7 +448,7 @@ struct TileMemory {
   Shared<float> weights;
   ColumnSide<kColumns<T>> side;
   ScanMemory scan;
-  Shared<int> infinite;  // dots that were not finite, so far
+  Shared<int> seen;  // so far: threads that met a dot that was not finite; warps that met a weight that is not 0
 
   PGLCL_DEVICE TileMemory(SharedMemory& memory, int64_t depth, int stages)
       : rows(memory.take<T>(kRows * row_stride<T>(depth))),
@@ -443,25 +456,32 @@ struct TileMemory {
         weights(memory.take<float>(kRows * kWeightStride<T>)),
         side(memory),
         scan(memory),
-        infinite(memory.take<int>(1)) {}
+        seen(memory.take<int>(2)) {}
+};
+
+// The rows of a block, and the columns that pass it.
+template <typename T>
+struct Operands {
+  Global<const T> rows, columns;
+  int64_t first_row, row_count, column_count, depth;
 };
 
 // Streams all columns past the block's rows: with two stages the next tile is copied while this one is worked on.
-// work(first column, place of the tile in memory.columns) runs between barriers.
-template <typename T, typename Work>
-PGLCL_DEVICE void stream_columns(const TileMemory<T>& memory, Global<const T> rows, int64_t first_row,
-                                 int64_t row_count, Global<const T> columns, int64_t column_count, int64_t depth,
-                                 int stages, Work work) {
-  const int stride = row_stride<T>(depth), tile_size = kColumns<T> * stride;
-  const CopyPlan plan(padded_depth<T>(depth) * int(sizeof(T)) / 16);
-  const int64_t tiles = (column_count + kColumns<T> - 1) / kColumns<T>;
+// load_side(first column) brings what belongs to a tile's columns, the dots go into memory.weights, and work(first
+// column, place of the tile in memory.columns) runs between barriers.
+template <typename T, Math kMath, typename Side, typename Work>
+PGLCL_DEVICE void stream_columns(const TileMemory<T>& memory, const Operands<T>& x, int stages, Side load_side,
+                                 Work work) {
+  const int stride = row_stride<T>(x.depth), tile_size = kColumns<T> * stride;
+  const CopyPlan plan(padded_depth<T>(x.depth) * int(sizeof(T)) / 16);
+  const int64_t tiles = (x.column_count + kColumns<T> - 1) / kColumns<T>;
   if (tiles == 0) return;
   const auto copy_tile = [&](int64_t tile, int stage) {
-    copy_rows<T>(plan, memory.columns, stage * tile_size, stride, columns, tile * kColumns<T>, kColumns<T>,
-                 column_count, depth);
+    copy_rows<T>(plan, memory.columns, stage * tile_size, stride, x.columns, tile * kColumns<T>, kColumns<T>,
+                 x.column_count, x.depth);
     commit_copies();
   };
-  copy_rows<T>(plan, memory.rows, 0, stride, rows, first_row, kRows, row_count, depth);
+  copy_rows<T>(plan, memory.rows, 0, stride, x.rows, x.first_row, kRows, x.row_count, x.depth);
   copy_tile(0, 0);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int stage = stages == 2 ? int(tile % 2) : 0;
@@ -471,18 +491,48 @@ PGLCL_DEVICE void stream_columns(const TileMemory<T>& memory, Global<const T> ro
     } else {
       wait_copies<0>();
     }
+    load_side(tile * kColumns<T>);
+    sync_threads();
+    compute_dots<T, kMath>(memory.rows, memory.columns, stage * tile_size, x.depth, false, memory.weights);
+    sync_threads();
     work(tile * kColumns<T>, stage * tile_size);
     sync_threads();  // the tile and its side may be overwritten
     if (stages == 1 && tile + 1 < tiles) copy_tile(tile + 1, 0);
   }
 }
 
-// kGeneral: masks or several channels decide, instead of decide_by_rule.
-template <typename T, Math kMath, bool kGeneral>
+// The same for longer rows, of which a chunk of rows and columns is there at a time; that of number `last` comes last,
+// and is there while work runs.
+template <typename T, Math kMath, typename Side, typename Work>
+PGLCL_DEVICE void stream_chunks(const TileMemory<T>& memory, const Operands<T>& x, int last, Side load_side,
+                                Work work) {
+  constexpr int kStride = row_stride<T>(kDepthChunk);
+  const CopyPlan plan(kDepthChunk * int(sizeof(T)) / 16);
+  const int chunks = int((x.depth + kDepthChunk - 1) / kDepthChunk);
+  for (int64_t first = 0; first < x.column_count; first += kColumns<T>) {
+    load_side(first);
+    for (int k = 1; k <= chunks; ++k) {
+      const int chunk = last + k < chunks ? last + k : last + k - chunks;
+      const int64_t start = int64_t(chunk) * kDepthChunk;
+      copy_rows<T>(plan, memory.rows, 0, kStride, x.rows, x.first_row, kRows, x.row_count, x.depth, start);
+      copy_rows<T>(plan, memory.columns, 0, kStride, x.columns, first, kColumns<T>, x.column_count, x.depth, start);
+      commit_copies();
+      wait_copies<0>();
+      sync_threads();
+      compute_dots<T, kMath>(memory.rows, memory.columns, 0, kDepthChunk, k > 1, memory.weights);
+      sync_threads();
+    }
+    work(first, 0);
+    sync_threads();
+  }
+}
+
+// kGeneral: masks or several channels decide, instead of decide_by_rule. kDeep: rows are longer than kMaxDepth.
+template <typename T, Math kMath, bool kGeneral, bool kDeep>
 PGLCL_KERNEL contrast_forward_tiles(ContrastArguments<T> x, ContrastSums<float> out, int stages) {
   constexpr int kPairs = kColumns<T> / 4;  // per thread: four neighbours share a row in step 2
   SharedMemory shared;
-  const TileMemory<T> memory(shared, x.depth, stages);
+  const TileMemory<T> memory(shared, kDeep ? kDepthChunk : x.depth, stages);
   const int64_t first_row = int64_t(block_index()) * kRows;
   const int row = thread_index() / 4, quarter = thread_index() % 4;
   const int64_t i = first_row + row;
@@ -490,14 +540,11 @@ PGLCL_KERNEL contrast_forward_tiles(ContrastArguments<T> x, ContrastSums<float> 
   const AnchorTerms<float> terms = load_terms<T>(x, i, anchor);
   RunningSums<float> sums;
   KeyScan<float> scan;
-  stream_columns<T>(memory, x.anchors, first_row, x.n, x.keys, x.m, x.depth, stages, [&](int64_t first, int at) {
-    load_columns<T>(x, first, memory.side, scan);
-    sync_threads();
-    compute_dots<T, kMath>(memory.rows, memory.columns, at, x.depth, memory.weights);
-    sync_threads();
+  const auto load_side = [&](int64_t first) { load_columns<T>(x, first, memory.side, scan); };
+  const auto meet = [&](int64_t first, int) {
     const int self = x.self_offset < 0 ? -1 : own_column(i, x.self_offset, first, kColumns<T>);
     float logits[kPairs];
-    uint32_t positive = 0;
+    uint32_t positive = 0, negative = 0;
 #pragma unroll
     for (int k = 0; k < kPairs; ++k) {
       const int c = quarter + 4 * k;
@@ -507,30 +554,36 @@ PGLCL_KERNEL contrast_forward_tiles(ContrastArguments<T> x, ContrastSums<float> 
       if constexpr (kGeneral) {
         kind = decide(x, i, anchor, first + c, key[0], terms);
         sums.undecided = sums.undecided || kind.undecided;
-        if (kind.positive && kind.negative) sums.spread -= x.log_both;
       } else {
         kind = decide_by_rule(anchor, key[0], terms.positive_bound, terms.negative_bound);
         if (c == self) kind = {false, false, false};
       }
-      logits[k] = pair_logit(x, kind, memory.weights.load(row * kWeightStride<T> + c));
+      logits[k] = pair_logit(x, memory.weights.load(row * kWeightStride<T> + c));
       if (!kind.positive && !kind.negative) logits[k] = -INFINITY;
       positive |= uint32_t(kind.positive) << k;
+      negative |= uint32_t(kind.negative) << k;
     }
-    sums.add(logits, positive);
-  });
+    sums.add(logits, positive, kGeneral ? negative : ~positive);
+  };
+  const Operands<T> operands{x.anchors, x.keys, first_row, x.n, x.m, x.depth};
+  if constexpr (kDeep)
+    stream_chunks<T, kMath>(memory, operands, 0, load_side, meet);
+  else
+    stream_columns<T, kMath>(memory, operands, stages, load_side, meet);
   sums.merge(1);
   sums.merge(2);
   if constexpr (!kGeneral)
     sums.undecided = memory.scan.merged(scan).undecided(anchor, terms, is_its_own_key(x, i, 0, x.m));
-  if (quarter == 0 && i < x.n) sums.write(i, out);
+  if (quarter == 0 && i < x.n) sums.write(i, x.log_weight, out);
 }
 
 // own_anchor, own_key: as in contrast_backward_plain.
-template <typename T, Math kMath, int kDepth, bool kGeneral>
+template <typename T, Math kMath, int kDepth, bool kGeneral, bool kDeep>
 PGLCL_KERNEL contrast_backward_tiles(ContrastArguments<T> x, ContrastGradients<float> g, T* grad_data, bool own_anchor,
                                      bool own_key, int stages) {
   SharedMemory shared;
-  const TileMemory<T> memory(shared, x.depth, stages);
+  const int64_t width = kDeep ? kDepthChunk : x.depth;  // of the gradient that this block has
+  const TileMemory<T> memory(shared, width, stages);
   const int64_t first_row = int64_t(block_index()) * kRows;
   const int64_t rows = own_anchor ? x.n : x.m, columns = own_anchor ? x.m : x.n;
   const int row = thread_index() / 4, quarter = thread_index() % 4;
@@ -538,58 +591,66 @@ PGLCL_KERNEL contrast_backward_tiles(ContrastArguments<T> x, ContrastGradients<f
   const Patch<float> own = load_patch(x, i, own_anchor);
   const AnchorTerms<float> own_terms = own_anchor ? load_terms<T>(x, g, i, own) : no_terms<T>();
   typename GradientOf<T, kMath, kDepth>::type gradient;
-  if (thread_index() == 0) memory.infinite.store(0, 0);
-  int infinite_before = 0;
-  stream_columns<T>(
-      memory, own_anchor ? x.anchors : x.keys, first_row, rows, own_anchor ? x.keys : x.anchors, columns, x.depth,
-      stages, [&](int64_t first, int at) {
-        load_columns<T>(x, g, first, !own_anchor, own_key, memory.side);
-        sync_threads();
-        compute_dots<T, kMath>(memory.rows, memory.columns, at, x.depth, memory.weights);
-        sync_threads();
-        const int self =
-            x.self_offset < 0 ? -1 : own_column(i, own_anchor ? x.self_offset : -x.self_offset, first, kColumns<T>);
-        float infinite = 0;  // or NaN
-        for (int c = quarter; c < kColumns<T>; c += 4) {
-          const int place = row * kWeightStride<T> + c;
-          const float dot = memory.weights.load(place);
-          Patch<float> others[1];
-          memory.side.template patches<1, kGeneral>(c, others);
-          const Patch<float>& other = others[0];
-          infinite = multiply_add(dot, 0.0f, infinite);
-          float weight = 0;
-          if (own_anchor) {
-            const PairKind kind = kGeneral
-                                      ? decide(x, i, own, first + c, other, own_terms)
-                                      : decide_by_rule(own, other, own_terms.positive_bound, own_terms.negative_bound);
-            weight += pair_weight(x, kind, own_terms, dot);
-          }
-          if (own_key) {
-            AnchorTerms<float> all_terms[1];
-            memory.side.template terms<1, kGeneral>(c, all_terms);
-            const AnchorTerms<float>& terms = all_terms[0];
-            const PairKind kind = kGeneral ? decide(x, first + c, other, i, own, terms)
-                                           : decide_by_rule(other, own, terms.positive_bound, terms.negative_bound);
-            weight += pair_weight(x, kind, terms, dot);
-          }
-          memory.weights.store(place, c == self ? 0.0f : weight);
-        }
-        if (infinite != 0) memory.infinite.atomic_add(0, 1);
-        sync_threads();
-        const int infinite_now = memory.infinite.load(0);
-        if (infinite_now == infinite_before)  // the same in all threads
-          gradient.template add<true>(memory.weights, memory.columns, at, x.depth);
-        else
-          gradient.template add<false>(memory.weights, memory.columns, at, x.depth);
-        infinite_before = infinite_now;
-      });
+  if (thread_index() < 2) memory.seen.store(thread_index(), 0);
+  int infinite_before = 0, weights_before = 0;
+  const auto load_side = [&](int64_t first) { load_columns<T>(x, g, first, !own_anchor, own_key, memory.side); };
+  const auto weigh = [&](int64_t first, int at) {
+    const int self =
+        x.self_offset < 0 ? -1 : own_column(i, own_anchor ? x.self_offset : -x.self_offset, first, kColumns<T>);
+    float infinite = 0;  // or NaN
+    bool used = false;
+    for (int c = quarter; c < kColumns<T>; c += 4) {
+      const int place = row * kWeightStride<T> + c;
+      const float dot = memory.weights.load(place);
+      Patch<float> others[1];
+      memory.side.template patches<1, kGeneral>(c, others);
+      const Patch<float>& other = others[0];
+      infinite = multiply_add(dot, 0.0f, infinite);
+      float weight = 0;
+      if (own_anchor) {
+        const PairKind kind = kGeneral ? decide(x, i, own, first + c, other, own_terms)
+                                       : decide_by_rule(own, other, own_terms.positive_bound, own_terms.negative_bound);
+        weight += pair_weight(x, kind, own_terms, dot);
+      }
+      if (own_key) {
+        AnchorTerms<float> all_terms[1];
+        memory.side.template terms<1, kGeneral>(c, all_terms);
+        const AnchorTerms<float>& terms = all_terms[0];
+        const PairKind kind = kGeneral ? decide(x, first + c, other, i, own, terms)
+                                       : decide_by_rule(other, own, terms.positive_bound, terms.negative_bound);
+        weight += pair_weight(x, kind, terms, dot);
+      }
+      if (c == self) weight = 0;
+      used = used || weight != 0;
+      memory.weights.store(place, weight);
+    }
+    if (infinite != 0) memory.seen.atomic_add(0, 1);
+    if (ballot(used) != 0 && thread_index() % 32 == 0) memory.seen.atomic_add(1, 1);
+    sync_threads();
+    // The same in all threads. A tile whose weights are all 0 adds nothing.
+    const bool finite_dots = memory.seen.load(0) == infinite_before, no_weights = memory.seen.load(1) == weights_before;
+    infinite_before = memory.seen.load(0);
+    weights_before = memory.seen.load(1);
+    if (no_weights) return;
+    if (finite_dots)
+      gradient.template add<true>(memory.weights, memory.columns, at, width);
+    else
+      gradient.template add<false>(memory.weights, memory.columns, at, width);
+  };
+  const Operands<T> operands{
+      own_anchor ? x.anchors : x.keys, own_anchor ? x.keys : x.anchors, first_row, rows, columns, x.depth};
+  if constexpr (kDeep)
+    stream_chunks<T, kMath>(memory, operands, block_index_y(), load_side, weigh);
+  else
+    stream_columns<T, kMath>(memory, operands, stages, load_side, weigh);
   // An anchor whose loss is no number has no gradient that is one.
   if (quarter == 0) memory.weights.store(row * kWeightStride<T>, own_terms.log_sum != own_terms.log_sum ? NAN : 0.0f);
   sync_threads();
   const Global<T> grad(grad_data);
-  gradient.write(x.depth, [&](int r, int d, float value) {
+  const int64_t start = kDeep ? int64_t(block_index_y()) * kDepthChunk : 0;
+  gradient.write(x.depth - start, [&](int r, int d, float value) {
     if (first_row + r < rows)
-      grad.store((first_row + r) * x.depth + d, narrow<T>(value + memory.weights.load(r * kWeightStride<T>)));
+      grad.store((first_row + r) * x.depth + start + d, narrow<T>(value + memory.weights.load(r * kWeightStride<T>)));
   });
 }
 

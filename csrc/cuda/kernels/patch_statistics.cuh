@@ -20,8 +20,6 @@ constexpr scalar_t kMassScale = scalar_t(18446744073709551616.0);
 
 PGLCL_DEVICE float natural_log(float x) { return logf(x); }
 PGLCL_DEVICE double natural_log(double x) { return log(x); }
-PGLCL_DEVICE float log_of_one_and(float x) { return log1pf(x); }
-PGLCL_DEVICE double log_of_one_and(double x) { return log1p(x); }
 PGLCL_DEVICE float natural_exp(float x) { return expf(x); }
 PGLCL_DEVICE double natural_exp(double x) { return exp(x); }
 
@@ -198,13 +196,17 @@ struct PatchWalk {
 };
 
 // Pixels of which a warp keeps entropy and log-sum in shared memory, and classes of which it keeps the sums, when there
-// are too many classes for registers. More classes take another pass over the pixels.
+// are too many classes for registers: each logit is then read three times. More classes than that, which 38 KiB (44 for
+// float64) hold, take another pass over the pixels.
 constexpr int kChunkPixels = 128;
-constexpr int kChunkClasses = 128;
+template <typename scalar_t>
+constexpr int kChunkClasses = 4096 / int(sizeof(scalar_t));
 
 template <typename scalar_t>
-constexpr int64_t kStatisticsShared =
-    kStatisticsWarps * (3 * kChunkPixels + 2 * kChunkClasses) * int64_t(sizeof(scalar_t));
+int64_t statistics_shared(int classes) {
+  const int kept = classes < kChunkClasses<scalar_t> ? classes : kChunkClasses<scalar_t>;
+  return kStatisticsWarps * (3 * kChunkPixels + 2 * kept) * int64_t(sizeof(scalar_t));
+}
 
 template <typename T>
 struct StatisticsInput {
@@ -253,10 +255,11 @@ PGLCL_DEVICE typename Accumulate<T>::type sum_patch(const StatisticsInput<T>& s,
   } else {
     SharedMemory memory;
     const Shared<scalar_t> pixel = memory.take<scalar_t>(kStatisticsWarps * 3 * kChunkPixels);
-    const Shared<scalar_t> sums = memory.take<scalar_t>(kStatisticsWarps * 2 * kChunkClasses);
-    const int pixel_at = thread_index() / 32 * 3 * kChunkPixels, sums_at = thread_index() / 32 * 2 * kChunkClasses;
-    for (int first = 0; first < classes; first += kChunkClasses) {
-      const int count = classes - first < kChunkClasses ? classes - first : kChunkClasses;
+    const int kept = classes < kChunkClasses<scalar_t> ? classes : kChunkClasses<scalar_t>;
+    const Shared<scalar_t> sums = memory.take<scalar_t>(kStatisticsWarps * 2 * kept);
+    const int pixel_at = thread_index() / 32 * 3 * kChunkPixels, sums_at = thread_index() / 32 * 2 * kept;
+    for (int first = 0; first < classes; first += kept) {
+      const int count = classes - first < kept ? classes - first : kept;
       for (int c = lane; c < 2 * count; c += 32) sums.store(sums_at + c, 0);
       sync_warp();
       bool more = true;
@@ -496,7 +499,7 @@ void run_statistics_forward(const StatisticsInput<T>& s, const StatisticsOutput<
   if (blocks == 0) return;
   with_statistics_path(s, [&]<int kHeld, int kPixels>() {
     PGLCL_LAUNCH((patch_statistics_forward<T, kHeld, kPixels>), blocks, 1, kStatisticsThreads,
-                 kHeld > 0 ? 0 : kStatisticsShared<typename Accumulate<T>::type>, stream, s, out);
+                 kHeld > 0 ? 0 : statistics_shared<typename Accumulate<T>::type>(s.grid.classes), stream, s, out);
   });
 }
 
@@ -510,7 +513,8 @@ void run_statistics_backward(const StatisticsInput<T>& s, const Strided<const T>
   if (blocks == 0) return;
   with_statistics_path(s, [&]<int kHeld, int kPixels>() {
     PGLCL_LAUNCH((patch_statistics_coefficients<T, kHeld, kPixels>), blocks, 1, kStatisticsThreads,
-                 kHeld > 0 ? 0 : kStatisticsShared<scalar_t>, stream, s, grad_class_entropy, coefficients);
+                 kHeld > 0 ? 0 : statistics_shared<scalar_t>(s.grid.classes), stream, s, grad_class_entropy,
+                 coefficients);
   });
   const StatisticsGradients<T> grads{
       grad_entropy, grad_confidence, {coefficients.gamma, coefficients.kappa}, grad_input};

@@ -54,6 +54,29 @@ PGLCL_KERNEL semantic_disparity_backward(const scalar_t* grad_data, const scalar
   }
 }
 
+// What the keys are sorted by: an ignored key is behind all others, and does not count.
+template <typename scalar_t>
+PGLCL_KERNEL disparity_bounds_prepare(const scalar_t* descriptors, const int64_t* labels, scalar_t* value_data,
+                                      int64_t* label_data, int64_t* count_data, int64_t keys, int64_t ignore_index) {
+  const int64_t j = int64_t(block_index()) * kDisparityThreads + thread_index();
+  if (j >= keys) return;
+  const int64_t label = Global<const int64_t>(labels).load(j);
+  const bool counts = label != ignore_index;
+  Global<scalar_t>(value_data).store(j, counts ? Global<const scalar_t>(descriptors).load(j) : scalar_t(INFINITY));
+  Global<int64_t>(label_data).store(j, counts ? label : INT64_MAX);
+  Global<int64_t>(count_data).store(j, counts);
+}
+
+// Of each key its place among the members of all classes, -1 when it does not count. The q-th member is the key at
+// place[q] of the order by value.
+PGLCL_KERNEL disparity_bounds_members(const int64_t* order, const int64_t* place, const int64_t* counts,
+                                      int64_t* member_data, int64_t keys) {
+  const int64_t q = int64_t(block_index()) * kDisparityThreads + thread_index();
+  if (q >= keys) return;
+  const int64_t key = Global<const int64_t>(order).load(Global<const int64_t>(place).load(q));
+  Global<int64_t>(member_data).store(key, Global<const int64_t>(counts).load(key) ? q : -1);
+}
+
 // One thread per anchor searches keys that were sorted before; `total` of them take part.
 template <typename scalar_t>
 PGLCL_KERNEL disparity_bounds_sorted(const scalar_t* descriptors, const int64_t* labels, const scalar_t* value,
@@ -178,6 +201,21 @@ struct BoundsInputs {
   int64_t anchors, keys, channels, count, ignore_index, self_offset;
   bool positives;
 };
+
+template <typename scalar_t>
+void run_bounds_prepare(const scalar_t* descriptors, const int64_t* labels, int64_t keys, int64_t ignore_index,
+                        scalar_t* value, int64_t* label, int64_t* counts, PglclStream stream) {
+  if (keys == 0) return;
+  PGLCL_LAUNCH(disparity_bounds_prepare<scalar_t>, (keys + kDisparityThreads - 1) / kDisparityThreads, 1,
+               kDisparityThreads, 0, stream, descriptors, labels, value, label, counts, keys, ignore_index);
+}
+
+inline void run_bounds_members(const int64_t* order, const int64_t* place, const int64_t* counts, int64_t keys,
+                               int64_t* member_of, PglclStream stream) {
+  if (keys == 0) return;
+  PGLCL_LAUNCH(disparity_bounds_members, (keys + kDisparityThreads - 1) / kDisparityThreads, 1, kDisparityThreads, 0,
+               stream, order, place, counts, member_of, keys);
+}
 
 // The keys in the orders of SortedKeys; total on the device.
 template <typename scalar_t>
