@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pglcl_ext import reference
-from pglcl_ext._library import ops
+from pglcl_ext._library import allow_tf32, ops
 from tests.problems import ContrastProblem, gaussian_problem
 from tests.simt import calls, emulator
 from tests.simt.emulated_kernels import PATHS, assert_contrast, inside
@@ -66,7 +66,7 @@ def test_gradient_of_the_sum_of_losses() -> None:
 
 def raw_arguments(z: torch.Tensor, y: torch.Tensor, temperature: float = 0.1, weight: float = 1.0) -> tuple[Any, ...]:
     """What ops.patch_contrast takes, without keys or descriptors, for a mean."""
-    return (z, y, None, None, None, *[None] * 5, temperature, math.inf, 0.0, weight, -1, -1, 1)
+    return (z, y, None, None, None, *[None] * 5, temperature, math.inf, 0.0, weight, -1, -1, 1, allow_tf32())
 
 
 def test_backward_takes_saved_outputs_of_any_strides_and_gives_no_gradient_of_keys_that_are_anchors() -> None:
@@ -109,9 +109,9 @@ def test_what_the_forward_pass_says_of_each_anchor(dtype: torch.dtype, device: d
     counts = (y != -1)[:, None] & (y != -1) & ~torch.eye(12, dtype=torch.bool)
     positive, negative = counts & (y[:, None] == y), counts & (y[:, None] != y)
     logits = z.double() @ z.double().T / temperature
-    logits = torch.where(negative, logits + math.log(weight), logits).masked_fill(~counts, -math.inf)
     close = {"rtol": 0, "atol": 4e-3 if device.get("allow_tf32") else 1e-5}
-    torch.testing.assert_close(max_logit, logits.max(1).values, **close)
+    torch.testing.assert_close(max_logit, logits.masked_fill(~counts, -math.inf).max(1).values, **close)
+    logits = torch.where(negative, logits + math.log(weight), logits).masked_fill(~counts, -math.inf)
     torch.testing.assert_close((max_logit + log_sum).exp(), logits.exp().sum(1), rtol=1e-2, atol=0)
     mean = torch.where(positive, logits, 0).sum(1) / positive.sum(1).clamp(min=1)
     torch.testing.assert_close(positive_logit, mean, **close)
@@ -190,7 +190,7 @@ def with_own_keys(
     bounds = bound if isinstance(bound, torch.Tensor) else None
     scalar = math.inf if bounds is not None else bound
     arguments = (z[rows].contiguous(), y[rows].contiguous(), None, z, y, None, bounds, None, None, None)
-    return (*arguments, 0.1, scalar, 0.0, 1.0, -1, rows.start, 0)
+    return (*arguments, 0.1, scalar, 0.0, 1.0, -1, rows.start, 0, allow_tf32())
 
 
 @every_path
@@ -255,7 +255,7 @@ def launched(dtype: torch.dtype, n: int, m: int, depth: int, **device: int) -> l
 
 
 # Bytes that one stage takes for 16 columns in float32, and for up to 128 in 16 bits (the backward pass).
-ONE_STAGE = {torch.float32: 11088, torch.bfloat16: 28736}
+ONE_STAGE = {torch.float32: 11216, torch.bfloat16: 28992}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
