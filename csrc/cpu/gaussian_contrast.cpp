@@ -8,6 +8,7 @@
 #include <cmath>
 #include <vector>
 
+#include "../checks.h"
 #include "buffer.h"
 #include "isa/kernel_table.h"
 #include "reduction.h"
@@ -164,22 +165,11 @@ template int64_t gaussian_contrast(const GaussianInputs<double>&, double*, doubl
 
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& anchors, const Tensor& labels, const Tensor& means,
-                                           const Tensor& covariances, const Tensor& counts, double temperature,
-                                           double covariance_scale, double negative_weight, int64_t ignore_index,
-                                           int64_t reduction, bool needs_gradients) {
-  require_floating(anchors, "anchors", anchors);
-  require(anchors.dim() == 2, "anchors");
-  require(counts.dim() == 1, "counts");
+std::tuple<Tensor, Tensor, Tensor> forward(PGLCL_GAUSSIAN_PARAMETERS) {
+  const GaussianContrastArgs x PGLCL_GAUSSIAN_ARGUMENTS;
+  require_gaussian_contrast(x);
   const int64_t n = anchors.size(0), depth = anchors.size(1), k = counts.size(0);
-  require_tensor(labels, "labels", anchors, ScalarType::Long, {n});
-  require_tensor(counts, "counts", anchors, ScalarType::Long, {k});
-  require_floating(means, "means", anchors);
-  require_floating(covariances, "covariances", anchors);
   const bool pairwise = means.dim() == 3;
-  require(shape_of(means) == (pairwise ? Shape{k, k, depth} : Shape{k, depth}), "means");
-  require(shape_of(covariances) == (pairwise ? Shape{k, k, depth, depth} : Shape{k, depth, depth}), "covariances");
-
   const ScalarType type = accumulate_type(anchors);
   const Tensor rows = as_contiguous(anchors), own = as_contiguous(labels), number = as_contiguous(counts);
   const Tensor mean = as_contiguous(means, type), covariance = as_contiguous(covariances, type);

@@ -1,76 +1,12 @@
 // The op patch_contrast on the CPU: check, allocate, run the passes (patch_contrast_passes.cpp), reduce.
 #include "patch_contrast.h"
 
+#include "../checks.h"
 #include "reduction.h"
 #include "torch_threads.h"
 
 namespace pglcl {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
-
-// The inputs of both ops, as the schema has them.
-// clang-format off
-#define PGLCL_CONTRAST_PARAMETERS                                                                            \
-  const Tensor &anchors, const Tensor &labels, const OptionalTensor &descriptors, const OptionalTensor &keys, \
-  const OptionalTensor &key_labels, const OptionalTensor &key_descriptors,                                   \
-  const OptionalTensor &positive_bounds, const OptionalTensor &negative_bounds,                              \
-  const OptionalTensor &positive_mask, const OptionalTensor &negative_mask, double temperature,              \
-  double positive_bound, double negative_bound, double negative_weight, int64_t ignore_index,                \
-  int64_t self_offset, int64_t reduction, bool
-
-#define PGLCL_CONTRAST_ARGUMENTS                                                                             \
-  {anchors, labels, descriptors, keys, key_labels, key_descriptors, positive_bounds, negative_bounds,        \
-   positive_mask, negative_mask, temperature, positive_bound, negative_bound, negative_weight,               \
-   ignore_index, self_offset, reduction}
-// clang-format on
-
-struct ContrastArguments {
-  const Tensor &anchors, &labels;
-  const OptionalTensor &descriptors, &keys, &key_labels, &key_descriptors, &positive_bounds, &negative_bounds,
-      &positive_mask, &negative_mask;
-  double temperature, positive_bound, negative_bound, negative_weight;
-  int64_t ignore_index, self_offset, reduction;
-};
-
-// (rows,) or (rows, C); returns C.
-int64_t require_descriptors(const Tensor& t, const char* name, int64_t rows, const Tensor& anchors) {
-  require_floating(t, name, anchors);
-  require((t.dim() == 1 || t.dim() == 2) && t.size(0) == rows, name);
-  require(t.dim() == 1 || t.size(1) > 0, name);
-  return t.dim() == 1 ? 1 : t.size(1);
-}
-
-void require_bounds(const OptionalTensor& t, const char* name, const Tensor& anchors) {
-  if (!t) return;
-  require_floating(*t, name, anchors);
-  require(shape_of(*t) == Shape{anchors.size(0)}, name);
-}
-
-void require_contrast(const ContrastArguments& x) {
-  constexpr int64_t kMostRows = int64_t(1) << 31;
-  require_floating(x.anchors, "anchors", x.anchors);
-  require(x.anchors.dim() == 2 && x.anchors.size(0) < kMostRows, "anchors");
-  const int64_t n = x.anchors.size(0), m = x.keys && x.keys->dim() == 2 ? x.keys->size(0) : n;
-  require_tensor(x.labels, "labels", x.anchors, ScalarType::Long, {n});
-  require(x.keys.has_value() == x.key_labels.has_value(), "key_labels");
-  require(x.key_descriptors.has_value() == (x.keys && x.descriptors), "key_descriptors");
-  if (x.keys) {
-    require_tensor(*x.keys, "keys", x.anchors, x.anchors.scalar_type(), {m, x.anchors.size(1)});
-    require(m < kMostRows, "keys");
-    require_tensor(*x.key_labels, "key_labels", x.anchors, ScalarType::Long, {m});
-  }
-  const int64_t channels = x.descriptors ? require_descriptors(*x.descriptors, "descriptors", n, x.anchors) : 1;
-  if (x.key_descriptors)
-    require(require_descriptors(*x.key_descriptors, "key_descriptors", m, x.anchors) == channels, "key_descriptors");
-  require(x.positive_mask.has_value() == x.negative_mask.has_value(), "negative_mask");
-  if (x.positive_mask) {
-    require_tensor(*x.positive_mask, "positive_mask", x.anchors, ScalarType::Bool, {n, m});
-    require_tensor(*x.negative_mask, "negative_mask", x.anchors, ScalarType::Bool, {n, m});
-  }
-  require_bounds(x.positive_bounds, "max_positive_disparity", x.anchors);
-  require_bounds(x.negative_bounds, "min_negative_disparity", x.anchors);
-}
 
 OptionalTensor converted(const OptionalTensor& t, ScalarType type) {
   return t ? OptionalTensor(as_contiguous(*t, type)) : std::nullopt;
@@ -88,7 +24,7 @@ struct Arguments {
   OptionalTensor keys, key_labels, descriptors, key_descriptors, positive_bounds, negative_bounds;
   ContrastInputs<scalar_t> inputs;
 
-  explicit Arguments(const ContrastArguments& x)
+  explicit Arguments(const PatchContrastArgs& x)
       : anchors(as_contiguous(x.anchors)),
         labels(as_contiguous(x.labels)),
         keys(converted(x.keys, x.anchors.scalar_type())),
@@ -131,7 +67,7 @@ struct Arguments {
 using ContrastOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 ContrastOutputs forward(PGLCL_CONTRAST_PARAMETERS) {
-  const ContrastArguments x PGLCL_CONTRAST_ARGUMENTS;
+  const PatchContrastArgs x PGLCL_CONTRAST_ARGUMENTS;
   require_contrast(x);
   const int64_t n = anchors.size(0);
   const ScalarType type = accumulate_type(anchors);
@@ -153,17 +89,11 @@ ContrastOutputs forward(PGLCL_CONTRAST_PARAMETERS) {
 std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& max_logit, const Tensor& log_sum,
                                     const Tensor& num_positives, const Tensor& num_valid, PGLCL_CONTRAST_PARAMETERS,
                                     bool needs_anchors, bool needs_keys) {
-  const ContrastArguments x PGLCL_CONTRAST_ARGUMENTS;
+  const PatchContrastArgs x PGLCL_CONTRAST_ARGUMENTS;
   require_contrast(x);
   const int64_t n = anchors.size(0);
   const ScalarType type = accumulate_type(anchors);
-  require_floating(grad, "grad", anchors);
-  require(shape_of(grad) == (reduction == kNone ? Shape{n} : Shape{}), "grad");
-  require_tensor(max_logit, "max_logit", anchors, type, {n});
-  require_tensor(log_sum, "log_sum", anchors, type, {n});
-  require_tensor(num_positives, "num_positives", anchors, ScalarType::Int, {n});
-  require_tensor(num_valid, "num_valid", anchors, ScalarType::Long, {});
-
+  require_contrast_backward(x, grad, max_logit, log_sum, num_positives, num_valid);
   const Tensor wide_grad = as_contiguous(grad, type), top = as_contiguous(max_logit), sum = as_contiguous(log_sum);
   const Tensor positives = as_contiguous(num_positives), grad_rows = empty(anchors, {n}, type);
   needs_keys = needs_keys && keys.has_value();

@@ -1,11 +1,9 @@
 // Losses of anchors to the loss that an op returns.
 #pragma once
 
-#include "../stable.h"
+#include "../ops.h"
 
 namespace pglcl {
-
-enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
 // losses (N,) themselves, or their sum, or the mean over `valid` anchors; summed in float64, in order.
 template <typename scalar_t>

@@ -6,6 +6,7 @@
 #include <limits>
 #include <vector>
 
+#include "../checks.h"
 #include "../shared/disparity_search.h"
 #include "torch_threads.h"
 
@@ -161,19 +162,8 @@ namespace {
 
 Tensor wide(const Tensor& t) { return as_contiguous(t, accumulate_type(t)); }
 
-// The channels of descriptors (N,) or (N, C) and (M,) or (M, C).
-int64_t require_descriptors(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name) {
-  require_floating(a, a_name, a);
-  require_floating(b, b_name, a);
-  require(a.dim() == 1 || a.dim() == 2, a_name);
-  const int64_t channels = a.dim() == 1 ? 1 : a.size(1);
-  require(b.dim() == 1 || b.dim() == 2, b_name);
-  require(channels > 0 && (b.dim() == 1 ? 1 : b.size(1)) == channels && a.scalar_type() == b.scalar_type(), b_name);
-  return channels;
-}
-
 Tensor forward(const Tensor& a, const Tensor& b) {
-  const int64_t channels = require_descriptors(a, "a", b, "b"), n = a.size(0), m = b.size(0);
+  const int64_t channels = require_two_descriptors(a, "a", b, "b"), n = a.size(0), m = b.size(0);
   const Tensor wide_a = wide(a), wide_b = wide(b);
   const Tensor out = empty(a, {n, m}, accumulate_type(a));
   with_accumulate_type(a, [&]<typename scalar_t>() {
@@ -184,7 +174,7 @@ Tensor forward(const Tensor& a, const Tensor& b) {
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& a, const Tensor& b, bool needs_a, bool needs_b) {
-  const int64_t channels = require_descriptors(a, "a", b, "b"), n = a.size(0), m = b.size(0);
+  const int64_t channels = require_two_descriptors(a, "a", b, "b"), n = a.size(0), m = b.size(0);
   require_tensor(grad, "grad", a, a.scalar_type(), {n, m});
   const Tensor wide_grad = wide(grad), wide_a = wide(a), wide_b = wide(b);
   const Tensor grad_a = empty(a, needs_a ? shape_of(a) : Shape{0}, accumulate_type(a));
@@ -199,7 +189,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& a, const T
 
 Tensor bounds(const Tensor& descriptors, const Tensor& labels, const Tensor& key_descriptors, const Tensor& key_labels,
               int64_t count, bool positives, int64_t ignore_index, int64_t self_offset) {
-  const int64_t channels = require_descriptors(descriptors, "descriptors", key_descriptors, "key_descriptors");
+  const int64_t channels = require_two_descriptors(descriptors, "descriptors", key_descriptors, "key_descriptors");
   require_tensor(labels, "labels", descriptors, ScalarType::Long, {descriptors.size(0)});
   require_tensor(key_labels, "key_labels", descriptors, ScalarType::Long, {key_descriptors.size(0)});
   require(count > 0, "count");
