@@ -121,7 +121,12 @@ def main() -> int:
         for fault in faults:
             print(f"{fault.number} {fault.file}:{fault.line} {fault.key}")
         return 0
-    assert len(plant.plant()) <= MOST_FAULTS
+    everything = plant.plant()
+    assert len(everything) <= MOST_FAULTS
+    stale = proved.keys() - {fault.key for fault in everything}
+    if stale:
+        print("equivalent.txt names faults that are not planted:", *sorted(stale), sep="\n  ")
+        return 2
     counted = [fault for fault in faults if fault.key not in proved]
     todo = [fault for fault in counted if arguments.afresh or fault.key not in record.valid]
     by_number = {fault.number: fault for fault in faults}
@@ -140,7 +145,7 @@ def main() -> int:
             print(f"{done} of {len(todo)}", flush=True)
 
     if todo:
-        planted = faults if arguments.draw is not None else plant.plant()  # a draw plants no others
+        planted = faults if arguments.draw is not None else everything  # a draw plants no others
         build(planted)
         texts = [f"{fault.number} {fault.original} {fault.mutated}" for fault in planted]
         plugin = campaign.Campaign(

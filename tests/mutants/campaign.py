@@ -8,6 +8,7 @@ that noticed this fault before, or others in its function; then one of each kind
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib
 import os
@@ -91,7 +92,7 @@ def forked(work: Callable[[Path], None]) -> tuple[int, Path]:
 def measure(items: list[pytest.Item], faults: int, processes: int) -> list[Measured]:
     """Every test without a fault, in processes of their own: one that ran a backward pass cannot be forked."""
 
-    def work(to: Path, share: list[pytest.Item]) -> None:
+    def work(share: list[pytest.Item], to: Path) -> None:
         found = []
         for item in share:
             emulator.take_reached(faults + 1)
@@ -102,7 +103,7 @@ def measure(items: list[pytest.Item], faults: int, processes: int) -> list[Measu
         to.write_bytes(pickle.dumps((found, list(sys.modules))))
 
     shares = [items[first::processes] for first in range(processes)]
-    made = [forked(lambda to, share=share: work(to, share)) for share in shares]
+    made = [forked(functools.partial(work, share)) for share in shares]
     by_test: dict[str, tuple[bool, Measured]] = {}
     for process, path in made:
         _, status = os.waitpid(process, 0)
@@ -155,7 +156,8 @@ def one_of_each(tests: Sequence[Test]) -> list[Test]:
 
 def within(tests: list[Test], seconds: float) -> list[Test]:
     """The first tests, at least one, that take so many seconds together."""
-    total, chosen = 0.0, []
+    total = 0.0
+    chosen: list[Test] = []
     for test in tests:
         total += test[1].seconds
         if chosen and total > seconds:

@@ -363,3 +363,20 @@ def test_entropy_is_at_most_one_where_it_is_normalized() -> None:
         )
         assert h.max() <= 1
         assert of_classes.max() <= 1
+
+
+# --- bounds of disparity ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("positives", [True, False])
+def test_bounds_to_the_last_bit(positives: bool, channels: int, dtype: torch.dtype) -> None:
+    """Disparities of sixteenths have no rounding; anchors are the keys from the third on, the last ones lie behind."""
+    generator = torch.Generator().manual_seed(0)
+    b = torch.randint(0, 9, (12, channels), generator=generator).to(dtype) / 8
+    z = torch.randint(0, 2, (12,), generator=generator)
+    a, y = torch.cat([b[3:], b[:3]]), torch.cat([z[3:], z[:3]])
+    for anchors, count in ((12, 1), (12, 3), (1, 2)):
+        got, want = calls.disparity_bounds(a[:anchors], y[:anchors], b, z, count, positives=positives, self_offset=3)
+        assert torch.equal(got, want)

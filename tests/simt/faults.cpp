@@ -201,6 +201,27 @@ void mma_of_old_device(bool bad) {
   mma_bf16(d, {0, 0, 0, 0}, {0, 0});
 }
 
+void tf32_of_old_device(bool bad) {
+  simt::device().compiled_for = bad ? 75 : 80;
+  to_tf32(1.0f);
+}
+
+void pack_of_old_device(bool bad) {
+  simt::device().compiled_for = bad ? 75 : 80;
+  pack_bf16(1.0f, 2.0f);
+}
+
+// Before sm_80 a copy is a load and a store: there at once, but for the thread that made it alone.
+void copy_of_old_device(bool bad) {
+  simt::device().compiled_for = 75;
+  SharedMemory memory;
+  const Shared<float> s = memory.take<float>(128);
+  s.copy_async(4 * thread_index(), Global<const float>(input), 0, false);
+  s.load(4 * thread_index());
+  if (!bad) sync_threads();
+  s.load(thread_index() ? 4 * (thread_index() - 1) : 0);
+}
+
 void nothing(bool) {}
 
 struct Launch {
@@ -243,6 +264,9 @@ const Case kCases[] = {
     {"copy_pending_at_exit", copy_pending_at_exit},
     {"write_under_copy", write_under_copy},
     {"mma_of_old_device", mma_of_old_device},
+    {"tf32_of_old_device", tf32_of_old_device},
+    {"pack_of_old_device", pack_of_old_device},
+    {"copy_of_old_device", copy_of_old_device},
     {"shared_not_asked_for", nothing, {.shared_bytes = 50000}, {.shared_bytes = 50000, .asked = 60000}},
     {"shared_above_the_limit", nothing, {.asked = 200000}, {.asked = 160000}},
     {"grid_too_high", nothing, {.blocks_y = 65536}, {.blocks_y = 2}},

@@ -339,9 +339,12 @@ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
                      simt::Location where = simt::Location::current()) {
   simt::mma<8>(d, a, b, decode_tf32, where);
 }
-inline uint32_t to_tf32(float x) { return (float_bits(x) + 0x1000u) & 0xffffe000u; }
-uint32_t pack_bf16(float low, float high);
-uint32_t pack_f16(float low, float high);
+inline uint32_t to_tf32(float x, simt::Location where = simt::Location::current()) {
+  simt::Block::current().need(80, "rounding to TF32", where);
+  return (float_bits(x) + 0x1000u) & 0xffffe000u;
+}
+uint32_t pack_bf16(float low, float high, simt::Location where = simt::Location::current());
+uint32_t pack_f16(float low, float high, simt::Location where = simt::Location::current());
 
 }  // namespace pglcl
 
@@ -392,10 +395,12 @@ PGLCL_DEVICE T narrow(U x) {
 }
 
 #if !defined(__CUDACC__)
-inline uint32_t pack_bf16(float low, float high) {
+inline uint32_t pack_bf16(float low, float high, simt::Location where) {
+  simt::Block::current().need(80, "rounding to pairs of 16 bits", where);
   return float_to_bfloat16(low) | uint32_t(float_to_bfloat16(high)) << 16;
 }
-inline uint32_t pack_f16(float low, float high) {
+inline uint32_t pack_f16(float low, float high, simt::Location where) {
+  simt::Block::current().need(80, "rounding to pairs of 16 bits", where);
   return float_to_float16(low) | uint32_t(float_to_float16(high)) << 16;
 }
 inline float decode_f16(uint32_t word, int half) { return float16_to_float(uint16_t(half ? word >> 16 : word)); }

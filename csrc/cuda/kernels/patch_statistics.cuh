@@ -6,6 +6,8 @@
 // pixel.
 #pragma once
 
+#include <initializer_list>
+
 #include "../../shared/patch_grid.h"
 #include "device.h"
 
@@ -481,8 +483,7 @@ void with_statistics_path(const StatisticsInput<T>& s, Body body) {
   const Strided<const T>& in = s.input;
   bool aligned = in.at[2] == 1 && s.grid.patch[2] % kPixels == 0 && s.grid.stride[2] % kPixels == 0 &&
                  reinterpret_cast<uintptr_t>(in.data) % 16 == 0;
-  const int64_t strides[] = {in.batch, in.classes, in.at[0], in.at[1]};
-  for (int i = 0; i < 4; ++i) aligned = aligned && strides[i] % kPixels == 0;
+  for (const int64_t stride : {in.batch, in.classes, in.at[0], in.at[1]}) aligned = aligned && stride % kPixels == 0;
   // Vectors of eight 16-bit pixels and eight classes would not fit the registers.
   if (aligned && s.grid.classes <= 4) return body.template operator()<4, kPixels>();
   if (s.grid.classes <= 8) return body.template operator()<8, 1>();
