@@ -8,6 +8,7 @@ that noticed this fault before, or others in its function; then one of each kind
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import functools
 import gc
 import importlib
@@ -79,6 +80,7 @@ def forked(work: Callable[[Path], None]) -> tuple[int, Path]:
     process = os.fork()
     if process:
         return process, Path(name)
+    faulthandler.disable()  # it has a copy of stderr
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)

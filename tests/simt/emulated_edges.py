@@ -226,6 +226,7 @@ def test_weights_that_float16_holds_by_their_scale() -> None:
     """Weights of pairs are rounded to float16: the largest coefficient scales them, whoever reads it."""
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(100) % 2
+    y[98:] = 2  # the one positive of each other: the weight of their pair is the whole coefficient
     z = (torch.randn(100, 8, generator=generator) / 50).half()
     upstream = torch.full((100,), 1e-3)
     upstream[99] = 4000.0  # read by the last warp; over a temperature of 0.05, 80000

@@ -8,8 +8,10 @@ from __future__ import annotations
 import functools
 import os
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,16 +23,15 @@ pytestmark = pytest.mark.slow
 
 FAMILIES = ["patch_contrast", "patch_statistics", "semantic_disparity", "gaussian_contrast"]
 ARCHITECTURES = [750, 800]
-# The cases of a family's program that come by the barriers of a file: its last argument but one.
+# The case of a family's program that comes by the barriers of a file, in little time.
 CASES = {
-    "patch_contrast.cuh": ("patch_contrast", [0]),
-    "patch_contrast_tiles.cuh": ("patch_contrast", [1]),
-    "patch_contrast_mma.cuh": ("patch_contrast", [3, 6]),
-    "patch_statistics.cuh": ("patch_statistics", [0, 4]),
-    "semantic_disparity.cuh": ("semantic_disparity", [0]),
-    "gaussian_contrast.cuh": ("gaussian_contrast", [0]),
+    "patch_contrast.cuh": ("patch_contrast", 0),
+    "patch_contrast_tiles.cuh": ("patch_contrast", 1),
+    "patch_contrast_mma.cuh": ("patch_contrast", 6),
+    "patch_statistics.cuh": ("patch_statistics", 4),
+    "semantic_disparity.cuh": ("semantic_disparity", 0),
+    "gaussian_contrast.cuh": ("gaussian_contrast", 0),
 }
-
 # Lane 0 alone reads what it wrote itself: the second sync_warp of the sums of a patch orders nothing.
 NEEDLESS = [("patch_statistics.cuh", 1)]
 
@@ -46,7 +47,7 @@ def needed_barriers() -> list[translate.Barrier]:
 @functools.cache
 def programs(architecture: int) -> dict[str, Path]:
     """The compiled program of each family, built once for the sources as they are."""
-    inputs = [*HERE.glob("*.*"), Path(native.__file__), *native.CSRC.glob("shared/*")]
+    inputs = [*HERE.glob("*.h"), *HERE.glob("*.cpp"), HERE / "translate.py", *native.CSRC.glob("shared/*")]
     inputs += [path for path in native.CSRC.glob("cuda/kernels/*") if path.is_file()]
     folder = native.cache(f"witness_{architecture}_{native.digest(inputs)}")
     translate.write_sources(folder / "csrc")
@@ -65,24 +66,45 @@ def programs(architecture: int) -> dict[str, Path]:
         return dict(zip(FAMILIES, pool.map(compile_one, FAMILIES), strict=True))
 
 
-def run(architecture: int, family: str, *arguments: int, seconds: float = 300) -> subprocess.CompletedProcess[str]:
+Done = subprocess.CompletedProcess[str]
+
+
+def run(architecture: int, family: str, *arguments: int, seconds: float = 600) -> Done:
     command = [str(programs(architecture)[family]), *map(str, arguments)]
     environment = {"TSAN_OPTIONS": "halt_on_error=1 exitcode=66"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
 
 
+def arguments_of(parameters: dict[str, Any]) -> tuple[Any, ...]:
+    """What `run` gets for a test."""
+    if "barrier" not in parameters:
+        return parameters["architecture"], parameters["family"]
+    barrier = parameters["barrier"]
+    return 800, *CASES[Path(barrier.file).name], barrier.number
+
+
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest) -> Iterator[dict[tuple[Any, ...], Future[Done]]]:
+    """The runs that the chosen tests ask for, as many at once as there are processors."""
+    chosen = [item for item in request.session.items if item.path == Path(__file__) and hasattr(item, "callspec")]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        calls = dict.fromkeys(arguments_of(item.callspec.params) for item in chosen)
+        for architecture in dict.fromkeys(call[0] for call in calls):
+            programs(architecture)
+        yield {call: pool.submit(run, *call) for call in calls}
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_threads_agree_with_brute_force(family: str, architecture: int) -> None:
-    done = run(architecture, family)
+def test_threads_agree_with_brute_force(family: str, architecture: int, runs: Any) -> None:
+    done = runs[arguments_of({"family": family, "architecture": architecture})].result()
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 
 @pytest.mark.parametrize("barrier", needed_barriers(), ids=lambda b: f"{Path(b.file).name}:{b.line}")
-def test_a_barrier_left_out_is_noticed(barrier: translate.Barrier) -> None:
-    family, cases = CASES[Path(barrier.file).name]
-    noticed = any(run(800, family, case, barrier.number).returncode != 0 for case in cases)
-    assert noticed, f"nobody misses {barrier.text} in {barrier.file}:{barrier.line}"
+def test_a_barrier_left_out_is_noticed(barrier: translate.Barrier, runs: Any) -> None:
+    done = runs[arguments_of({"barrier": barrier})].result()
+    assert done.returncode != 0, f"nobody misses {barrier.text} in {barrier.file}:{barrier.line}"
 
 
 def test_asm_that_touches_memory_must_say_so() -> None:
