@@ -82,8 +82,8 @@ inline void require_tensor(const Tensor& t, const char* name, const Tensor& like
 // --- memory
 // -------------------------------------------------------------------------------------------------------------
 
-// On the device of `like`, and of its type where none is named. Not by torch::stable::new_empty, which looks the operator
-// up by its name: that takes as long as a small op.
+// On the device of `like`, and of its type where none is named. Not by torch::stable::new_empty, which looks the
+// operator up by its name: that takes as long as a small op.
 inline Tensor empty(const Tensor& like, const Shape& shape, std::optional<ScalarType> type = std::nullopt) {
   Shape strides(shape.size());
   int64_t stride = 1;
