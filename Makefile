@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-fast bench docs torture fuzz sanitize avx512 format lint clean cuda-setup test-cuda bench-cuda cuda-all cuda-check emulated mutants witness
+.PHONY: setup demo test test-fast durations bench docs torture fuzz sanitize avx512 format lint clean cuda-setup test-cuda bench-cuda cuda-all cuda-check emulated mutants witness
 
 # The native sources are part of the stamp: the extension is rebuilt when one changes.
 SOURCES := $(shell find csrc tools -type f) CMakeLists.txt setup.py pyproject.toml
@@ -31,6 +31,10 @@ test: setup
 
 test-fast: setup
 	$(BIN)/python -m pytest -m "not slow" tests
+
+# Which tests are slow is measured: the whole suite, in processor time.
+durations: setup
+	$(BIN)/python -m pytest --measure tests/durations.json
 
 # Minutes in CI, hours by hand: MINUTES=120 SEED=1 make fuzz
 MINUTES ?= 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -22,6 +23,10 @@ if torch.cuda.is_available() and build_info()["cuda_built"]:
     DEVICES.append("cuda")
 
 ROOT = Path(__file__).parent.parent
+# Of each test, in seconds of processor time, written by `pytest --measure`.
+DURATIONS = Path(__file__).with_name("durations.json")
+MEASURED: dict[str, float] = {}
+LONGEST_FAST = 0.3  # of a test that `make test-fast` runs
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,6 +39,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption("--draw", type=int, metavar="COUNT", help="run COUNT of the tests, drawn by --draw-seed")
     parser.addoption("--draw-seed", type=int, default=0, metavar="SEED")
+    parser.addoption(
+        "--measure",
+        type=Path,
+        metavar="FILE",
+        help="write the processor time of each test that takes a tenth of a second to FILE, e.g. tests/durations.json, "
+        "from which the marks of slow tests come; what FILE says of tests that do not run is kept",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,7 +63,34 @@ ABOUT_THE_CPU = (
 )
 
 
+def _processor_seconds() -> float:
+    """Of this process and of those children that have ended: what else runs on the machine does not count."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    before = _processor_seconds()
+    result = yield
+    MEASURED[item.nodeid] = round(_processor_seconds() - before, 1)
+    return result
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    file: Path | None = session.config.getoption("--measure")
+    if file is not None:
+        known = json.loads(file.read_text()) if file.exists() else {}
+        durations = {name: seconds for name, seconds in (known | MEASURED).items() if seconds >= 0.1}
+        file.write_text(json.dumps(dict(sorted(durations.items())), indent=1) + "\n")
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    durations = json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {}
+    for item in items:
+        if durations.get(item.nodeid, 0.0) > LONGEST_FAST:
+            item.add_marker(pytest.mark.slow)
     kept = list(items)
     if config.getoption("--emulated") is not None:
         kept = [item for item in kept if not item.name.startswith(ABOUT_THE_CPU)]
