@@ -3,7 +3,7 @@
 Measures, prints the tables, and writes benchmarks/results/<question>.json with every sample, the table and the plot
 beside it, and the sections of README that come from them. With --sizes they go to build/benchmarks instead, and README
 stays as it is. Without questions all are answered but two: `segmentation`, which trains networks for hours and resumes
-what was interrupted, and `memory`, which predicts large volumes for a quarter of an hour.
+what was interrupted, and `memory`, which predicts large volumes.
 """
 
 from __future__ import annotations
