@@ -161,5 +161,6 @@ int main(int count, char** arguments) {
                  [] { contrast<pglcl::BFloat16>(3, 512, 8, {.backward = false}); },          // 5: keys shared out
                  [] { contrast<pglcl::BFloat16>(18, 70, 8, {.shared_bytes = 30 * 1024}); },  // 6: one stage
                  [] { contrast<pglcl::Float16>(18, 0, 8); },                                 // 7
+                 [] { contrast<float>(3, 35, 264); },  // 8: rows that pass in chunks
              });
 }
