@@ -256,7 +256,7 @@ def test_evaluate(copied: tuple[Path, Path], capsys: pytest.CaptureFixture[str])
     assert "UNFINISHED" not in out
     identity = json.loads((run / "scores_test.json").read_text())["subject"]
     assert (identity["step"], identity["steps"], identity["finished"]) == (40, 40, True)
-    assert (run / "scores_test.csv").read_text().startswith("patient,case,label,class,dice,hd95_mm")
+    assert (run / "scores_test.csv").read_text().startswith("patient,case,class_index,label_value,class,dice,hd95_mm")
     assert main(["evaluate", str(run), str(root), "--part", "some"]) == 2
 
 
