@@ -472,8 +472,7 @@ PGLCL_KERNEL patch_statistics_backward(StatisticsInput<T> s, StatisticsGradients
   }
 }
 
-// --- launches
-// -------------------------------------------------------------------------------------------------------------
+// --- launches --------------------------------------------------------------------------------------------------------
 
 // Calls body.operator()<kHeld, kPixels>() as the number of classes and the alignment have it.
 template <typename T, typename Body>
@@ -481,9 +480,9 @@ void with_statistics_path(const StatisticsInput<T>& s, Body body) {
   // 16-byte loads need rows, patches and strides that are multiples of them.
   constexpr int kPixels = 16 / sizeof(T);
   const Strided<const T>& in = s.input;
-  bool aligned = in.at[2] == 1 && s.grid.patch[2] % kPixels == 0 && s.grid.stride[2] % kPixels == 0 &&
-                 reinterpret_cast<uintptr_t>(in.data) % 16 == 0;
-  for (const int64_t stride : {in.batch, in.classes, in.at[0], in.at[1]}) aligned = aligned && stride % kPixels == 0;
+  const bool aligned = in.at[2] == 1 && s.grid.patch[2] % kPixels == 0 && s.grid.stride[2] % kPixels == 0 &&
+                       reinterpret_cast<uintptr_t>(in.data) % 16 == 0 && in.batch % kPixels == 0 &&
+                       in.classes % kPixels == 0 && in.at[0] % kPixels == 0 && in.at[1] % kPixels == 0;
   // Vectors of eight 16-bit pixels and eight classes would not fit the registers.
   if (aligned && s.grid.classes <= 4) return body.template operator()<4, kPixels>();
   if (s.grid.classes <= 8) return body.template operator()<8, 1>();
