@@ -506,7 +506,7 @@ PGLCL_DEVICE void stream_columns(const TileMemory<T>& memory, const Operands<T>&
 template <typename T, Math kMath, typename Side, typename Work>
 PGLCL_DEVICE void stream_chunks(const TileMemory<T>& memory, const Operands<T>& x, int last, Side load_side,
                                 Work work) {
-  constexpr int kStride = row_stride<T>(kDepthChunk);
+  const int stride = row_stride<T>(kDepthChunk);
   const CopyPlan plan(kDepthChunk * int(sizeof(T)) / 16);
   const int chunks = int((x.depth + kDepthChunk - 1) / kDepthChunk);
   for (int64_t first = 0; first < x.column_count; first += kColumns<T>) {
@@ -514,8 +514,8 @@ PGLCL_DEVICE void stream_chunks(const TileMemory<T>& memory, const Operands<T>& 
     for (int k = 1; k <= chunks; ++k) {
       const int chunk = last + k < chunks ? last + k : last + k - chunks;
       const int64_t start = int64_t(chunk) * kDepthChunk;
-      copy_rows<T>(plan, memory.rows, 0, kStride, x.rows, x.first_row, kRows, x.row_count, x.depth, start);
-      copy_rows<T>(plan, memory.columns, 0, kStride, x.columns, first, kColumns<T>, x.column_count, x.depth, start);
+      copy_rows<T>(plan, memory.rows, 0, stride, x.rows, x.first_row, kRows, x.row_count, x.depth, start);
+      copy_rows<T>(plan, memory.columns, 0, stride, x.columns, first, kColumns<T>, x.column_count, x.depth, start);
       commit_copies();
       wait_copies<0>();
       sync_threads();
