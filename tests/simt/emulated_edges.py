@@ -381,3 +381,6 @@ def test_bounds_to_the_last_bit(positives: bool, channels: int, dtype: torch.dty
     for anchors, count in ((12, 1), (12, 3), (1, 2)):
         got, want = calls.disparity_bounds(a[:anchors], y[:anchors], b, z, count, positives=positives, self_offset=3)
         assert torch.equal(got, want)
+    for keys in (0, 1, 2):
+        got, want = calls.disparity_bounds(a, y, b[:keys], z[:keys], 1, positives=positives, self_offset=-1)
+        assert torch.equal(got, want)
