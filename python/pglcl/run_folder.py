@@ -162,11 +162,9 @@ class RunFolder:
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         save_tensors(self.checkpoint, {**state, "run": self._identity()})
 
-    def save_model(self, model: TrainedModel) -> None:
-        save_tensors(self.model, {**model.state(), "run": self._identity()})
-
-    def save_best(self, model: TrainedModel) -> None:
-        save_tensors(self.best, {**model.state(), "run": self._identity()})
+    def save_model(self, model: TrainedModel, path: Path) -> None:
+        """`path`: of this folder, :attr:`model` or :attr:`best`."""
+        save_tensors(path, {**model.state(), "run": self._identity()})
 
     def notes(self) -> list[str]:
         """What makes a resumed run end with other last digits."""

@@ -286,7 +286,7 @@ class Training:
             if dice > learner.best["dice"]:
                 learner.best = {"step": done, "dice": dice}
                 if ranks.is_first:
-                    self.folder.save_best(learner.model(done))
+                    self.folder.save_model(learner.model(done), self.folder.best)
             if log and not math.isnan(dice):
                 log.write({"step": done, "validation_dice": dice})
         if done % LOG_EVERY == 0 and parent_has_ended():
@@ -309,9 +309,9 @@ class Training:
             model.organs = organs_of_masks(model, learner.data, learner.ranks)
         if not learner.ranks.is_first:
             return
-        self.folder.save_model(last)
+        self.folder.save_model(last, self.folder.model)
         if learner.best["step"]:
-            self.folder.save_best(models[-1])
+            self.folder.save_model(models[-1], self.folder.best)
             best = f"step {learner.best['step']:.0f}, a validation Dice of {100 * learner.best['dice']:.1f} %"
             self.progress.say(f"best.pt: {best}; model.pt: step {last.step}, the last")
         if last.organs is None:
