@@ -63,7 +63,8 @@ def main() -> None:
             from benchmarks import segmentation
 
             budget = {name: getattr(arguments, name) for name in ("only", "jobs", "threads", "minutes")}
-            results, table = segmentation.run(arguments.data, arguments.runs, **budget)
+            committed = pages.results("segmentation")
+            results, table = segmentation.run(arguments.data, arguments.runs, **budget, committed=committed)
             took = None  # of this call, which may have found every run ended
         else:
             options: dict[str, Any] = {"threads": arguments.threads}

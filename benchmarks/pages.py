@@ -123,11 +123,13 @@ def memory() -> str:
 
 def verdict() -> str:
     """A sentence: the best and the worst that the contrast did to its base, over all variants and data sets."""
+    from benchmarks.segmentation import budget_of, summarise
+
     dice, hd95, seeds = [], [], []
-    for record in results("segmentation"):
+    for record in summarise(results("segmentation")):
         if " + " not in record["method"] or record["minus_base"] is None:
             continue
-        name = f"{record['method']}; {importlib.import_module('benchmarks.segmentation').budget_of(record['dataset'])}"
+        name = f"{record['method']}; {budget_of(record['dataset'])}"
         seeds.append(len(record["seeds"]))
         dice.append((100 * record["minus_base"]["dice"][0], name))
         hd95.append((record["minus_base"]["hd95"][0], name))

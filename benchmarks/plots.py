@@ -85,14 +85,15 @@ def segmentation(runs: Path, data: Path, dataset: str = "histology", seed: int =
     from pglcl.predict import Predictor
     from pglcl.volumes import read_label, read_volume
 
-    from benchmarks.segmentation import DATASETS, Run, per_patient
+    from benchmarks.segmentation import DATASETS, Run, recorded
 
     asked = DATASETS[dataset]
     rows = [Run(dataset, method, seed) for method in ("supervised", asked.base, f"{asked.base} + patchcl")]
-    scores = [per_patient(run, runs) for run in rows]
-    if any(found is None for found in scores):
+    records = [recorded(run, runs) for run in rows]
+    scores = [record["patients"]["dice"] for record in records if record is not None]
+    if len(scores) < len(rows):
         return False
-    by_base = sorted(scores[1]["dice"].items(), key=lambda item: item[1])  # type: ignore[index]
+    by_base = sorted(scores[1].items(), key=lambda item: item[1])
     patient = by_base[len(by_base) // 2][0]
     case = cases_of(open_folder(data / asked.folder), [patient], with_label=True)[0]
     models = [load_model(run.folder(runs), "cpu") for run in rows]
@@ -102,9 +103,8 @@ def segmentation(runs: Path, data: Path, dataset: str = "histology", seed: int =
     image = torch.from_numpy(read_volume(case.images).data)[..., z].float()
     shown = [("truth", truth)]
     for run, model, found in zip(rows, models, scores):
-        assert found is not None
         mask = Predictor([model])(case)[0].mask()
-        shown.append((f"{run.method}, Dice {100 * found['dice'][patient]:.0f}", mask))
+        shown.append((f"{run.method}, Dice {100 * found[patient]:.0f}", mask))
     figure, axes = plt.subplots(1, len(shown), figsize=(3.0 * len(shown), 3.0 * image.shape[1] / image.shape[2] + 0.4))
     picture = (image / image.max()).clamp(0, 1).permute(1, 2, 0)
     for axis, (title, mask) in zip(axes, shown):

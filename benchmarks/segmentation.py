@@ -2,9 +2,10 @@
 
     python -m benchmarks segmentation --data DATA --runs FOLDER [--only acdc-6000/supervised/0] [--jobs 2]
 
-DATA holds ACDC/, Task04_Hippocampus/ and Histology_nuclei/. Each run is a process of ``pglcl train``, and its folder is
-its memory: what has ended is not run again, what was interrupted is resumed. The table is of the runs that have ended,
-and says which have not.
+DATA holds ACDC/, Task04_Hippocampus/ and Histology_nuclei/. Each run is a process of ``pglcl train`` in a folder of its
+own. What was interrupted is resumed. What has ended, in FOLDER or in the committed results, is not run again as long as
+its options are those of today: so the matrix may be filled over days, and on more than one machine. The table is of the
+runs that have ended, and says which have not.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -146,60 +147,75 @@ def matrix(only: str = "") -> Iterator[Run]:
 
 def execute(run: Run, data: Path, runs: Path, threads: int) -> str:
     folder = run.folder(runs)
-    if (folder / "scores_test.json").exists():
-        return ""
     root = data / DATASETS[run.dataset].folder
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     pglcl = [sys.executable, "-W", "ignore", "-m", "pglcl"]
     start = time.perf_counter()
-    train = [
-        *pglcl,
-        "train",
-        str(root),
-        "--output",
-        str(folder),
-        "--threads",
-        str(threads),
-        "--workers",
-        "0",
-        "--quiet",
-    ]
+    train = [*pglcl, "train", str(root), "--output", str(folder), "--threads", str(threads), "--workers", "0"]
     resume = ["--resume"] if (folder / "config.json").exists() else []
-    for command in ([*train, *resume, *run.flags()], [*pglcl, "evaluate", str(folder), str(root)]):
+    for command in ([*train, "--quiet", *resume, *run.flags()], [*pglcl, "evaluate", str(folder), str(root)]):
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
         if result.returncode:
             return f"{run}: {result.stderr.strip().splitlines()[-1] if result.stderr.strip() else result.returncode}"
     return f"{run.dataset}, {run.method}, seed {run.seed}: {time.perf_counter() - start:.0f} s"
 
 
-def per_patient(run: Run, runs: Path) -> dict[str, dict[str, float]] | None:
-    """Dice and HD95 of each test patient, over volumes and classes; None while the run has not ended."""
-    path = run.folder(runs) / "scores_test.json"
-    if not path.exists():
+Record = dict[str, Any]
+
+
+def recorded(run: Run, runs: Path) -> Record | None:
+    """What a run reached, from its folder; None while it has not ended.
+
+    Of each test patient: Dice and HD95, means over volumes and classes. Of each class, and of all: the same over
+    patients. Counts, over all test volumes and classes: missed classes, and pieces that touch no truth.
+    """
+    folder = run.folder(runs)
+    if not (folder / "scores_test.json").exists():
         return None
+    content = json.loads((folder / "scores_test.json").read_text(encoding="utf-8"))
     values: dict[str, dict[str, list[float]]] = {"dice": {}, "hd95": {}}
-    for score in json.loads(path.read_text(encoding="utf-8"))["scores"]:
+    for score in content["scores"]:
         for metric, patients in values.items():
             if score[metric] is not None and not math.isnan(score[metric]):
                 patients.setdefault(score["patient"], []).append(score[metric])
-    return {metric: {p: float(np.mean(v)) for p, v in patients.items()} for metric, patients in values.items()}
+    means = {metric: {p: float(np.mean(v)) for p, v in patients.items()} for metric, patients in values.items()}
+    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    return {
+        **asdict(run),
+        "options": run.options(),
+        "commit": environment["git"]["commit"][:7] if environment["git"] else None,
+        "processor": environment["processor"],
+        "validation_dice": validation_dice(folder),
+        "patients": means,
+        "per_class": {row["class"]: (row["dice"], row["hd95"]) for row in content["summary"]},
+        "counts": {name: content["summary"][-1][name] for name in ("missed", "stray")},
+    }
 
 
-def per_class(run: Run, runs: Path) -> dict[str, tuple[float, float]]:
-    summary = json.loads((run.folder(runs) / "scores_test.json").read_text(encoding="utf-8"))["summary"]
-    return {row["class"]: (row["dice"], row["hd95"]) for row in summary}
-
-
-def commit(run: Run, runs: Path) -> str | None:
-    state = json.loads((run.folder(runs) / "environment.json").read_text(encoding="utf-8"))["git"]
-    return state["commit"][:7] if state else None
-
-
-def validation_dice(run: Run, runs: Path) -> float | None:
+def validation_dice(folder: Path) -> float | None:
     """The last one, of the validation patients: what defaults are chosen by."""
-    lines = (run.folder(runs) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     values = [row["validation_dice"] for row in map(json.loads, lines) if "validation_dice" in row]
     return values[-1] if values else None
+
+
+class Records:
+    """The runs that have ended: those of a folder, and those that the committed results have of other machines."""
+
+    def __init__(self, runs: Path, committed: Sequence[Record] = ()) -> None:
+        self.runs = runs
+        self.committed = {(r["dataset"], r["method"], r["seed"]): r for r in committed}
+
+    def of(self, run: Run) -> Record | None:
+        """None of a run that has not ended, or not with the options of today."""
+        own = recorded(run, self.runs)
+        if own is not None:
+            return own
+        found = self.committed.get((run.dataset, run.method, run.seed))
+        return found if found is not None and found["options"] == run.options() else None
+
+    def all(self) -> list[Record]:
+        return [record for run in matrix() if (record := self.of(run)) is not None]
 
 
 def paired_interval(a: list[dict[str, float]], b: list[dict[str, float]]) -> tuple[float, float, float]:
@@ -211,48 +227,37 @@ def paired_interval(a: list[dict[str, float]], b: list[dict[str, float]]) -> tup
     return (float(difference.mean()), *(float(v) for v in np.percentile(means, [2.5, 97.5])))
 
 
-def counted(run: Run, runs: Path) -> dict[str, int]:
-    """Over all test volumes and classes: missed classes, and pieces that touch no truth."""
-    content = json.loads((run.folder(runs) / "scores_test.json").read_text(encoding="utf-8"))
-    return {name: content["summary"][-1][name] for name in ("missed", "stray")}
-
-
-def summarise(runs: Path) -> list[dict[str, Any]]:
-    """A record per data set and method of which a run has ended, with what each seed reached."""
+def summarise(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """One for each data set and method of which a run has ended, with what each seed reached."""
     results: list[dict[str, Any]] = []
-    for dataset, asked in DATASETS.items():
-        finished: dict[str, dict[int, dict[str, dict[str, float]]]] = {}
-        for method in methods(dataset):
-            scores = {seed: per_patient(Run(dataset, method, seed), runs) for seed in asked.seeds}
-            finished[method] = {seed: found for seed, found in scores.items() if found is not None}
-        for method, by_seed in finished.items():
+    for dataset in DATASETS:
+        ended: dict[str, dict[int, Record]] = {method: {} for method in methods(dataset)}
+        for record in records:
+            if record["dataset"] == dataset:
+                ended[record["method"]][record["seed"]] = record
+        for method, by_seed in ended.items():
             if not by_seed:
                 continue
             base = base_of(method)
-            common = [seed for seed in by_seed if base != method and seed in finished[base]]
+            common = [seed for seed in by_seed if base != method and seed in ended[base]]
             compared = {}
             for metric in ("dice", "hd95") if common else ():
-                ours, theirs = ([finished[m][seed][metric] for seed in common] for m in (method, base))
+                ours, theirs = ([ended[m][seed]["patients"][metric] for seed in common] for m in (method, base))
                 compared[metric] = paired_interval(ours, theirs)
-            own = [Run(dataset, method, seed) for seed in by_seed]
-            values = {
-                metric: [list(found[metric].values()) for found in by_seed.values()] for metric in ("dice", "hd95")
-            }
+            own = list(by_seed.values())
+            values = {metric: [list(r["patients"][metric].values()) for r in own] for metric in ("dice", "hd95")}
             results.append(
                 {
                     "dataset": dataset,
                     "method": method,
-                    "options": own[0].options(),
                     "seeds": list(by_seed),
-                    "commits": sorted({str(commit(run, runs)) for run in own}),
-                    "validation_dice": [validation_dice(run, runs) for run in own],
+                    "validation_dice": [r["validation_dice"] for r in own],
                     "dice": [100 * float(np.mean(v)) for v in values["dice"]],
                     "hd95": [float(np.mean(v)) for v in values["hd95"]],
                     "hd95_median": [float(np.median(v)) for v in values["hd95"]],
-                    "counts": [counted(run, runs) for run in own],
-                    "per_class": [per_class(run, runs) for run in own],
+                    "counts": [r["counts"] for r in own],
+                    "per_class": [r["per_class"] for r in own],
                     "minus_base": compared or None,
-                    "patients": list(by_seed.values()),
                 }
             )
     return results
@@ -310,9 +315,9 @@ def budget_of(dataset: str) -> str:
     return f"{asked.title}, {asked.options['labelled']} labelled, {asked.options['steps']} steps"
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def table(records: Sequence[Record]) -> str:
     """Two of each data set: the methods, and the same by class."""
-    texts = []
+    texts, results = [], summarise(records)
     for dataset in DATASETS:
         own = {r["method"]: r for r in results if r["dataset"] == dataset}
         if not own:
@@ -347,10 +352,15 @@ def table(results: list[dict[str, Any]]) -> str:
         "patients. HD95 in the units of the headers (ACDC's have no spacing: voxels; Histology: pixels). Missed: "
         "classes that were there and not predicted; stray: components that touch no truth; both over all test volumes. "
         "Minus its base: with the 95 % bootstrap interval over test patients, each averaged over the seeds that both "
-        "have."
+        "have. "
+        f"The runs are of commits {listed(records, 'commit')}, on {listed(records, 'processor')}."
     )
     goals = "Goals:\n" + "\n".join(f"- {line}" for line in verdicts(results))
     return "\n\n".join([note, goals, *texts]) if texts else ""
+
+
+def listed(records: Sequence[Record], name: str) -> str:
+    return ", ".join(sorted({str(record[name]) for record in records}))
 
 
 def compared(minus_base: dict[str, tuple[float, float, float]] | None, metric: str, unit: float) -> str:
@@ -359,15 +369,19 @@ def compared(minus_base: dict[str, tuple[float, float, float]] | None, metric: s
     return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(unit * v for v in minus_base[metric]))
 
 
-def run(data: str, runs: str, *, only: str, jobs: int, threads: int, minutes: float) -> tuple[list[dict], str]:
+def run(
+    data: str, runs: str, *, only: str, jobs: int, threads: int, minutes: float, committed: Sequence[Record] = ()
+) -> tuple[list[Record], str]:
     end = time.monotonic() + 60 * minutes
+    records = Records(Path(runs), committed)
 
     def one(item: Run) -> str:
-        return execute(item, Path(data), Path(runs), threads) if time.monotonic() < end else ""
+        if time.monotonic() > end or records.of(item) is not None:
+            return ""
+        return execute(item, Path(data), Path(runs), threads)
 
     with ThreadPoolExecutor(jobs) as pool:
         for line in pool.map(one, matrix(only)):
             if line:
                 print(line, flush=True)
-    results = summarise(Path(runs))
-    return results, table(results)
+    return records.all(), table(records.all())

@@ -182,6 +182,34 @@ def test_paired_interval() -> None:
     assert high - low < 0.04
 
 
+def ended(runs: Path, run: segmentation.Run, dice: float) -> None:
+    """What a finished run leaves in its folder."""
+    folder = run.folder(runs)
+    folder.mkdir(parents=True)
+    summary = [{"class": "mean", "dice": dice, "hd95": 3.0, "missed": 0, "stray": 2}]
+    scores = [{"patient": p, "dice": dice + d, "hd95": 3.0} for p, d in (("a", 0.01), ("a", 0.03), ("b", -0.02))]
+    (folder / "scores_test.json").write_text(json.dumps({"scores": scores, "summary": summary}))
+    (folder / "environment.json").write_text(json.dumps({"git": None, "processor": "a CPU"}))
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 5, "validation_dice": 0.7}) + "\n")
+
+
+def test_runs_are_collected_from_folder_and_results(tmp_path: Path) -> None:
+    ours, theirs = (segmentation.Run("acdc", method, 0) for method in ("copy-paste + patchcl", "copy-paste"))
+    ended(tmp_path / "here", ours, 0.8)
+    ended(tmp_path / "elsewhere", theirs, 0.7)
+    committed = segmentation.Records(tmp_path / "elsewhere").all()
+    assert [(r["method"], r["processor"], r["validation_dice"]) for r in committed] == [("copy-paste", "a CPU", 0.7)]
+    assert committed[0]["patients"]["dice"] == pytest.approx({"a": 0.72, "b": 0.68})
+    records = segmentation.Records(tmp_path / "here", committed)
+    assert records.of(theirs) == committed[0]
+    gain = segmentation.summarise(records.all())[1]["minus_base"]["dice"]
+    assert gain == pytest.approx((0.1, 0.1, 0.1))
+    assert "| copy-paste + patchcl | 0 |" in segmentation.table(records.all())
+    # Results of other options than today's are not those of today's matrix.
+    committed[0]["options"]["steps"] += 1
+    assert segmentation.Records(tmp_path / "here", committed).of(theirs) is None
+
+
 def test_goals_are_judged() -> None:
     def record(dataset: str, method: str, dice: float, hd95: float = 5.0, gain: Any = None) -> dict[str, Any]:
         return {"dataset": dataset, "method": method, "dice": [dice], "hd95": [hd95], "minus_base": gain}

@@ -32,6 +32,16 @@ def git_state(folder: Path) -> dict[str, Any] | None:
         return None
 
 
+def processor() -> str:
+    """The model of the CPU where the system tells it, otherwise its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
 def environment() -> dict[str, Any]:
     import monai
 
@@ -41,7 +51,7 @@ def environment() -> dict[str, Any]:
         "monai": monai.__version__,
         "pglcl_ext": pglcl_ext.build_info(),
         "machine": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "git": git_state(Path(__file__).parent),
