@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-fast durations bench docs torture fuzz sanitize avx512 format lint clean cuda-setup test-cuda bench-cuda cuda-all cuda-check emulated mutants witness
+.PHONY: setup demo test test-fast durations bench docs torture fuzz sanitize avx512 aarch64 format lint clean cuda-setup test-cuda bench-cuda cuda-all cuda-check emulated mutants witness
 
 # The native sources are part of the stamp: the extension is rebuilt when one changes.
 SOURCES := $(shell find csrc tools -type f) CMakeLists.txt setup.py pyproject.toml
@@ -48,6 +48,10 @@ sanitize: setup
 # The AVX-512 kernels on a processor without AVX-512.
 avx512: setup
 	PYTHON="$(CURDIR)/$(BIN)/python" tools/avx512.sh
+
+# The module compiled for aarch64, its kernels run and their instructions counted under qemu-user.
+aarch64: setup
+	PYTHON="$(CURDIR)/$(BIN)/python" tools/aarch64.sh
 
 bench: setup
 	$(BIN)/python -m benchmarks

@@ -91,7 +91,8 @@ def build_info() -> dict[str, Any]:
         ``cuda_version`` (of the torch built against), ``cuda_reason`` (why there is no CUDA code, else ""),
         ``cuda_architectures`` (list of str) and ``cpu_instruction_set``, the one in use: the best that the processor
         and the environment variable ``PGLCL_CPU_ISA`` (``baseline``, ``avx2``,
-        ``avx512`` or ``avx512_bf16``) allow. An unknown name in it ends the import.
+        ``avx512`` or ``avx512_bf16`` on x86-64, ``baseline`` or ``neon`` on aarch64) allow. An unknown name in it ends
+        the import.
     """
     from pglcl_ext import _build_config
 

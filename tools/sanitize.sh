@@ -13,8 +13,8 @@ if [ $# -eq 0 ]; then
 fi
 
 configure build/sanitize/thread -DPGLCL_SANITIZE=thread
-cmake --build build/sanitize/thread --target sanitize_threads
-TSAN_OPTIONS=halt_on_error=1 build/sanitize/thread/sanitize_threads
+cmake --build build/sanitize/thread --target kernels
+TSAN_OPTIONS=halt_on_error=1 build/sanitize/thread/kernels
 
 build_tree build/sanitize/address -DPGLCL_SANITIZE=address,undefined
 cd build/sanitize/tree

@@ -36,6 +36,8 @@ PGLCL_DECLARE(baseline)
 PGLCL_DECLARE(avx2)
 PGLCL_DECLARE(avx512)
 PGLCL_DECLARE(avx512_bf16)
+#elif defined(__aarch64__)
+PGLCL_DECLARE(neon)
 #endif
 
 namespace {
@@ -47,6 +49,8 @@ const char* const kNames[] = {
     "avx2",
     "avx512",
     "avx512_bf16",
+#elif defined(__aarch64__)
+    "neon",
 #endif
 };
 
@@ -65,6 +69,11 @@ const KernelTable& table_of(int level) {
     }
     case 1: {
       static const KernelTable table = PGLCL_TABLE(avx2, false);
+      return table;
+    }
+#elif defined(__aarch64__)
+    case 1: {
+      static const KernelTable table = PGLCL_TABLE(neon, false);
       return table;
     }
 #endif
@@ -86,6 +95,8 @@ int best_supported() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (!avx512) return 1;
   return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+#elif defined(__aarch64__)
+  return 1;
 #else
   return 0;
 #endif

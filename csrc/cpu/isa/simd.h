@@ -22,7 +22,7 @@
 namespace pglcl::PGLCL_ISA {
 
 // kMicroRows x (2 vectors) accumulators are held in registers by the matrix micro-kernel: 16 of 32 registers with
-// AVX-512, 8 of 16 otherwise. Both cover the latency of two fused multiply-adds per cycle (4 cycles each).
+// AVX-512 and NEON, 8 of 16 otherwise. Both cover the latency of two fused multiply-adds per cycle (4 cycles each).
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
 constexpr int kMicroRows = 8;
@@ -31,7 +31,11 @@ constexpr int kVectorBytes = 32;
 constexpr int kMicroRows = 4;
 #else
 constexpr int kVectorBytes = 16;
+#if PGLCL_REGISTERS == 32
+constexpr int kMicroRows = 8;
+#else
 constexpr int kMicroRows = 4;
+#endif
 #endif
 
 template <typename scalar_t>

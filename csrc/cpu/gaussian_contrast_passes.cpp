@@ -1,0 +1,160 @@
+// The tiles of the Gaussian contrastive loss (method, section 6). Anchors are grouped by class, so that a tile needs
+// the statistics of one row of the (classes, classes) table only, and one that is the same for all its anchors.
+#include "gaussian_contrast.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "buffer.h"
+#include "isa/kernel_table.h"
+
+namespace pglcl {
+namespace {
+
+template <typename scalar_t>
+bool counts(const GaussianInputs<scalar_t>& x, int64_t label) {
+  return label != x.ignore_index && label >= 0 && label < x.classes && x.counts[label] > 0;
+}
+
+struct TileOfClass {
+  int64_t label, first, rows;  // of `order`
+};
+
+// The statistics with padded rows and symmetric covariances: only the symmetric part has a quadratic form.
+template <typename scalar_t>
+struct PackedStatistics {
+  int64_t sets, stride;  // sets: 1, or one per class of anchors
+  Buffer<scalar_t> means, covariances;
+
+  PackedStatistics(const GaussianInputs<scalar_t>& x, const std::vector<char>& anchors_of, int panel,
+                   const Parallel& parallel)
+      : sets(x.pairwise ? x.classes : 1),
+        stride((x.depth + panel - 1) / panel * panel),
+        means(sets * x.classes * stride),
+        covariances(sets * x.classes * x.depth * stride) {
+    const int64_t matrices = sets * x.classes;
+    const int64_t rows = matrices * x.depth;
+    const int workers = int(std::clamp<int64_t>(rows / 64, 1, parallel.threads));
+    parallel.run(workers, [&](int worker) {
+      const Share share(rows, workers, worker);
+      for (int64_t row = share.first; row < share.last; ++row) {
+        const int64_t matrix = row / x.depth, r = row % x.depth;
+        if (x.counts[matrix % x.classes] <= 0 || (x.pairwise && !anchors_of[matrix / x.classes])) continue;
+        const scalar_t* from = x.covariances + matrix * x.depth * x.depth;
+        scalar_t* to = covariances.data() + row * stride;
+        for (int64_t c = 0; c < x.depth; ++c) to[c] = (from[r * x.depth + c] + from[c * x.depth + r]) / 2;
+        std::fill(to + x.depth, to + stride, scalar_t(0));
+        if (r > 0) continue;
+        scalar_t* mean = means.data() + matrix * stride;
+        std::copy_n(x.means + matrix * x.depth, x.depth, mean);
+        std::fill(mean + x.depth, mean + stride, scalar_t(0));
+      }
+    });
+  }
+};
+
+template <typename scalar_t>
+int64_t run_tiles(const GaussianInputs<scalar_t>& x, scalar_t* losses, scalar_t* gradients, const Parallel& parallel) {
+  const GaussianKernels<scalar_t>& kernels = kernel_table().gaussian<scalar_t>();
+  Buffer<bool> taking_part(x.classes);
+  int64_t classes = 0;
+  for (int64_t k = 0; k < x.classes; ++k) classes += taking_part[k] = x.counts[k] > 0;
+
+  // A stable counting sort by class; anchors that do not count are left out, their results are zero.
+  std::vector<int64_t> first(x.classes + 1, 0);
+  for (int64_t i = 0; i < x.n; ++i) {
+    if (counts(x, x.labels[i])) {
+      ++first[x.labels[i] + 1];
+      continue;
+    }
+    losses[i] = 0;
+    if (gradients) std::fill_n(gradients + i * x.depth, x.depth, scalar_t(0));
+  }
+  std::vector<char> anchors_of(x.classes);
+  std::vector<TileOfClass> tiles;
+  for (int64_t k = 0; k < x.classes; ++k) {
+    anchors_of[k] = first[k + 1] > 0;
+    for (int64_t done = 0; done < first[k + 1]; done += kGaussianRows)
+      tiles.push_back({k, first[k] + done, std::min<int64_t>(kGaussianRows, first[k + 1] - done)});
+    first[k + 1] += first[k];
+  }
+  const int64_t valid = first[x.classes];
+  if (valid == 0) return 0;
+  std::vector<int64_t> order(valid);
+  for (int64_t i = 0; i < x.n; ++i)
+    if (counts(x, x.labels[i])) order[first[x.labels[i]]++] = i;
+
+  const PackedStatistics<scalar_t> packed(x, anchors_of, kernels.panel, parallel);
+  const int64_t stride = packed.stride;
+  const int workers = int(std::clamp<int64_t>(int64_t(tiles.size()), 1, parallel.threads));
+  parallel.run(workers, [&](int worker) {
+    Buffer<scalar_t> anchors(kGaussianRows * stride, scalar_t(0)), products(kGaussianRows * stride);
+    Buffer<scalar_t> rows(gradients ? kGaussianRows * stride : 0);
+    scalar_t tile_losses[kGaussianRows];
+    const Share share(int64_t(tiles.size()), workers, worker);
+    for (int64_t at = share.first; at < share.last; ++at) {
+      const TileOfClass& tile = tiles[at];
+      for (int64_t r = 0; r < tile.rows; ++r)
+        read_elements(x.anchors, x.dtype, order[tile.first + r] * x.depth, x.depth, anchors.data() + r * stride);
+      const int64_t set = x.pairwise ? tile.label * x.classes : 0;
+      kernels.tile({anchors.data(), tile.rows, x.depth, stride, tile.label, x.classes, taking_part.data(),
+                    packed.means.data() + set * stride, packed.covariances.data() + set * x.depth * stride,
+                    scalar_t(1 / x.temperature), scalar_t(x.covariance_scale / (x.temperature * x.temperature)),
+                    scalar_t(std::log(x.negative_weight / double(classes))), products.data(), tile_losses,
+                    gradients ? rows.data() : nullptr});
+      for (int64_t r = 0; r < tile.rows; ++r) {
+        const int64_t i = order[tile.first + r];
+        losses[i] = tile_losses[r];
+        if (gradients) std::copy_n(rows.data() + r * stride, x.depth, gradients + i * x.depth);
+      }
+    }
+  });
+  return valid;
+}
+
+bool all_finite(const float* values, int64_t count) {
+  return std::all_of(values, values + count, [](float value) { return std::isfinite(value); });
+}
+
+// Exponents that leave the range of float32 leave a loss or gradient that is not finite: then all is done in float64.
+int64_t run_tiles_in_float64(const GaussianInputs<float>& x, float* losses, float* gradients,
+                             const Parallel& parallel) {
+  const int64_t sets = x.pairwise ? x.classes : 1, rows = sets * x.classes * x.depth;
+  Buffer<double> means(rows), covariances(rows * x.depth), wide(x.n), wide_gradients(gradients ? x.n * x.depth : 0);
+  std::copy_n(x.means, means.size(), means.data());
+  std::copy_n(x.covariances, covariances.size(), covariances.data());
+  const GaussianInputs<double> inputs{
+      x.anchors,          x.dtype,  x.n,        x.depth,       x.classes,          x.labels,          means.data(),
+      covariances.data(), x.counts, x.pairwise, x.temperature, x.covariance_scale, x.negative_weight, x.ignore_index};
+  const int64_t valid = run_tiles<double>(inputs, wide.data(), gradients ? wide_gradients.data() : nullptr, parallel);
+  std::copy_n(wide.data(), wide.size(), losses);
+  if (gradients) std::copy_n(wide_gradients.data(), wide_gradients.size(), gradients);
+  return valid;
+}
+
+}  // namespace
+
+template <typename scalar_t>
+int64_t find_bad_label(const GaussianInputs<scalar_t>& x) {
+  for (int64_t i = 0; i < x.n; ++i)
+    if (x.labels[i] != x.ignore_index && (x.labels[i] < 0 || x.labels[i] >= x.classes)) return i;
+  return -1;
+}
+
+template <typename scalar_t>
+int64_t gaussian_contrast(const GaussianInputs<scalar_t>& x, scalar_t* losses, scalar_t* gradients,
+                          const Parallel& parallel) {
+  const int64_t valid = run_tiles(x, losses, gradients, parallel);
+  if constexpr (sizeof(scalar_t) == 4)
+    if (!all_finite(losses, x.n) || (gradients && !all_finite(gradients, x.n * x.depth)))
+      return run_tiles_in_float64(x, losses, gradients, parallel);
+  return valid;
+}
+
+template int64_t find_bad_label(const GaussianInputs<float>&);
+template int64_t find_bad_label(const GaussianInputs<double>&);
+template int64_t gaussian_contrast(const GaussianInputs<float>&, float*, float*, const Parallel&);
+template int64_t gaussian_contrast(const GaussianInputs<double>&, double*, double*, const Parallel&);
+
+}  // namespace pglcl

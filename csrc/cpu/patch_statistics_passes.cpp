@@ -1,0 +1,273 @@
+// Both passes of the patch statistics over strips of image rows (method, section 2).
+#include "patch_statistics.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "buffer.h"
+#include "isa/kernel_table.h"
+
+namespace pglcl {
+namespace {
+
+// Below this many pixels times classes a second thread costs more than it brings.
+constexpr int64_t kSerialWork = 1 << 14;
+
+// A class of less probability in a whole patch counts as absent: its digits are gone.
+template <typename scalar_t>
+constexpr scalar_t kLeastMass = std::numeric_limits<scalar_t>::min();
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What a patch passes on to a pixel may be as large as 1 over the class's probability. Beyond this it is dropped: it is
+// multiplied with an entropy, and added up over the patches that hold the pixel.
+template <typename scalar_t>
+double largest_share(const PatchGrid& g) {
+  double patches = 1;
+  for (int d = 0; d < 3; ++d) patches *= double(std::min(ceil_div(g.patch[d], g.stride[d]), g.grid[d]));
+  return double(std::numeric_limits<scalar_t>::max()) / (64 * patches);
+}
+
+// Consecutive rows of all classes in the accumulating type: in place where the input has that type, else converted.
+template <typename scalar_t>
+class StripReader {
+ public:
+  StripReader(const StatisticsInputs& inputs, int64_t most_rows)
+      : inputs_(inputs),
+        direct_(inputs.dtype == (sizeof(scalar_t) == 8 ? DType::kFloat64 : DType::kFloat32)),
+        class_stride_(direct_ ? inputs.grid.pixels() : most_rows * inputs.grid.image[2]),
+        converted_(direct_ ? 0 : inputs.grid.classes * class_stride_) {}
+
+  const scalar_t* rows(int64_t b, int64_t z, int64_t y, int64_t count) {
+    const PatchGrid& g = inputs_.grid;
+    const int64_t first = b * g.classes * g.pixels() + (z * g.image[1] + y) * g.image[2];
+    if (direct_) return static_cast<const scalar_t*>(inputs_.input) + first;
+    for (int64_t k = 0; k < g.classes; ++k)
+      read_elements(inputs_.input, inputs_.dtype, first + k * g.pixels(), count * g.image[2],
+                    converted_.data() + k * class_stride_);
+    return converted_.data();
+  }
+  int64_t class_stride() const { return class_stride_; }
+
+ private:
+  const StatisticsInputs& inputs_;
+  bool direct_;
+  int64_t class_stride_;
+  Buffer<scalar_t> converted_;
+};
+
+// The first image row after y that lies in other patches than y does, or `end`.
+int64_t next_change(int64_t y, int64_t end, int64_t patch, int64_t stride, int64_t grid) {
+  const PatchRange range = patches_with(y, patch, stride, grid);
+  int64_t next = end;
+  if (range.first < range.last) next = std::min(next, range.first * stride + patch);  // the first patch ends
+  if (range.last < grid) next = std::min(next, range.last * stride);                  // the next one begins
+  return next;
+}
+
+}  // namespace
+
+template <typename scalar_t>
+void patch_statistics_forward(const StatisticsInputs& inputs, const StatisticsOutputs& out, const Parallel& parallel) {
+  const PatchGrid& g = inputs.grid;
+  const int64_t width = g.image[2], classes = g.classes;
+  const auto forward_strip = kernel_table().statistics<scalar_t>().forward_strip;
+  const double log_classes = std::log(double(classes));
+  const scalar_t scale = scalar_t(inputs.normalize ? 1.0 / log_classes : 1.0);
+  const scalar_t highest = inputs.probabilities ? scalar_t(INFINITY) : scalar_t(inputs.normalize ? 1.0 : log_classes);
+
+  // One task is a run of patch rows; overlapping patches share its image rows, and only its ends are computed twice.
+  const int64_t overlap = ceil_div(g.patch[1], g.stride[1]);
+  const int64_t run = std::min(g.grid[1], overlap == 1 ? int64_t(1) : 4 * overlap);
+  const int64_t runs = ceil_div(g.grid[1], run);
+  const int64_t tasks = g.batch * g.grid[0] * runs;
+
+  parallel.share(tasks, g.batch * g.pixels() * classes < kSerialWork, [&](int64_t first_task, int64_t last_task) {
+    StripReader<scalar_t> reader(inputs, g.patch[1]);
+    const int64_t per_row = (1 + 2 * classes) * width;  // entropy, then mass and product of each class
+    Buffer<scalar_t> sums(run * per_row), strip(per_row), scratch(2 * classes * kMaxLanes);
+    std::vector<scalar_t> values((1 + 2 * classes) * g.grid[2]);
+
+    for (int64_t task = first_task; task < last_task; ++task) {
+      const int64_t b = task / (g.grid[0] * runs), gz = task / runs % g.grid[0], gy0 = task % runs * run;
+      const int64_t gy1 = std::min(gy0 + run, g.grid[1]);
+      std::fill(sums.data(), sums.data() + (gy1 - gy0) * per_row, scalar_t(0));
+
+      // Step 1: strips of image rows that lie in the same patches; each is summed once and added to those patches.
+      const int64_t end = (gy1 - 1) * g.stride[1] + g.patch[1];
+      for (int64_t z = gz * g.stride[0]; z < gz * g.stride[0] + g.patch[0]; ++z) {
+        for (int64_t y = gy0 * g.stride[1], next; y < end; y = next) {
+          next = next_change(y, end, g.patch[1], g.stride[1], g.grid[1]);
+          PatchRange range = patches_with(y, g.patch[1], g.stride[1], g.grid[1]);
+          range = {std::max(range.first, gy0), std::min(range.last, gy1)};
+          if (range.first >= range.last) continue;
+          const bool alone = range.last - range.first == 1;
+          scalar_t* into = alone ? sums.data() + (range.first - gy0) * per_row : strip.data();
+          if (!alone) std::fill(into, into + per_row, scalar_t(0));
+          forward_strip({reader.rows(b, z, y, next - y), reader.class_stride(), width, next - y, width, classes,
+                         inputs.probabilities, scratch.data(), into, into + width, into + (1 + classes) * width});
+          for (int64_t gy = range.first; !alone && gy < range.last; ++gy) {
+            scalar_t* patch_row = sums.data() + (gy - gy0) * per_row;
+            for (int64_t i = 0; i < per_row; ++i) patch_row[i] += strip[i];
+          }
+        }
+      }
+
+      // Step 2: add up the columns of each patch and divide.
+      for (int64_t gy = gy0; gy < gy1; ++gy) {
+        const scalar_t* row = sums.data() + (gy - gy0) * per_row;
+        for (int64_t line = 0; line < 1 + 2 * classes; ++line) {
+          for (int64_t gx = 0; gx < g.grid[2]; ++gx) {
+            const scalar_t* first = row + line * width + gx * g.stride[2];
+            scalar_t sum = 0;
+            for (int64_t x = 0; x < g.patch[2]; ++x) sum += first[x];
+            values[line * g.grid[2] + gx] = sum;
+          }
+        }
+        scalar_t* entropies = values.data();
+        for (int64_t k = 0; k < classes; ++k) {
+          scalar_t* mass = values.data() + (1 + k) * g.grid[2];
+          scalar_t* product = mass + classes * g.grid[2];
+          for (int64_t gx = 0; gx < g.grid[2]; ++gx) {
+            product[gx] = mass[gx] < kLeastMass<scalar_t> ? scalar_t(0) : product[gx] / mass[gx] * scale;
+            if (product[gx] > highest) product[gx] = highest;
+            mass[gx] /= scalar_t(g.patch_pixels());
+          }
+          const int64_t at = ((b * classes + k) * g.grid[0] + gz) * g.grid[1] * g.grid[2] + gy * g.grid[2];
+          write_elements(mass, g.grid[2], out.confidence, out.dtype, at);
+          write_elements(product, g.grid[2], out.class_entropy, out.dtype, at);
+        }
+        for (int64_t gx = 0; gx < g.grid[2]; ++gx) {
+          entropies[gx] *= scale / scalar_t(g.patch_pixels());
+          if (entropies[gx] > highest) entropies[gx] = highest;
+        }
+        write_elements(entropies, g.grid[2], out.entropy, out.dtype,
+                       (b * g.grid[0] + gz) * g.grid[1] * g.grid[2] + gy * g.grid[2]);
+      }
+    }
+  });
+}
+
+namespace {
+
+bool any_nonzero(const uint16_t* values, int64_t count) {
+  return std::any_of(values, values + count, [](uint16_t bits) { return (bits & 0x7fff) != 0; });
+}
+
+// Confidence and class entropy as the backward pass needs them, which divides by small differences of theirs: in 16
+// bits they are computed once more, unrounded, where a gradient asks for them.
+template <typename scalar_t>
+struct SavedStatistics {
+  const void *confidence, *class_entropy;
+  DType dtype;
+  Buffer<scalar_t> entropy, wide_confidence, wide_class_entropy;
+
+  SavedStatistics(const StatisticsInputs& inputs, const void* saved_confidence, const void* saved_class_entropy,
+                  const void* grad_class_entropy, const Parallel& parallel)
+      : confidence(saved_confidence), class_entropy(saved_class_entropy), dtype(inputs.dtype) {
+    const bool narrow = dtype == DType::kBFloat16 || dtype == DType::kFloat16;
+    const int64_t count = inputs.grid.batch * inputs.grid.classes * inputs.grid.patches();
+    if (!narrow || !any_nonzero(static_cast<const uint16_t*>(grad_class_entropy), count)) return;
+    entropy = Buffer<scalar_t>(inputs.grid.batch * inputs.grid.patches());
+    wide_confidence = Buffer<scalar_t>(count);
+    wide_class_entropy = Buffer<scalar_t>(count);
+    confidence = wide_confidence.data();
+    class_entropy = wide_class_entropy.data();
+    dtype = DType::kFloat32;
+    patch_statistics_forward<scalar_t>(
+        inputs, {entropy.data(), wide_confidence.data(), wide_class_entropy.data(), dtype}, parallel);
+  }
+};
+
+}  // namespace
+
+template <typename scalar_t>
+void patch_statistics_backward(const StatisticsInputs& inputs, const void* confidence, const void* class_entropy,
+                               const void* grad_entropy, const void* grad_confidence, const void* grad_class_entropy,
+                               void* grad_input, const Parallel& parallel) {
+  const PatchGrid& g = inputs.grid;
+  const int64_t width = g.image[2], classes = g.classes, patches = g.patches();
+  const auto backward_strip = kernel_table().statistics<scalar_t>().backward_strip;
+  const scalar_t scale = scalar_t(inputs.normalize ? 1.0 / std::log(double(classes)) : 1.0);
+  const scalar_t per_pixel = scalar_t(1) / scalar_t(g.patch_pixels());
+
+  const SavedStatistics<scalar_t> saved(inputs, confidence, class_entropy, grad_class_entropy, parallel);
+
+  // Step 1: what each patch passes on to each of its pixels (see StatisticsGradientStrip).
+  const int64_t lines = 1 + 2 * classes;  // alpha, then beta and gamma of each class
+  Buffer<scalar_t> coefficients(g.batch * lines * patches);
+  parallel.share(g.batch, g.batch * lines * patches < kSerialWork, [&](int64_t first, int64_t last) {
+    const int64_t count = classes * patches;
+    Buffer<scalar_t> mass(count), h(count), gh(count);  // h comes times `scale`
+    const double limit = largest_share<scalar_t>(g);
+    for (int64_t b = first; b < last; ++b) {
+      scalar_t* alpha = coefficients.data() + b * lines * patches;
+      scalar_t* beta = alpha + patches;
+      scalar_t* gamma = beta + count;
+      read_elements(grad_entropy, inputs.dtype, b * patches, patches, alpha);
+      read_elements(grad_confidence, inputs.dtype, b * count, count, beta);
+      read_elements(saved.confidence, saved.dtype, b * count, count, mass.data());
+      read_elements(saved.class_entropy, saved.dtype, b * count, count, h.data());
+      read_elements(grad_class_entropy, inputs.dtype, b * count, count, gh.data());
+      for (int64_t j = 0; j < patches; ++j) alpha[j] *= per_pixel * scale;
+      for (int64_t j = 0; j < count; ++j) {
+        const double exact = mass[j] == 0 ? 0.0 : double(gh[j]) / double(mass[j]) * double(per_pixel);
+        const scalar_t share = std::abs(exact) > limit ? scalar_t(0) : scalar_t(exact);
+        gamma[j] = share * scale;
+        beta[j] = beta[j] * per_pixel - share * h[j];
+      }
+    }
+  });
+
+  // Step 2: strips of image rows that lie in the same patches share their coefficients.
+  const int64_t run = std::max<int64_t>(g.stride[1], 16);
+  const int64_t runs = ceil_div(g.image[1], run);
+  const bool direct = inputs.dtype == (sizeof(scalar_t) == 8 ? DType::kFloat64 : DType::kFloat32);
+  const int64_t tasks = g.batch * g.image[0] * runs;
+  parallel.share(tasks, g.batch * g.pixels() * classes < kSerialWork, [&](int64_t first_task, int64_t last_task) {
+    StripReader<scalar_t> reader(inputs, run);
+    Buffer<scalar_t> spread(lines * width), scratch(2 * classes * kMaxLanes);
+    Buffer<scalar_t> converted(direct ? 0 : classes * run * width);
+    for (int64_t task = first_task; task < last_task; ++task) {
+      const int64_t b = task / (g.image[0] * runs), z = task / runs % g.image[0], y0 = task % runs * run;
+      const PatchRange depth = patches_with(z, g.patch[0], g.stride[0], g.grid[0]);
+      const int64_t end = std::min(y0 + run, g.image[1]);
+      for (int64_t y = y0, next; y < end; y = next) {
+        next = next_change(y, end, g.patch[1], g.stride[1], g.grid[1]);
+        const PatchRange height = patches_with(y, g.patch[1], g.stride[1], g.grid[1]);
+        std::fill(spread.data(), spread.data() + spread.size(), scalar_t(0));
+        for (int64_t line = 0; line < lines; ++line) {
+          scalar_t* out = spread.data() + line * width;
+          const scalar_t* in = coefficients.data() + (b * lines + line) * patches;
+          for (int64_t gz = depth.first; gz < depth.last; ++gz)
+            for (int64_t gy = height.first; gy < height.last; ++gy)
+              for (int64_t gx = 0; gx < g.grid[2]; ++gx) {
+                const scalar_t value = in[(gz * g.grid[1] + gy) * g.grid[2] + gx];
+                for (int64_t x = gx * g.stride[2]; x < gx * g.stride[2] + g.patch[2]; ++x) out[x] += value;
+              }
+        }
+        const int64_t out = b * classes * g.pixels() + (z * g.image[1] + y) * width;
+        scalar_t* target = direct ? static_cast<scalar_t*>(grad_input) + out : converted.data();
+        const int64_t target_stride = direct ? g.pixels() : run * width;
+        backward_strip({reader.rows(b, z, y, next - y), reader.class_stride(), width, next - y, width, classes,
+                        inputs.probabilities, scratch.data(), spread.data(), spread.data() + width,
+                        spread.data() + (1 + classes) * width, target, target_stride, width});
+        for (int64_t k = 0; !direct && k < classes; ++k)
+          write_elements(converted.data() + k * target_stride, (next - y) * width, grad_input, inputs.dtype,
+                         out + k * g.pixels());
+      }
+    }
+  });
+}
+
+#define PGLCL_INSTANTIATE(scalar_t)                                                                                 \
+  template void patch_statistics_forward<scalar_t>(const StatisticsInputs&, const StatisticsOutputs&,               \
+                                                   const Parallel&);                                                \
+  template void patch_statistics_backward<scalar_t>(const StatisticsInputs&, const void*, const void*, const void*, \
+                                                    const void*, const void*, void*, const Parallel&);
+PGLCL_INSTANTIATE(float)
+PGLCL_INSTANTIATE(double)
+
+}  // namespace pglcl
