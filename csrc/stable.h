@@ -26,11 +26,34 @@ namespace pglcl {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using IntArray = torch::headeronly::IntHeaderOnlyArrayRef;
-using Shape = std::vector<int64_t>;
+
+// Sizes of a tensor, of as many dimensions as an op's may have.
+class Shape {
+ public:
+  Shape() = default;
+  Shape(std::initializer_list<int64_t> sizes) : Shape(sizes.begin(), sizes.end()) {}
+  Shape(const int64_t* first, const int64_t* last) : count_(size_t(last - first)) {
+    STD_TORCH_CHECK(count_ <= kMost, "a tensor has ", count_, " dimensions, more than any that is taken");
+    std::copy(first, last, sizes_);
+  }
+  void push_back(int64_t size) { sizes_[count_++] = size; }
+  const int64_t* data() const { return sizes_; }
+  const int64_t* begin() const { return sizes_; }
+  const int64_t* end() const { return sizes_ + count_; }
+  size_t size() const { return count_; }
+  int64_t& operator[](size_t d) { return sizes_[d]; }
+  int64_t operator[](size_t d) const { return sizes_[d]; }
+  friend bool operator==(const Shape& a, const Shape& b) { return std::equal(a.begin(), a.end(), b.begin(), b.end()); }
+
+ private:
+  static constexpr size_t kMost = 8;
+  size_t count_ = 0;
+  int64_t sizes_[kMost];
+};
 
 inline Shape shape_of(const Tensor& t) {
   const IntArray sizes = t.sizes();
-  return {sizes.begin(), sizes.end()};
+  return Shape(sizes.begin(), sizes.end());
 }
 
 inline bool is_floating(const Tensor& t) {
@@ -75,7 +98,8 @@ inline void require_floating(const Tensor& t, const char* name, const Tensor& li
 }
 
 inline void require_tensor(const Tensor& t, const char* name, const Tensor& like, ScalarType type, const Shape& shape) {
-  require(t.scalar_type() == type && shape_of(t) == shape, name);
+  const IntArray sizes = t.sizes();
+  require(t.scalar_type() == type && std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), name);
   require_device(t, name, like);
 }
 
@@ -85,7 +109,7 @@ inline void require_tensor(const Tensor& t, const char* name, const Tensor& like
 // On the device of `like`, and of its type where none is named. Not by torch::stable::new_empty, which looks the
 // operator up by its name: that takes as long as a small op.
 inline Tensor empty(const Tensor& like, const Shape& shape, std::optional<ScalarType> type = std::nullopt) {
-  Shape strides(shape.size());
+  Shape strides = shape;
   int64_t stride = 1;
   for (size_t d = shape.size(); d-- > 0; stride *= std::max<int64_t>(shape[d], 1)) strides[d] = stride;
   int32_t device_type, device_index;

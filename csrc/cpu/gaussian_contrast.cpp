@@ -18,7 +18,6 @@ std::tuple<Tensor, Tensor, Tensor> forward(PGLCL_GAUSSIAN_PARAMETERS) {
   const ScalarType type = accumulate_type(anchors);
   const Tensor rows = as_contiguous(anchors), own = as_contiguous(labels), number = as_contiguous(counts);
   const Tensor mean = as_contiguous(means, type), covariance = as_contiguous(covariances, type);
-  const Tensor losses = empty(anchors, {n}, type);
   const Tensor gradients = empty(anchors, {needs_gradients ? n : 0, depth}, type);
   return with_accumulate_type(anchors, [&]<typename scalar_t>() -> std::tuple<Tensor, Tensor, Tensor> {
     const GaussianInputs<scalar_t> inputs{rows.const_data_ptr(),
@@ -36,11 +35,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(PGLCL_GAUSSIAN_PARAMETERS) {
                                           negative_weight,
                                           ignore_index};
     require(find_bad_label(inputs) < 0, "labels");
-    const int64_t valid =
-        gaussian_contrast(inputs, mutable_data<scalar_t>(losses),
-                          needs_gradients ? mutable_data<scalar_t>(gradients) : nullptr, torch_threads());
+    const Arena::Call call;
+    Losses<scalar_t> losses(anchors, reduction);
+    const int64_t valid = gaussian_contrast(
+        inputs, losses.data(), needs_gradients ? mutable_data<scalar_t>(gradients) : nullptr, torch_threads());
     const Tensor num_valid = cpu_scalar<int64_t>(anchors, ScalarType::Long, valid);
-    return {reduced<scalar_t>(losses, valid, reduction), gradients, num_valid};
+    return {losses.reduced(valid), gradients, num_valid};
   });
 }
 

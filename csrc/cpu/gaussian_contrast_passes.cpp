@@ -4,10 +4,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "buffer.h"
 #include "isa/kernel_table.h"
+#include "transpose.h"
 
 namespace pglcl {
 namespace {
@@ -27,42 +27,45 @@ struct PackedStatistics {
   int64_t sets, stride;  // sets: 1, or one per class of anchors
   Buffer<scalar_t> means, covariances;
 
-  PackedStatistics(const GaussianInputs<scalar_t>& x, const std::vector<char>& anchors_of, int panel,
+  PackedStatistics(const GaussianInputs<scalar_t>& x, const Buffer<bool>& anchors_of, int panel,
                    const Parallel& parallel)
       : sets(x.pairwise ? x.classes : 1),
         stride((x.depth + panel - 1) / panel * panel),
         means(sets * x.classes * stride),
         covariances(sets * x.classes * x.depth * stride) {
-    const int64_t matrices = sets * x.classes;
-    const int64_t rows = matrices * x.depth;
-    const int workers = int(std::clamp<int64_t>(rows / 64, 1, parallel.threads));
+    const int64_t matrices = sets * x.classes, blocks = (x.depth + kRows - 1) / kRows;
+    const int workers = int(std::clamp<int64_t>(matrices * x.depth / 64, 1, parallel.threads));
     parallel.run(workers, [&](int worker) {
-      const Share share(rows, workers, worker);
-      for (int64_t row = share.first; row < share.last; ++row) {
-        const int64_t matrix = row / x.depth, r = row % x.depth;
+      const Share share(matrices * blocks, workers, worker);
+      for (int64_t at = share.first; at < share.last; ++at) {
+        const int64_t matrix = at / blocks, first = at % blocks * kRows, last = std::min(first + kRows, x.depth);
         if (x.counts[matrix % x.classes] <= 0 || (x.pairwise && !anchors_of[matrix / x.classes])) continue;
-        const scalar_t* from = x.covariances + matrix * x.depth * x.depth;
-        scalar_t* to = covariances.data() + row * stride;
-        for (int64_t c = 0; c < x.depth; ++c) to[c] = (from[r * x.depth + c] + from[c * x.depth + r]) / 2;
-        std::fill(to + x.depth, to + stride, scalar_t(0));
-        if (r > 0) continue;
+        scalar_t* to = covariances.data() + matrix * x.depth * stride;
+        symmetric_rows(x.covariances + matrix * x.depth * x.depth, x.depth, first, last, to, stride);
+        for (int64_t row = first; row < last; ++row)
+          std::fill(to + row * stride + x.depth, to + (row + 1) * stride, scalar_t(0));
+        if (first > 0) continue;
         scalar_t* mean = means.data() + matrix * stride;
         std::copy_n(x.means + matrix * x.depth, x.depth, mean);
         std::fill(mean + x.depth, mean + stride, scalar_t(0));
       }
     });
   }
+
+ private:
+  static constexpr int64_t kRows = 16;  // of one matrix at a time: a line of the columns that they are averaged with
 };
 
 template <typename scalar_t>
 int64_t run_tiles(const GaussianInputs<scalar_t>& x, scalar_t* losses, scalar_t* gradients, const Parallel& parallel) {
+  const Arena::Call call;
   const GaussianKernels<scalar_t>& kernels = kernel_table().gaussian<scalar_t>();
   Buffer<bool> taking_part(x.classes);
   int64_t classes = 0;
   for (int64_t k = 0; k < x.classes; ++k) classes += taking_part[k] = x.counts[k] > 0;
 
   // A stable counting sort by class; anchors that do not count are left out, their results are zero.
-  std::vector<int64_t> first(x.classes + 1, 0);
+  Buffer<int64_t> first(x.classes + 1, 0);
   for (int64_t i = 0; i < x.n; ++i) {
     if (counts(x, x.labels[i])) {
       ++first[x.labels[i] + 1];
@@ -71,28 +74,30 @@ int64_t run_tiles(const GaussianInputs<scalar_t>& x, scalar_t* losses, scalar_t*
     losses[i] = 0;
     if (gradients) std::fill_n(gradients + i * x.depth, x.depth, scalar_t(0));
   }
-  std::vector<char> anchors_of(x.classes);
-  std::vector<TileOfClass> tiles;
+  Buffer<bool> anchors_of(x.classes);
+  Buffer<TileOfClass> tiles(x.n / kGaussianRows + x.classes);
+  int64_t num_tiles = 0;
   for (int64_t k = 0; k < x.classes; ++k) {
     anchors_of[k] = first[k + 1] > 0;
     for (int64_t done = 0; done < first[k + 1]; done += kGaussianRows)
-      tiles.push_back({k, first[k] + done, std::min<int64_t>(kGaussianRows, first[k + 1] - done)});
+      tiles[num_tiles++] = {k, first[k] + done, std::min<int64_t>(kGaussianRows, first[k + 1] - done)};
     first[k + 1] += first[k];
   }
   const int64_t valid = first[x.classes];
   if (valid == 0) return 0;
-  std::vector<int64_t> order(valid);
+  Buffer<int64_t> order(valid);
   for (int64_t i = 0; i < x.n; ++i)
     if (counts(x, x.labels[i])) order[first[x.labels[i]]++] = i;
 
   const PackedStatistics<scalar_t> packed(x, anchors_of, kernels.panel, parallel);
   const int64_t stride = packed.stride;
-  const int workers = int(std::clamp<int64_t>(int64_t(tiles.size()), 1, parallel.threads));
+  const int workers = int(std::clamp<int64_t>(num_tiles, 1, parallel.threads));
   parallel.run(workers, [&](int worker) {
+    const Arena::Call call;
     Buffer<scalar_t> anchors(kGaussianRows * stride, scalar_t(0)), products(kGaussianRows * stride);
     Buffer<scalar_t> rows(gradients ? kGaussianRows * stride : 0);
     scalar_t tile_losses[kGaussianRows];
-    const Share share(int64_t(tiles.size()), workers, worker);
+    const Share share(num_tiles, workers, worker);
     for (int64_t at = share.first; at < share.last; ++at) {
       const TileOfClass& tile = tiles[at];
       for (int64_t r = 0; r < tile.rows; ++r)
@@ -120,6 +125,7 @@ bool all_finite(const float* values, int64_t count) {
 // Exponents that leave the range of float32 leave a loss or gradient that is not finite: then all is done in float64.
 int64_t run_tiles_in_float64(const GaussianInputs<float>& x, float* losses, float* gradients,
                              const Parallel& parallel) {
+  const Arena::Call call;
   const int64_t sets = x.pairwise ? x.classes : 1, rows = sets * x.classes * x.depth;
   Buffer<double> means(rows), covariances(rows * x.depth), wide(x.n), wide_gradients(gradients ? x.n * x.depth : 0);
   std::copy_n(x.means, means.size(), means.data());

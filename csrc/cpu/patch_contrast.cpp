@@ -71,18 +71,19 @@ ContrastOutputs forward(PGLCL_CONTRAST_PARAMETERS) {
   require_contrast(x);
   const int64_t n = anchors.size(0);
   const ScalarType type = accumulate_type(anchors);
-  const Tensor losses = empty(anchors, {n}, type), max_logit = empty(anchors, {n}, type);
-  const Tensor log_sum = empty(anchors, {n}, type), positive_logit = empty(anchors, {n}, type);
+  const Tensor max_logit = empty(anchors, {n}, type), log_sum = empty(anchors, {n}, type);
+  const Tensor positive_logit = empty(anchors, {n}, type);
   const Tensor num_positives = empty(anchors, {n}, ScalarType::Int);
   return with_accumulate_type(anchors, [&]<typename scalar_t>() -> ContrastOutputs {
+    const Arena::Call call;
     const Arguments<scalar_t> arguments(x);
-    const AnchorSums<scalar_t> sums{mutable_data<scalar_t>(losses), mutable_data<scalar_t>(max_logit),
-                                    mutable_data<scalar_t>(log_sum), mutable_data<scalar_t>(positive_logit),
-                                    mutable_data<int32_t>(num_positives)};
+    Losses<scalar_t> losses(anchors, reduction);
+    const AnchorSums<scalar_t> sums{losses.data(), mutable_data<scalar_t>(max_logit), mutable_data<scalar_t>(log_sum),
+                                    mutable_data<scalar_t>(positive_logit), mutable_data<int32_t>(num_positives)};
     patch_contrast_forward(arguments.inputs, sums, torch_threads());
     const int64_t valid = n - std::count(sums.num_positives, sums.num_positives + n, 0);
     const Tensor num_valid = cpu_scalar<int64_t>(anchors, ScalarType::Long, valid);
-    return {reduced<scalar_t>(losses, valid, reduction), max_logit, log_sum, positive_logit, num_positives, num_valid};
+    return {losses.reduced(valid), max_logit, log_sum, positive_logit, num_positives, num_valid};
   });
 }
 
@@ -95,18 +96,19 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& max_logit,
   const ScalarType type = accumulate_type(anchors);
   require_contrast_backward(x, grad, max_logit, log_sum, num_positives, num_valid);
   const Tensor wide_grad = as_contiguous(grad, type), top = as_contiguous(max_logit), sum = as_contiguous(log_sum);
-  const Tensor positives = as_contiguous(num_positives), grad_rows = empty(anchors, {n}, type);
+  const Tensor positives = as_contiguous(num_positives);
   needs_keys = needs_keys && keys.has_value();
   const Tensor grad_anchors = zeros(anchors, needs_anchors ? shape_of(anchors) : Shape{0}, anchors.scalar_type());
   const Tensor grad_keys = zeros(anchors, needs_keys ? shape_of(*keys) : Shape{0}, anchors.scalar_type());
   const double share = reduction == kMean ? double(std::max<int64_t>(*data<int64_t>(num_valid), 1)) : 1.0;
   with_accumulate_type(anchors, [&]<typename scalar_t>() {
+    const Arena::Call call;
     const Arguments<scalar_t> arguments(x);
     const scalar_t* from = data<scalar_t>(wide_grad);
-    scalar_t* rows = mutable_data<scalar_t>(grad_rows);
+    Buffer<scalar_t> rows(n);
     for (int64_t i = 0; i < n; ++i) rows[i] = scalar_t(double(from[reduction == kNone ? i : 0]) / share);
-    patch_contrast_backward(arguments.inputs, rows, data<scalar_t>(top), data<scalar_t>(sum), data<int32_t>(positives),
-                            needs_anchors ? grad_anchors.mutable_data_ptr() : nullptr,
+    patch_contrast_backward(arguments.inputs, rows.data(), data<scalar_t>(top), data<scalar_t>(sum),
+                            data<int32_t>(positives), needs_anchors ? grad_anchors.mutable_data_ptr() : nullptr,
                             needs_keys ? grad_keys.mutable_data_ptr() : nullptr, torch_threads());
   });
   return {grad_anchors, grad_keys};

@@ -5,7 +5,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <vector>
+
+#include "buffer.h"
 
 namespace pglcl {
 
@@ -29,32 +30,35 @@ inline uint64_t ordered_bits(double value) {
 }
 
 template <typename scalar_t>
-std::vector<Patch> sorted_patches(int64_t count, const int64_t* labels, const scalar_t* descriptors, int64_t channels,
-                                  int64_t ignore_index, bool sort) {
-  std::vector<Patch> patches;
-  patches.reserve(count);
+Buffer<Patch> sorted_patches(int64_t count, const int64_t* labels, const scalar_t* descriptors, int64_t channels,
+                             int64_t ignore_index, bool sort) {
+  Buffer<Patch> patches(count);
+  int64_t taken = 0;
   for (int64_t i = 0; i < count; ++i)
     if (labels[i] != ignore_index)
-      patches.push_back({labels[i], descriptors ? ordered_bits(double(descriptors[i * channels])) : 0, int32_t(i)});
+      patches[taken++] = {labels[i], descriptors ? ordered_bits(double(descriptors[i * channels])) : 0, int32_t(i)};
+  patches.shrink(taken);
   if (sort) std::sort(patches.begin(), patches.end());
   return patches;
 }
 
 // Any int64 labels become ranks, so that narrow integers can be compared.
-inline void rank_labels(std::vector<Patch>& a, std::vector<Patch>& b) {
-  std::vector<int64_t> distinct;
-  for (const std::vector<Patch>* side : {&a, &b}) {
+inline void rank_labels(Buffer<Patch>& a, Buffer<Patch>& b) {
+  Buffer<int64_t> distinct(a.size() + b.size());
+  int64_t count = 0;
+  for (const Buffer<Patch>* side : {&a, &b}) {
     for (const Patch& p : *side)
-      if (distinct.empty() || distinct.back() != p.label) distinct.push_back(p.label);
+      if (count == 0 || distinct[count - 1] != p.label) distinct[count++] = p.label;
   }
+  distinct.shrink(count);
   std::sort(distinct.begin(), distinct.end());
-  distinct.erase(std::unique(distinct.begin(), distinct.end()), distinct.end());
-  for (std::vector<Patch>* side : {&a, &b}) {
+  int64_t* const end = std::unique(distinct.begin(), distinct.end());
+  for (Buffer<Patch>* side : {&a, &b}) {
     int64_t last = 0, rank = -1;
     for (Patch& p : *side) {
       if (rank < 0 || p.label != last) {
         last = p.label;
-        rank = std::lower_bound(distinct.begin(), distinct.end(), last) - distinct.begin();
+        rank = std::lower_bound(distinct.data(), end, last) - distinct.data();
       }
       p.label = rank;
     }

@@ -6,12 +6,12 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <vector>
 
 #include "buffer.h"
 #include "isa/kernel_table.h"
 #include "patch_contrast.h"
 #include "patch_contrast_order.h"
+#include "transpose.h"
 
 namespace pglcl {
 
@@ -30,8 +30,8 @@ struct PackedSide {
   double longest = 0;  // largest norm of a row; NaN or infinite when an element is
 
   // What the tiles know of each patch beside its embedding.
-  void arrange(const std::vector<Patch>& patches, const scalar_t* descriptors, int64_t channels,
-               int64_t identity_offset, int panel) {
+  void arrange(const Buffer<Patch>& patches, const scalar_t* descriptors, int64_t channels, int64_t identity_offset,
+               int panel) {
     const int64_t count = patches.size();
     view.count = count;
     view.padded = round_up(count, panel);
@@ -120,24 +120,23 @@ struct PackedSide {
     for (; d + 16 <= depth_; d += 16)
       for (int l = 0; l < 16; ++l) lanes[l] += row[d + l] * row[d + l];
     for (; d < depth_; ++d) lanes[0] += row[d] * row[d];
-    double square = 0;
-    for (int l = 0; l < 16; ++l) square += double(lanes[l]);
-    return square;
+    double sums[8];
+    for (int l = 0; l < 8; ++l) sums[l] = double(lanes[l]) + double(lanes[l + 8]);
+    for (int width = 4; width > 0; width /= 2)
+      for (int l = 0; l < width; ++l) sums[l] += sums[l + width];
+    return sums[0];
   }
 
   void fill_panel(int64_t block) {
-    scalar_t* out = panels_.data() + block * panel_ * depth_;
-    const scalar_t* in = rows_.data() + block * panel_ * view.row_stride;
-    for (int64_t d = 0; d < depth_; ++d)
-      for (int i = 0; i < panel_; ++i) out[d * panel_ + i] = in[i * view.row_stride + d];
+    transpose(rows_.data() + block * panel_ * view.row_stride, view.row_stride, depth_,
+              panels_.data() + block * panel_ * depth_, panel_);
   }
 
   // Two depths of each row side by side, as the product of bfloat16 pairs takes them.
   void fill_panel_bf16(int64_t block) {
-    uint16_t* out = panels_bf16_.data() + block * panel_ * depth_bf16_;
-    const uint16_t* in = rows_bf16_.data() + block * panel_ * depth_bf16_;
-    for (int64_t d = 0; d < depth_bf16_; d += 2)
-      for (int i = 0; i < panel_; ++i) std::memcpy(out + d * panel_ + 2 * i, in + i * depth_bf16_ + d, 4);
+    const int64_t pairs = depth_bf16_ / 2, first = block * panel_ * pairs;
+    transpose(reinterpret_cast<const int32_t*>(rows_bf16_.data()) + first, pairs, pairs,
+              reinterpret_cast<int32_t*>(panels_bf16_.data()) + first, panel_);
   }
 
   // What is not a number reaches the gradients through the weights of its pairs alone: in a product it would meet the

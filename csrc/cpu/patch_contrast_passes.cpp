@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <vector>
 
 #include "patch_contrast.h"
 #include "patch_contrast_plan.h"
@@ -14,6 +13,7 @@ namespace pglcl {
 template <typename scalar_t>
 void patch_contrast_forward(const ContrastInputs<scalar_t>& inputs, const AnchorSums<scalar_t>& out,
                             const Parallel& parallel) {
+  const Arena::Call call;
   const scalar_t infinity = std::numeric_limits<scalar_t>::infinity(), nan = std::numeric_limits<scalar_t>::quiet_NaN();
   const int64_t n = inputs.anchors.rows;
   std::fill_n(out.loss, n, scalar_t(0));
@@ -119,6 +119,7 @@ template <typename scalar_t>
 void patch_contrast_backward(const ContrastInputs<scalar_t>& inputs, const scalar_t* grad_rows,
                              const scalar_t* max_logit, const scalar_t* log_sum, const int32_t* num_positives,
                              void* grad_anchors, void* grad_keys, const Parallel& parallel) {
+  const Arena::Call call;
   ContrastPlan<scalar_t> plan(inputs, parallel);
   if constexpr (sizeof(scalar_t) == 4)
     if (plan.needs_float64())
@@ -167,7 +168,7 @@ void patch_contrast_backward(const ContrastInputs<scalar_t>& inputs, const scala
   if (!direct && grad_keys) write_back(key_sums, tile.keys, grad_keys);
 
   if (!grad_anchors) return;
-  std::vector<scalar_t> unknown(inputs.depth, std::numeric_limits<scalar_t>::quiet_NaN());
+  Buffer<scalar_t> unknown(inputs.depth, std::numeric_limits<scalar_t>::quiet_NaN());
   for (int64_t i = 0; i < plan.count(); ++i) {
     const int64_t out = plan.index(i);
     if (num_positives[out] > 0 && std::isnan(log_sum[out]) && grad_rows[out] != 0)

@@ -6,7 +6,6 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <vector>
 
 #include "buffer.h"
 #include "isa/kernel_table.h"
@@ -94,6 +93,7 @@ class ContrastPlan {
     }
     StepQueue queue(rows, columns, inputs_.symmetric());
     parallel_.run(int(std::min<int64_t>(workers_, rows * columns)), [&](int) {
+      const Arena::Call call;
       Scratch scratch(kernels());
       for (Step step; queue.take(step); queue.finish(step)) run_tile(function, step, scratch);
     });
@@ -126,7 +126,7 @@ class ContrastPlan {
     const auto sorted = [&](const Matrix& side, const int64_t* labels, const scalar_t* descriptors) {
       return sorted_patches(side.rows, labels, descriptors, inputs_.channels, inputs_.ignore_index, !masked_);
     };
-    std::vector<Patch> anchors = sorted(inputs_.anchors, inputs_.labels, inputs_.descriptors), keys;
+    Buffer<Patch> anchors = sorted(inputs_.anchors, inputs_.labels, inputs_.descriptors), keys;
     if (!inputs_.symmetric()) keys = sorted(inputs_.keys, inputs_.key_labels, inputs_.key_descriptors);
     rank_labels(anchors, keys);
     // -2 for anchors that are no key, and -1 + an index for keys, never meet.
@@ -191,9 +191,9 @@ class ContrastPlan {
       for (int64_t j = 0; j < tile_.keys.count; ++j) undecided_keys_ += unordered(tile_.keys, j);
   }
 
-  std::vector<BlockRange> block_ranges(const ContrastSide<scalar_t>& side, bool anchors) const {
-    std::vector<BlockRange> ranges(blocks(side));
-    for (size_t b = 0; b < ranges.size(); ++b) {
+  Buffer<BlockRange> block_ranges(const ContrastSide<scalar_t>& side, bool anchors) const {
+    Buffer<BlockRange> ranges(blocks(side));
+    for (int64_t b = 0; b < ranges.size(); ++b) {
       const int64_t first = b * kTile, last = std::min<int64_t>(first + kTile, side.count);
       BlockRange range{side.label[first],
                        side.label[first],
@@ -282,7 +282,7 @@ class ContrastPlan {
   PackedSide<scalar_t> anchors_, keys_;
   Buffer<scalar_t> positive_bound_, negative_bound_;
   ContrastTile<scalar_t> tile_;
-  std::vector<BlockRange> row_ranges_, column_ranges_;
+  Buffer<BlockRange> row_ranges_, column_ranges_;
 };
 
 }  // namespace pglcl

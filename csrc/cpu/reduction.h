@@ -2,18 +2,38 @@
 #pragma once
 
 #include "../ops.h"
+#include "buffer.h"
 
 namespace pglcl {
 
-// losses (N,) themselves, or their sum, or the mean over `valid` anchors; summed in float64, in order.
+// The losses (N,) of anchors, and what the op returns of them: themselves, or their sum, or the mean over those that
+// count. A tensor is made of what is returned alone.
 template <typename scalar_t>
-Tensor reduced(const Tensor& losses, int64_t valid, int64_t reduction) {
-  if (reduction == kNone) return losses;
-  double total = 0;
-  const scalar_t* values = data<scalar_t>(losses);
-  for (int64_t i = 0; i < losses.numel(); ++i) total += double(values[i]);
-  if (reduction == kMean) total /= double(std::max<int64_t>(valid, 1));
-  return cpu_scalar<scalar_t>(losses, losses.scalar_type(), scalar_t(total));
-}
+class Losses {
+ public:
+  Losses(const Tensor& anchors, int64_t reduction)
+      : reduction_(reduction),
+        count_(anchors.size(0)),
+        out_(reduction == kNone ? empty(anchors, {count_}, accumulate_type(anchors))
+                                : empty(anchors, {}, accumulate_type(anchors))),
+        values_(reduction == kNone ? 0 : count_) {}
+
+  scalar_t* data() { return reduction_ == kNone ? mutable_data<scalar_t>(out_) : values_.data(); }
+
+  // Summed in float64, in order.
+  const Tensor& reduced(int64_t valid) const {
+    if (reduction_ == kNone) return out_;
+    double total = 0;
+    for (const scalar_t value : values_) total += double(value);
+    if (reduction_ == kMean) total /= double(std::max<int64_t>(valid, 1));
+    *mutable_data<scalar_t>(out_) = scalar_t(total);
+    return out_;
+  }
+
+ private:
+  int64_t reduction_, count_;
+  Tensor out_;
+  Buffer<scalar_t> values_;
+};
 
 }  // namespace pglcl

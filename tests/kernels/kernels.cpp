@@ -316,6 +316,8 @@ int main(int count, char** arguments) {
   const std::map<std::string, std::function<void()>> ops{
       {"contrast", [&] { repeat(Contrast<float>{256, 256, 128}, what, repeats, true); }},
       {"contrast+gradient", [&] { repeat(Contrast<float>{256, 256, 128}, what, repeats, false); }},
+      {"small contrast", [&] { repeat(Contrast<float>{32, 0, 128}, what, repeats, true); }},
+      {"small contrast+gradient", [&] { repeat(Contrast<float>{32, 0, 128}, what, repeats, false); }},
       {"statistics", [&] { repeat(Statistics{{4, 128, 128, 16, 16}}, what, repeats, true); }},
       {"statistics+gradient", [&] { repeat(Statistics{{4, 128, 128, 16, 16}}, what, repeats, false); }},
       {"gaussian", [&] { repeat(Gaussian{128, 128}, what, repeats); }}};

@@ -336,46 +336,76 @@ PanelFunction<scalar_t> choose_panel(TileKind kind, bool columns, bool fixed) {
                  : panel_of_kind<scalar_t, kPass, false, false>(kind);
 }
 
+// Rows of a tile and one panel of its keys.
 template <typename scalar_t, Pass kPass>
-void run_panels(const ContrastTile<scalar_t>& t, const TilePosition& at, const ContrastScratch<scalar_t>& scratch,
-                bool columns) {
-  constexpr int kPanel = Simd<scalar_t>::kPanel;
-  const PanelFunction<scalar_t> process = choose_panel<scalar_t, kPass>(at.kind, columns, t.fixed_shift);
-  for (int64_t key = at.column; key < at.column + at.columns; key += kPanel) {
+void run_panel(const ContrastTile<scalar_t>& t, const TilePosition& at, int64_t key,
+               const ContrastScratch<scalar_t>& scratch, bool columns) {
 #if defined(__AVX512BF16__)
-    if constexpr (sizeof(scalar_t) == 4) {
-      if (t.keys.panels_bf16)
-        panel_dots_bf16(t, at, key, scratch.dots);
-      else
-        panel_dots(t, at, key, scratch.dots);
-    } else
-#endif
+  if constexpr (sizeof(scalar_t) == 4) {
+    if (t.keys.panels_bf16)
+      panel_dots_bf16(t, at, key, scratch.dots);
+    else
       panel_dots(t, at, key, scratch.dots);
-    if (kPass == Pass::kGradient && !t.finite) spoil_infinite(at, scratch.dots);
-    if (at.kind == TileKind::kMasked)
-      panel_codes(t, at, key, columns, scratch.codes);
-    else if (t.channels > 1 && t.float32_disparity)
-      panel_disparity<float>(t, at, key, scratch.disparity);
-    else if (t.channels > 1)
-      panel_disparity<scalar_t>(t, at, key, scratch.disparity);
-    process(t, at, key, scratch);
+  } else
+#endif
+    panel_dots(t, at, key, scratch.dots);
+  if (kPass == Pass::kGradient && !t.finite) spoil_infinite(at, scratch.dots);
+  if (at.kind == TileKind::kMasked)
+    panel_codes(t, at, key, columns, scratch.codes);
+  else if (t.channels > 1 && t.float32_disparity)
+    panel_disparity<float>(t, at, key, scratch.disparity);
+  else if (t.channels > 1)
+    panel_disparity<scalar_t>(t, at, key, scratch.disparity);
+  choose_panel<scalar_t, kPass>(at.kind, columns, t.fixed_shift)(t, at, key, scratch);
+}
+
+// A symmetric problem meets each pair of patches once, and counts it for both. On its diagonal that leaves, of each
+// panel, the rows above the panel's own and these themselves, whose pairs are met from both of their anchors as a row.
+template <typename scalar_t, Pass kPass>
+void run_panels(const ContrastTile<scalar_t>& t, const TilePosition& at, const ContrastScratch<scalar_t>& scratch) {
+  constexpr int kPanel = Simd<scalar_t>::kPanel;
+  for (int64_t column = 0; column < at.columns; column += kPanel) {
+    const int64_t key = at.column + column;
+    if (!t.symmetric || !at.diagonal) {
+      run_panel<scalar_t, kPass>(t, at, key, scratch, t.symmetric);
+      continue;
+    }
+    TilePosition rows = at;
+    rows.rows = column;
+    if (column > 0) run_panel<scalar_t, kPass>(t, rows, key, scratch, true);
+    rows.row = at.row + column;
+    rows.rows = at.rows - column < kPanel ? at.rows - column : kPanel;
+    ContrastScratch<scalar_t> own = scratch;
+    own.row_sums += column * kRowSums * Simd<scalar_t>::kLanes;
+    own.weights += column * kTile;
+    run_panel<scalar_t, kPass>(t, rows, key, own, kPass == Pass::kGradient);
   }
 }
 
-// On the diagonal of a symmetric problem every pair is met from both of its anchors as a row: columns would count it
-// twice.
 template <typename scalar_t>
 void tile_maximum(const ContrastTile<scalar_t>& t, const TilePosition& at, const ContrastScratch<scalar_t>& scratch) {
   begin_rows<scalar_t>(at, scratch, scalar_t(-__builtin_inf()));
-  run_panels<scalar_t, Pass::kMaximum>(t, at, scratch, t.symmetric && !at.diagonal);
+  run_panels<scalar_t, Pass::kMaximum>(t, at, scratch);
   end_rows<scalar_t, Pass::kMaximum>(t, at, scratch);
 }
 
 template <typename scalar_t>
 void tile_sum(const ContrastTile<scalar_t>& t, const TilePosition& at, const ContrastScratch<scalar_t>& scratch) {
   begin_rows<scalar_t>(at, scratch, 0);
-  run_panels<scalar_t, Pass::kSum>(t, at, scratch, t.symmetric && !at.diagonal);
+  run_panels<scalar_t, Pass::kSum>(t, at, scratch);
   end_rows<scalar_t, Pass::kSum>(t, at, scratch);
+}
+
+// The weights below the diagonal's panels are those above, seen from the other side.
+template <typename scalar_t>
+void mirror_weights(const TilePosition& at, scalar_t* weights) {
+  constexpr int kPanel = Simd<scalar_t>::kPanel;
+  for (int64_t row = kPanel; row < at.rows; row += kPanel) {
+    const int64_t end = row + kPanel < at.rows ? row + kPanel : at.rows;
+    for (int64_t column = 0; column < row; column += kPanel)
+      for (int64_t r = row; r < end; ++r)
+        for (int64_t c = column; c < column + kPanel; ++c) weights[r * kTile + c] = weights[c * kTile + r];
+  }
 }
 
 template <typename scalar_t>
@@ -388,7 +418,8 @@ RowsOfC<scalar_t> gradient_rows(const ContrastTile<scalar_t>& t, scalar_t* data,
 // product with the keys alone completes the diagonal.
 template <typename scalar_t>
 void tile_gradient(const ContrastTile<scalar_t>& t, const TilePosition& at, const ContrastScratch<scalar_t>& scratch) {
-  run_panels<scalar_t, Pass::kGradient>(t, at, scratch, t.symmetric);
+  run_panels<scalar_t, Pass::kGradient>(t, at, scratch);
+  if (t.symmetric && at.diagonal) mirror_weights(at, scratch.weights);
   if (t.grad_anchors)
     tile_gemm<scalar_t, true>(at.rows, t.depth, at.columns, scratch.weights, kTile, 1,
                               t.keys.finite_rows + at.column * t.keys.row_stride, t.keys.row_stride,
