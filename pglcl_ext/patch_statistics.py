@@ -55,7 +55,8 @@ def patch_statistics(
     The grid is that of average pooling without padding, ``g = (S - patch_size) // stride + 1`` per dimension.
 
     Args:
-        input: logits, (B, K, H, W) or (B, K, D, H, W) with K >= 2; float64, float32, bfloat16 or float16.
+        input: logits, (B, K, H, W) or (B, K, D, H, W) with K >= 2; float64, float32, bfloat16 or float16. A logit of
+            minus infinity is a probability of 0.
         patch_size: in pixels, an int or one per spatial dimension; at most the image.
         stride: in pixels, an int or one per spatial dimension; the patch size by default.
         probabilities: `input` holds probabilities instead of logits. Where one is 0, the gradient of its entropy,

@@ -269,12 +269,13 @@ def test_the_gradient_of_an_unlikely_class_beside_two_likely_ones(gap: float, st
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("classes", [2, 3, 7])
-def test_every_instruction_set_with_logits_of_minus_infinity(classes: int, dtype: torch.dtype, isa: str) -> None:
+@pytest.mark.parametrize("classes", [2, 3, 7, 11])
+def test_logits_of_minus_infinity(classes: int, dtype: torch.dtype, isa: str) -> None:
     """A masked class, -inf, has probability 0; so has one that lies farther below than the largest number."""
     largest = torch.finfo(dtype).max
     x = torch.randn(1, classes, 6, 37, dtype=torch.float64)
     x[0, 0, 0], x[0, 1, 1, ::2], x[0, 0, 2, 5:9] = -math.inf, -math.inf, -largest
+    x[0, 1:, 4, 3:30], x[0, :-1, 5, 7:] = -math.inf, -math.inf  # all but one class
     if dtype != torch.float64:  # the reference has room for their difference
         x[0, 0, 3], x[0, 1, 3] = largest, -largest
     ours, exact = x.to(dtype).requires_grad_(), x.to(dtype).double().requires_grad_()
@@ -285,3 +286,38 @@ def test_every_instruction_set_with_logits_of_minus_infinity(classes: int, dtype
     (a,) = torch.autograd.grad([t.sum() for t in got], ours)
     (b,) = torch.autograd.grad([t.sum() for t in want], exact)
     torch.testing.assert_close(a.double(), b, rtol=4 * TOLERANCE[dtype], atol=4 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("classes", [2, 3, 7, 11])
+def test_float64_logits_beyond_float32(classes: int, isa: str) -> None:
+    """Logits up to the end of float64, whose distance is infinite, of which none, one and all classes are likely."""
+    x = torch.randn(1, classes, 6, 37, dtype=torch.float64)
+    x[0, :, 0] *= 1e39
+    x[0, 0, 1], x[0, 1, 1] = 1.7e308, -1.7e308
+    x[0, :, 2] += 1e300
+    x[0, :, 3] -= 1e18
+    ours, exact = x.clone().requires_grad_(), x.clone().requires_grad_()
+    got, want = patch_statistics(ours, 3), reference.patch_statistics(exact, 3)
+    for a, b in zip(got, want):
+        assert b.isfinite().all()
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    (a,) = torch.autograd.grad([t.sum() for t in got], ours)
+    (b,) = torch.autograd.grad([t.sum() for t in want], exact)
+    torch.testing.assert_close(a, b, rtol=4e-12, atol=4e-12)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 7, 11])
+def test_a_pixel_without_probabilities_spoils_all_classes_of_its_patch(classes: int, isa: str) -> None:
+    """Its logits are all minus infinity, or one is plus infinity or no number, whichever class it is."""
+    for bad, which in ((-math.inf, slice(None)), (math.inf, 0), (math.inf, 1), (math.nan, 0), (math.nan, classes - 1)):
+        x = torch.randn(1, classes, 4, 12)
+        x[0, which, 1, 5] = bad
+        leaf = x.requires_grad_()
+        s = patch_statistics(leaf, 4)
+        for t in s:
+            assert t.isnan().flatten(0, -2).any(0).tolist() == [False, True, False]
+            assert t[..., 1].isnan().all()
+        (grad,) = torch.autograd.grad([t.sum() for t in s], leaf)
+        assert grad[..., :4].isfinite().all()
+        assert grad[..., 8:].isfinite().all()
+        assert grad[0, :, 1, 5].isnan().all()

@@ -69,10 +69,7 @@ struct KeyOrders {
 
 Tensor bounds(const Tensor& descriptors, const Tensor& labels, const Tensor& key_descriptors, const Tensor& key_labels,
               int64_t count, bool positives, int64_t ignore_index, int64_t self_offset) {
-  const int64_t channels = require_two_descriptors(descriptors, "descriptors", key_descriptors, "key_descriptors");
-  require_tensor(labels, "labels", descriptors, ScalarType::Long, {descriptors.size(0)});
-  require_tensor(key_labels, "key_labels", descriptors, ScalarType::Long, {key_descriptors.size(0)});
-  require(count > 0, "count");
+  const int64_t channels = require_disparity_bounds(descriptors, labels, key_descriptors, key_labels, count);
   const DeviceGuard guard(descriptors);
   const Tensor a = wide(descriptors), b = wide(key_descriptors);
   const Tensor y = as_contiguous(labels), key_y = as_contiguous(key_labels);

@@ -7,12 +7,17 @@ change nothing are in equivalent.txt.
 
 What became of each fault is appended to build/mutants/results.jsonl. A run that was stopped goes on from there, as long
 as the CUDA code, the emulator and the test that noticed a fault are the same.
+
+Faults that were killed are kept in killed.txt, too, by a digest of their function and text: what stands there was
+killed when that text was written. ``--new`` tries the others alone, adds those that are killed, and drops those that
+are planted no longer; stopped, it goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
 import os
 import random
@@ -29,6 +34,7 @@ from tests.mutants.plant import Fault
 from tests.simt import emulator
 
 HERE = Path(__file__).parent
+KILLED = HERE / "killed.txt"
 RESULTS = native.ROOT / "build" / "mutants" / "results.jsonl"
 TESTS = ["tests/simt/emulated_kernels.py", "tests/simt/emulated_edges.py"]
 MOST_FAULTS = 4095  # kMostFaults of simt.h
@@ -45,6 +51,19 @@ def equivalents() -> dict[str, str]:
             raise ValueError(f"equivalent.txt:{number}: expected one line `key || reason` for each fault, got {line!r}")
         found[key] = reason
     return found
+
+
+def name_of(fault: Fault) -> str:
+    """What killed.txt calls a fault, for as long as its function and text stay."""
+    return hashlib.sha256(fault.key.encode()).hexdigest()[:12]
+
+
+def killed_before() -> set[str]:
+    return set(KILLED.read_text().split()) if KILLED.exists() else set()
+
+
+def keep_killed(names: set[str]) -> None:
+    KILLED.write_text("".join(f"{name}\n" for name in sorted(names)))
 
 
 def build(faults: list[Fault]) -> None:
@@ -98,7 +117,9 @@ class Record:
 
 
 def chosen(arguments: argparse.Namespace) -> list[Fault]:
+    known = killed_before() if arguments.new else set()
     faults = [fault for fault in plant.plant() if arguments.only in f"{fault.file}:{fault.line} {fault.key}"]
+    faults = [fault for fault in faults if name_of(fault) not in known]
     if arguments.draw is not None:
         drawn = random.Random(arguments.seed).sample(faults, min(arguments.draw, len(faults)))
         faults = sorted(drawn, key=lambda fault: fault.number)
@@ -109,6 +130,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draw", type=int, help="so many faults, drawn by --seed; all by default")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--new", action="store_true", help="only faults that killed.txt does not have")
     parser.add_argument("--only", default="", help="faults whose file, line or key holds this text")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--patience", type=float, default=1e9, help="seconds of tests that a fault meets at most")
@@ -129,6 +151,7 @@ def main() -> int:
     counted = [fault for fault in faults if fault.key not in proved]
     todo = [fault for fault in counted if arguments.afresh or fault.key not in record.valid]
     by_number = {fault.number: fault for fault in faults}
+    names = killed_before() & {name_of(fault) for fault in everything}
     alive: list[Fault] = []
     done = 0
 
@@ -137,6 +160,9 @@ def main() -> int:
         fault = by_number[result.fault]
         record.add(fault, result)
         done += 1
+        (names.add if result.killed else names.discard)(name_of(fault))
+        if arguments.new:
+            keep_killed(names)
         if not result.killed:
             alive.append(fault)
             print(f"{result.how.upper()} {fault.file}:{fault.line}\n  {fault.key}", flush=True)
@@ -144,7 +170,7 @@ def main() -> int:
             print(f"{done} of {len(todo)}", flush=True)
 
     if todo:
-        planted = faults if arguments.draw is not None else everything  # a draw plants no others
+        planted = faults if arguments.draw is not None or arguments.new else everything  # the choice stays the same
         build(planted)
         texts = [f"{fault.number} {fault.original} {fault.mutated}" for fault in planted]
         plugin = campaign.Campaign(

@@ -222,6 +222,46 @@ def test_an_anchor_that_has_only_itself_among_later_keys(dtype: torch.dtype, dev
     assert losses.tolist() == [0.0]
 
 
+@every_path
+def test_a_product_of_which_a_part_leaves_the_range(dtype: torch.dtype, device: dict[str, Any]) -> None:
+    """Added in order it is minus infinity, and stays there: as a negative it must not pass for a share of 0."""
+    if dtype == torch.float16:
+        return  # whose products end at 4e9 a column
+    far = 4e153 if dtype == torch.float64 else 6e18
+    anchors, keys = torch.zeros(1, 40, dtype=dtype), torch.zeros(2, 40, dtype=dtype)
+    anchors[0, :32], keys[1, :16], keys[1, 16:32] = far, -far, far  # the second product is 0, as the first is
+    y, key_y = torch.tensor([0]), torch.tensor([0, 1])
+    loss, _ = calls.patch_contrast(anchors, y, keys=keys, key_labels=key_y, reduction="none", temperature=1.0, **device)
+    assert loss.isnan() or torch.allclose(loss.double(), torch.tensor(2.0).double().log())
+
+
+@every_path
+def test_negatives_of_minus_infinity_make_the_loss_no_number(dtype: torch.dtype, device: dict[str, Any]) -> None:
+    anchors, y, key_y = torch.ones(2, 8, dtype=dtype), torch.tensor([0, 1]), torch.tensor([0, 0, 1])
+    keys = torch.zeros(3, 8, dtype=dtype)
+    keys[2] = -math.inf  # the negative of the first anchor, the positive of the second
+    loss, _ = calls.patch_contrast(anchors, y, keys=keys, key_labels=key_y, reduction="none", **device)
+    assert loss.isnan().tolist() == [True, False]
+    assert loss[1] == math.inf
+    loss, _ = calls.patch_contrast(
+        anchors, y, keys=keys, key_labels=key_y, reduction="none", negative_weight=0.0, **device
+    )
+    torch.testing.assert_close(loss[0].double(), torch.tensor(2.0).double().log())
+
+
+@every_path
+def test_logits_at_the_lower_end_of_the_range(dtype: torch.dtype, device: dict[str, Any]) -> None:
+    """Pairs that do not count lie below them all the same."""
+    if dtype == torch.float16:
+        return
+    lowest, y, key_y = -1.0 * 2.0 ** (1023 if dtype == torch.float64 else 127), torch.tensor([0]), torch.arange(9) % 2
+    anchors, keys = torch.zeros(1, 8, dtype=dtype), torch.zeros(9, 8, dtype=dtype)
+    anchors[0, 0], keys[:, 0] = 1, lowest
+    key_y[5:] = -1
+    loss, _ = calls.patch_contrast(anchors, y, keys=keys, key_labels=key_y, reduction="none", temperature=1.0, **device)
+    torch.testing.assert_close(loss.double(), torch.tensor([math.log(5)]).double(), rtol=1e-6, atol=0)
+
+
 def test_weights_that_float16_holds_by_their_scale() -> None:
     """Weights of pairs are rounded to float16: the largest coefficient scales them, whoever reads it."""
     generator = torch.Generator().manual_seed(0)
@@ -335,6 +375,23 @@ def test_gaussian_logits_far_below_zero() -> None:
     want = reference.gaussian_contrast_loss(anchors, *rest, reduction="none", temperature=0.05)
     assert torch.isfinite(gradients).all()
     torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_gaussian_exponents_of_which_a_part_leaves_the_range() -> None:
+    """A class of exponent minus infinity is not left out, as that of a weight of 0 is."""
+    anchors, y, counts = torch.zeros(1, 256), torch.tensor([0]), torch.tensor([1, 1])
+    means, covariances = torch.zeros(2, 256), torch.zeros(2, 256, 256)
+    anchors[0, :32] = 6e18
+    means[1, :16], means[1, 16:32] = -6e18, 6e18  # whose product is 0
+    arguments = (anchors, y, means, covariances, counts)
+    loss, _, _ = calls.gaussian_contrast(*arguments, reduction="none", temperature=1.0, negative_weight=2.0)
+    assert loss.isnan() or torch.allclose(loss, torch.tensor(2.0).log())
+    means[1] = -math.inf
+    loss, _, _ = calls.gaussian_contrast(*arguments, reduction="none", temperature=1.0, negative_weight=2.0)
+    assert loss.isnan()
+    loss, gradients, _ = calls.gaussian_contrast(*arguments, reduction="none", temperature=1.0, negative_weight=0.0)
+    assert loss == 0
+    assert torch.equal(gradients, torch.zeros_like(gradients))
 
 
 def test_gaussian_rows_of_more_than_48_kib() -> None:

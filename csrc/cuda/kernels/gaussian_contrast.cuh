@@ -121,10 +121,11 @@ PGLCL_DEVICE void add_gaussian(const GaussianArguments<T>& x, int64_t j, int row
       exponent += log2_weight;
     }
     // A weight of 0 leaves the first class met at minus infinity, too: nothing is added then.
-    const bool counts = own[r] >= 0 && exponent != -scalar_t(INFINITY);
+    const bool counts = own[r] >= 0 && (j == own[r] || log2_weight != -scalar_t(INFINITY));
     if (!counts) continue;
     const scalar_t shift = exponent > state.shift[r] ? exponent : state.shift[r];
-    const scalar_t keep = power2(state.shift[r] - shift), weight = power2(exponent - shift);
+    // An exponent of minus infinity may be a sum of which only a part left the range: the loss is no number then.
+    const scalar_t keep = power2(state.shift[r] - shift), weight = power2(exponent - shift) + (exponent - exponent);
     state.shift[r] = shift;
     state.sum[r] = state.sum[r] * keep + weight;
     if (!wanted) continue;

@@ -31,9 +31,12 @@ PGLCL_DEVICE scalar_t log_add(scalar_t a, scalar_t b) {
   return low == -scalar_t(INFINITY) ? high : high + log_of_one_and(power_e(low - high));
 }
 
-// The lowest finite number: as the maximum of nothing it needs no special case, unlike minus infinity.
+// The lowest finite number: the logit of a pair that does not count.
 template <typename scalar_t>
 constexpr scalar_t kLowest = sizeof(scalar_t) == 8 ? scalar_t(-1.7976931348623157e308) : scalar_t(-3.402823466e38f);
+// The maximum of nothing, so far above it that e^(kLowest - kNothing) is 0: neither needs a special case.
+template <typename scalar_t>
+constexpr scalar_t kNothing = kLowest<scalar_t> * scalar_t(0.999);
 
 // T: element type of the embeddings; scalar_t: of everything that is summed.
 template <typename T>
@@ -233,9 +236,9 @@ struct KeyScan {
 // Sums of one anchor over the keys it has met, with a running maximum.
 template <typename scalar_t>
 struct RunningSums {
-  scalar_t highest = kLowest<scalar_t>;  // of the logits met
-  scalar_t sum = 0, negative_sum = 0;    // of e^(logit - highest), of the positives and of the negatives
-  scalar_t spread = 0;                   // of logit - highest over the positives: no large number is summed
+  scalar_t highest = kNothing<scalar_t>;  // of the logits met
+  scalar_t sum = 0, negative_sum = 0;     // of e^(logit - highest), of the positives and of the negatives
+  scalar_t spread = 0;                    // of logit - highest over the positives: no large number is summed
   int32_t positives = 0;
   bool undecided = false;
 
@@ -249,7 +252,9 @@ struct RunningSums {
     highest = top;
   }
 
-  // Logits of pairs that do not count are minus infinity; bits k of `positive` and `negative` say what logit k is.
+  // Logits of pairs that do not count are kLowest; bits k of `positive` and `negative` say what logit k is. Minus
+  // infinity may be a product of which only a part left the range: as that of a negative it makes the loss no number,
+  // instead of a share of 0.
   template <int kCount>
   PGLCL_DEVICE void add(const scalar_t (&logits)[kCount], uint32_t positive, uint32_t negative) {
     scalar_t top = highest;
@@ -264,7 +269,7 @@ struct RunningSums {
         sum += share;
         spread += below;
       }
-      if (negative >> k & 1) negative_sum += share;
+      if (negative >> k & 1) negative_sum += multiply_add(logits[k], scalar_t(0), share);
     }
     positives += count_bits(positive);
   }

@@ -241,7 +241,7 @@ PGLCL_DEVICE void meet_columns(const ContrastArguments<T>& x, const ColumnSide<8
           if (kSelf && column == self[r]) kind = {false, false, false};
         }
         const float logit = pair_logit(x, products[t][2 * r + c]);
-        logits[r][2 * t + c] = kind.positive || kind.negative ? logit : -INFINITY;
+        logits[r][2 * t + c] = kind.positive || kind.negative ? logit : kLowest<float>;
         positive[r] |= uint32_t(kind.positive) << (2 * t + c);
         negative[r] |= uint32_t(kind.negative) << (2 * t + c);
       }
@@ -282,7 +282,7 @@ struct ContrastParts {
 };
 
 // Of `workspace`, which holds contrast_parts_size(count, n) numbers.
-constexpr int64_t contrast_parts_size(int count, int64_t n) { return count > 1 ? 6 * count * n : 0; }
+constexpr int64_t contrast_parts_size(int count, int64_t n) { return count > 1 ? 6 * n * count : 0; }
 inline ContrastParts contrast_parts(float* workspace, int count, int64_t n) {
   const int64_t each = count > 1 ? count * n : 0;
   const auto integers = [&](int k) { return reinterpret_cast<int32_t*>(workspace + k * each); };

@@ -559,7 +559,7 @@ PGLCL_KERNEL contrast_forward_tiles(ContrastArguments<T> x, ContrastSums<float> 
         if (c == self) kind = {false, false, false};
       }
       logits[k] = pair_logit(x, memory.weights.load(row * kWeightStride<T> + c));
-      if (!kind.positive && !kind.negative) logits[k] = -INFINITY;
+      if (!kind.positive && !kind.negative) logits[k] = kLowest<float>;
       positive |= uint32_t(kind.positive) << k;
       negative |= uint32_t(kind.negative) << k;
     }

@@ -33,6 +33,17 @@ PGLCL_DEVICE scalar_t scaled_exp(scalar_t x) {
   return natural_exp(small ? x + scalar_t(44) : x) * (small ? rest : kMassScale<scalar_t>);
 }
 
+// How far a logit lies below the highest, as an exponent of e: beyond kFarthest e^x is 0, scaled or not. The distance
+// may be infinite (a masked class, or the end of the type's range), and 0 times infinity is NaN: it ends here. NaN
+// stays NaN.
+template <typename scalar_t>
+constexpr scalar_t kFarthest = sizeof(scalar_t) == 4 ? scalar_t(-256) : scalar_t(-2048);
+template <typename scalar_t>
+PGLCL_DEVICE scalar_t distance_below(scalar_t logit, scalar_t highest) {
+  const scalar_t distance = logit - highest;
+  return distance < kFarthest<scalar_t> ? kFarthest<scalar_t> : distance;
+}
+
 // The grid in 32-bit numbers, in which index arithmetic divides; offsets into memory have 64.
 struct StatisticsGrid {
   int64_t batch, pixels, patches;
@@ -100,8 +111,7 @@ PGLCL_DEVICE scalar_t softmax_in_place(scalar_t (&values)[kHeld][kPixels], int i
     }
     return h;
   }
-  // rest: the sum of e^(l - highest) without the highest itself, whose 1 would swallow the digits of a certain pixel.
-  scalar_t highest = values[0][i], rest = 0, weighted = 0;
+  scalar_t highest = values[0][i], weighted = 0;
   int certain = 0;
 #pragma unroll
   for (int k = 1; k < kHeld; ++k)
@@ -109,10 +119,13 @@ PGLCL_DEVICE scalar_t softmax_in_place(scalar_t (&values)[kHeld][kPixels], int i
       highest = values[k][i];
       certain = k;
     }
+  // rest: the sum of e^(l - highest) without the highest itself, whose 1 would swallow the digits of a certain pixel.
+  // It begins as NaN where the highest is infinite: such a pixel has no probabilities.
+  scalar_t rest = highest - highest;
 #pragma unroll
   for (int k = 0; k < kHeld; ++k) {
     if (k >= classes) break;
-    const scalar_t centred = values[k][i] - highest;
+    const scalar_t centred = distance_below(values[k][i], highest);
     const scalar_t scaled = scaled_exp(centred), e = scaled / kMassScale<scalar_t>;
     if (k != certain) rest += e;
     weighted += e * centred;
@@ -131,7 +144,7 @@ template <typename scalar_t>
 struct PixelEntropy {
   scalar_t entropy, highest, log_sum;
 
-  PGLCL_DEVICE scalar_t log_probability(scalar_t logit) const { return (logit - highest) - log_sum; }
+  PGLCL_DEVICE scalar_t log_probability(scalar_t logit) const { return distance_below(logit, highest) - log_sum; }
 };
 
 template <typename T, typename scalar_t>
@@ -146,18 +159,20 @@ PGLCL_DEVICE PixelEntropy<scalar_t> scan_pixel(Global<const T> input, int64_t at
   scalar_t highest = widen(input.load(at)), rest = 0, weighted = 0;
   for (int k = 1; k < classes; ++k) {
     const scalar_t l = widen(input.load(at + k * class_stride));
-    const scalar_t centred = l - highest;
-    if (centred <= scalar_t(0)) {
-      const scalar_t e = natural_exp(centred);
+    if (highest == -scalar_t(INFINITY)) {  // the classes so far have a probability of 0
+      highest = l;
+    } else if (l <= highest) {
+      const scalar_t centred = distance_below(l, highest), e = natural_exp(centred);
       rest += e;
       weighted += e * centred;
     } else {  // a new maximum, or NaN
-      const scalar_t keep = natural_exp(-centred);
-      weighted = (weighted - centred * (scalar_t(1) + rest)) * keep;
+      const scalar_t step = distance_below(highest, l), keep = natural_exp(step);
+      weighted = (weighted + step * (scalar_t(1) + rest)) * keep;
       rest = (scalar_t(1) + rest) * keep;
       highest = l;
     }
   }
+  rest += highest - highest;  // NaN where the highest is infinite: such a pixel has no probabilities
   const scalar_t log_sum = log_of_one_and(rest);
   return {log_sum - weighted / (scalar_t(1) + rest), highest, log_sum};
 }
