@@ -75,7 +75,8 @@ class Taught(NamedTuple):
     def of(cls, prediction: Tensor, labelled: int, organs: Sequence[int]) -> Taught:
         """`organs`: classes of which a pseudo-label keeps the largest component."""
         unlabelled = prediction[labelled:]
-        return cls(prediction, *clean(unlabelled.argmax(dim=1), unlabelled, organs))
+        pseudo = unlabelled.max(dim=1).indices  # argmax says the same, five times slower on a CPU
+        return cls(prediction, *clean(pseudo, unlabelled, organs))
 
 
 class Base(ABC):

@@ -82,6 +82,8 @@ class StepBatches(Dataset[dict[str, Tensor]]):
         set_track_meta(False)
         config = self.config
         random = np.random.RandomState(np.random.SeedSequence([config.seed, step, self.rank]).generate_state(4))
+        self.geometric.set_random_state(state=random)
+        self.intensities.set_random_state(state=random)
         semi = self.semi and step >= config.warmup_steps
         count = config.batch_size // 2 if semi else config.batch_size
         images, labels = zip(*(self._labelled(random) for _ in range(count)))
@@ -99,17 +101,12 @@ class StepBatches(Dataset[dict[str, Tensor]]):
         return pixels * ((1 + self.config.strong_images) * 4 * len(self.labelled[0].image) + 8)
 
     def _labelled(self, random: np.random.RandomState) -> tuple[Tensor, Tensor]:
-        item = self._pick(self.labelled, random, foreground=True)
-        self.geometric.set_random_state(state=random)
-        item = self.geometric(item)
-        self.intensities.set_random_state(state=random)
+        item = self.geometric(self._pick(self.labelled, random, foreground=True))
         return torch.as_tensor(self.intensities(item["image"])), torch.as_tensor(item["label"])[0].round().long()
 
     def _unlabelled(self, random: np.random.RandomState) -> list[Tensor]:
-        self.geometric.set_random_state(state=random)
         item = self._pick(self.unlabelled, random, foreground=False)
         weak = torch.as_tensor(self.geometric(item)["image"])
-        self.intensities.set_random_state(state=random)
         strong = (torch.as_tensor(self.intensities(weak.clone())) for _ in range(self.config.strong_images))
         return [weak, *strong]
 

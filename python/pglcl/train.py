@@ -74,7 +74,7 @@ class Learner:
             self.student.projection.requires_grad_(False)
         self.parameters = [p for p in self.student.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
+            self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
         self.organs = organs_of_pseudo_labels(config, data)
         self.best: dict[str, float] = {"step": 0, "dice": -1.0}  # of the validations so far
