@@ -6,10 +6,12 @@ or the memory; 3 a package is missing; 70 a bug; 130 stopped by the user.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
 import inspect as inspection
+import io
 import os
 import sys
 import traceback
@@ -21,8 +23,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from pglcl import launcher
 from pglcl.config import DEFAULTS, OPTIONS, TrainConfig, flag, read_toml, with_preset
 from pglcl.errors import UserError, WriteError, explained
+from pglcl.launcher import own_rank
 
 SKIPPED, REFUSED, BUG, STOPPED = 1, 2, 70, 130  # exit codes; 0 is done, 3 a missing package
 
@@ -69,7 +73,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def guarded(*arguments: Any, **options: Any) -> None:
-        if int(os.environ.get("RANK", "0")) and function is not _train:
+        _reading.close()
+        if own_rank() and function is not _train:
             return  # under torchrun: only a training is shared
         try:
             function(*arguments, **options)
@@ -91,8 +96,10 @@ def _explain(error: Exception, what: str = "") -> int:
     if lines is None:
         traceback.print_exception(error)
         _complain(f"pglcl: {what}this is a bug of pglcl: please report it with the lines above")
+        launcher.tell_launcher([f"a bug of pglcl: {error!r}"])
         return BUG
-    rank = int(os.environ.get("RANK", "0"))
+    launcher.tell_launcher(lines)
+    rank = own_rank()
     if rank == 0 or not (isinstance(error, UserError) and error.everywhere):
         who = "pglcl: " if rank == 0 else f"pglcl, rank {rank}: "
         for line in lines:
@@ -159,10 +166,10 @@ def _train(ctx: typer.Context, data: Path | None, output: Path | None, **options
     own = {name: options.pop(name) for name in names}
     processes = options.pop("processes")
     check_threads(own["threads"])
-    if processes > 1 and "RANK" not in os.environ:
-        from pglcl.launcher import launch
-
-        raise typer.Exit(launch(processes, sys.argv[1:]))
+    if processes > 1 and launcher.PARENT not in os.environ:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UserError("--processes: not under torchrun, whose --nproc-per-node says how many", everywhere=True)
+        raise typer.Exit(launcher.launch(processes, sys.argv[1:]))
     given = {n: options[n] for n in options if (source := ctx.get_parameter_source(n)) and source.name != "DEFAULT"}
     if own["config"] is not None:
         given = {**read_toml(own["config"]), **given}  # flags win
@@ -395,6 +402,10 @@ def demo(
     run_demo(output, steps, quiet=quiet)
 
 
+# While the options of several ranks are read, what is wrong with them goes here: the first rank alone says it.
+_reading = contextlib.ExitStack()
+
+
 def _complain(line: str) -> None:
     print(line, file=sys.stderr)
 
@@ -403,12 +414,21 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit code; what a user can mend is printed as one line each."""
     # What MONAI says to its own developers.
     warnings.filterwarnings("ignore", category=FutureWarning, module="monai")
+    wrong = io.StringIO()
+    if "RANK" in os.environ:
+        _reading.enter_context(contextlib.redirect_stderr(wrong))
     try:
         app(args=arguments, standalone_mode=True)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     else:
         code = 0
+    finally:
+        _reading.close()
+    if wrong.getvalue():
+        launcher.tell_launcher(wrong.getvalue().splitlines()[-1:])
+        if own_rank() == 0:
+            sys.stderr.write(wrong.getvalue())
     try:
         sys.stdout.flush()
     except OSError as error:  # what was printed never reached its file

@@ -1,10 +1,12 @@
 """Several processes that train together on one machine, started and ended as one.
 
-torchrun does the same and more, on many machines; when a process ends in an error it prints dozens of lines of its own.
+torchrun does the same and more, on many machines; when a process ends in an error it prints forty lines of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import socket
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 PARENT = "PGLCL_PARENT"  # the environment variable that names the process whose end is the end of all
@@ -28,8 +31,6 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
         port = free.getsockname()[1]
     common: dict[str, object] = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     common[PARENT] = os.getpid()
-    if "TORCH_CPP_LOG_LEVEL" not in os.environ:
-        common["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # without advice to authors of distributed programs
     if "OMP_NUM_THREADS" not in os.environ:
         common["OMP_NUM_THREADS"] = max(1, (os.cpu_count() or 1) // processes)
     children: list[subprocess.Popen[bytes]] = []
@@ -66,6 +67,22 @@ def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
             code, until = ended[0], time.monotonic() + GRACE
     code = code or next((child.returncode for child in children if child.returncode), 0)
     return 128 - code if code < 0 else code
+
+
+def own_rank() -> int:
+    """Of this process among those that a launcher started; 0 for one that runs alone."""
+    size, rank = (os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK"))
+    return int(rank) if rank.isdecimal() and size.isdecimal() and int(size) > 1 else 0
+
+
+def tell_launcher(lines: Sequence[str]) -> None:
+    """Leaves `lines` where torchrun looks for what its summary, the last that it prints, says of this process."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        text = "\n".join(lines)
+        more = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": more}}), encoding="utf-8")
 
 
 def parent_has_ended() -> bool:

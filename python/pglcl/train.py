@@ -23,7 +23,7 @@ from pglcl.contrast import PatchContrast
 from pglcl.errors import UserError
 from pglcl.evaluate import Score, patient_means, score_case
 from pglcl.files import write_json
-from pglcl.launcher import parent_has_ended
+from pglcl.launcher import own_rank, parent_has_ended
 from pglcl.layouts import open_folder
 from pglcl.limits import check_resources, most_workers
 from pglcl.lock import FolderLock
@@ -38,7 +38,7 @@ from pglcl.model import (
 )
 from pglcl.organs import organs_of_masks, organs_of_pseudo_labels
 from pglcl.progress import Progress
-from pglcl.ranks import Ranks, averaging, launched_ranks
+from pglcl.ranks import Ranks, averaging, device_of_rank, launched_ranks
 from pglcl.record import MetricsLog, Profile
 from pglcl.run_folder import RunFolder
 from pglcl.step import StepLoss
@@ -159,12 +159,9 @@ class Training:
         self.root, self.output, self.config, self.resume = root, output, config, resume
         self.folder = RunFolder(output, root, config)
         self.lock: FolderLock | None = None  # of the first rank
-        self.device = choose_device(config.device)
-        if self.device.type == "cuda" and "LOCAL_RANK" in os.environ:
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(self.device)
+        self.device = device_of_rank(choose_device(config.device))
         self.profile = Profile(self.device, profile)
-        self.speaks = int(os.environ.get("RANK", "0")) == 0  # known before the ranks meet
+        self.speaks = own_rank() == 0  # known before the ranks meet
         self.progress = Progress(config.steps, quiet=quiet or not self.speaks)
         self.stop = False
 

@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -367,25 +366,6 @@ def torchrun(folder: Path, run: Path, *more: str, **changes) -> subprocess.Compl
     )
 
 
-def leave_no_thread(rank: int) -> None:
-    os.environ.update(WORLD_SIZE="2", RANK=str(rank), MASTER_ADDR="localhost")
-    with launched_ranks(torch.device("cpu")):
-        layer = torch.nn.Linear(2, 1)
-        layer(torch.ones(1, 2)).sum().backward()
-        torch.optim.AdamW(layer.parameters()).step()
-    threads = [comm.read_text().strip() for comm in Path("/proc/self/task").glob("*/comm")]
-    assert not [name for name in threads if "gloo" in name], threads
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
-def test_a_process_group_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that outlives the interpreter aborts it, now and then."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
-    torch.multiprocessing.spawn(leave_no_thread, nprocs=2)
-
-
 def processes(folder: Path, run: Path, *more: str, **changes: Any) -> subprocess.Popen[str]:
     """Two that train together, started by one command."""
     arguments = command("train", folder, "-o", run, "--processes", 2, *flags(**changes), *more)
@@ -424,9 +404,14 @@ def test_an_error_of_two_processes_is_one_line(folder: Path, tmp_path: Path) -> 
     refused = processes(folder, tmp_path / "run")
     _, err = refused.communicate(timeout=240)
     assert refused.returncode == 2
-    assert err.strip().splitlines() == [
-        f"pglcl: {tmp_path / 'run'}: holds a run already; add --resume to go on with it, or choose another --output"
-    ]
+    line = f"{tmp_path / 'run'}: holds a run already; add --resume to go on with it, or choose another --output"
+    assert err.strip().splitlines() == [f"pglcl: {line}"]
+    # torchrun adds a traceback of its own and a summary: the line stands before the one, and ends the other.
+    refused_by = torchrun(folder, tmp_path / "run")
+    assert refused_by.returncode == 1
+    lines = refused_by.stderr.strip().splitlines()
+    assert [said for said in lines if said.startswith("pglcl")] == [f"pglcl: {line}", "pglcl FAILED"]
+    assert lines[-2:] == [f"  traceback : {line}", "=" * 60]
     with pytest.raises(UserError, match="is a run of 1 processes, started are 2"):
         RunFolder(tmp_path / "run", folder, tiny(steps=1, method="supervised")).open(resume=True, ranks=2)
 
