@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,11 +29,23 @@ class PatchRows(NamedTuple):
 
     def compact(self, ignore_index: int = -1) -> PatchRows:
         """Only the rows that qualify; how many there are is asked of the device, which waits for it."""
-        keep = self.labels != ignore_index
-        return PatchRows(*(t[keep] for t in self))
+        return PatchRows(*_qualifying(self, ignore_index))
 
     def limited(self, per_class: int, priority: Tensor, ignore_index: int = -1) -> PatchRows:
-        """As :meth:`PatchBatch.limited`."""
+        """At most `per_class` rows of each class qualify: those of the highest `priority`, ties in order.
+
+        Background has as many patches as all else together, several times over; a mean over anchors is its mean. With
+        `entropy` as priority the patches that the prediction is least sure of are kept, with random numbers a
+        fair sample. Nothing waits for the device.
+
+        Args:
+            per_class: at least 0.
+            priority: (N,), of each row.
+            ignore_index: label of rows that do not qualify, and of those that no longer do.
+
+        Raises:
+            ValueError: a priority of another shape, a negative `per_class`.
+        """
         return self._replace(labels=_limited(self.labels, per_class, priority, ignore_index))
 
 
@@ -47,26 +59,17 @@ class PatchBatch(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # (N, 1 + dims) int64, the image and the cell of the patch grid
 
     def compact(self, ignore_index: int = -1) -> PatchBatch:
-        """Only the rows that qualify; how many there are is asked of the device, which waits for it."""
-        keep = self.labels != ignore_index
-        return PatchBatch(*(t[keep] for t in self))
+        """As :meth:`PatchRows.compact`."""
+        return PatchBatch(*_qualifying(self, ignore_index))
 
     def limited(self, per_class: int, priority: Tensor, ignore_index: int = -1) -> PatchBatch:
-        """At most `per_class` rows of each class qualify: those of the highest `priority`, ties in order.
-
-        Background has as many patches as all else together, several times over; a mean over anchors is its mean. With
-        `batch.entropy` as priority the patches that the prediction is least sure of are kept, with random numbers a
-        fair sample. Nothing waits for the device.
-
-        Args:
-            per_class: at least 0.
-            priority: (N,), of each row.
-            ignore_index: label of rows that do not qualify, and of those that no longer do.
-
-        Raises:
-            ValueError: a priority of another shape, a negative `per_class`.
-        """
+        """As :meth:`PatchRows.limited`."""
         return self._replace(labels=_limited(self.labels, per_class, priority, ignore_index))
+
+
+def _qualifying(rows: PatchRows | PatchBatch, ignore_index: int) -> Iterator[Tensor]:
+    keep = rows.labels != ignore_index
+    return (column[keep] for column in rows)
 
 
 def _limited(labels: Tensor, per_class: int, priority: Tensor, ignore_index: int) -> Tensor:

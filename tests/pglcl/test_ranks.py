@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from pglcl import cli, ranks
+from pglcl import cli
 from pglcl.errors import UserError
 from pglcl.launcher import PARENT, own_rank
+from pglcl.meeting import lost_ranks_explained
 from pglcl.ranks import device_of_rank, launched_ranks
 
 CPU = torch.device("cpu")
@@ -68,7 +69,7 @@ def find_nobody() -> None:
     before = time.monotonic()
     with pytest.raises(UserError, match="another rank is gone: it was killed"), launched_ranks(CPU):
         pytest.fail("one rank alone begins")
-    assert time.monotonic() - before < 60
+    assert time.monotonic() - before < 110  # not half an hour; much else may run here
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
@@ -96,7 +97,7 @@ def test_a_rank_that_does_not_come(
     monkeypatch.setenv("PGLCL_MEETING_SECONDS", "1")
     before = time.monotonic()
     assert cli.main(["train", str(tmp_path), "-o", str(tmp_path / "run"), "--device", "cpu"]) == 2
-    assert time.monotonic() - before < 60
+    assert time.monotonic() - before < 110  # not half an hour; much else may run here
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(message, line)
     assert not dist.is_initialized()
@@ -124,7 +125,7 @@ def test_a_rank_that_is_lost_is_no_bug(port: int) -> None:
 
 
 def test_other_errors_of_a_rank_stay_what_they_are() -> None:
-    with pytest.raises(RuntimeError, match="a bug"), ranks._lost_ranks_explained():
+    with pytest.raises(RuntimeError, match="a bug"), lost_ranks_explained():
         raise RuntimeError("a bug")
 
 

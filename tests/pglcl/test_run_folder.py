@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pglcl import train
+from pglcl import learner
 from pglcl.cli import main
 from pglcl.errors import UserError
 from pglcl.files import load_tensors, save_tensors
@@ -55,7 +55,7 @@ def copies(data: Path, stopped: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 
 def stop_by(number: signal.Signals, data: Path, run: Path, **options: Any) -> None:
-    update = train.update_teacher
+    update = learner.update_teacher
 
     def stopping(teacher: Any, student: Any, decay: float, step: int) -> None:
         update(teacher, student, decay, step)
@@ -63,7 +63,7 @@ def stop_by(number: signal.Signals, data: Path, run: Path, **options: Any) -> No
             os.kill(os.getpid(), number)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "update_teacher", stopping)
+        patch.setattr(learner, "update_teacher", stopping)
         with pytest.raises(Interrupted, match=f"stopped after step {STOPPED_AT}"):
             Training(data, run, tiny(**options), quiet=True).run()
 
@@ -350,7 +350,7 @@ def test_what_a_kill_left_behind_is_removed(copies: tuple[Path, Path]) -> None:
 
 @pytest.fixture
 def removing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    update = train.update_teacher
+    update = learner.update_teacher
 
     def after(run: Path) -> None:
         def step_and_remove(teacher: Any, student: Any, decay: float, step: int) -> None:
@@ -358,7 +358,7 @@ def removing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
             if step == 6:
                 shutil.rmtree(run)
 
-        monkeypatch.setattr(train, "update_teacher", step_and_remove)
+        monkeypatch.setattr(learner, "update_teacher", step_and_remove)
 
     return after
 

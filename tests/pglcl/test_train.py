@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from pglcl import train
+from pglcl import learner
 from pglcl.errors import UserError
 from pglcl.evaluate import evaluate_run
 from pglcl.files import load_tensors, save_tensors
@@ -230,17 +230,17 @@ def test_interrupted_and_resumed(
 ) -> None:
     straight = run_to_end(folder, tmp_path / "straight", **options)
     run = Training(folder, tmp_path / "run", tiny(**options), quiet=True)
-    update = train.update_teacher
+    update = learner.update_teacher
 
     def stopping(teacher, student, decay, step):
         update(teacher, student, decay, step)
         if step + 1 == stop_at:
             os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C
 
-    monkeypatch.setattr(train, "update_teacher", stopping)
+    monkeypatch.setattr(learner, "update_teacher", stopping)
     with pytest.raises(Interrupted, match=f"stopped after step {stop_at}"):
         run.run()
-    monkeypatch.setattr(train, "update_teacher", update)
+    monkeypatch.setattr(learner, "update_teacher", update)
     assert load_tensors(tmp_path / "run" / "checkpoint.pt")["step"] == stop_at
     Training(folder, tmp_path / "run", tiny(**options), resume=True, quiet=True).run()
     assert_same(straight, weights(tmp_path / "run"))

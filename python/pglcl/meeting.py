@@ -1,0 +1,105 @@
+"""How the processes of a run find each other, and what is said when one of them does not come or is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+
+from pglcl.errors import UserError
+
+MEETING = "PGLCL_MEETING_SECONDS"  # the environment variable for another time than this
+MEETING_SECONDS = 120  # that ranks wait for each other at their start
+WORKING = datetime.timedelta(minutes=30)  # that a rank waits for one that works, on its share of the volumes say
+
+
+def form_group(backend: str, rank: int, size: int) -> None:
+    """Makes the process group of all ranks, which wait for each other a short time only.
+
+    Raises:
+        UserError: one of them did not come.
+    """
+    seconds = number_from_environment(MEETING, MEETING_SECONDS, least=1)
+    store = _meet(rank, size, seconds)
+    patience = datetime.timedelta(seconds=seconds)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+    # From here on a rank may work long before the next one hears of it.
+    group = dist.group.WORLD
+    assert group is not None
+    group.set_timeout(WORKING)
+
+
+def _meet(rank: int, size: int, seconds: int) -> Any:
+    """The store through which all ranks have said that they are there."""
+    host, port = os.environ.get("MASTER_ADDR", ""), number_from_environment("MASTER_PORT", least=1, most=65535)
+    if not host:
+        raise UserError("MASTER_ADDR must be the address of rank 0, got nothing; torchrun and --processes set it")
+    again = f"a rank that has ended, or never began, cannot come; {MEETING}=600 would wait for ten minutes"
+    keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # or torchrun does
+    if not keeps_store and (reason := _unreachable(host, port, seconds)):
+        raise UserError(f"rank 0 does not answer at {host}:{port} after {seconds} seconds ({reason}): {again}")
+    patience = datetime.timedelta(seconds=seconds)
+    try:
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            host, port, size, keeps_store, patience, wait_for_workers=False, multi_tenant=True
+        )
+        store.set(f"pglcl rank {rank}", "is here")
+        names = [f"pglcl rank {other}" for other in range(size)]
+        with contextlib.suppress(dist.DistStoreError):
+            store.wait(names, patience)
+        missing = ", ".join(str(other) for other, name in enumerate(names) if not store.check([name]))
+    except dist.DistError as error:
+        raise UserError(f"ranks cannot meet at {host}:{port}: {_first_line(error)}") from error
+    if missing:
+        raise UserError(f"of {size} ranks, {missing} did not come within {seconds} seconds: {again}")
+    return store
+
+
+def _unreachable(host: str, port: int, seconds: float) -> str:
+    """Why nobody listens there, tried for so long; nothing when somebody does."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(1.0, until - time.monotonic())).close()
+            return ""
+        except OSError as error:
+            if time.monotonic() > until:
+                return error.strerror or str(error)
+        time.sleep(0.1)
+
+
+def number_from_environment(name: str, default: int | None = None, *, least: int = 0, most: int = 1 << 31) -> int:
+    """A whole number from the environment, where a launcher leaves it.
+
+    Raises:
+        UserError: it is none, or out of range; or is missing where there is no `default`.
+    """
+    text = os.environ.get(name, "") or ("" if default is None else str(default))
+    if not text.isascii() or not text.isdigit() or not least <= int(text) <= most:
+        raise UserError(f"{name} must be a whole number from {least} to {most}, got {text!r}; torchrun sets it")
+    return int(text)
+
+
+@contextlib.contextmanager
+def lost_ranks_explained() -> Iterator[None]:
+    """Turns what torch.distributed raises when another rank has ended into a :class:`UserError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo has no type of its own for this
+        if not isinstance(error, dist.DistError) and "gloo/" not in str(error):
+            raise
+        raise UserError(
+            f"another rank is gone: it was killed, or its own lines say why ({_first_line(error)}). --resume goes on "
+            "from the last checkpoint"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0]

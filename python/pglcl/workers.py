@@ -1,0 +1,59 @@
+"""How many processes prepare batches beside the training."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+
+import torch
+
+from pglcl.batches import StepBatches, loader
+from pglcl.limits import most_workers
+from pglcl.model import SegmentationNetwork
+from pglcl.progress import Progress
+
+
+def choose_workers(
+    batches: StepBatches, network: SegmentationNetwork, device: torch.device, ranks: int, progress: Progress
+) -> int:
+    """Those that are asked for, or the number with which steps are fastest: workers feed the network, but take cores.
+
+    Args:
+        batches: of the run.
+        network: that will be trained; a copy of it is timed.
+        device: that it computes on.
+        ranks: processes that train together on the cores.
+        progress: is told what was measured.
+
+    Raises:
+        UserError: shared memory has no room for the batches of those that are asked for.
+    """
+    most = most_workers(batches, batches.config.workers)
+    if batches.config.workers >= 0:
+        return batches.config.workers
+    cores = (os.cpu_count() or 1) // ranks
+    network = copy.deepcopy(network)
+    seconds: dict[int, float] = {}
+    for workers in sorted({0, 1, min(2, cores - 1), min(4, cores - 1)}):
+        if workers == 0 or (0 < workers <= most and cores > 1):
+            seconds[workers] = _seconds_of_a_step(batches, network, device, workers)
+    best = min(seconds, key=lambda w: seconds[w])
+    measured = ", ".join(f"{1e3 * s:.0f} ms with {w}" for w, s in seconds.items())
+    progress.say(f"workers that prepare batches: {best} (a step of the bare network takes {measured})")
+    return best
+
+
+def _seconds_of_a_step(batches: StepBatches, network: SegmentationNetwork, device: torch.device, workers: int) -> float:
+    source = loader(batches, max(0, len(batches) - 40), workers)
+    start, counted = time.perf_counter(), 0
+    for step in range(min(14, len(batches))):
+        if step == 4 or step == len(batches) - 1:  # the first ones fill the pipeline
+            start, counted = time.perf_counter(), 0
+        batch = next(source)
+        images = torch.cat([batch["image"], batch.get("strong", batch["image"][:0])]).to(device)
+        network(images).mean().backward()
+        counted += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return (time.perf_counter() - start) / counted
