@@ -114,17 +114,19 @@ struct PackedSide {
     if (taken) std::memcpy(low, static_cast<const uint16_t*>(source.data) + first, depth_ * sizeof(uint16_t));
   }
 
+  // Of a whole row, whose end is padded with zeros.
   double squared_norm(const scalar_t* row) const {
-    scalar_t lanes[16] = {};
-    int64_t d = 0;
-    for (; d + 16 <= depth_; d += 16)
-      for (int l = 0; l < 16; ++l) lanes[l] += row[d + l] * row[d + l];
-    for (; d < depth_; ++d) lanes[0] += row[d] * row[d];
-    double sums[8];
-    for (int l = 0; l < 8; ++l) sums[l] = double(lanes[l]) + double(lanes[l + 8]);
-    for (int width = 4; width > 0; width /= 2)
-      for (int l = 0; l < width; ++l) sums[l] += sums[l + width];
-    return sums[0];
+    using four = typename Square<scalar_t>::four;
+    four sums[4] = {};
+    for (int64_t d = 0; d < view.row_stride; d += 64 / sizeof(scalar_t))
+      for (int q = 0; q < int(16 / sizeof(scalar_t)); ++q) {
+        const four x = *reinterpret_cast<const four*>(row + d + 4 * q);
+        sums[q] += x * x;
+      }
+    double square = 0;
+    const four sum = (sums[0] + sums[2]) + (sums[1] + sums[3]);
+    for (int l = 0; l < 4; ++l) square += double(sum[l]);
+    return square;
   }
 
   void fill_panel(int64_t block) {
