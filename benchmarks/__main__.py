@@ -1,9 +1,9 @@
 """python -m benchmarks [questions] [--sizes 512,4096] [--device cpu|cuda]
 
-Measures, prints the tables, and writes benchmarks/results/<question>.json with every sample, the table and the plot
-beside it, and the sections of README that come from them. With --sizes they go to build/benchmarks instead, and README
-stays as it is. Without questions all are answered but two: `segmentation`, which trains networks for hours and resumes
-what was interrupted, and `memory`, which predicts large volumes.
+Measures, prints the tables, and writes benchmarks/results/<processor>/<question>.json with every sample, the table and
+the plot beside it, and the sections of README that come from them. With --sizes they go to build/benchmarks instead,
+and README stays as it is. Without questions all are answered but two: `segmentation`, which trains networks for hours
+and resumes what was interrupted, and `memory`, which predicts large volumes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import pages, plots
 from benchmarks.pages import MEASURED, QUESTIONS, UNRECORDED
-from benchmarks.runner import RESULTS, machine, save
+from benchmarks.runner import RESULTS, folder_of, headed, machine, name_of, save
 
 WITH_SIZES = ("loss", "gaussian", "scaling", "peers")
 ON_CUDA = ("loss", "statistics", "gaussian")
@@ -52,11 +52,11 @@ def main() -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("benchmarks: no GPU is visible to torch")
     torch.set_num_threads(arguments.threads)
-    folder = Path("build/benchmarks") if sizes else RESULTS
     command = ("python -m benchmarks " + shlex.join(sys.argv[1:])).strip()
     info = machine()
-    isa, running = info["cpu_instruction_set"], info["torch_running"]
-    print(f"{info['processor']}, {info['threads']} threads, {isa}, torch {running}")
+    info["gpu"] = info["gpu"] if arguments.device == "cuda" else None
+    folder = Path("build/benchmarks") if sizes else folder_of(info)
+    print(f"{name_of(info)}, {info['threads']} threads, torch {info['torch_running']}")
     for question in arguments.questions or (MEASURED if arguments.device == "cpu" else ON_CUDA):
         start = time.monotonic()
         if question == "segmentation":
@@ -71,16 +71,17 @@ def main() -> None:
             options |= {"sizes": sizes} if question in WITH_SIZES else {}
             options |= {"device": arguments.device} if question in ON_CUDA else {}
             results, table = importlib.import_module(f"benchmarks.{question}").run(**options)
+            table = headed(info, table)
             took = time.monotonic() - start
         name = question if arguments.device == "cpu" else f"{question}_{arguments.device}"
         if results:
-            save(folder, name, command, results, table, took)
+            save(RESULTS if question == "segmentation" else folder, info, name, command, results, table, took)
         print(f"\n{question}\n\n{table or 'nothing has ended'}", flush=True)
-        if question == "segmentation" and folder == RESULTS:
+        if question == "segmentation" and not sizes:
             plots.segmentation(Path(arguments.runs), Path(arguments.data))
         if results and name in ("peers", "scaling"):
             getattr(plots, name)(folder)
-    if folder == RESULTS:
+    if not sizes:
         pages.write()
 
 

@@ -1,5 +1,7 @@
-"""Pages that come from benchmarks/results/*.json: the tables beside them, and of README and docs what stands between
+"""Pages that come from benchmarks/results: the tables beside the JSON, and of README and docs what stands between
 `<!-- benchmarks: name -->` and `<!-- end -->`. Tests compare them: the pages claim what the committed results hold.
+
+What was measured on several processors is quoted from the one where it is least favourable.
 
     python -m benchmarks.pages
 """
@@ -12,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.runner import RESULTS, find, markdown, mebibytes, median, ratio, replace, significant
+from benchmarks.runner import RESULTS, find, headed, markdown, mebibytes, median, name_of, ratio, replace, significant
 from benchmarks.scaling import slopes
 
 ROOT = Path(__file__).parents[1]
@@ -25,14 +27,25 @@ BOTH = "forward+backward"
 
 
 def results(question: str) -> list[dict[str, Any]]:
-    """None of a question that nobody has answered since its runs changed."""
-    if not (RESULTS / f"{question}.json").exists():
-        return []
-    return json.loads((RESULTS / f"{question}.json").read_text(encoding="utf-8"))["results"]
+    """Of a question whose answer does not depend on the processor. None where nobody has answered it since its runs
+    changed."""
+    path = RESULTS / f"{question}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else []
+
+
+def records(question: str) -> dict[Path, dict[str, Any]]:
+    """What each processor answered: the folder of its results, and the content of <question>.json."""
+    paths = sorted(RESULTS.glob(f"*/{question}.json"))
+    return {path.parent: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def measured(question: str) -> list[list[dict[str, Any]]]:
+    """The rows of each processor."""
+    return [record["results"] for record in records(question).values()]
 
 
 def peers() -> str:
-    own = [r for r in results("peers") if r["D"] == 128 and r["dtype"] == "float32" and r["passes"] == BOTH]
+    """A table for each processor."""
 
     def cell(row: dict[str, Any] | None) -> str:
         if row is None:
@@ -41,8 +54,13 @@ def peers() -> str:
             return row["problem"]
         return f"{significant(1e3 * median(row['seconds']))} ms, {mebibytes(row['bytes'])} MiB"
 
-    sizes = list(dict.fromkeys(r["N"] for r in own))[1:]
-    return markdown(["N", *SHOWN], [[str(n), *(cell(find(own, N=n, contender=c)) for c in SHOWN)] for n in sizes])
+    tables = []
+    for record in records("peers").values():
+        own = [r for r in record["results"] if r["D"] == 128 and r["dtype"] == "float32" and r["passes"] == BOTH]
+        sizes = list(dict.fromkeys(r["N"] for r in own))[1:]
+        rows = [[str(n), *(cell(find(own, N=n, contender=c)) for c in SHOWN)] for n in sizes]
+        tables.append(headed(record["machine"], markdown(["N", *SHOWN], rows)))
+    return "\n\n".join(tables)
 
 
 def segmentation() -> str:
@@ -58,17 +76,30 @@ def segmentation() -> str:
 
 def figures() -> str:
     def against(question: str, contender: str, which: str, **case: Any) -> str:
-        value = ratio(results(question), contender, "pglcl_ext", which, **case)
-        return "-" if value is None else f"{significant(value)}x"
+        ratios = [ratio(own, contender, "pglcl_ext", which, **case) for own in measured(question)]
+        known = [value for value in ratios if value is not None]
+        return f"{significant(min(known))}x" if known else "-"
+
+    def gain(own: list[dict[str, Any]]) -> float:
+        one, two = (find(own, question="threads", threads=n, passes=BOTH) for n in (1, 2))
+        assert one is not None
+        assert two is not None
+        return median(one["seconds"]) / median(two["seconds"])
+
+    def links(question: str) -> str:
+        found = records(question).items()
+        return ", ".join(
+            f"[{name_of(record['machine'])}](../benchmarks/results/{folder.name}/{question}.md)"
+            for folder, record in found
+        )
 
     loss = {"N": 4096, "D": 128, "keys": False, "dtype": "float32"}
     pixels = {"shape": [16, 4, 256, 256], "stride": 16, "dtype": "float32"}
     gauss = {"N": 512, "D": 128, "dtype": "float32"}
-    values = find(results("gaussian"), contender="pglcl_ext", passes="forward", **gauss)["values"]  # type: ignore[index]
-    same = "the same value" if values[0]["same"] else "ANOTHER VALUE"
-    time, memory = slopes(results("scaling"))
-    threads = [find(results("scaling"), question="threads", threads=n, passes=BOTH) for n in (1, 2)]
-    gain = median(threads[0]["seconds"]) / median(threads[1]["seconds"])  # type: ignore[index]
+    ours = [find(own, contender="pglcl_ext", passes="forward", **gauss) for own in measured("gaussian")]
+    same = "the same value" if all(row and row["values"][0]["same"] for row in ours) else "ANOTHER VALUE"
+    time, memory = (max(values) for values in zip(*(slopes(own) for own in measured("scaling"))))
+    threads = min(gain(own) for own in measured("scaling"))
     eager, theirs = "eager reference", "authors' formulas"
     rows = [
         [
@@ -96,25 +127,24 @@ def figures() -> str:
             f"time {time:.2f}, memory {memory:.2f}",
             "scaling",
         ],
-        ["two threads against one, N = 4096, both passes", f"{significant(gain)}x", "scaling"],
+        ["two threads against one, N = 4096, both passes", f"{significant(threads)}x", "scaling"],
         ["all peers, D = 64 to 256, float32 and bfloat16", "", "peers"],
     ]
+    rows = [[*row[:2], links(row[2])] for row in rows]
     if results("segmentation"):
-        rows.append(["segmentation", "", "segmentation"])
-    return markdown(
-        ["question", "answer", "table"],
-        [[*row[:2], f"[{row[2]}](../benchmarks/results/{row[2]}.md)"] for row in rows],
-    )
+        rows.append(["segmentation", "", "[segmentation](../benchmarks/results/segmentation.md)"])
+    return markdown(["question", "answer, where it is least favourable", "tables"], rows)
 
 
 def memory() -> str:
     """A sentence: what the loss takes at the largest size, and what its best-known peer takes there."""
     case = {"D": 128, "dtype": "float32", "passes": BOTH}
-    own = [r for r in results("peers") if r["contender"] == "pglcl_ext" and all(r[k] == v for k, v in case.items())]
-    largest = max(own, key=lambda r: r["N"])
-    peer = find(results("peers"), contender="pytorch-metric-learning", N=largest["N"], **case)
-    assert peer is not None
-    theirs = "runs out of 12 GiB" if "problem" in peer else f"takes {mebibytes(peer['bytes'])} MiB"
+    every = [row for own in measured("peers") for row in own if all(row[k] == v for k, v in case.items())]
+    own = [row for row in every if row["contender"] == "pglcl_ext"]
+    largest = max(own, key=lambda row: (row["N"], row["bytes"]))
+    peers = [r for r in every if r["contender"] == "pytorch-metric-learning" and r["N"] == largest["N"]]
+    fits = [row["bytes"] for row in peers if "problem" not in row]
+    theirs = f"takes {mebibytes(min(fits))} MiB" if fits else "runs out of 12 GiB"
     return (
         f"For {largest['N']} patches of size 128 the fused loss takes {mebibytes(largest['bytes'])} MiB, forward and "
         f"backward; pytorch-metric-learning {theirs}."
@@ -156,13 +186,19 @@ def rendered(text: str) -> str:
     return re.sub(r"(<!-- benchmarks: (\w+) -->).*?<!-- end -->", section, text, flags=re.DOTALL)
 
 
+def table_of(question: str, content: dict[str, Any]) -> str:
+    """The page beside the JSON, under the name of what it was measured on."""
+    return headed(content["machine"], importlib.import_module(f"benchmarks.{question}").table(content["results"]))
+
+
 def write() -> None:
     """Every table, and the pages, anew from the committed results."""
-    for question in QUESTIONS:
-        if not results(question):
-            continue
-        table = importlib.import_module(f"benchmarks.{question}").table(results(question))
-        replace(RESULTS / f"{question}.md", table + "\n")
+    if results("segmentation"):
+        segmentation_table = importlib.import_module("benchmarks.segmentation").table
+        replace(RESULTS / "segmentation.md", segmentation_table(results("segmentation")) + "\n")
+    for question in MEASURED:
+        for folder, content in records(question).items():
+            replace(folder / f"{question}.md", table_of(question, content) + "\n")
     for page in PAGES:
         replace(page, rendered(page.read_text(encoding="utf-8")))
 

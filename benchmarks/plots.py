@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib
 
-from benchmarks.runner import LIMIT_BYTES, RESULTS, median
+from benchmarks.runner import LIMIT_BYTES, RESULTS, median, name_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -33,7 +33,7 @@ def axes_of_patches(axis: Any, title: str, sizes: list[int]) -> None:
 
 
 def save(figure: Any, path: Path, info: dict[str, Any]) -> None:
-    where = f"{info['processor']}, {info['threads']} threads, torch {info['torch_running']}"
+    where = f"{name_of(info)}, {info['threads']} threads, torch {info['torch_running']}"
     figure.text(0.01, 0.01, where, fontsize=7, color="#555555")
     figure.tight_layout()
     figure.savefig(path.with_suffix(".partial"), format="png", dpi=130)
@@ -41,7 +41,7 @@ def save(figure: Any, path: Path, info: dict[str, Any]) -> None:
     plt.close(figure)
 
 
-def peers(folder: Path = RESULTS) -> None:
+def peers(folder: Path) -> None:
     """Time and memory against the number of patches, D = 128, float32, both passes."""
     content = json.loads((folder / "peers.json").read_text(encoding="utf-8"))
     wanted = {"D": 128, "dtype": "float32", "passes": "forward+backward"}
@@ -121,7 +121,7 @@ def segmentation(runs: Path, data: Path, dataset: str = "histology", seed: int =
     return True
 
 
-def scaling(folder: Path = RESULTS) -> None:
+def scaling(folder: Path) -> None:
     """Time and memory of the loss against the number of patches, each beside the slope that it should have."""
     content = json.loads((folder / "scaling.json").read_text(encoding="utf-8"))
     cases = [c for c in content["results"] if c["question"] == "N" and c["passes"] == "forward+backward"]

@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import resource
 import signal
 import statistics
@@ -74,6 +75,23 @@ def machine() -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         **build_info(),
     }
+
+
+def name_of(info: dict[str, Any]) -> str:
+    """What ran: the GPU, or the processor and the instruction set of the kernels, since processors of different years
+    may go by one name."""
+    return info["gpu"] or f"{info['processor']}, {info['cpu_instruction_set']}"
+
+
+def folder_of(info: dict[str, Any]) -> Path:
+    """Where the results of one kind of processor lie."""
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", name_of(info).lower()).strip("-")
+
+
+def headed(info: dict[str, Any], table: str) -> str:
+    """A table that says on what it was measured."""
+    where = f"{name_of(info)}, {info['threads']} threads, torch {info['torch_running']}"
+    return f"{where}, {info['date']}, commit {info['commit']}.\n\n{table}"
 
 
 def passes(function: Callable[..., Any], arguments: Sequence[Any], inputs: Sequence[Tensor], **options: Any) -> dict:
@@ -290,11 +308,17 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def save(
-    folder: Path, question: str, command: str, results: list[dict[str, Any]], table: str, took: float | None = None
+    folder: Path,
+    info: dict[str, Any],
+    question: str,
+    command: str,
+    results: list[dict[str, Any]],
+    table: str,
+    took: float | None = None,
 ) -> None:
-    """<question>.json with every sample, and the table beside it."""
+    """<question>.json with every sample, and the table beside it; `info` is :func:`machine`'s."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"command": command, "machine": machine(), "results": results}
+    content = {"command": command, "machine": info, "results": results}
     if took is not None:
         content["took_seconds"] = round(took, 1)
     replace(folder / f"{question}.json", json.dumps(content, indent=1) + "\n")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
+import re
 import signal
 import time
 from pathlib import Path
@@ -240,9 +240,61 @@ def test_pages_have_the_figures_of_the_results() -> None:
         assert pages.rendered(text) == text, "python -m benchmarks.pages brings the pages up to date"
 
 
-@pytest.mark.parametrize("question", [question for question in pages.QUESTIONS if pages.results(question)])
-def test_tables_are_those_of_the_results(question: str) -> None:
-    content = json.loads((runner.RESULTS / f"{question}.json").read_text(encoding="utf-8"))
+RECORDS = [(folder, question) for question in pages.MEASURED for folder in pages.records(question)]
+
+
+@pytest.mark.parametrize(("folder", "question"), RECORDS, ids=[f"{f.name}-{q}" for f, q in RECORDS])
+def test_tables_are_those_of_the_results(folder: Path, question: str) -> None:
+    """And stand under the name of the processor that they were measured on, nowhere else."""
+    content = pages.records(question)[folder]
     assert {"processor", "commit", "torch_running"} <= set(content["machine"])
-    module = importlib.import_module(f"benchmarks.{question}")
-    assert module.table(content["results"]) + "\n" == (runner.RESULTS / f"{question}.md").read_text(encoding="utf-8")
+    assert runner.folder_of(content["machine"]) == folder
+    table = (folder / f"{question}.md").read_text(encoding="utf-8")
+    assert table == pages.table_of(question, content) + "\n"
+    assert table.startswith(runner.name_of(content["machine"]))
+
+
+def test_every_question_is_answered() -> None:
+    assert {question for _, question in RECORDS} == set(pages.MEASURED)
+    assert not [path.name for path in runner.RESULTS.iterdir() if path.stem in pages.MEASURED]
+
+
+@pytest.mark.skipif(not pages.results("segmentation"), reason="no run of the segmentation has ended")
+def test_the_table_of_the_segmentation_is_that_of_its_results() -> None:
+    table = (runner.RESULTS / "segmentation.md").read_text(encoding="utf-8")
+    assert segmentation.table(pages.results("segmentation")) + "\n" == table
+
+
+def test_pages_quote_the_least_favourable_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second processor, where all contenders but ours take half of the time, and ours takes more memory."""
+    [first] = list(pages.records("loss"))[:1]
+    second = {"processor": "Another", "cpu_instruction_set": "avx2"}
+    for question in pages.MEASURED:
+        content = pages.records(question)[first]
+        (tmp_path / first.name).mkdir(exist_ok=True)
+        (tmp_path / first.name / f"{question}.json").write_text(json.dumps(content))
+        for row in content["results"]:
+            if row.get("contender") == "pglcl_ext":
+                row["bytes"] = row.get("bytes", 0) * 2
+            elif "seconds" in row:
+                row["seconds"] = [s / 2 for s in row["seconds"]]
+        content["machine"].update(second)
+        monkeypatch.setattr(runner, "RESULTS", tmp_path)
+        folder = runner.folder_of(content["machine"])
+        assert folder.name == "another-avx2"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{question}.json").write_text(json.dumps(content))
+    alone, peers = pages.figures(), pages.peers()
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
+    both = pages.figures()
+
+    def ratios(text: str) -> list[float]:
+        return [float(value) for value in re.findall(r"([0-9.]+)x(?=[ ,])", text.split("authors")[0])]
+
+    assert ratios(both) == pytest.approx([value / 2 for value in ratios(alone)], rel=0.01)
+    assert "[Another, avx2](../benchmarks/results/another-avx2/loss.md)" in both
+    assert pages.peers().count("| N |") == 2 * peers.count("| N |")
+    assert "Another, avx2, 2 threads" in pages.peers()
+    case = {"N": 65536, "D": 128, "dtype": "float32", "passes": pages.BOTH, "contender": "pglcl_ext"}
+    ours = max(runner.find(own, **case)["bytes"] for own in pages.measured("peers"))
+    assert f"the fused loss takes {runner.mebibytes(ours)} MiB" in pages.memory()
