@@ -514,6 +514,27 @@ def test_the_reference_agrees_on_descriptors_that_are_not_finite(bad: float, nam
         torch.testing.assert_close(p.loss(), p.loss(reference.patch_contrast_loss), equal_nan=True)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("m", [None, 30], ids=["self", "keys"])
+def test_descriptors_that_are_not_finite_move_no_bound_of_others(bad: float, channels: int, m: int | None) -> None:
+    """That of an ignored patch has no say at all, and that of an anchor which is no key spoils its own loss alone."""
+    counts = {"num_positives": 3, "num_negatives": 4, "reduction": "none"}
+    p = ContrastProblem.random(24, 4, m=m, channels=channels, classes=3, ignored=False, **counts).cast(torch.float64)
+    p.labels[5] = -1
+    want = p.loss()
+    p.descriptors[5] = bad
+    if p.key_labels is not None:
+        p.key_labels[7] = -1
+        want = p.loss()
+        p.key_descriptors[7] = bad
+        torch.testing.assert_close(p.loss(), want)
+        p.descriptors[3] = bad
+        want = want.detach().index_fill(0, torch.tensor([3]), math.nan)
+    torch.testing.assert_close(p.loss(), want, equal_nan=True)
+    torch.testing.assert_close(p.loss(), p.loss(reference.patch_contrast_loss), equal_nan=True)
+
+
 NINE, TEN, FIVE = torch.zeros(9), torch.zeros(10), torch.zeros(5, dtype=torch.long)
 MASK, KEYS = torch.ones(10, 10, dtype=torch.bool), torch.zeros(5, 4)
 BAD_CALLS = [

@@ -21,6 +21,11 @@ scalar_t disparity(const scalar_t* a, const scalar_t* b, int64_t channels) {
   return sum / scalar_t(channels);
 }
 
+template <typename scalar_t>
+bool is_finite(const scalar_t* descriptor, int64_t channels) {
+  return std::all_of(descriptor, descriptor + channels, [](scalar_t x) { return std::isfinite(x); });
+}
+
 // 0 at ties; NaN stays NaN.
 template <typename scalar_t>
 scalar_t sign(scalar_t x) {
@@ -59,7 +64,7 @@ void scalar_bounds(const DisparityBounds<scalar_t>& in, scalar_t none, scalar_t*
   parallel.share(in.anchors, in.anchors * 64 < kSerialWork, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t self = in.self_offset >= 0 && i + in.self_offset < in.keys ? i + in.self_offset : -1;
-      bounds[i] = in.labels[i] == in.ignore_index
+      bounds[i] = in.labels[i] == in.ignore_index || !std::isfinite(in.descriptors[i])
                       ? none
                       : search_bound(sorted, in.labels[i], in.descriptors[i], self, in.count, in.positives, none);
     }
@@ -73,7 +78,7 @@ void vector_bounds(const DisparityBounds<scalar_t>& in, scalar_t none, scalar_t*
     std::vector<scalar_t> row(in.keys);
     for (int64_t i = first; i < last; ++i) {
       bounds[i] = none;
-      if (in.labels[i] == in.ignore_index) continue;
+      if (in.labels[i] == in.ignore_index || !is_finite(in.descriptors + i * in.channels, in.channels)) continue;
       int64_t size = 0;
       for (int64_t j = 0; j < in.keys; ++j) {
         if (in.key_labels[j] == in.ignore_index || (in.key_labels[j] == in.labels[i]) != in.positives) continue;
@@ -132,11 +137,11 @@ void semantic_disparity_backward(const scalar_t* grad, const scalar_t* a, int64_
 template <typename scalar_t>
 void disparity_bounds(const DisparityBounds<scalar_t>& in, scalar_t* bounds, const Parallel& parallel) {
   const scalar_t none = in.positives ? std::numeric_limits<scalar_t>::infinity() : scalar_t(0);
-  bool finite = true;
-  for (int64_t i = 0; i < in.keys * in.channels; ++i) finite = finite && std::isfinite(in.key_descriptors[i]);
-  for (int64_t i = 0; i < in.anchors * in.channels; ++i) finite = finite && std::isfinite(in.descriptors[i]);
-  if (!finite) {
-    // An order does not exist; the loss of what depends on such a descriptor is NaN whatever the bound.
+  bool ordered = true;
+  for (int64_t j = 0; j < in.keys && ordered; ++j)
+    ordered = in.key_labels[j] == in.ignore_index || is_finite(in.key_descriptors + j * in.channels, in.channels);
+  if (!ordered) {
+    // Every anchor has a pair with the key whose descriptor is not finite, and its loss is NaN whatever the bound.
     std::fill(bounds, bounds + in.anchors, none);
   } else if (in.channels == 1) {
     scalar_bounds(in, none, bounds, parallel);

@@ -170,7 +170,8 @@ def main() -> int:
             print(f"{done} of {len(todo)}", flush=True)
 
     if todo:
-        planted = faults if arguments.draw is not None or arguments.new else everything  # the choice stays the same
+        # A draw plants no others. A run that may be stopped plants all of them: the next one finds the library built.
+        planted = faults if arguments.draw is not None else everything
         build(planted)
         texts = [f"{fault.number} {fault.original} {fault.mutated}" for fault in planted]
         plugin = campaign.Campaign(
