@@ -2,8 +2,8 @@
 
 Measures, prints the tables, and writes benchmarks/results/<processor>/<question>.json with every sample, the table and
 the plot beside it, and the sections of README that come from them. With --sizes they go to build/benchmarks instead,
-and README stays as it is. Without questions all are answered but two: `segmentation`, which trains networks for hours
-and resumes what was interrupted, and `memory`, which predicts large volumes.
+and README stays as it is. Without questions all are answered but three: `segmentation`, which trains networks for
+hours and resumes what was interrupted, `memory`, which predicts large volumes, and `pairs`, one positive a row.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks import pages, plots
 from benchmarks.pages import MEASURED, QUESTIONS, UNRECORDED
 from benchmarks.runner import RESULTS, folder_of, headed, machine, name_of, save
 
-WITH_SIZES = ("loss", "gaussian", "scaling", "peers")
+WITH_SIZES = ("loss", "gaussian", "scaling", "peers", "pairs")
 ON_CUDA = ("loss", "statistics", "gaussian")
 
 

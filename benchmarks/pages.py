@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "figures.md", ROOT / "docs" / "segmentation.md")
 MEASURED = ("loss", "statistics", "gaussian", "scaling", "peers")
 QUESTIONS = (*MEASURED, "segmentation")
-UNRECORDED = ("memory",)  # answered when asked; no results are committed, so no page shows any
+UNRECORDED = ("memory", "pairs")  # answered when asked; no results are committed, so no page shows any
 SHOWN = ("pglcl_ext", "pytorch-metric-learning", "plain SupCon", "eager reference", "torch.mm alone")
 BOTH = "forward+backward"
 

@@ -226,19 +226,19 @@ def measure(
     """A row per contender and pass: the case, seconds of every sample, bytes of peak memory beyond the inputs, and
     the problem of one that ran out of memory or of time, in place of both.
 
-    `warm` replaces parts of the case for the warm-up before memory is measured (one that is `compiled` compiles for its
-    shapes, and warms up on the case itself).
+    `warm` replaces parts of the case for the warm-up before memory is measured. One whose name begins with `compiled`
+    compiles for its shapes, and warms up on the case itself.
     """
     device = case.get("device", "cpu")
     start = time.monotonic()
     rows = []
     for contender in contenders:
-        small = case if contender == compiled else {**case, **(warm or {})}
+        small = case if contender.startswith(compiled) else {**case, **(warm or {})}
         problem = None
         for which in ("forward", "forward+backward"):
             if problem is None:
                 # Compilation is not a call: it gets time of its own.
-                limit = LIMIT_SECONDS * (3 if contender == compiled else 1)
+                limit = LIMIT_SECONDS * (3 if contender.startswith(compiled) else 1)
                 grown = in_child(_alone, make, case, contender, which, small, threads, device=device, seconds=limit)
                 problem = grown if isinstance(grown, str) else None
             found = {"problem": problem} if problem else {"bytes": grown}

@@ -21,7 +21,7 @@ pytest.importorskip("matplotlib")
 
 from pglcl.config import TrainConfig
 
-from benchmarks import gaussian, pages, peers, runner, scaling, segmentation
+from benchmarks import gaussian, pages, pairs, peers, runner, scaling, segmentation
 from pglcl_ext import gaussian_contrast_loss
 
 
@@ -114,6 +114,15 @@ def test_peers_compute_the_same_loss() -> None:
             z = F.normalize(torch.randn(96, 16, generator=torch.Generator().manual_seed(0)), dim=1)
             mine = mine - (mine * z).sum(dim=1, keepdim=True) * z
         torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=1e-6)
+
+
+def test_one_positive_a_row_is_a_cross_entropy() -> None:
+    inputs = pairs.problem(48, torch.float64)
+    want = torch.autograd.grad(pairs.ours(*inputs), inputs[:2])
+    for function in (pairs.plain, pairs.chunked):
+        torch.testing.assert_close(function(*inputs), pairs.ours(*inputs))
+        for mine, theirs in zip(want, torch.autograd.grad(function(*inputs), inputs[:2])):
+            torch.testing.assert_close(theirs, mine)
 
 
 @pytest.mark.parametrize("with_keys", [False, True])
