@@ -504,9 +504,13 @@ def _listed_case(file: Path, row: Mapping[str, Any]) -> Case:
 
 
 def _csv_rows(file: Path) -> list[dict[str, Any]]:
+    """Columns are separated by commas, or, as spreadsheets of many countries write them, semicolons or tabs."""
     try:
         with file.open(newline="", encoding="utf-8-sig") as text:
-            reader = csv.DictReader(text, strict=True, restkey="more than the header")
+            header = text.readline()
+            separator = max(",;\t", key=header.count)  # the first of them where there is one column
+            text.seek(0)
+            reader = csv.DictReader(text, strict=True, restkey="more than the header", delimiter=separator)
             return [{str(k).strip(): v.strip() if isinstance(v, str) else v for k, v in row.items()} for row in reader]
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{file}: not readable as CSV: {error}") from error

@@ -344,9 +344,11 @@ def test_a_list_as_csv_and_as_json(tmp_path: Path) -> None:
     rows = listed(tmp_path)
     lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
     (tmp_path / "list.csv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "semicolons.csv").write_text("\n".join(lines).replace(",", ";"), encoding="utf-8-sig")
+    (tmp_path / "tabs.csv").write_text("\r\n".join(lines).replace(",", "\t"))
     (tmp_path / "list.json").write_text(json.dumps(rows))
     (tmp_path / "named.json").write_text(json.dumps({"cases": rows, "labels": {"background": 0, "a": 1, "b": 2}}))
-    for name in ("list.csv", "list.json", "named.json"):
+    for name in ("list.csv", "semicolons.csv", "tabs.csv", "list.json", "named.json"):
         data = open_folder(tmp_path / name)
         assert data.layout == "list"
         assert data.patients == ["p0", "p1"]
