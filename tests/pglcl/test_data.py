@@ -273,14 +273,14 @@ def test_a_few_organs_of_a_real_ct(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(data_folder() is None, reason=NO_DATA)
 def test_nuclei_are_learned(tmp_path: Path) -> None:
-    """Fifty labelled images, the last fifteen tested. Measured 0.8824; the rest is room for other machines."""
+    """Fifty labelled images, the last fifteen tested. Measured 0.8901, and 0.8824 with 300 steps."""
     source = data_folder()
     assert source is not None
     root, run = source / "Histology_nuclei", tmp_path / "run"
     options = {
-        "method": "supervised", "labelled": 50, "validation": 0, "test": 15, "image_size": "160,192", "steps": 300,
+        "method": "supervised", "labelled": 50, "validation": 0, "test": 15, "image_size": "160,192", "steps": 700,
         "batch_size": 4, "flips": "all", "channels": "16,32,64,128", "workers": 0, "validate_every": 0,
     }  # fmt: skip
     Training(root, run, TrainConfig(**options), quiet=True).run()
     assert main(["evaluate", str(run), str(root), "-q"]) == 0
-    assert json.loads((run / "scores_test.json").read_text())["summary"][-1]["dice"] > 0.865
+    assert json.loads((run / "scores_test.json").read_text())["summary"][-1]["dice"] >= 0.88
