@@ -321,6 +321,73 @@ def test_keys_are_shared_out_four_tiles_to_a_block() -> None:
         assert ("contrast_merge_parts" in kernels) == (parts > 1)
 
 
+def test_rows_that_begin_at_16_bytes_are_not_copied() -> None:
+    problem = ContrastProblem.random(5, 8).cast(torch.float32)
+    assert "aten::clone" not in inside("patch_contrast", lambda: problem.loss())
+
+
+def test_long_rows_where_no_chunk_fits() -> None:
+    kernels = launched(torch.float32, 3, 4, 300, shared_bytes=16 * 1024)
+    assert kernels[0] == "contrast_forward_plain"
+
+
+def test_columns_are_shared_out_from_two_times_four_tiles_on() -> None:
+    kernels = launched(torch.bfloat16, 1, 512, 8, multiprocessors=2)
+    assert "contrast_merge_parts" in kernels
+    for m, parts in ((255, 1), (256, 2)):  # tiles of 32 columns in the backward pass
+        kernels = launched(torch.bfloat16, 3, m, 8, multiprocessors=2)
+        assert ("contrast_merge_gradients" in kernels) == (parts > 1)
+
+
+def test_columns_of_rows_longer_than_128_are_not_shared_out() -> None:
+    kernels = launched(torch.bfloat16, 3, 300, 136, multiprocessors=6)
+    assert "contrast_merge_gradients" not in kernels
+
+
+def test_parts_of_more_anchors_than_keys() -> None:
+    kernels = launched(torch.bfloat16, 300, 280, 8, multiprocessors=60)
+    assert "contrast_merge_gradients" in kernels
+
+
+def test_weights_of_two_in_one_lane() -> None:
+    """A weight of exactly 2 has one bit set; the anchor and both keys are in the first lane."""
+    anchor, keys = torch.zeros(1, 8).bfloat16(), torch.zeros(2, 8).bfloat16()
+    anchor[0, 0], keys[0, 0], keys[1, 0] = 16, -16, 16  # the positive has no share of the denominator
+    _, grads = calls.patch_contrast(
+        anchor,
+        torch.tensor([0]),
+        keys=keys,
+        key_labels=torch.tensor([0, 1]),
+        temperature=0.5,
+        reduction="sum",
+        upstream=torch.tensor(1.0),
+    )
+    assert grads[0][0, 0] == 64
+    assert grads[1][:, 0].tolist() == [-32, 32]
+
+
+def test_anchors_whose_warp_is_not_the_first() -> None:
+    for dtype in DTYPES:
+        problem = ContrastProblem.random(12, 8, ignored=False)
+        problem.labels[:9] = -1
+        problem.labels[9:] = torch.tensor([0, 0, 1])
+        assert_contrast(problem, dtype)
+
+
+def test_a_key_that_is_no_number_behind_many_tiles() -> None:
+    """Tiles of which all four warps had weights, and one that 32 threads find spoilt, by a key that is ignored."""
+    generator = torch.Generator().manual_seed(0)
+    z, k = torch.randn(32, 8, generator=generator), torch.randn(288, 8, generator=generator)
+    y, key_y = torch.arange(32) % 2, torch.arange(288) % 2
+    key_y[256:258] = torch.tensor([-1, 0])
+    options = {"key_labels": key_y, "temperature": 1.0}
+    _, wanted = calls.patch_contrast(z, y, keys=k, **options)
+    k[256] = math.nan
+    _, grads = calls.patch_contrast(z, y, keys=k, **options)
+    for got, want in zip(grads, wanted, strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
 def test_embeddings_of_no_depth_and_no_anchors(dtype: torch.dtype) -> None:
     y = torch.tensor([0, 0, 1, 1, 1])
@@ -421,6 +488,39 @@ def test_entropy_is_at_most_one_where_it_is_normalized() -> None:
         )
         assert h.max() <= 1
         assert of_classes.max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("classes", [3, 11])
+def test_statistics_of_logits_of_minus_infinity(classes: int, dtype: torch.dtype) -> None:
+    x = torch.randn(1, classes, 2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[0, 0, 0, :2], x[0, 1, 0, 1:4], x[0, :-1, 1, 0], x[0, 1:, 1, 1] = (-math.inf,) * 4
+    x[0, 0, 1, 2], x[0, 1, 1, 2] = torch.finfo(dtype).max, -torch.finfo(dtype).max
+    ours = x.to(dtype)
+    upstream = [
+        torch.ones(1, 1, 2),
+        torch.linspace(-1, 1, 2 * classes).view(1, classes, 1, 2),
+        torch.ones(1, classes, 1, 2),
+    ]
+    got, grad = calls.patch_statistics(ours, [2, 3], [2, 3], [t.to(dtype) for t in upstream])
+    oracle = ours.double().requires_grad_()
+    want = reference.patch_statistics(oracle, [2, 3], [2, 3])
+    (wanted,) = torch.autograd.grad(want, oracle, [t.double() for t in upstream])
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+    assert grad is not None
+    torch.testing.assert_close(grad.double(), wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("classes", [3, 11])
+def test_statistics_of_a_pixel_without_probabilities(classes: int) -> None:
+    for bad, which in ((-math.inf, slice(None)), (math.inf, 0), (math.inf, 1), (math.nan, 0), (math.nan, classes - 1)):
+        x = torch.randn(1, classes, 2, 6)
+        x[0, which, 1, 1] = bad
+        for t in calls.patch_statistics(x, [2, 3], [2, 3], None)[0]:
+            assert t[..., 0].isnan().all()
+            assert t[..., 1].isfinite().all()
 
 
 # --- bounds of disparity ----------------------------------------------------------------------------------------------
