@@ -138,25 +138,42 @@ def loader(batches: StepBatches, first: int, workers: int) -> Iterator[dict[str,
     """The batches from step `first` on.
 
     Raises:
-        UserError: a process that prepares them was killed.
+        UserError: a process that prepares them was killed, or shared memory, through which they come, is full.
     """
     options: dict[str, Any] = {}
     if workers:
         options = {"prefetch_factor": PREFETCHED, "persistent_workers": False, "multiprocessing_context": "fork"}
+        options["collate_fn"] = _in_shared_memory
     steps = range(first, len(batches))
-    source = DataLoader(
-        batches, batch_size=None, sampler=steps, num_workers=workers, worker_init_fn=_one_thread, **options
-    )
     try:
-        yield from source
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        yield from DataLoader(
+            batches, batch_size=None, sampler=steps, num_workers=workers, worker_init_fn=_one_thread, **options
+        )
+    except (RuntimeError, OSError) as error:
+        line = _explanation(str(error)) if workers else ""
+        if not line:
             raise
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--workers {workers}: a process that prepares batches has ended ({reason}). Where memory was the reason, "
-            "--workers 0 prepares them in the training process; --resume goes on from the last checkpoint"
-        ) from error
+        raise UserError(f"--workers {workers}: {line}; --resume goes on from the last checkpoint") from error
+
+
+def _in_shared_memory(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Here a failure is an error. Later, in a thread that passes batches on, it would be a batch that never comes."""
+    return {name: tensor.share_memory_() for name, tensor in batch.items()}
+
+
+def _explanation(text: str) -> str:
+    """What a user can do about an error of the processes that prepare batches; nothing for a bug."""
+    if "shared memory" in text or "No space left" in text:
+        return (
+            "shared memory (/dev/shm) is full. --workers 0 needs none, or something else there must go, or the "
+            "container needs more of it (docker run --shm-size=1g)"
+        )
+    if "DataLoader worker (pid" in text:
+        return (
+            f"a process that prepares batches has ended ({text.splitlines()[0]}). Where memory was the reason, "
+            "--workers 0 prepares them in the training process"
+        )
+    return ""
 
 
 def _one_thread(_: int) -> None:

@@ -30,7 +30,7 @@ def check_resources(config: TrainConfig, device: torch.device, ranks: int) -> No
     """Raises UserError for options that this machine cannot meet, whatever the data are.
 
     Args:
-        ranks: processes that train together, which share the cores.
+        ranks: training processes on this machine, which share its cores.
     """
     cores = os.cpu_count() or 1
     most = max(1, WORKERS_PER_CORE * cores // ranks)
@@ -90,8 +90,12 @@ def bytes_of_a_step(config: TrainConfig, channels: int = 1, num_classes: int = 2
     return (0.5 if config.amp else 1.0) * activations + 4.0 * (5 * parameters + queue)
 
 
-def most_workers(batches: StepBatches, asked: int) -> int:
+def most_workers(batches: StepBatches, asked: int, ranks: int = 1) -> int:
     """The processes whose batches fit into the shared memory through which they come.
+
+    Args:
+        asked: for; -1 leaves the number open.
+        ranks: training processes on this machine, each with so many.
 
     Raises:
         UserError: `asked` for are more. Without room a process waits or is killed, and with it the training.
@@ -100,10 +104,11 @@ def most_workers(batches: StepBatches, asked: int) -> int:
         return max(asked, 64)
     free = shutil.disk_usage(SHARED_MEMORY).free
     each = (PREFETCHED + 1) * batches.bytes_of_a_batch()
-    most = int(free // each)
+    most = int(free // (each * ranks))
     if asked > most:
+        theirs = "their batches" if ranks == 1 else f"the batches of {ranks} training processes"
         raise UserError(
-            f"--workers {asked}: their batches take {in_words(asked * each)} of shared memory, {SHARED_MEMORY} has "
+            f"--workers {asked}: {theirs} take {in_words(asked * each * ranks)} of shared memory, {SHARED_MEMORY} has "
             f"{in_words(free)}. Use --workers {most}, or give the container more (docker run --shm-size=1g)"
         )
     return most

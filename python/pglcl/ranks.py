@@ -24,13 +24,14 @@ class Ranks:
     """The processes of a run, as one of them sees them.
 
     group: what torch.distributed calls them, or None for a single process. device: the tensors that are exchanged are
-    there.
+    there. on_machine: how many of them share this machine.
     """
 
     group: Any = None
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    on_machine: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -118,7 +119,13 @@ def launched_ranks(device: torch.device) -> Iterator[Ranks]:
     with lost_ranks_explained():
         form_group("nccl" if device.type == "cuda" else "gloo", rank, size)
         try:
-            yield Ranks(dist.group.WORLD, rank, size, device)
+            yield Ranks(
+                dist.group.WORLD,
+                rank,
+                size,
+                device,
+                number_from_environment("LOCAL_WORLD_SIZE", size, least=1, most=size),
+            )
             dist.barrier()  # no rank leaves while another still talks to it
         finally:
             dist.destroy_process_group()

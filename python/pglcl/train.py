@@ -80,7 +80,7 @@ class Training:
     def _run(self, ranks: Ranks) -> None:
         with contextlib.ExitStack() as held:
             with ranks.together():
-                check_resources(self.config, self.device, ranks.size)
+                check_resources(self.config, self.device, ranks.on_machine)
                 if ranks.is_first:
                     self.lock = held.enter_context(FolderLock(self.output))
                     self.folder.open(resume=self.resume, ranks=ranks.size)
@@ -148,7 +148,7 @@ class Training:
         config, data, ranks, progress = self.config, learner.data, learner.ranks, self.progress
         batches = StepBatches(data.labelled, data.unlabelled, config, ranks.rank, semi=config.semi)
         with ranks.together():
-            workers = choose_workers(batches, learner.student, self.device, ranks.size, progress)
+            workers = choose_workers(batches, learner.student, self.device, ranks.on_machine, progress)
         log = MetricsLog(self.output, first) if ranks.is_first else None
         volumes = f"{len(data.labelled)} labelled and {len(data.unlabelled)} unlabelled volumes"
         progress.start(first, f"{config.method}, {volumes}")

@@ -23,13 +23,13 @@ def choose_workers(
         batches: of the run.
         network: that will be trained; a copy of it is timed.
         device: that it computes on.
-        ranks: processes that train together on the cores.
+        ranks: training processes on this machine, which share its cores.
         progress: is told what was measured.
 
     Raises:
         UserError: shared memory has no room for the batches of those that are asked for.
     """
-    most = most_workers(batches, batches.config.workers)
+    most = most_workers(batches, batches.config.workers, ranks)
     if batches.config.workers >= 0:
         return batches.config.workers
     cores = (os.cpu_count() or 1) // ranks

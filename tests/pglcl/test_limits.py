@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from pglcl.record import MetricsLog
 from pglcl.train import Training
 from pglcl.training_data import load_training_data
 
+from tests.conftest import ROOT
 from tests.pglcl.folders import plain, tiny
 
 
@@ -102,6 +107,48 @@ def test_little_shared_memory(batches: StepBatches, monkeypatch: pytest.MonkeyPa
         assert most_workers(batches, most) == most
         with pytest.raises(UserError, match=rf"--workers {most + 1}: .* Use --workers {most}, or .*--shm-size"):
             most_workers(batches, most + 1)
+
+    monkeypatch.setattr(limits.shutil, "disk_usage", lambda path: Usage(7 * each))
+    assert most_workers(batches, 3, ranks=2) == 3
+    with pytest.raises(UserError, match=r"--workers 4: the batches of 2 training processes take .* Use --workers 3"):
+        most_workers(batches, 4, ranks=2)
+
+
+def load_with_little_shared_memory(root: str) -> None:
+    """Prints what is said when there is too little of it, and when it is full before the first and after a batch."""
+    config = tiny(image_size="128", steps=400, warmup=0)
+    data = load_training_data(Path(root), config)
+    batches = StepBatches(data.labelled, data.unlabelled, config)
+    with contextlib.suppress(UserError):
+        most_workers(batches, 100)
+        print("enough for 100")
+    for loaded in (0, 1):
+        source = loader(batches, 0, 2)
+        for _ in range(loaded):
+            next(source)
+        filler = Path("/dev/shm/filler")
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        try:
+            print(f"{sum(1 for _ in source)} batches all the same")
+        except UserError as error:
+            print(*error.lines)
+        filler.unlink()
+
+
+def test_shared_memory_that_fills_up(folder: Path) -> None:
+    """A real /dev/shm of 16 MiB. A batch for which there is no room must be an error, not one that never comes."""
+    mount = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=16m tmpfs /dev/shm && exec "$@"', "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*mount, "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small /dev/shm")
+    work = f"from tests.pglcl.test_limits import *; load_with_little_shared_memory({str(folder)!r})"
+    command = [*mount, sys.executable, "-W", "ignore", "-c", work]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    said = ended.stdout.splitlines()
+    assert len(said) == 2, ended.stderr
+    for line in said:
+        assert line.startswith("--workers 2: shared memory (/dev/shm) is full. --workers 0 needs none")
 
 
 class Usage:
