@@ -115,7 +115,7 @@ class ContrastPlan {
         : dots(kTile * kernels.panel),
           disparity(kTile * kernels.panel),
           row_sums(kTile * 4 * kernels.lanes),
-          weights(kTile * kTile),
+          weights(kTile * kWeightStride<scalar_t>),
           codes(kTile * kernels.panel),
           view{dots.data(), disparity.data(), codes.data(), row_sums.data(), weights.data()} {}
   };

@@ -268,7 +268,7 @@ void process_panel(const ContrastTile<scalar_t>& t, const TilePosition& at, int6
           if constexpr (kColumns)
             weight += keep<scalar_t>(pairs.column_negative, column_negative_exp * column_negative_coefficient);
         }
-        store(scratch.weights + r * kTile + (key - at.column), weight);
+        store(scratch.weights + r * kWeightStride<scalar_t> + (key - at.column), weight);
       }
     }
 
@@ -377,7 +377,7 @@ void run_panels(const ContrastTile<scalar_t>& t, const TilePosition& at, const C
     rows.rows = at.rows - column < kPanel ? at.rows - column : kPanel;
     ContrastScratch<scalar_t> own = scratch;
     own.row_sums += column * kRowSums * Simd<scalar_t>::kLanes;
-    own.weights += column * kTile;
+    own.weights += column * kWeightStride<scalar_t>;
     run_panel<scalar_t, kPass>(t, rows, key, own, kPass == Pass::kGradient);
   }
 }
@@ -400,11 +400,12 @@ void tile_sum(const ContrastTile<scalar_t>& t, const TilePosition& at, const Con
 template <typename scalar_t>
 void mirror_weights(const TilePosition& at, scalar_t* weights) {
   constexpr int kPanel = Simd<scalar_t>::kPanel;
+  constexpr int64_t kStride = kWeightStride<scalar_t>;
   for (int64_t row = kPanel; row < at.rows; row += kPanel) {
     const int64_t end = row + kPanel < at.rows ? row + kPanel : at.rows;
     for (int64_t column = 0; column < row; column += kPanel)
       for (int64_t r = row; r < end; ++r)
-        for (int64_t c = column; c < column + kPanel; ++c) weights[r * kTile + c] = weights[c * kTile + r];
+        for (int64_t c = column; c < column + kPanel; ++c) weights[r * kStride + c] = weights[c * kStride + r];
   }
 }
 
@@ -418,14 +419,15 @@ RowsOfC<scalar_t> gradient_rows(const ContrastTile<scalar_t>& t, scalar_t* data,
 // product with the keys alone completes the diagonal.
 template <typename scalar_t>
 void tile_gradient(const ContrastTile<scalar_t>& t, const TilePosition& at, const ContrastScratch<scalar_t>& scratch) {
+  constexpr int64_t kStride = kWeightStride<scalar_t>;
   run_panels<scalar_t, Pass::kGradient>(t, at, scratch);
   if (t.symmetric && at.diagonal) mirror_weights(at, scratch.weights);
   if (t.grad_anchors)
-    tile_gemm<scalar_t, true>(at.rows, t.depth, at.columns, scratch.weights, kTile, 1,
+    tile_gemm<scalar_t, true>(at.rows, t.depth, at.columns, scratch.weights, kStride, 1,
                               t.keys.finite_rows + at.column * t.keys.row_stride, t.keys.row_stride,
                               gradient_rows(t, t.grad_anchors, t.anchors.index, at.row));
   if (t.grad_keys && !(t.symmetric && at.diagonal))
-    tile_gemm<scalar_t, true>(at.columns, t.depth, at.rows, scratch.weights, 1, kTile,
+    tile_gemm<scalar_t, true>(at.columns, t.depth, at.rows, scratch.weights, 1, kStride,
                               t.anchors.finite_rows + at.row * t.anchors.row_stride, t.anchors.row_stride,
                               gradient_rows(t, t.grad_keys, t.keys.index, at.column));
 }

@@ -12,6 +12,10 @@ namespace pglcl {
 // weights of one tile (3 x 64 KiB) lie in a second-level cache of 256 KiB and more.
 constexpr int64_t kTile = 128;
 
+// Between the rows of a tile of weights: an odd number of cache lines, so that one column meets all sets of a cache.
+template <typename scalar_t>
+constexpr int64_t kWeightStride = kTile + 64 / int64_t(sizeof(scalar_t));
+
 // Which pairs a tile can hold, known before any of them is computed because the patches are sorted by label.
 enum class TileKind : int8_t {
   kSame,       // one label on both sides: only positives
@@ -71,7 +75,7 @@ struct ContrastScratch {
   scalar_t* disparity;         // one panel, used when descriptors have several channels
   integer_t<scalar_t>* codes;  // one panel, used with explicit masks
   scalar_t* row_sums;          // four vectors of partial sums per row
-  scalar_t* weights;           // the tile of dL/ds
+  scalar_t* weights;           // the tile of dL/ds, (kTile, kWeightStride)
 };
 
 template <typename scalar_t>

@@ -34,6 +34,23 @@ PGLCL_INLINE void micro_kernel(int64_t depth, const scalar_t* a, int64_t row_ste
   }
 }
 
+// What the steps ahead of a micro-kernel read, which is too long to look past: rows of A; rows of C, which lie
+// anywhere; and of B the columns beside its own, a row's length apart. The hardware foresees none of them.
+template <typename scalar_t>
+PGLCL_INLINE void prefetch_a(const scalar_t* next_rows, int64_t row_step, int64_t depth) {
+  for (int64_t r = 0; r < kMicroRows; ++r)
+    for (int64_t k = 0; k < depth; k += 64 / int64_t(sizeof(scalar_t)))
+      __builtin_prefetch(next_rows + r * row_step + k);
+}
+template <typename scalar_t>
+PGLCL_INLINE void prefetch_c(const RowsOfC<scalar_t>& c, int64_t row, int64_t height, int64_t column) {
+  for (int64_t r = row; r < row + height; ++r) __builtin_prefetch(c.row(r) + column, 1);
+}
+template <typename scalar_t>
+PGLCL_INLINE void prefetch_b(const scalar_t* next_columns, int64_t ldb, int64_t first, int64_t depth) {
+  for (int64_t k = first; k < first + kMicroRows && k < depth; ++k) __builtin_prefetch(next_columns + k * ldb);
+}
+
 // rows x columns of C; A must be readable up to the next multiple of kMicroRows rows and B up to the next multiple of
 // kPanel columns (what lies there does not reach C).
 template <typename scalar_t, bool kAccumulate>
@@ -46,6 +63,11 @@ inline void tile_gemm(int64_t rows, int64_t columns, int64_t depth, const scalar
     const int64_t width = columns - column < kPanel ? columns - column : kPanel;
     for (int64_t row = 0; row < rows; row += kMicroRows) {
       const int64_t height = rows - row < kMicroRows ? rows - row : kMicroRows;
+      if (k_step == 1 && row + kMicroRows < rows) prefetch_a(a + (row + kMicroRows) * row_step, row_step, depth);
+      if constexpr (kAccumulate) {
+        prefetch_c(c, row, height, column);
+        if (column + kPanel < columns) prefetch_b(b + column + kPanel, ldb, row, depth);
+      }
       micro_kernel(depth, a + row * row_step, row_step, k_step, b + column, ldb, acc);
       if (height == kMicroRows && width == kPanel) {
 #pragma GCC unroll 8
