@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -13,7 +14,16 @@ from typing import Any
 from pglcl.errors import UserError
 from pglcl.files import read_json
 from pglcl.formats import hdf5, read_source
-from pglcl.formats.names import inputs_in, is_dicom_folder, is_hidden, known_suffixes, list_folder, stem, suffix_of
+from pglcl.formats.names import (
+    inputs_in,
+    is_dicom_folder,
+    is_hidden,
+    is_input_file,
+    known_suffixes,
+    list_folder,
+    stem,
+    suffix_of,
+)
 from pglcl.labels import LabelMap
 
 NUMBERED = re.compile(r"(.+)_([0-9]{4})", re.DOTALL)
@@ -213,7 +223,7 @@ def _files_below(root: Path) -> list[Path]:
     """Every file of a known suffix, at any depth; hidden folders are left out, links to folders too."""
     found = list_folder(root)
     below = [p for folder in found if folder.is_dir() and not folder.is_symlink() for p in _files_below(folder)]
-    return [path for path in found if suffix_of(path) and path.is_file()] + below
+    return [path for path in found if is_input_file(path)] + below
 
 
 def _refuse_lonely(labels: Iterable[Path], images: Path) -> None:
@@ -262,7 +272,7 @@ def _require_numbers(files: Iterable[Path], channels: int) -> None:
 
 def _kits_images(root: Path) -> list[Path]:
     folders = [p for p in [*_children(root), *_children(root, "data")] if p.is_dir() and p.name.startswith("case")]
-    return [path for folder in folders for path in list_folder(folder) if suffix_of(path)]
+    return [path for folder in folders for path in list_folder(folder) if is_input_file(path)]
 
 
 def _kits(root: Path) -> DataFolder:
@@ -402,8 +412,8 @@ def _named_values(labels: Mapping[str, Any], file: Path, ignore: Any = None) -> 
 
 def _ssl4mis(root: Path) -> DataFolder:
     """Volumes of `data/`, and those slices of `data/slices/` whose volume is not there; patients of its list files."""
-    volumes = _unique_names([p for p in _children(root, "data") if suffix_of(p) == ".h5" and p.is_file()])
-    slices = _unique_names([p for p in _children(root, "data/slices") if suffix_of(p) == ".h5" and p.is_file()])
+    volumes = _unique_names([p for p in _children(root, "data") if suffix_of(p) == ".h5" and is_input_file(p)])
+    slices = _unique_names([p for p in _children(root, "data/slices") if suffix_of(p) == ".h5" and is_input_file(p)])
     alone = {name: path for name, path in slices.items() if re.sub(r"_slice_?\d+$", "", name) not in volumes}
     cases = []
     for name, path in {**volumes, **alone}.items():
@@ -524,6 +534,8 @@ def group_inputs(paths: Iterable[Path]) -> list[Case]:
     files: list[Path] = []
     for path in paths:
         if not path.is_dir() or is_dicom_folder(path):
+            if os.path.lexists(path):
+                is_input_file(path)
             files.append(path)
             continue
         found = inputs_in(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -398,3 +399,39 @@ def test_labels_of_one_patient_or_blank_are_warned_of(tmp_path: Path) -> None:
         save(root / "labels" / f"case{i:02d}.nii.gz", np.zeros((30 + i % 3, 26, 5 + i % 2), np.uint8))
     reports = inspect_folder(data)
     assert warnings_of(data, reports, labels)[0] == "5 of 6 labels are blank"
+
+
+@pytest.mark.parametrize("place", ["images/case01.nii.gz", "labels/case01.nii.gz"])
+def test_a_link_that_leads_nowhere_is_not_left_out(place: str, tmp_path: Path) -> None:
+    """Data that were moved, or never fetched. A labelled volume would else count as unlabelled."""
+    root = plain(tmp_path / "data")
+    path = root / place
+    elsewhere = path.rename(tmp_path / "elsewhere.nii.gz")
+    path.symlink_to(elsewhere)
+    assert len(open_folder(root).cases) == 8
+    elsewhere.unlink()
+    with pytest.raises(
+        UserError, match=r"case01\.nii\.gz: must be a file, is a link to .*elsewhere\.nii\.gz, where no"
+    ):
+        open_folder(root)
+    with pytest.raises(UserError, match="must be a file, is a link to"):
+        group_inputs([path])
+
+
+def test_a_pipe_is_no_image(tmp_path: Path) -> None:
+    """Reading it would wait for ever."""
+    root = plain(tmp_path / "data")
+    pipe = root / "images" / "case09.nii.gz"
+    os.mkfifo(pipe)
+    for read in (lambda: open_folder(root), lambda: group_inputs([pipe])):
+        with pytest.raises(UserError, match=r"case09\.nii\.gz: must be a file, is something else"):
+            read()
+
+
+def test_links_in_a_folder_of_patients(tmp_path: Path) -> None:
+    root = acdc(tmp_path / "data", 2)
+    path = root / "training" / "patient001" / "patient001_frame01_gt.nii.gz"
+    path.unlink()
+    path.symlink_to(path.name)
+    with pytest.raises(UserError, match=r"patient001_frame01_gt\.nii\.gz: must be a file, is a link to"):
+        open_folder(root)

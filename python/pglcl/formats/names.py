@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -74,7 +75,22 @@ def _is_dicom_file(path: Path) -> bool:
 def inputs_in(folder: Path) -> list[Path]:
     """The images of a folder, sorted: files of a known suffix, and folders of DICOM slices."""
     found = list_folder(folder)
-    return [path for path in found if (suffix_of(path) and path.is_file()) or is_dicom_folder(path)]
+    return [path for path in found if is_input_file(path) or is_dicom_folder(path)]
+
+
+def is_input_file(path: Path) -> bool:
+    """Whether it is a file of a known suffix.
+
+    Raises:
+        UserError: its name says so, but there is no file: a link whose target was moved or never fetched, say. Left out
+            without a word it would be an image that is not trained on, or a labelled one that counts as unlabelled.
+    """
+    if not suffix_of(path) or path.is_dir():
+        return False
+    if not path.is_file():
+        what = f"is a link to {os.readlink(path)}, where no file is" if path.is_symlink() else "is something else"
+        raise UserError(f"{path}: must be a file, {what}")
+    return True
 
 
 def known_suffixes(suffixes: Iterable[str] = READERS) -> str:
