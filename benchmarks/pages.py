@@ -20,8 +20,9 @@ from benchmarks.scaling import slopes
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "figures.md", ROOT / "docs" / "segmentation.md")
 MEASURED = ("loss", "statistics", "gaussian", "scaling", "peers")
-QUESTIONS = (*MEASURED, "segmentation")
-UNRECORDED = ("memory", "pairs")  # answered when asked; no results are committed, so no page shows any
+ASKED = ("memory",)  # for each processor, too, but by name alone
+QUESTIONS = (*MEASURED, *ASKED, "segmentation")
+UNRECORDED = ("pairs",)  # answered when asked; no results are committed, so no page shows any
 SHOWN = ("pglcl_ext", "pytorch-metric-learning", "plain SupCon", "eager reference", "torch.mm alone")
 BOTH = "forward+backward"
 
@@ -61,6 +62,11 @@ def peers() -> str:
         rows = [[str(n), *(cell(find(own, N=n, contender=c)) for c in SHOWN)] for n in sizes]
         tables.append(headed(record["machine"], markdown(["N", *SHOWN], rows)))
     return "\n\n".join(tables)
+
+
+def commands() -> str:
+    """A table for each processor: the peak memory of the commands on a large volume."""
+    return "\n\n".join(table_of("memory", record) for record in records("memory").values())
 
 
 def segmentation() -> str:
@@ -174,7 +180,14 @@ def verdict() -> str:
     )
 
 
-SECTIONS = {"peers": peers, "segmentation": segmentation, "figures": figures, "memory": memory, "verdict": verdict}
+SECTIONS = {
+    "peers": peers,
+    "segmentation": segmentation,
+    "figures": figures,
+    "memory": memory,
+    "verdict": verdict,
+    "commands": commands,
+}
 
 
 def rendered(text: str) -> str:
@@ -196,7 +209,7 @@ def write() -> None:
     if results("segmentation"):
         segmentation_table = importlib.import_module("benchmarks.segmentation").table
         replace(RESULTS / "segmentation.md", segmentation_table(results("segmentation")) + "\n")
-    for question in MEASURED:
+    for question in (*MEASURED, *ASKED):
         for folder, content in records(question).items():
             replace(folder / f"{question}.md", table_of(question, content) + "\n")
     for page in PAGES:

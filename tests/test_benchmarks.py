@@ -249,7 +249,7 @@ def test_pages_have_the_figures_of_the_results() -> None:
         assert pages.rendered(text) == text, "python -m benchmarks.pages brings the pages up to date"
 
 
-RECORDS = [(folder, question) for question in pages.MEASURED for folder in pages.records(question)]
+RECORDS = [(f, question) for question in (*pages.MEASURED, *pages.ASKED) for f in pages.records(question)]
 
 
 @pytest.mark.parametrize(("folder", "question"), RECORDS, ids=[f"{f.name}-{q}" for f, q in RECORDS])
@@ -264,8 +264,8 @@ def test_tables_are_those_of_the_results(folder: Path, question: str) -> None:
 
 
 def test_every_question_is_answered() -> None:
-    assert {question for _, question in RECORDS} == set(pages.MEASURED)
-    assert not [path.name for path in runner.RESULTS.iterdir() if path.stem in pages.MEASURED]
+    assert {question for _, question in RECORDS} == {*pages.MEASURED, *pages.ASKED}
+    assert not [path.name for path in runner.RESULTS.iterdir() if path.stem in (*pages.MEASURED, *pages.ASKED)]
 
 
 @pytest.mark.skipif(not pages.results("segmentation"), reason="no run of the segmentation has ended")
