@@ -161,6 +161,7 @@ def test_only_the_first_rank_speaks(
     """Under torchrun every rank runs the command; other than a training, the first one does the work."""
     root, run = trained
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["evaluate", str(run), str(root), "-o", str(tmp_path)]) == 0
     assert main(["train", str(root), "-o", str(tmp_path / "run"), "--steps", "0"]) == 2
     captured = capsys.readouterr()
@@ -205,7 +206,7 @@ def test_an_unfinished_run_is_called_so(
 ) -> None:
     root, run = trained[0], tmp_path / "run"
     training = Training(root, run, tiny(), quiet=True)
-    training.stop = True
+    training.stop.asked = True
     with pytest.raises(Interrupted):
         training.run()
     assert main(["evaluate", str(run), str(root)]) == 0
