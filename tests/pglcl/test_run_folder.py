@@ -327,7 +327,11 @@ def test_another_number_of_threads_is_said(copies: tuple[Path, Path], capsys: An
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
 def test_signals_stop_with_a_checkpoint(number: signal.Signals, data: Path, tmp_path: Path) -> None:
-    stop_by(number, data, tmp_path / "run")
+    before = signal.signal(number, signal.SIG_DFL)  # tests that nohup starts ignore SIGHUP
+    try:
+        stop_by(number, data, tmp_path / "run")
+    finally:
+        signal.signal(number, before)
     assert load_tensors(tmp_path / "run" / "checkpoint.pt")["step"] == STOPPED_AT
 
 
