@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 # Of each test, in seconds of processor time, written by `pytest --measure`.
 DURATIONS = Path(__file__).with_name("durations.json")
 MEASURED: dict[str, float] = {}
-LONGEST_FAST = 0.3  # of a test that `make test-fast` runs
+LONGEST_FAST = 0.15  # of a test that `make test-fast` runs
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
