@@ -67,9 +67,11 @@ def link_the_method(app: Sphinx, what: str, name: str, obj: Any, options: Any, l
 
 def title_the_results(app: Sphinx, name: str, source: list[str]) -> None:
     """The tables that the benchmarks write have no heading."""
-    folder, _, question = name.rpartition("/")
-    if folder == "benchmarks/results" and not source[0].startswith("# "):
-        source[0] = f"# Results: {question.replace('_', ' ')}\n\n{source[0]}"
+    if not name.startswith("benchmarks/results/") or source[0].startswith("# "):
+        return
+    *processor, question = name.removeprefix("benchmarks/results/").split("/")
+    title = ", ".join([question.replace("_", " "), *processor])
+    source[0] = f"# Results: {title}\n\n{source[0]}"
 
 
 def inline_math(translator: Any, node: Any) -> None:
