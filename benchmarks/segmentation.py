@@ -297,12 +297,15 @@ def verdicts(results: list[dict[str, Any]]) -> list[str]:
         gain, low, _ = record["minus_base"]["dice"]
         ahead += [DATASETS[name].title] if gain >= 0.01 and low > 0 else []
         behind += [DATASETS[name].title] if record["minus_base"]["hd95"][0] > 0 else []
-    of = f"of {', '.join(measured) or 'none measured'}"
-    two, none = len(ahead) >= 2, not behind and len(measured) == 3
-    names = ", ".join(ahead) or "none"
-    lines.append(f"a point of Dice ahead of its base, interval above 0, on two of three: {_met(two)} ({names} {of})")
-    names = ", ".join(behind) or "none"
-    lines.append(f"not behind its base in HD95 on any of three: {_met(none)} (behind on {names} {of})")
+    two, none = (
+        "a point of Dice ahead of its base, interval above 0, on two of three",
+        "not behind its base in HD95 on any",
+    )
+    if not measured:
+        return [*lines, f"{two}: not measured", f"{none}: not measured"]
+    of = f"of {', '.join(measured)}"
+    lines.append(f"{two}: {_met(len(ahead) >= 2)} ({', '.join(ahead) or 'none'} {of})")
+    lines.append(f"{none}: {_met(not behind and len(measured) == 3)} (behind on {', '.join(behind) or 'none'} {of})")
     return lines
 
 
@@ -326,7 +329,7 @@ def table(records: Sequence[Record]) -> str:
         classes = [c for c in next(iter(own.values()))["per_class"][0] if c != "mean"]
         for method in methods(dataset):
             if method not in own:
-                rows.append([method, "not run", *["-"] * 8])
+                rows.append([method, "not run", *["-"] * 9])
                 continue
             r = own[method]
             tuned = [100 * v for v in r["validation_dice"] if v is not None]
