@@ -12,7 +12,6 @@ import datetime
 import json
 import multiprocessing
 import os
-import platform
 import re
 import resource
 import signal
@@ -28,6 +27,7 @@ from typing import Any
 
 import psutil
 import torch
+from pglcl.record import processor
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
@@ -56,18 +56,9 @@ CONTEXT.set_forkserver_preload(
 
 def machine() -> dict[str, Any]:
     """Where the figures come from."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.split(":", 1)[1].strip()
-            for line in cpuinfo.read_text(encoding="utf-8").splitlines()
-            if "model name" in line
-        ]
-        model = names[0] if names else model
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
-        "processor": model,
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
