@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -17,7 +19,7 @@ from torch import Tensor
 from pglcl import formats
 from pglcl.config import TrainConfig
 from pglcl.errors import UserError
-from pglcl.files import read_json, write_json
+from pglcl.files import fingerprint, read_json, write_json
 from pglcl.formats.names import list_folder
 from pglcl.intensity import Intensity
 from pglcl.labels import LabelMap
@@ -25,7 +27,7 @@ from pglcl.layouts import Case
 from pglcl.prepare import Prepared, prepare
 from pglcl.volumes import Geometry
 
-VERSION = 1  # of what is written; another one is prepared anew
+VERSION = 2  # of what is written; another one is prepared anew
 PARTIAL = ".partial-"
 
 
@@ -57,7 +59,7 @@ def _key(case: Case, config: TrainConfig, slice_axis: int | None, intensity: Int
     parts = [part for path in files for part in (list_folder(path) if path.is_dir() else [path])]
     described = {
         "version": VERSION,
-        "files": [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in parts],
+        "files": [_known_by(path) for path in parts],
         "size": config.size,
         "spacing": config.target_spacing,
         "slice_axis": slice_axis,
@@ -68,24 +70,33 @@ def _key(case: Case, config: TrainConfig, slice_axis: int | None, intensity: Int
     return f"{case.name[:40]}-{digest[:24]}"
 
 
+def _known_by(path: Path) -> tuple[str | int, ...]:
+    """The time of the last change of the inode, too, which nobody can set back as `cp -p` does that of the content."""
+    status = path.stat()
+    return str(path.resolve()), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 def _store(entry: Path, prepared: Prepared) -> None:
     """Writes beside the entry and renames, so that an entry is whole or not there; slices one behind the other."""
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=entry.parent))
+        held = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
         try:
+            with contextlib.suppress(OSError):  # some file systems have no locks
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # while its writer lives
             np.save(partial / "image.npy", prepared.image.movedim(-1, 0).numpy())
             if prepared.label is not None:
                 np.save(partial / "label.npy", prepared.label.movedim(-1, 0).numpy())
             geometry = prepared.geometry
-            write_json(
-                partial / "geometry.json",
-                {"shape": geometry.shape, "resized": geometry.resized, "spacing": prepared.spacing},
-            )
+            about: dict[str, Any] = {"shape": geometry.shape, "resized": geometry.resized, "spacing": prepared.spacing}
+            about["files"] = {path.name: fingerprint(path)["sha256"] for path in partial.iterdir()}
+            write_json(partial / "geometry.json", {**about, "sha256": _hash_of(about)})
             if entry.exists():  # damaged, or another process was faster
                 shutil.rmtree(entry, ignore_errors=True)
             os.replace(partial, entry)
         finally:
+            os.close(held)
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         if not entry.exists():
@@ -97,8 +108,12 @@ def _load(entry: Path, case: Case) -> Prepared | None:
         return None
     try:
         about: dict[str, Any] = read_json(entry / "geometry.json")
+        if about.pop("sha256") != _hash_of(about):
+            return None
+        if any(fingerprint(entry / name)["sha256"] != digest for name, digest in about["files"].items()):
+            return None
         image = _mapped(entry / "image.npy")
-        label = _mapped(entry / "label.npy") if (entry / "label.npy").is_file() else None
+        label = _mapped(entry / "label.npy") if "label.npy" in about["files"] else None
         geometry = Geometry(tuple(about["shape"]), tuple(about["resized"]))
         return Prepared(case, image, label, geometry, tuple(about["spacing"]), formats.read_source(case.images[0]))
     except (OSError, ValueError, KeyError, TypeError, EOFError):
@@ -107,11 +122,21 @@ def _load(entry: Path, case: Case) -> Prepared | None:
         return None
 
 
+def _hash_of(about: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
 def _mapped(path: Path) -> Tensor:
     return torch.from_numpy(np.load(path, mmap_mode="c")).movedim(0, -1)
 
 
 def clear_partial(folder: Path) -> None:
-    """Removes what a kill left behind. Two runs that begin at the same moment may each prepare a volume, no more."""
+    """Removes what a kill left behind. What another run is writing is locked, and stays."""
     for path in folder.glob(f"{PARTIAL}*") if folder.is_dir() else ():
-        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            held = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(held)

@@ -26,7 +26,8 @@ from pglcl.outputs import check_outputs
 from pglcl.postprocess import components, stray_components
 from pglcl.predict import Predictor, Report
 from pglcl.progress import Volumes
-from pglcl.training_data import files_of
+from pglcl.run_folder import split_differences
+from pglcl.training_data import files_behind, files_of
 from pglcl.volumes import read_label
 
 METRICS = ("dice", "hd95", "asd")
@@ -372,6 +373,19 @@ def read_split(run: Path) -> dict[str, list[str]]:
     return {part: names for part, names in zip(PARTS, lists) if names is not None}
 
 
+def _split_of(run: Path, model: TrainedModel) -> dict[str, list[str]]:
+    """The patients of each part.
+
+    Raises:
+        UserError: split.json is not the split that the model was trained with, so that its test may not be one.
+    """
+    split = read_split(run)
+    lines = split_differences(run / "split.json", split, model.split) if model.split else []
+    if lines:
+        raise UserError(f"{run}: its split was edited after the run began:", *lines)
+    return split
+
+
 def subject_of(
     run: Path,
     predictor: Predictor,
@@ -387,7 +401,8 @@ def subject_of(
     """
     if part not in (*PARTS, "all"):
         raise UserError(f"--part must be {', '.join(PARTS)} or all, got {part}")
-    patients = folder.patients if part == "all" else read_split(run)[part]
+    model = predictor.models[0]
+    patients = folder.patients if part == "all" else _split_of(run, model)[part]
     cases = cases_of(folder, patients, with_label=True)
     there = {case.patient for case in cases}
     missing = [p for p in patients if p not in there] if part not in ("all", "unlabelled") else []
@@ -399,7 +414,6 @@ def subject_of(
         )
     if not cases:
         raise UserError(f"{folder.root}: no labelled volume in the part {part!r}")
-    model = predictor.models[0]
     files = {case.name: [file_hash(path) for path in (*case.images, case.label) if path is not None] for case in cases}
     return Subject(
         run=run.resolve().name,
@@ -535,7 +549,8 @@ def evaluate_run(
     folder = open_folder(root)
     subject, cases = subject_of(run, predictor, folder, part, allow_missing=allow_missing)
     files = score_files(output or run, part, weights)
-    check_outputs(files, overwrite=overwrite, renewed=may_renew(files, subject))
+    read = files_behind(folder, cases)
+    check_outputs(files, inputs=read, overwrite=overwrite, renewed=may_renew(files, subject))
     return score_cases(predictor, subject, cases, distance_unit(folder), quiet=quiet).save(files)
 
 

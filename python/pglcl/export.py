@@ -115,11 +115,13 @@ def _compare(model: TrainedModel, network: nn.Module, exported: Callable[[Tensor
 @torch.no_grad()
 def _save_script(network: nn.Module, example: Tensor, path: Path, about: dict[str, Any]) -> None:
     script = torch.jit.trace(network, example, check_trace=False)
-    torch.jit.save(script, str(path), _extra_files={"pglcl": json.dumps(about)})
+    with path.open("wb") as file:  # by its name torch opens no file whose name is not UTF-8
+        torch.jit.save(script, file, _extra_files={"pglcl": json.dumps(about)})
 
 
 def _load_script(path: Path) -> Callable[[Tensor], Tensor]:
-    loaded: Callable[[Tensor], Tensor] = torch.jit.load(str(path))
+    with path.open("rb") as file:
+        loaded: Callable[[Tensor], Tensor] = torch.jit.load(file)
     return loaded
 
 

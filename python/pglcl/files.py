@@ -10,7 +10,9 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
+import stat
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -68,9 +70,39 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[IO[bytes]]:
+    """A file to read from. Anything else of its name is refused: a named pipe would wait for ever, a device never end.
+
+    Raises:
+        OSError: as for open.
+        UserError: there is no file, but something else.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        require_file(path, os.fstat(descriptor))
+        with open(descriptor, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(descriptor)
+
+
+def require_file(path: Path, status: os.stat_result | None = None) -> None:
+    """Raises UserError for what is there and is no file, and OSError where nothing is; a link counts as its target."""
+    mode = (status or path.stat()).st_mode
+    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: must be a file, is a {kinds.get(stat.S_IFMT(mode), 'device')}")
+
+
+def read_bytes(path: Path) -> bytes:
+    with opened(path) as file:
+        return file.read()
+
+
 def read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_bytes(path).decode("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: not found") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -118,7 +150,7 @@ def save_tensors(path: Path, state: dict[str, Any]) -> None:
 def load_tensors(path: Path) -> dict[str, Any]:
     """Raises UserError for any file that is not, bit for bit, what :func:`save_tensors` wrote."""
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except FileNotFoundError:
         raise UserError(f"{path}: not found") from None
     except OSError as error:
@@ -141,22 +173,71 @@ def fingerprint(path: Path) -> dict[str, Any]:
     """Size in bytes, time of the last change, SHA-256 of the content: how a file is known again."""
     digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
+        with opened(path) as file:
             while block := file.read(1 << 20):
                 digest.update(block)
-        status = path.stat()
+            status = os.fstat(file.fileno())
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    changed = datetime.datetime.fromtimestamp(status.st_mtime, datetime.timezone.utc)
-    return {
-        "bytes": status.st_size,
-        "modified": changed.isoformat(timespec="seconds"),
-        "sha256": digest.hexdigest(),
-    }
+    return {"bytes": status.st_size, "modified": _date(status.st_mtime), "sha256": digest.hexdigest()}
+
+
+def _date(seconds: float) -> str:
+    """ISO 8601, UTC; the seconds themselves where a broken clock, or copying, left a year beyond 9999 or before 1."""
+    try:
+        return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).isoformat(timespec="seconds")
+    except (OverflowError, ValueError, OSError):
+        return f"{seconds:.0f} s"
+
+
+class Unchanged:
+    """Files that are read more than once, and must be the same each time.
+
+    Args:
+        files: they are known again by what a change of their content changes, too: inode, size and times.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._states = {file: _state(file) for file in files}
+
+    def only(self, files: Iterable[Path]) -> Unchanged:
+        """Those of `files`, as they were when this was made."""
+        chosen = Unchanged(())
+        chosen._states = {file: self._states[file] for file in files}
+        return chosen
+
+    def check(self, hash_of: Callable[[Path], str] | None = None) -> None:
+        """Raises UserError for the files that have changed since.
+
+        Args:
+            hash_of: SHA-256 of the content of each, by which one that was only touched or copied is still the same.
+        """
+        lines = []
+        for file, before in self._states.items():
+            now = _state(file)
+            if now is None:
+                lines.append(f"{file}: is gone, while the run was reading its data")
+            elif now != before:
+                if hash_of is None or fingerprint(file)["sha256"] != hash_of(file):
+                    lines.append(f"{file}: has changed, while the run was reading its data")
+                self._states[file] = now
+        if lines:
+            raise UserError(*lines)
+
+
+def _state(file: Path) -> tuple[int, ...] | None:
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def check_writable(folder: Path) -> None:
     """Before an hour is spent on what cannot be kept."""
-    with replacing(folder / ".writable") as partial:
-        partial.write_bytes(b"")
-    (folder / ".writable").unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=PARTIAL, dir=folder):
+            pass
+    except OSError as error:
+        raise WriteError(f"{folder}: cannot be written: {error.strerror or error}") from error

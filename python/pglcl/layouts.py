@@ -26,6 +26,7 @@ from pglcl.formats.names import (
 )
 from pglcl.labels import LabelMap
 
+HDF5 = (".h5", ".hdf5")  # image and label in one file
 NUMBERED = re.compile(r"(.+)_([0-9]{4})", re.DOTALL)
 
 
@@ -60,6 +61,11 @@ class DataFolder:
     modalities: tuple[str, ...] = ()
     parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def descriptions(self) -> list[Path]:
+        """The files that say which cases there are."""
+        return [self.root] if self.root.is_file() else [self.root / "dataset.json", *sorted(self.root.glob("*.list"))]
 
     @property
     def patients(self) -> list[str]:
@@ -201,11 +207,11 @@ def open_folder(root: Path) -> DataFolder:
 
 def _layout_of(root: Path) -> Any:
     list_folder(root)  # or it cannot be read, and says so
-    if (root / "dataset.json").is_file():
+    if _is_there(root / "dataset.json"):
         content = read_json(root / "dataset.json")
         v2 = isinstance(content, dict) and ("channel_names" in content or "file_ending" in content)
         return _nnunet if v2 else _decathlon
-    if (root / "images").is_dir():
+    if _is_there(root / "images", folder=True):
         return _plain
     if (root / "data" / "slices").is_dir() or any(suffix_of(p) == ".h5" for p in _children(root, "data")):
         return _ssl4mis
@@ -214,16 +220,39 @@ def _layout_of(root: Path) -> Any:
     return _acdc
 
 
+def _is_there(path: Path, *, folder: bool = False) -> bool:
+    """Whether a file or folder is there.
+
+    Raises:
+        UserError: there is something else of its name, such as a link that leads nowhere. Left out without a word, it
+            would change what the folder holds.
+    """
+    kind = "folder" if folder else "file"
+    if not os.path.lexists(path):
+        return False
+    if not (path.is_dir() if folder else path.is_file()):
+        what = f"is a link to {os.readlink(path)}, where none is" if path.is_symlink() else "is something else"
+        raise UserError(f"{path}: must be a {kind}, {what}")
+    return True
+
+
 def _children(root: Path, name: str = "") -> list[Path]:
     folder = root / name
     return list_folder(folder) if folder.is_dir() else []
 
 
-def _files_below(root: Path) -> list[Path]:
-    """Every file of a known suffix, at any depth; hidden folders are left out, links to folders too."""
+def _files_below(root: Path, above: tuple[Path, ...] = ()) -> list[Path]:
+    """Every file of a known suffix, at any depth; hidden folders are left out, and links to a folder `above`."""
+    here = root.resolve()
+    if here in above:
+        return []
     found = list_folder(root)
-    below = [p for folder in found if folder.is_dir() and not folder.is_symlink() for p in _files_below(folder)]
-    return [path for path in found if is_input_file(path)] + below
+    files = [path for path in found if is_input_file(path)]
+    for path in found:
+        if path.is_symlink() and not path.exists():  # a patient's folder that was moved, say
+            raise UserError(f"{path}: is a link to {os.readlink(path)}, where nothing is")
+    below = [path for folder in found if folder.is_dir() for path in _files_below(folder, (*above, here))]
+    return files + below
 
 
 def _refuse_lonely(labels: Iterable[Path], images: Path) -> None:
@@ -249,7 +278,7 @@ def _plain(root: Path) -> DataFolder:
 
 def _pair(images: Path, labels: Path, channels: int = 0) -> list[Case]:
     """Cases of a folder of images and one of labels of the same names; channels: how many each must have, if known."""
-    by_name = _unique_names(inputs_in(labels)) if labels.is_dir() else {}
+    by_name = _unique_names(inputs_in(labels)) if _is_there(labels, folder=True) else {}
     files = inputs_in(images)
     if channels:
         _require_numbers(files, channels)
@@ -337,7 +366,7 @@ def _nnunet(root: Path) -> DataFolder:
             cases = _pair(root / "imagesTr", root / "labelsTr", len(modalities))
     except (TypeError, KeyError, AttributeError, ValueError, OSError) as error:
         raise UserError(f"{file}: not an nnU-Net description: {error!r}") from error
-    if (root / "imagesUn").is_dir():
+    if _is_there(root / "imagesUn", folder=True):
         _require_numbers(inputs_in(root / "imagesUn"), len(modalities))
         groups = group_files(inputs_in(root / "imagesUn"))
         cases += [Case(name, name, images, None) for name, images in groups.items()]
@@ -438,7 +467,7 @@ def _ssl4mis_patient(name: str) -> str:
 
 
 def _read_list(file: Path) -> list[str]:
-    if not file.is_file():
+    if not _is_there(file):
         return []
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
@@ -484,9 +513,26 @@ def _list(file: Path) -> DataFolder:
         raise UserError(*problems)
     images = Counter(path.resolve() for case in cases for path in case.images)
     twice = [f"{file}: {path} is listed {n} times" for path, n in images.items() if n > 1]
+    twice += _wrong_labels(file, cases)
     if twice:
         raise UserError(*twice)
     return DataFolder(file, "list", cases, labels)
+
+
+def _wrong_labels(file: Path, cases: Iterable[Case]) -> list[str]:
+    """Lines for labels that are images, and for those of two patients: a slip of who wrote the list."""
+    images = {path.resolve() for case in cases for path in case.images if suffix_of(path) not in HDF5}
+    patients: dict[Path, str] = {}
+    lines = []
+    for case in cases:
+        if case.label is None:
+            continue
+        label = case.label.resolve()
+        if label in images:
+            lines.append(f"{file}: {label} is listed as a label and as an image")
+        if patients.setdefault(label, case.patient) != case.patient:
+            lines.append(f"{file}: {label} is listed as a label of {patients[label]} and of {case.patient}")
+    return lines
 
 
 def _listed_case(file: Path, row: Mapping[str, Any]) -> Case:

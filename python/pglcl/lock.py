@@ -8,11 +8,13 @@ import fcntl
 import json
 import os
 import socket
+import stat
 from pathlib import Path
 from types import TracebackType
 
 from pglcl.errors import UserError, WriteError
 
+UNKNOWN = "another process"
 _held: set[int] = set()  # file descriptors
 
 
@@ -43,7 +45,10 @@ class FolderLock:
     def __enter__(self) -> FolderLock:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            # A link could lead to a file of others, whose content would be lost.
+            self.descriptor = os.open(
+                self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644
+            )
         except OSError as error:
             raise WriteError(f"{self.folder}: cannot be written: {error.strerror or error}") from error
         try:
@@ -56,6 +61,8 @@ class FolderLock:
             pass  # a file system without locks
         _held.add(self.descriptor)
         with contextlib.suppress(OSError):
+            if not self._is_ours():
+                return self
             now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
             os.ftruncate(self.descriptor, 0)
             myself = {"host": socket.gethostname(), "pid": os.getpid(), "since": now}
@@ -78,9 +85,14 @@ class FolderLock:
         if not same:
             raise UserError(f"{self.folder}: was removed or renamed while the run wrote to it")
 
+    def _is_ours(self) -> bool:
+        """Whether the file is empty or names an owner; a `.lock` of another program keeps what it holds."""
+        status = os.fstat(self.descriptor)
+        return stat.S_ISREG(status.st_mode) and (status.st_size == 0 or self._owner() != UNKNOWN)
+
     def _owner(self) -> str:
         try:
             owner = json.loads(os.pread(self.descriptor, 4096, 0))
             return f"process {owner['pid']} on {owner['host']}, since {owner['since']},"
         except (OSError, ValueError, KeyError, TypeError):
-            return "another process"
+            return UNKNOWN

@@ -180,7 +180,8 @@ class TrainedModel:
     """A network with what it needs to know of the data: its own part of a run.
 
     step: that the weights are of. organs: the classes whose masks keep their largest component, as the validation
-    patients said; None before they were asked, or where there are none.
+    patients said; None before they were asked, or where there are none. split: the patients of each part of the run
+    that it was read from.
     """
 
     network: SegmentationNetwork
@@ -190,6 +191,7 @@ class TrainedModel:
     intensity: Intensity
     step: int = 0
     organs: tuple[int, ...] | None = None
+    split: dict[str, list[str]] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -250,6 +252,7 @@ def load_model(run: Path, device: str = "auto", weights: str = "last") -> Traine
             Intensity.from_state(state["intensity"]),
             int(whole.get("step", state["config"]["steps"])),
             state["organs"],
+            (whole.get("run") or {}).get("split"),
         )
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: not a model of this version of pglcl: {str(error).splitlines()[0]}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -17,7 +18,7 @@ import torch
 
 import pglcl_ext
 from pglcl.errors import UserError, WriteError
-from pglcl.files import write_text
+from pglcl.files import read_bytes, write_text
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
@@ -133,15 +134,19 @@ def _written(path: Path) -> Iterator[None]:
         raise WriteError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+
+
 def read_metrics(output: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl; a last line that a kill cut off is left out.
 
     Raises:
-        UserError: another line is no object with a whole number as step.
+        UserError: another line is no object of numbers with a whole number as step.
     """
     path = output / "metrics.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        lines = read_bytes(path).decode("utf-8", errors="replace").splitlines() if path.exists() else []
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     rows = []
@@ -152,7 +157,9 @@ def read_metrics(output: Path) -> list[dict[str, Any]]:
             if number == len(lines):
                 break
             row = None
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise UserError(f"{path}, line {number}: must be an object with a whole number as step, got {line[:60]!r}")
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int) or not all(map(_is_number, row.values())):
+            raise UserError(
+                f"{path}, line {number}: must be an object of numbers with a whole number as step, got {line[:60]!r}"
+            )
         rows.append(row)
     return rows

@@ -26,7 +26,7 @@ from pglcl.evaluate import (
     subject_of,
 )
 from pglcl.figures import CURVES, Picture, Shown, colour, curves, embeddings
-from pglcl.files import read_json, write_text
+from pglcl.files import opened, read_json, write_text
 from pglcl.layouts import Case, DataFolder, open_folder
 from pglcl.model import TrainedModel, load_model
 from pglcl.outputs import check_outputs
@@ -34,7 +34,7 @@ from pglcl.predict import Predictor
 from pglcl.progress import duration
 from pglcl.record import read_metrics
 from pglcl.run_folder import data_of
-from pglcl.training_data import files_of
+from pglcl.training_data import files_behind
 
 GENERATOR = "<meta name=generator content=pglcl>"
 FIGURE_VOLUMES = 6  # test volumes that embeddings are taken from
@@ -110,8 +110,7 @@ def write_report(
     predictor = Predictor([load_model(run, device)])
     folder = open_folder(data or data_of(run))
     subject, cases = subject_of(run, predictor, folder)
-    images = [path for case in cases for path in (*case.images, case.label) if path is not None]
-    read = [file for path in images for file in files_of(path)]
+    read = files_behind(folder, cases)
     mine = output is None and _is_report(path)
     check_outputs([path], inputs=[*read, *_files_of(run)], overwrite=overwrite, renewed=lambda _: mine)
     found = _scores(run, predictor, subject, cases, distance_unit(folder), quiet=quiet)
@@ -127,9 +126,9 @@ def _files_of(run: Path) -> list[Path]:
 def _is_report(path: Path) -> bool:
     """Whether an earlier report is there."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return GENERATOR in file.read(1000)
-    except OSError:
+        with opened(path) as file:
+            return GENERATOR.encode() in file.read(1000)
+    except (OSError, UserError):
         return False
 
 
@@ -336,7 +335,7 @@ def _metric_rows(run: Path) -> tuple[list[dict[str, Any]], str]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _facts(model: TrainedModel, subject: Subject, rows: Sequence[dict[str, Any]]) -> str:

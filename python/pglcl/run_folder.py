@@ -7,6 +7,7 @@ best; model.pt, the last one, when the run has ended.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import os
@@ -27,13 +28,16 @@ from pglcl.files import (
     read_json,
     read_object,
     remove_orphans,
+    require_file,
     save_tensors,
     write_json,
 )
 from pglcl.model import TrainedModel, weights_hash
-from pglcl.record import environment
+from pglcl.record import environment, read_metrics
 
 PARTS = tuple(field.name for field in dataclasses.fields(Split))
+STARTED = ("run.json", "split.json", "environment.json")  # written before config.json
+FILES = (*STARTED, "config.json", "metrics.jsonl", "checkpoint.pt", "best.pt", "model.pt")
 SHOWN = 20  # files that a message names
 
 
@@ -90,7 +94,9 @@ class RunFolder:
                 files do not belong together.
         """
         remove_orphans(self.path)
-        if not (self.path / "config.json").exists():
+        _check_files(self.path)
+        if not os.path.lexists(self.path / "config.json"):
+            self._check_nothing_is_lost()
             check_writable(self.path)
             return
         if not resume:
@@ -114,11 +120,12 @@ class RunFolder:
         hashes = {name: print["sha256"] for name, print in known.items()}
         threads = torch.get_num_threads()
         self.record = RunRecord(secrets.token_hex(8), split.as_dict(), hashes, ranks, threads, _hash_of(initial))
-        write_json(self.path / "split.json", self.record.split)
-        write_json(self.path / "environment.json", environment())
         started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         identity = {"id": self.record.id, "started": started, "ranks": ranks, "threads": threads}
+        # The first: what lies beside it is ours.
         write_json(self.path / "run.json", {**identity, "initial": self.record.initial, "files": known})
+        write_json(self.path / "split.json", self.record.split)
+        write_json(self.path / "environment.json", environment())
         self._write_options()  # the last: with it, a run is there
 
     def resume(self, root: Path, files: list[Path]) -> dict[str, Any] | None:
@@ -129,6 +136,7 @@ class RunFolder:
         """
         assert self.record is not None
         state = self.load_checkpoint()
+        read_metrics(self.path)  # what is wrong with them is said before anything is written
         changed = _changed_files(self.record.files, root, files)
         if changed:
             more = [f"... and {len(changed) - SHOWN} more files"] if len(changed) > SHOWN else []
@@ -166,6 +174,11 @@ class RunFolder:
         """`path`: of this folder, :attr:`model` or :attr:`best`."""
         save_tensors(path, {**model.state(), "run": self._identity()})
 
+    def hash_of(self, file: Path) -> str:
+        """SHA-256 of a file that the run began with."""
+        assert self.record is not None
+        return self.record.files[_name(file, self.data)]
+
     def notes(self) -> list[str]:
         """What makes a resumed run end with other last digits."""
         assert self.record is not None
@@ -179,6 +192,18 @@ class RunFolder:
         if before != torch.__version__:
             notes.append(f"the run began with PyTorch {before} and goes on with {torch.__version__}: as above")
         return notes
+
+    def _check_nothing_is_lost(self) -> None:
+        """Raises UserError for files that a new run would replace, other than those of a start that was killed."""
+        replaced: tuple[str, ...] = FILES
+        if _is_start_of_a_run(self.path / "run.json"):
+            replaced = tuple(name for name in FILES if name not in STARTED)
+        there = [name for name in replaced if os.path.lexists(self.path / name)]
+        if there:
+            raise UserError(
+                f"{self.path}: holds {', '.join(there)}, but no config.json of a run: a new run would replace "
+                f"{'it' if len(there) == 1 else 'them'}; choose another --output"
+            )
 
     def _identity(self) -> dict[str, Any]:
         assert self.record is not None
@@ -209,9 +234,24 @@ class RunFolder:
         """A split is fixed when a run begins; the file that it came from need not exist any more."""
         path = Path(saved.split_file)
         if saved.split_file and path.exists():
-            lines = _split_differences(path, read_json(path), self.record.split if self.record else {})
+            lines = split_differences(path, read_json(path), self.record.split if self.record else {})
             if lines:
                 raise UserError(f"{self.path}: its split is not that of --split-file any more:", *lines)
+
+
+def _check_files(run: Path) -> None:
+    """Raises UserError for a folder, pipe or the like that has the name of a file of a run."""
+    for name in FILES:
+        with contextlib.suppress(FileNotFoundError):
+            require_file(run / name)
+
+
+def _is_start_of_a_run(path: Path) -> bool:
+    """Whether this is the run.json of a run, the first file that it writes."""
+    try:
+        return {"id", "started", "ranks", "threads", "initial", "files"} == set(read_object(path))
+    except UserError:
+        return False
 
 
 def read_config(run: Path) -> TrainConfig:
@@ -271,7 +311,7 @@ def check_identity(state: dict[str, Any], path: Path, record: RunRecord, config:
     if own.get("id") != record.id:
         raise UserError(f"{path}: is of the run {own.get('id')}, not of this one, {record.id}")
     folder = path.parent
-    lines = _split_differences(folder / "split.json", record.split, own.get("split", {}))
+    lines = split_differences(folder / "split.json", record.split, own.get("split", {}))
     if own.get("files") != record.files:
         lines.append(f"{folder / 'run.json'}: its files are not those that the run began with")
     if own.get("initial") != record.initial:
@@ -294,7 +334,7 @@ def _difference(name: str, before: Any, now: Any) -> str:
     return f"{flag(name)}: the run has {before!r}, asked for is {now!r}"
 
 
-def _split_differences(path: Path, now: Any, began: dict[str, list[str]]) -> list[str]:
+def split_differences(path: Path, now: Any, began: dict[str, list[str]]) -> list[str]:
     """A line for each part of a split that is not the one that the run began with."""
     if not isinstance(now, dict):
         return [f"{path}: must be a JSON object, got {type(now).__name__}"]

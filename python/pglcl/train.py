@@ -13,7 +13,7 @@ from pglcl.batches import StepBatches, loader
 from pglcl.cases import split_patients
 from pglcl.config import TrainConfig
 from pglcl.errors import UserError
-from pglcl.files import write_json
+from pglcl.files import Unchanged, write_json
 from pglcl.launcher import own_rank
 from pglcl.layouts import open_folder
 from pglcl.learner import Learner, validation_dice
@@ -26,7 +26,7 @@ from pglcl.ranks import Ranks, device_of_rank, launched_ranks
 from pglcl.record import MetricsLog, Profile
 from pglcl.run_folder import RunFolder
 from pglcl.stopping import StopRequest
-from pglcl.training_data import files_read, load_training_data
+from pglcl.training_data import files_of_cases, files_read, load_training_data
 from pglcl.workers import choose_workers
 
 LOG_EVERY = 10  # steps; reading a loss waits for the device
@@ -66,6 +66,7 @@ class Training:
         self.speaks = own_rank() == 0  # known before the ranks meet
         self.progress = Progress(config.steps, quiet=quiet or not self.speaks)
         self.stop = StopRequest()
+        self.validation = Unchanged(())  # the files that are read again at each validation, of the first rank
 
     def run(self) -> None:
         """Trains to the last step.
@@ -94,8 +95,10 @@ class Training:
         with ranks.together():
             data_folder = open_folder(self.root)
             split = folder.split or split_patients(data_folder, folder.config)
+            files = files_read(data_folder, split) if ranks.is_first else []
+            read = Unchanged(files)
             if ranks.is_first and folder.record is not None:
-                state = folder.resume(self.root, files_read(data_folder, split))
+                state = folder.resume(self.root, files)
         if ranks.from_first(state is not None and state["step"] == folder.config.steps and folder.model.exists()):
             progress.say(f"{self.output}: this run has ended; nothing to resume. More --steps would go on with it")
             return
@@ -104,12 +107,15 @@ class Training:
             data = load_training_data(self.root, folder.config, split, progress=progress)
             initial = initial_model(folder.config, data.channels, data.survey.labels) if state is None else None
             if ranks.is_first and folder.record is None:
-                folder.begin(split, self.root, files_read(data_folder, split), ranks.size, initial)
+                folder.begin(split, self.root, files, ranks.size, initial)
             elif ranks.is_first:
                 if state is None:
                     folder.check_initial(initial)
                 for note in folder.notes():
                     progress.say(note)
+            read.check()  # now that all was read, and known by its hash
+            if ranks.is_first:
+                self.validation = read.only(files_of_cases(data.validation))
         self.config = folder.config = ranks.from_first(folder.config)
         folder.record = ranks.from_first(folder.record)
         learner = Learner(self.config, data, ranks, self.profile)
@@ -179,6 +185,7 @@ class Training:
             if log:
                 log.write({"step": done, **numbers})
         if config.validate_every and (done % config.validate_every == 0 or last):
+            self._check_validation(ranks)
             dice = validation_dice(learner, done)
             self.progress.validated(done, dice)
             if dice > learner.best["dice"]:
@@ -196,6 +203,11 @@ class Training:
         if stopping and not last:
             raise Interrupted(f"stopped after step {done}; --resume goes on from there")
 
+    def _check_validation(self, ranks: Ranks) -> None:
+        """Raises UserError when validation volumes are no longer those that the run began with."""
+        with ranks.together():
+            self.validation.check(self.folder.hash_of)
+
     def _save_models(self, learner: Learner) -> None:
         """The last model and the best one, each with the classes whose masks keep their largest component."""
         last = learner.model(self.config.steps)
@@ -203,6 +215,7 @@ class Training:
         if learner.best["step"] and learner.best["step"] != last.step:
             with learner.ranks.together():
                 models.append(load_model(self.output, str(self.device), "best"))
+        self._check_validation(learner.ranks)
         for model in models:
             model.organs = organs_of_masks(model, learner.data, learner.ranks)
         if not learner.ranks.is_first:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from pglcl.cache import clear_partial, prepare_cached
 from pglcl.cases import Split, cases_of, split_patients
 from pglcl.config import TrainConfig
+from pglcl.formats import itk
 from pglcl.inspection import Survey, survey
 from pglcl.labels import LabelMap
 from pglcl.layouts import Case, DataFolder, open_folder
@@ -73,9 +75,19 @@ def load_training_data(
 def files_read(folder: DataFolder, split: Split) -> list[Path]:
     """The files that a training on this split reads. Labels of unlabelled patients and the test are not among them."""
     with_label = cases_of(folder, (*split.labelled, *split.validation), with_label=True)
-    paths = {path for case in (*with_label, *cases_of(folder, split.unlabelled)) for path in case.images}
-    paths |= {case.label for case in with_label if case.label is not None}
-    return sorted(file for path in paths for file in files_of(path))
+    without = [dataclasses.replace(case, label=None) for case in cases_of(folder, split.unlabelled)]
+    return sorted(files_of_cases([*with_label, *without]))
+
+
+def files_behind(folder: DataFolder, cases: Iterable[Case]) -> list[Path]:
+    """Every file that says something of these cases: images, labels, and lists or descriptions of the folder."""
+    return [*folder.descriptions, *files_of_cases(cases)]
+
+
+def files_of_cases(cases: Iterable[Case]) -> set[Path]:
+    """The files of their images and labels."""
+    paths = {path for case in cases for path in (*case.images, case.label) if path is not None}
+    return {file for path in paths for file in files_of(path)}
 
 
 def files_of(path: Path) -> list[Path]:
@@ -83,5 +95,5 @@ def files_of(path: Path) -> list[Path]:
     if path.is_dir():
         return [file for file in path.rglob("*") if file.is_file()]
     if path.suffix.lower() == ".mhd":
-        return [file for file in path.parent.iterdir() if file.is_file() and file.stem == path.stem]
+        return [path, *itk.voxel_files(path)]
     return [path]

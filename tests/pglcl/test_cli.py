@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -153,6 +154,41 @@ def test_output_that_nobody_can_take(trained: tuple[Path, Path]) -> None:
     assert result.returncode == 2
     assert b"No space left on device" in result.stderr
     assert b"Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&- >&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(closed: str, trained: tuple[Path, Path], tmp_path: Path) -> None:
+    """Nothing fails, and no file of ours gets the number of a stream, to which others print."""
+    image, masks = trained[0] / "images" / "case00.nii.gz", tmp_path / "masks"
+    line = f"{sys.executable} -m pglcl predict {trained[1]} {image} -o {masks} {closed}"
+    assert subprocess.run(line, shell=True, cwd=ROOT).returncode == 0
+    assert [path.name for path in masks.iterdir()] == ["case00.nii.gz"]
+    assert subprocess.run(line, shell=True, cwd=ROOT).returncode == 2  # the mask exists
+
+
+def test_signs_that_a_terminal_lacks(copied: tuple[Path, Path], tmp_path: Path) -> None:
+    root, run = copied
+    narrow = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "pglcl", "evaluate", str(run), str(root)]
+    result = subprocess.run(command, cwd=ROOT, env=narrow, capture_output=True, text=True)
+    assert (result.returncode, result.stderr.count("Traceback")) == (0, 0)
+    assert "\\xb1" in result.stdout  # plus or minus
+    assert "\u00b1" in (run / "scores_test.md").read_text(encoding="utf-8")
+
+
+def test_names_that_are_no_text(copied: tuple[Path, Path], tmp_path: Path) -> None:
+    """Bytes of a name that are no UTF-8 go through every command that reads or writes a file of it."""
+    folder = Path(os.fsdecode(bytes(tmp_path) + b"/latin-\xe9"))
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("file names are text here")
+    image, run = folder / Path(os.fsdecode(b"scan-\xff.nii.gz")), copied[1]
+    image.write_bytes((copied[0] / "images" / "case00.nii.gz").read_bytes())
+    assert main(["predict", str(run), str(image), "-o", str(folder / "masks")]) == 0
+    assert (folder / "masks" / image.name).exists()
+    assert main(["export", str(run), "--format", "torchscript", "-o", str(folder / "model.ts")]) == 0
+    assert main(["report", str(run), "-o", str(folder / "report.html")]) == 0
 
 
 def test_only_the_first_rank_speaks(

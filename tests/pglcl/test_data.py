@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from pglcl import inspection
+from pglcl.cache import clear_partial
 from pglcl.cases import split_patients
 from pglcl.cli import main
 from pglcl.config import TrainConfig
@@ -214,6 +217,49 @@ def test_a_cache_changes_nothing(dims: int, tmp_path: Path) -> None:
     again = load_training_data(root, tiny(**options, cache=str(tmp_path / "cache")))
     assert (again.labelled[0].image == plainly.labelled[0].image).all()
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == entries
+
+
+@pytest.mark.parametrize("name", ["image.npy", "label.npy", "geometry.json"])
+def test_a_turned_bit_in_a_cache_is_prepared_anew(name: str, tmp_path: Path) -> None:
+    root, options = decathlon(tmp_path / "data"), {"cache": str(tmp_path / "cache"), "image_size": "32"}
+    whole = load_training_data(root, tiny(image_size="32")).labelled[0]  # in memory
+    load_training_data(root, tiny(**options))
+    (entry,) = (tmp_path / "cache").glob(f"{whole.case.name}-*")
+    content = bytearray((entry / name).read_bytes())
+    digit = content.index(b"20") if name == "geometry.json" else -3
+    content[digit] ^= 1
+    (entry / name).write_bytes(content)
+    again = load_training_data(root, tiny(**options)).labelled[0]
+    assert again.label is not None
+    assert (again.image == whole.image).all()
+    assert (again.label == whole.label).all()
+    assert again.geometry == whole.geometry
+
+
+def test_a_volume_that_was_replaced_is_not_taken_from_a_cache(tmp_path: Path) -> None:
+    """Not even by one of the same size and time, as a copy that keeps times may leave it."""
+    root, options = plain(tmp_path / "data"), {"cache": str(tmp_path / "cache")}
+    path = root / "images" / "case00.nii"
+    image = nib.load(root / "images" / "case00.nii.gz").get_fdata().astype(np.float32)
+    (root / "images" / "case00.nii.gz").unlink()
+    for sign in (1, -1):
+        save(path, sign * image)
+        os.utime(path, (10, 10))
+        prepared = load_training_data(root, tiny(**options)).labelled[0].image
+        assert (prepared == load_training_data(root, tiny()).labelled[0].image).all()
+
+
+def test_what_another_run_puts_into_a_cache_stays(tmp_path: Path) -> None:
+    """A run that begins removes what a kill left, and no volume that is being written."""
+    (tmp_path / ".partial-left").mkdir()
+    (tmp_path / ".partial-lives").mkdir()
+    held = os.open(tmp_path / ".partial-lives", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    clear_partial(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".partial-lives"]
+    os.close(held)
+    clear_partial(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- real data ------------------------------------------------------------------------------------------------------

@@ -428,6 +428,56 @@ def test_a_pipe_is_no_image(tmp_path: Path) -> None:
             read()
 
 
+def test_folders_that_are_links(tmp_path: Path) -> None:
+    """A selection of patients is often a folder of links; a link to a folder above is no endless one."""
+    root, chosen = acdc(tmp_path / "data", 3), tmp_path / "chosen"
+    chosen.mkdir()
+    for patient in ("patient001", "patient003"):
+        (chosen / patient).symlink_to(root / "training" / patient)
+    (chosen / "again").symlink_to(chosen)
+    assert open_folder(chosen).patients == ["patient001", "patient003"]
+    (chosen / "patient003").unlink()
+    (chosen / "patient003").symlink_to(root / "patient003")
+    with pytest.raises(UserError, match=r"patient003: is a link to .*, where nothing is"):
+        open_folder(chosen)
+
+
+@pytest.mark.parametrize("name", ["labels", "images", "dataset.json"])
+def test_parts_of_a_folder_that_lead_nowhere(name: str, tmp_path: Path) -> None:
+    """Without a word, all volumes would be unlabelled, or the folder would be of another layout."""
+    root = plain(tmp_path / "data", 3)
+    if (root / name).exists():
+        (root / name).rename(tmp_path / "moved")
+    (root / name).symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=f"{name}: must be a (file|folder), is a link to .*, where none is"):
+        open_folder(root)
+
+
+def test_a_list_of_patients_that_leads_nowhere(tmp_path: Path) -> None:
+    """Without a word, the patients of the test would be trained on."""
+    root = ssl4mis(tmp_path / "data")
+    (root / "test.list").unlink()
+    (root / "test.list").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"test\.list: must be a file, is a link to"):
+        open_folder(root)
+
+
+def test_labels_that_a_list_confuses(tmp_path: Path) -> None:
+    root = plain(tmp_path / "data", 3, unlabelled=0)
+    image, label = "images/case00.nii.gz", "labels/case00.nii.gz"
+    for rows, message in (
+        (f"{image},{image},a", "is listed as a label and as an image"),
+        (f"{image},images/case01.nii.gz,a\nimages/case01.nii.gz,,b", "is listed as a label and as an image"),
+        (f"{image},{label},a\nimages/case01.nii.gz,{label},b", "is listed as a label of a and of b"),
+    ):
+        (root / "list.csv").write_text(f"image,label,patient\n{rows}\n")
+        with pytest.raises(UserError, match=message):
+            open_folder(root / "list.csv")
+    # Two images of one patient may share a label.
+    (root / "list.csv").write_text(f"image,label,patient\n{image},{label},a\nimages/case01.nii.gz,{label},a\n")
+    assert [case.label for case in open_folder(root / "list.csv").cases] == [root / label] * 2
+
+
 def test_links_in_a_folder_of_patients(tmp_path: Path) -> None:
     root = acdc(tmp_path / "data", 2)
     path = root / "training" / "patient001" / "patient001_frame01_gt.nii.gz"

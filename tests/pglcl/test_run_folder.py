@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pglcl import learner
+from pglcl import learner, train
 from pglcl.cli import main
 from pglcl.errors import UserError
 from pglcl.files import load_tensors, save_tensors
+from pglcl.lock import FolderLock
 from pglcl.model import load_model
 from pglcl.record import read_metrics
+from pglcl.run_folder import FILES, read_record
 from pglcl.train import Interrupted, Training
 
 from tests.pglcl.folders import plain, save, tiny, volume
@@ -90,6 +92,66 @@ def same_weights(a: Path, b: Path) -> bool:
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
+# --- what lies in the folder already ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_nothing_but_files(name: str, copies: tuple[Path, Path]) -> None:
+    """A pipe would be waited at for ever."""
+    data, run = copies
+    (run / name).unlink(missing_ok=True)
+    for make, kind in ((Path.mkdir, "folder"), (os.mkfifo, "named pipe")):
+        make(run / name)
+        assert refused(data, run) == f"{run / name}: must be a file, is a {kind}"
+        (run / name).rmdir() if kind == "folder" else (run / name).unlink()
+
+
+@pytest.mark.parametrize("name", FILES[:3] + FILES[4:])
+def test_a_new_run_replaces_nothing(name: str, data: Path, tmp_path: Path) -> None:
+    """Not even a link that leads nowhere, or the split that it is told to read."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for make in (lambda path: path.write_text("{}"), lambda path: path.symlink_to(tmp_path / "gone")):
+        make(run / name)
+        with pytest.raises(UserError, match=rf"run: holds {name}, but no config\.json of a run: .* replace it"):
+            Training(data, run, tiny(split_file=str(run / "split.json")), quiet=True).run()
+        assert sorted(path.name for path in run.iterdir()) == [".lock", name]
+        (run / name).unlink()
+
+
+def test_a_start_that_was_killed_is_begun_again(data: Path, ended: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("run.json", "split.json"):
+        shutil.copy(ended / name, run / name)
+    Training(data, run, tiny(), quiet=True).run()
+    assert same_weights(run, ended)
+    assert read_record(run).id != read_record(ended).id
+
+
+def test_a_run_whose_options_are_gone_is_kept(copies: tuple[Path, Path]) -> None:
+    data, run = copies
+    (run / "config.json").unlink()
+    for again in (False, True):
+        with pytest.raises(UserError, match=r"run: holds metrics\.jsonl, checkpoint\.pt, but no config\.json of a run"):
+            Training(data, run, tiny(), resume=again, quiet=True).run()
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_a_lock_that_is_another_file(link: bool, data: Path, tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "thesis.txt"
+    run.mkdir()
+    other.write_text("text")
+    (run / ".lock").symlink_to(other) if link else os.link(other, run / ".lock")
+    if link:
+        with pytest.raises(UserError, match="cannot be written"):
+            Training(data, run, tiny(), quiet=True).run()
+    else:
+        with FolderLock(run), pytest.raises(UserError, match="another process writes to it"), FolderLock(run):
+            pass
+    assert other.read_text() == "text"
+
+
 # --- data and split -------------------------------------------------------------------------------------------------
 
 
@@ -150,6 +212,97 @@ def test_an_edited_split_file_is_refused_and_a_missing_one_is_not_needed(data: P
     )
     file.unlink()
     resume(data, tmp_path / "run", **options)
+
+
+def test_an_edited_split_is_not_scored(copies: tuple[Path, Path], capsys: Any) -> None:
+    """Patients that were learned from are no test."""
+    data, run = copies
+    split = json.loads((run / "split.json").read_text())
+    split["test"], split["labelled"] = split["labelled"], split["test"]
+    (run / "split.json").write_text(json.dumps(split))
+    for command in (["evaluate", run, data], ["report", run]):
+        assert main(list(map(str, command))) == 2
+        assert "split.json: test has case00, case01; the run began with" in capsys.readouterr().err
+    assert not [path.name for path in run.glob("scores*")]
+    assert main(["evaluate", str(run), str(data), "--part", "all"]) == 0
+
+
+def changing(data: Path, when: int, change: Callable[[Path], None]) -> Callable[[Any, Any, float, int], None]:
+    """In the place of the teacher's update: changes the validation patient's image after `when` steps."""
+    update = learner.update_teacher
+
+    def changed(teacher: Any, student: Any, decay: float, step: int) -> None:
+        update(teacher, student, decay, step)
+        if step + 1 == when:
+            change(data / "images" / "case03.nii.gz")
+
+    return changed
+
+
+def replace_keeping_times(path: Path) -> None:
+    """As `cp -p` of another file with the same size and times does."""
+    status, content = path.stat(), bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(Path.unlink, "is gone"), (replace_keeping_times, "has changed"), (lambda path: os.utime(path, (1, 1)), "")],
+)
+def test_validation_volumes_that_change_meanwhile(
+    change: Callable[[Path], None], message: str, copies: tuple[Path, Path], ended: Path, monkeypatch: Any
+) -> None:
+    data, run = copies
+    assert json.loads((run / "split.json").read_text())["validation"] == ["case03"]
+    monkeypatch.setattr(learner, "update_teacher", changing(data, 7, change))
+    if message:
+        with pytest.raises(UserError, match=rf"case03\.nii\.gz: {message}, while the run was reading its data"):
+            resume(data, run, validate_every=4)
+        assert not (run / "model.pt").exists()
+    else:
+        resume(data, run, validate_every=4)
+        assert same_weights(run, ended)
+
+
+def test_volumes_that_change_while_they_are_read(
+    data: Path, copies: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Else the run would know the hash of other voxels than those that it was trained on."""
+    load = train.load_training_data
+
+    def change_then_load(root: Path, *arguments: Any, **options: Any) -> Any:
+        loaded = load(root, *arguments, **options)
+        replace_keeping_times(root / "images" / "case00.nii.gz")
+        return loaded
+
+    monkeypatch.setattr(train, "load_training_data", change_then_load)
+    with pytest.raises(UserError, match=r"case00\.nii\.gz: has changed, while the run was reading its data"):
+        Training(copies[0], tmp_path / "new", tiny(), quiet=True).run()
+    assert not (tmp_path / "new" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("row", [
+    '{"step": 1, "loss": NaN}', '{"step": 1, "loss": "0.5"}', '{"step": 1, "seconds": null}', '{"step": true}',
+    '{"step": 1, "loss": 1e999}', '{"step": 1, "loss": [1]}',
+])  # fmt: skip
+def test_metrics_that_are_no_numbers(row: str, copies: tuple[Path, Path]) -> None:
+    data, run = copies
+    (run / "metrics.jsonl").write_text(f'{row}\n{{"step": 1}}\n')
+    assert "metrics.jsonl, line 1: must be an object of numbers" in refused(data, run)
+
+
+@pytest.mark.parametrize("seconds", [-1e11, 1e13])
+def test_a_file_of_no_year(seconds: float, copies: tuple[Path, Path], tmp_path: Path) -> None:
+    data, run = copies[0], tmp_path / "new"
+    try:
+        os.utime(data / "images" / "case00.nii.gz", (seconds, seconds))
+    except OSError:
+        pytest.skip("this file system has no such times")
+    Training(data, run, tiny(steps=1, warmup=0), quiet=True).run()
+    assert len(read_record(run).files) == 9
 
 
 def test_what_was_read_is_written_down(data: Path, ended: Path) -> None:

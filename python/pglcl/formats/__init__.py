@@ -6,11 +6,13 @@ into a file whose suffix :func:`result_suffix` tells: the format of the input, w
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
 
 from pglcl.errors import UserError
+from pglcl.files import require_file
 from pglcl.formats import hdf5, itk, nifti, picture
 from pglcl.formats.names import READERS, known_suffixes, suffix_of
 from pglcl.formats.source import Source, first_line
@@ -54,6 +56,8 @@ def _reader(path: Path) -> str:
     suffix = suffix_of(path)
     if not suffix:
         raise UserError(f"{path}: must be a folder of DICOM slices, or end in {known_suffixes()}")
+    with contextlib.suppress(OSError):  # which its reader explains, where the file is there to be read
+        require_file(path)
     return READERS[suffix]
 
 

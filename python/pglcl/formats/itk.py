@@ -10,6 +10,7 @@ import contextlib
 import gzip
 import io
 import locale
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -19,11 +20,12 @@ from typing import Any
 import numpy as np
 
 from pglcl.errors import UserError
-from pglcl.formats.names import list_folder, suffix_of
+from pglcl.formats.names import suffix_of
 from pglcl.formats.source import Source, check_affine, check_shape, library, reading
 from pglcl.memory import check_claim
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+LONGEST_HEADER = 1 << 16  # bytes of a .mhd file that are looked at
 UNEVEN = 0.01  # share of the slice distance by which slices may be off their place
 
 
@@ -143,8 +145,8 @@ def _check_content(path: Path, claimed: int) -> None:
         voxels = content[end.end() :]
     else:
         kind = "zlib" if re.search(r"(?im)^CompressedData\s*=\s*True", header) else "raw"
-        name = end[1].decode("latin-1").strip()
-        if re.search(r"(?im)^HeaderSize\s*=\s*-?[1-9]", header) or name.startswith("LIST") or "%" in name:
+        name = os.fsdecode(end[1].strip())
+        if re.search(r"(?im)^HeaderSize\s*=\s*-?[1-9]", header):
             return
         voxels = content[end.end() :] if name.upper() == "LOCAL" else (path.parent / name).read_bytes()
     del content
@@ -169,12 +171,32 @@ def _decompressed_size(kind: str, voxels: bytes) -> int:
         return sum(len(chunk) for chunk in iter(lambda: file.read(1 << 20), b""))
 
 
+def voxel_files(path: Path) -> list[Path]:
+    """The files beside a header (.mhd) that hold its voxels."""
+    name = _element_data_file(path)
+    return [] if name.upper() == "LOCAL" else [path.parent / name]
+
+
+def _element_data_file(path: Path) -> str:
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        named = re.search(rb"(?m)^ElementDataFile[ \t]*=[ \t]*([^\r\n]*)", file.read(LONGEST_HEADER))
+        return os.fsdecode(named[1].strip()) if named else "LOCAL"
+    return "LOCAL"
+
+
 def _bytes_of(path: Path) -> int:
-    """Of the file, and for .mhd of those beside it that have its name: the voxels lie there."""
+    """Of the file, and for .mhd of that which holds its voxels."""
+    size = path.stat().st_size
     if suffix_of(path) != ".mhd":
-        return path.stat().st_size
-    own = [p for p in list_folder(path.parent) if p.is_file() and p.name.startswith(path.name[: -len(".mhd")])]
-    return sum(p.stat().st_size for p in own)
+        return size
+    name = _element_data_file(path)
+    if name.startswith("LIST") or "%" in name:  # of which nobody could tell whether they are whole
+        raise UserError(f"{path}: must have its voxels in one file, got ElementDataFile = {name}")
+    for file in voxel_files(path):
+        if not file.is_file():
+            raise UserError(f"{path}: its voxels must be in {file}, which is no file")
+        size += file.stat().st_size
+    return size
 
 
 # --- DICOM ----------------------------------------------------------------------------------------------------------
