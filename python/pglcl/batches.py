@@ -6,7 +6,11 @@ the same batches, and so does one with another number of workers.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -145,10 +149,13 @@ def loader(batches: StepBatches, first: int, workers: int) -> Iterator[dict[str,
         options = {"prefetch_factor": PREFETCHED, "persistent_workers": False, "multiprocessing_context": "fork"}
         options["collate_fn"] = _in_shared_memory
     steps = range(first, len(batches))
+    batched = DataLoader(
+        batches, batch_size=None, sampler=steps, num_workers=workers, worker_init_fn=_begin_worker, **options
+    )
     try:
-        yield from DataLoader(
-            batches, batch_size=None, sampler=steps, num_workers=workers, worker_init_fn=_one_thread, **options
-        )
+        with _signals_left_to_the_training():
+            source = iter(batched)  # begins its processes
+        yield from source
     except (RuntimeError, OSError) as error:
         line = _explanation(str(error)) if workers else ""
         if not line:
@@ -176,5 +183,30 @@ def _explanation(text: str) -> str:
     return ""
 
 
-def _one_thread(_: int) -> None:
+# What asks to stop. macOS has no sigwaitinfo, by which a process tells who asks; DataLoader ends its own by SIGTERM.
+ASKING = (signal.SIGINT, signal.SIGHUP, *((signal.SIGTERM,) if hasattr(signal, "sigwaitinfo") else ()))
+
+
+@contextlib.contextmanager
+def _signals_left_to_the_training() -> Iterator[None]:
+    """Processes that begin in the block do not end by what terminals and schedulers send to all processes of a group.
+
+    The training ends its step, writes a checkpoint, and then ends them; one that was gone before would end it at once.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin_worker(_: int) -> None:
     torch.set_num_threads(1)
+    if signal.SIGTERM in ASKING:
+        threading.Thread(target=_end_when_the_parent_asks, daemon=True).start()
+
+
+def _end_when_the_parent_asks() -> None:
+    while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != os.getppid():
+        pass
+    os._exit(0)

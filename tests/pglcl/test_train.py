@@ -282,6 +282,26 @@ def test_killed_and_resumed(folder: Path, tmp_path: Path) -> None:
     assert_same(straight, weights(tmp_path / "run"))
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_every_process_stops_with_a_checkpoint(
+    number: signal.Signals, folder: Path, tmp_path: Path
+) -> None:
+    """As a terminal sends Ctrl-C, and a scheduler its last warning: the processes that prepare batches get it, too."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have left it ignored
+    arguments = command("train", folder, "-o", tmp_path / "run", *flags(steps=3000, workers=2, checkpoint_every=3000))
+    process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    until = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < until and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    said = process.communicate(timeout=60)[1].decode()
+    assert (process.returncode, said.count("Traceback")) == (130, 0), said
+    assert load_tensors(tmp_path / "run" / "checkpoint.pt")["step"] >= 10
+    with pytest.raises(ProcessLookupError):  # nobody is left
+        os.killpg(process.pid, 0)
+
+
 def test_another_configuration_is_refused(folder: Path, tmp_path: Path) -> None:
     run_to_end(folder, tmp_path / "run")
     with pytest.raises(UserError, match="holds a run already; add --resume"):
