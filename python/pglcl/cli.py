@@ -292,7 +292,7 @@ def predict(
     predictor = Predictor(models, tta=tta, postprocess=postprocess)
     cases = group_inputs(images)
     writer = Writer(output, models[0].labels, probabilities=probabilities, entropy=entropy, overwrite=overwrite)
-    writer.check(cases, data_folders(run, images))
+    writer.check(cases, data_folders(run, images), images)
     for path, model in zip((run, *(ensemble or [])), models):
         if weights == "last" and model.step < model.config.steps and not quiet:
             _complain(f"pglcl: {path}: unfinished, step {model.step} of {model.config.steps}")

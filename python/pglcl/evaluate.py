@@ -549,7 +549,7 @@ def evaluate_run(
     folder = open_folder(root)
     subject, cases = subject_of(run, predictor, folder, part, allow_missing=allow_missing)
     files = score_files(output or run, part, weights)
-    read = files_behind(folder, cases)
+    read = files_behind(folder, folder.cases)
     check_outputs(files, inputs=read, overwrite=overwrite, renewed=may_renew(files, subject))
     return score_cases(predictor, subject, cases, distance_unit(folder), quiet=quiet).save(files)
 

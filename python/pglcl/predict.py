@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from pglcl.config import TrainConfig
 from pglcl.errors import UserError
 from pglcl.formats import result_suffix
+from pglcl.formats.names import is_dicom_folder
 from pglcl.labels import LabelMap
 from pglcl.layouts import Case
 from pglcl.model import TrainedModel
@@ -288,13 +290,18 @@ class Writer:
         endings = [mask, *[f"_probabilities{floats}"] * self.probabilities, *[f"_entropy{floats}"] * self.entropy]
         return [self.folder / f"{case.name}{ending}" for ending in endings]
 
-    def check(self, cases: Sequence[Case], roots: Sequence[Path] = ()) -> None:
-        """Raises UserError where a file would be lost, or taken for one of the data folders `roots`."""
+    def check(self, cases: Sequence[Case], roots: Sequence[Path] = (), images: Sequence[Path] = ()) -> None:
+        """Raises UserError where a file would be lost, or taken for an image: of the data folders `roots`, or of
+        `images`, what the command was given."""
         for root in roots:
             check_outside_data(self.folder, root)
         outputs = [path for case in cases for path in self.files(case)]
         read = [path for case in cases for image in case.images for path in files_of(image)]
         check_outputs(outputs, inputs=read, overwrite=self.overwrite)
+        if any(os.path.samefile(path, self.folder) for path in images if path.is_dir() and not is_dicom_folder(path)):
+            raise UserError(
+                f"{self.folder}: holds the images; next time its masks would be, too: choose another --output"
+            )
 
     def write(self, prediction: Prediction, prepared: Prepared) -> list[Path]:
         """The files of one case, in the axes and geometry of its image."""

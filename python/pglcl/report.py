@@ -110,7 +110,7 @@ def write_report(
     predictor = Predictor([load_model(run, device)])
     folder = open_folder(data or data_of(run))
     subject, cases = subject_of(run, predictor, folder)
-    read = files_behind(folder, cases)
+    read = files_behind(folder, folder.cases)
     mine = output is None and _is_report(path)
     check_outputs([path], inputs=[*read, *_files_of(run)], overwrite=overwrite, renewed=lambda _: mine)
     found = _scores(run, predictor, subject, cases, distance_unit(folder), quiet=quiet)

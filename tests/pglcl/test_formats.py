@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import locale
+import os
 import struct
 import tracemalloc
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 from pglcl import formats
 from pglcl.errors import UserError
 from pglcl.labels import LabelMap
+from pglcl.training_data import files_of
 from pglcl.volumes import read_label_values, read_volume, write_like
 
 from tests.pglcl.folders import OBLIQUE, STRAIGHT, dicom, save, volume, write
@@ -197,6 +199,29 @@ def test_the_same_volume_in_every_format(ending: str, tmp_path: Path) -> None:
     chances = np.stack([read.data[0], -read.data[0]], axis=-1)
     write_like(chances, read.source, tmp_path / f"d{suffix}")
     np.testing.assert_array_equal(read_volume([tmp_path / f"d{suffix}"]).data, np.moveaxis(chances, -1, 0))
+
+
+def test_voxels_that_a_header_keeps_elsewhere(tmp_path: Path) -> None:
+    """Whatever their file is called, it is one of those that a run knows by their hash."""
+    path = write(tmp_path / "a.mhd", VOXELS, STRAIGHT)
+    (voxels,) = files_of(path)[1:]
+    expected, renamed = read_volume([path]).data, tmp_path / f"voxels{voxels.suffix}"
+    voxels.rename(renamed)
+    header = path.read_text().replace(voxels.name, renamed.name)
+    path.write_text(header)
+    np.testing.assert_array_equal(read_volume([path]).data, expected)
+    assert files_of(path) == [path, renamed]
+    for name in ("LIST", "slice%03d.raw 1 5 1"):
+        path.write_text(header.replace(renamed.name, name))
+        assert refused(path).endswith(f"must have its voxels in one file, got ElementDataFile = {name}")
+    path.write_text(header.replace(renamed.name, "gone.raw"))
+    assert refused(path).endswith("gone.raw, which is no file")
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".mha", ".png", ".h5"])
+def test_a_pipe_where_a_list_names_an_image(ending: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / f"a{ending}")
+    assert refused(tmp_path / f"a{ending}").endswith("must be a file, is a named pipe")
 
 
 @pytest.mark.parametrize("ending", [".nrrd", ".mha"])

@@ -20,7 +20,7 @@ from pglcl.predict import FlipAverage, Part, Prediction, Predictor, entropy_map,
 from pglcl.train import Training
 from pglcl.volumes import Geometry
 
-from tests.pglcl.folders import plain, tiny
+from tests.pglcl.folders import STRAIGHT, plain, tiny, volume, write
 
 Trained = tuple[Path, Path]
 
@@ -136,6 +136,20 @@ def test_predictions_never_replace_their_input(trained: Trained, tmp_path: Path)
     assert (alone / "scan.nii.gz").read_bytes() == scan.read_bytes()
     assert {path: path.read_bytes() for path in before} == before
     assert len(list((root / "labels").iterdir())) == 2
+
+
+def test_masks_do_not_lie_beside_a_folders_images(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of another kind of file they would replace nothing, and be predicted the next time."""
+    folder = tmp_path / "scans"
+    write(folder / "scan.mhd", volume(0)[0], STRAIGHT)
+    (tmp_path / "link").symlink_to(folder)
+    for output in (folder, tmp_path / "link", folder / ".." / "scans"):
+        assert main(["predict", str(trained[1]), str(folder), "-o", str(output), "--overwrite"]) == 2
+        assert "holds the images; next time its masks would be, too" in capsys.readouterr().err
+    assert sorted(path.suffix for path in folder.iterdir()) in ([".mhd", ".raw"], [".mhd", ".zraw"])
+    assert main(["predict", str(trained[1]), str(folder), "-o", str(folder / "masks")]) == 0
 
 
 def test_an_earlier_mask_is_kept(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

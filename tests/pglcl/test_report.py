@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -173,6 +174,30 @@ def test_a_page_replaces_nothing_else(run: Path, trained: Trained, capsys: pytes
     assert nib.load(test).shape
     assert np.isfinite(nib.load(scan).get_fdata()).all()
     assert json.loads((run / "config.json").read_text())
+
+
+@pytest.mark.parametrize("command", ["report", "evaluate"])
+def test_the_list_of_the_data_is_kept(command: str, run: Path, trained: Trained, tmp_path: Path) -> None:
+    """However its path is spelled, and labels that the command does not read, too."""
+    listed = tmp_path / "scores_test.csv"
+    rows = [f"{folder}/case{i:02d}.nii.gz" for i in range(6) for folder in ("images", "labels")]
+    cells = [str(trained[0] / row) for row in rows]
+    patients = [f"{a},{b},case{i:02d}" for i, (a, b) in enumerate(zip(cells[::2], cells[1::2]))]
+    listed.write_text("\n".join(["image,label,patient", *patients]) + "\n")
+    before = listed.read_bytes()
+    (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "hard").mkdir()
+    os.link(listed, tmp_path / "hard" / listed.name)
+    for folder in (tmp_path, tmp_path / "link", tmp_path / "hard" / ".." / "hard"):
+        if command == "evaluate":
+            arguments = ["evaluate", str(run), str(listed), "-o", str(folder)]
+        else:
+            arguments = ["report", str(run), "--data", str(listed), "-o", str(folder / listed.name)]
+        assert main([*arguments, "--overwrite"]) == 2
+    label = trained[0] / "labels" / "case00.nii.gz"
+    assert main(["report", str(run), "-o", str(label), "--overwrite"]) == 2
+    assert nib.load(label).shape
+    assert listed.read_bytes() == before
 
 
 def test_curves_of_few_and_many_points() -> None:
