@@ -38,9 +38,13 @@ def main() -> int:
     except MissingPackages as error:
         print(error, file=sys.stderr)
         return 3
-    from pglcl.cli import main as run
+    try:
+        from pglcl.cli import main as run
 
-    return run()
+        return run()
+    except KeyboardInterrupt:  # while PyTorch is imported, say
+        print("pglcl: stopped", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

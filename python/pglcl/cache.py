@@ -73,7 +73,7 @@ def _key(case: Case, config: TrainConfig, slice_axis: int | None, intensity: Int
 def _known_by(path: Path) -> tuple[str | int, ...]:
     """The time of the last change of the inode, too, which nobody can set back as `cp -p` does that of the content."""
     status = path.stat()
-    return str(path.resolve()), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _store(entry: Path, prepared: Prepared) -> None:

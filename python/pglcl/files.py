@@ -105,7 +105,9 @@ def read_json(path: Path) -> Any:
         return json.loads(read_bytes(path).decode("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: not found") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from error
 
 
@@ -194,7 +196,8 @@ class Unchanged:
     """Files that are read more than once, and must be the same each time.
 
     Args:
-        files: they are known again by what a change of their content changes, too: inode, size and times.
+        files: they are known again by what a change of their content changes, too: size and times, of which
+            nobody can set back that of the inode. The inode itself is not the same twice on some network drives.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
@@ -230,7 +233,7 @@ def _state(file: Path) -> tuple[int, ...] | None:
         status = file.stat()
     except OSError:
         return None
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def check_writable(folder: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
 import platform
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch
 
 import pglcl_ext
 from pglcl.errors import UserError, WriteError
-from pglcl.files import read_bytes, write_text
+from pglcl.files import check_writable, read_bytes, write_text
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
@@ -105,6 +107,8 @@ class MetricsLog:
         write_text(self.path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
         with _written(self.path):
             self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (closed with the run)
+        check_writable(self.folder)
+        _quieten_the_thread_of_tensorboard()
         with _written(self.folder):
             self.board = SummaryWriter(str(self.folder), purge_step=first + 1 if first else None)
 
@@ -124,6 +128,18 @@ class MetricsLog:
         for closing in (self.file.close, self.board.close):
             with contextlib.suppress(OSError):
                 closing()
+
+
+@functools.cache
+def _quieten_the_thread_of_tensorboard() -> None:
+    """Its OSError comes back with the next number, as one line; the thread prints a traceback beside it."""
+    before = threading.excepthook
+
+    def hook(error: threading.ExceptHookArgs) -> None:
+        if not (isinstance(error.exc_value, OSError) and type(error.thread).__module__.startswith("tensorboard.")):
+            before(error)
+
+    threading.excepthook = hook
 
 
 @contextlib.contextmanager

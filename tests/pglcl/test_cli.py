@@ -191,6 +191,21 @@ def test_names_that_are_no_text(copied: tuple[Path, Path], tmp_path: Path) -> No
     assert main(["report", str(run), "-o", str(folder / "report.html")]) == 0
 
 
+@pytest.mark.parametrize("seconds", [0.3, 1.0, 2.0, 3.5])
+def test_stopped_while_it_starts(seconds: float, trained: tuple[Path, Path], tmp_path: Path) -> None:
+    """Ctrl-C at any moment is one line, also while packages are imported."""
+    program = (
+        "import signal, sys, threading, time; from pglcl.__main__ import main\n"
+        f"threading.Timer({seconds}, lambda: signal.raise_signal(signal.SIGINT)).start()\n"
+        "sys.exit(main())\n"
+    )
+    arguments = ["train", str(trained[0]), "-o", str(tmp_path / "run"), *flags(steps=3000)]
+    result = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 130
+    assert "Traceback" not in result.stderr
+    assert "stopped" in result.stderr + result.stdout
+
+
 def test_only_the_first_rank_speaks(
     trained: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -137,6 +137,29 @@ def load_with_little_shared_memory(root: str) -> None:
         filler.unlink()
 
 
+def test_a_disk_that_fills_up_under_tensorboard(tmp_path: Path) -> None:
+    """One line, and no traceback of the thread that writes its events."""
+    program = (
+        "import sys; from pathlib import Path; from pglcl.record import MetricsLog\n"
+        "run = Path(sys.argv[1]) / 'run'; run.mkdir(); log = MetricsLog(run, 0); log.write({'step': 1, 'a': 0.5})\n"
+        "try: (run / 'fill').write_bytes(bytes(1 << 20))\n"
+        "except OSError: pass\n"
+        "log.file = open('/dev/null', 'w')  # for the other file there is room\n"
+        "try:\n"
+        "    for step in range(2, 100_000): log.write({'step': step, 'a': 0.5})\n"
+        "except Exception as error: print(type(error).__name__, error)\n"
+        "log.close()\n"
+    )
+    mount = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs -o size=64k tmpfs {tmp_path} && exec "$@"', "sh"]
+    if subprocess.run([*mount, "true"], capture_output=True).returncode:
+        pytest.skip("this user may not mount")
+    command = [*mount, sys.executable, "-W", "ignore", "-c", program, str(tmp_path)]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    place = tmp_path / "run" / "tensorboard"
+    assert said.stdout == f"WriteError {place}: cannot be written: No space left on device\n"
+    assert said.stderr == ""
+
+
 def test_shared_memory_that_fills_up(folder: Path) -> None:
     """A real /dev/shm of 16 MiB. A batch for which there is no room must be an error, not one that never comes."""
     mount = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=16m tmpfs /dev/shm && exec "$@"', "sh"]
