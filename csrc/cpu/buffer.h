@@ -64,9 +64,10 @@ class Arena {
     const int64_t wanted = std::exchange(wanted_, 0);
     if (wanted <= size_ || wanted > kLargest) return;
     std::free(block_);
-    constexpr int64_t kPage = int64_t(1) << 16;
-    size_ = (wanted + kPage - 1) / kPage * kPage;
-    block_ = static_cast<char*>(std::aligned_alloc(64, size_));
+    // Whole large pages: how scattered small ones share the sets of a second-level cache is a matter of luck.
+    const int64_t page = int64_t(1) << (wanted > (1 << 19) ? 21 : 16);
+    size_ = (wanted + page - 1) / page * page;
+    block_ = static_cast<char*>(std::aligned_alloc(page, size_));
     if (!block_) size_ = 0;
     advise_huge_pages(block_, size_);
   }

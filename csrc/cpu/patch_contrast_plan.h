@@ -114,7 +114,7 @@ class ContrastPlan {
     explicit Scratch(const ContrastKernels<scalar_t>& kernels)
         : dots(kTile * kernels.panel),
           disparity(kTile * kernels.panel),
-          row_sums(kTile * 4 * kernels.lanes),
+          row_sums(kRowSumRows * 4 * kernels.lanes),
           weights(kTile * kWeightStride<scalar_t>),
           codes(kTile * kernels.panel),
           view{dots.data(), disparity.data(), codes.data(), row_sums.data(), weights.data()} {}
@@ -178,6 +178,7 @@ class ContrastPlan {
     tile_.channels = inputs_.channels;
     tile_.float32_disparity = inputs_.float32_disparity;
     tile_.symmetric = inputs_.symmetric();
+    tile_.keys_hold_anchors = inputs_.self_offset >= 0;
     const double longest_key = inputs_.symmetric() ? anchors_.longest : keys_.longest;
     tile_.finite = std::isfinite(anchors_.longest) && std::isfinite(longest_key);
     const double product = anchors_.longest * longest_key, bound = product / inputs_.temperature * kLog2E;
@@ -239,7 +240,7 @@ class ContrastPlan {
     const BlockRange& rows = row_ranges_[step.row_block];
     const BlockRange& columns = (inputs_.symmetric() ? row_ranges_ : column_ranges_)[step.column_block];
     const bool diagonal = inputs_.symmetric() && step.row_block == step.column_block;
-    const bool may_share_identity = diagonal || inputs_.self_offset >= 0;
+    const bool may_share_identity = diagonal || tile_.keys_hold_anchors;
     const int64_t width = std::min<int64_t>(kTile, tile_.keys.count - step.column_block * kTile);
     if (masked_) {
       kind = TileKind::kMasked;

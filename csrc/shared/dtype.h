@@ -14,6 +14,11 @@ namespace pglcl {
 
 enum class DType : int8_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
 
+// In bytes.
+PGLCL_HOST_DEVICE inline int64_t size_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
 PGLCL_HOST_DEVICE inline float bfloat16_to_float(uint16_t value) {
   const uint32_t bits = uint32_t(value) << 16;
   float result;

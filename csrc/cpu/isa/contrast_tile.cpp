@@ -20,8 +20,11 @@ enum class Pass { kMaximum, kSum, kGradient };
 // Bits of ContrastScratch::codes.
 enum : int { kRowPositive = 1, kRowNegative = 2, kColumnPositive = 4, kColumnNegative = 8 };
 
-// Partial sums of one row, one vector each, in ContrastScratch::row_sums.
+// Partial sums of the rows, one vector of each for a row, in ContrastScratch::row_sums. Those of a kind lie together:
+// few tiles need all four. A power of two between the kinds would put a row's sums into one set of a cache.
 enum : int { kPositiveExp = 0, kNegativeExp = 1, kPositiveLogit = 2, kPositiveCount = 3, kRowSums = 4 };
+template <typename scalar_t>
+constexpr int64_t kRowSumStride = kRowSumRows * Simd<scalar_t>::kLanes;
 
 template <typename scalar_t>
 void panel_dots(const ContrastTile<scalar_t>& t, const TilePosition& at, int64_t key, scalar_t* dots) {
@@ -144,6 +147,7 @@ void process_panel(const ContrastTile<scalar_t>& t, const TilePosition& at, int6
   constexpr scalar_t kUnit = kFixed ? 1 : scalar_t(kLogitUnit);
   const ContrastState<scalar_t>& state = t.state;
   const scalar_t log_weight = t.log_negative_weight;
+  const vec scale = broadcast<scalar_t>(t.scale), shift = broadcast<scalar_t>(t.shift);
   const bool several_channels = t.channels > 1;
 
   for (int half = 0; half < 2; ++half) {
@@ -202,7 +206,7 @@ void process_panel(const ContrastTile<scalar_t>& t, const TilePosition& at, int6
 
       // Step 2: exponentials. Without a fixed shift a logit is rounded before its maximum is taken off, in every pass
       // alike, so that no difference is above 0 and that of the maximum is 0.
-      scalar_t* sums = scratch.row_sums + r * kRowSums * kLanes;
+      scalar_t* sums = scratch.row_sums + r * kLanes;
       if constexpr (kPass == Pass::kMaximum) {
         const vec lowest = broadcast<scalar_t>(scalar_t(-__builtin_inf()));
         const vec logit = rounded(dot * t.inverse_temperature);
@@ -222,7 +226,7 @@ void process_panel(const ContrastTile<scalar_t>& t, const TilePosition& at, int6
       vec row_positive_exp, row_negative_exp, column_positive_exp, column_negative_exp;
       vec row_positive_logit = dot, column_positive_logit = dot;
       if constexpr (kFixed) {
-        row_positive_exp = exp2(dot * t.scale - t.shift);
+        row_positive_exp = exp2(dot * scale - shift);
         row_negative_exp = column_positive_exp = column_negative_exp = row_positive_exp;
       } else {
         const vec logit = rounded(dot * t.inverse_temperature);
@@ -240,9 +244,12 @@ void process_panel(const ContrastTile<scalar_t>& t, const TilePosition& at, int6
       // Step 3: sums, or the weight dL/d(dot) of each pair.
       if constexpr (kPass == Pass::kSum) {
         if constexpr (kPositives) {
-          accumulate(sums + kPositiveExp * kLanes, keep<scalar_t>(pairs.row_positive, row_positive_exp));
-          accumulate(sums + kPositiveLogit * kLanes, keep<scalar_t>(pairs.row_positive, row_positive_logit) * kUnit);
-          accumulate(sums + kPositiveCount * kLanes, keep<scalar_t>(pairs.row_positive, broadcast<scalar_t>(1)));
+          accumulate(sums + kPositiveExp * kRowSumStride<scalar_t>,
+                     keep<scalar_t>(pairs.row_positive, row_positive_exp));
+          accumulate(sums + kPositiveLogit * kRowSumStride<scalar_t>,
+                     keep<scalar_t>(pairs.row_positive, row_positive_logit) * kUnit);
+          accumulate(sums + kPositiveCount * kRowSumStride<scalar_t>,
+                     keep<scalar_t>(pairs.row_positive, broadcast<scalar_t>(1)));
           if constexpr (kColumns) {
             column_sums[kPositiveExp] += keep<scalar_t>(pairs.column_positive, column_positive_exp);
             column_sums[kPositiveLogit] += keep<scalar_t>(pairs.column_positive, column_positive_logit) * kUnit;
@@ -250,7 +257,8 @@ void process_panel(const ContrastTile<scalar_t>& t, const TilePosition& at, int6
           }
         }
         if constexpr (kNegatives) {
-          accumulate(sums + kNegativeExp * kLanes, keep<scalar_t>(pairs.row_negative, row_negative_exp));
+          accumulate(sums + kNegativeExp * kRowSumStride<scalar_t>,
+                     keep<scalar_t>(pairs.row_negative, row_negative_exp));
           if constexpr (kColumns)
             column_sums[kNegativeExp] += keep<scalar_t>(pairs.column_negative, column_negative_exp);
         }
@@ -287,26 +295,28 @@ void process_panel(const ContrastTile<scalar_t>& t, const TilePosition& at, int6
 template <typename scalar_t>
 void begin_rows(const TilePosition& at, const ContrastScratch<scalar_t>& scratch, scalar_t value) {
   constexpr int kLanes = Simd<scalar_t>::kLanes;
-  for (int64_t i = 0; i < at.rows * kRowSums; ++i) store(scratch.row_sums + i * kLanes, broadcast<scalar_t>(value));
+  for (int sum = 0; sum < kRowSums; ++sum)
+    for (int64_t r = 0; r < at.rows; ++r)
+      store(scratch.row_sums + sum * kRowSumStride<scalar_t> + r * kLanes, broadcast<scalar_t>(value));
 }
 
 template <typename scalar_t, Pass kPass>
 void end_rows(const ContrastTile<scalar_t>& t, const TilePosition& at, const ContrastScratch<scalar_t>& scratch) {
   constexpr int kLanes = Simd<scalar_t>::kLanes;
   for (int64_t r = 0; r < at.rows; ++r) {
-    const scalar_t* sums = scratch.row_sums + r * kRowSums * kLanes;
+    const scalar_t* sums = scratch.row_sums + r * kLanes;
     const int64_t i = at.row + r;
     if constexpr (kPass == Pass::kMaximum) {
       const scalar_t value = horizontal_max<scalar_t>(load(sums));
       if (value > t.state.max_logit[i]) t.state.max_logit[i] = value;
     } else {
       if (at.kind != TileKind::kDifferent) {
-        t.state.positive_exp[i] += horizontal_sum<scalar_t>(load(sums + kPositiveExp * kLanes));
-        t.state.positive_logit[i] += horizontal_sum<scalar_t>(load(sums + kPositiveLogit * kLanes));
-        t.state.positive_count[i] += horizontal_sum<scalar_t>(load(sums + kPositiveCount * kLanes));
+        t.state.positive_exp[i] += horizontal_sum<scalar_t>(load(sums + kPositiveExp * kRowSumStride<scalar_t>));
+        t.state.positive_logit[i] += horizontal_sum<scalar_t>(load(sums + kPositiveLogit * kRowSumStride<scalar_t>));
+        t.state.positive_count[i] += horizontal_sum<scalar_t>(load(sums + kPositiveCount * kRowSumStride<scalar_t>));
       }
       if (at.kind != TileKind::kSame)
-        t.state.negative_exp[i] += horizontal_sum<scalar_t>(load(sums + kNegativeExp * kLanes));
+        t.state.negative_exp[i] += horizontal_sum<scalar_t>(load(sums + kNegativeExp * kRowSumStride<scalar_t>));
     }
   }
 }
@@ -336,10 +346,60 @@ PanelFunction<scalar_t> choose_panel(TileKind kind, bool columns, bool fixed) {
                  : panel_of_kind<scalar_t, kPass, false, false>(kind);
 }
 
+// `rows` of the tile's anchors from the `first` on, and what belongs to them.
+template <typename scalar_t>
+void process_rows(PanelFunction<scalar_t> process, const ContrastTile<scalar_t>& t, const TilePosition& at, int64_t key,
+                  const ContrastScratch<scalar_t>& scratch, int64_t first, int64_t rows) {
+  constexpr int kPanel = Simd<scalar_t>::kPanel;
+  if (rows <= 0) return;
+  TilePosition part = at;
+  part.row += first;
+  part.rows = rows;
+  ContrastScratch<scalar_t> own = scratch;
+  own.dots += first * kPanel;
+  own.disparity += first * kPanel;
+  own.row_sums += first * Simd<scalar_t>::kLanes;
+  own.weights += first * kWeightStride<scalar_t>;
+  process(t, part, key, own);
+}
+
+// Of anchors sorted by label, the first whose label is at least this.
+template <typename scalar_t>
+int64_t first_of_label(const integer_t<scalar_t>* labels, int64_t rows, integer_t<scalar_t> label) {
+  int64_t first = 0;
+  while (rows > 0) {
+    const int64_t half = rows / 2;
+    const bool below = labels[first + half] < label;
+    first += below ? half + 1 : 0;
+    rows = below ? rows - half - 1 : half;
+  }
+  return first;
+}
+
+// A tile of several labels. Where the keys of a panel have one, its anchors are first others, then equals, then others
+// again, and no pair needs to be looked at; but for a patch that may meet itself.
+template <typename scalar_t, Pass kPass>
+void process_mixed(const ContrastTile<scalar_t>& t, const TilePosition& at, int64_t key,
+                   const ContrastScratch<scalar_t>& scratch, bool columns, bool meets_itself) {
+  constexpr int kPanel = Simd<scalar_t>::kPanel;
+  const auto process = [&](TileKind kind, int64_t first, int64_t last) {
+    process_rows(choose_panel<scalar_t, kPass>(kind, columns, t.fixed_shift), t, at, key, scratch, first, last - first);
+  };
+  const integer_t<scalar_t> label = t.keys.label[key];
+  if (key + kPanel > t.keys.count || t.keys.label[key + kPanel - 1] != label)
+    return process(TileKind::kMixed, 0, at.rows);
+  const integer_t<scalar_t>* labels = t.anchors.label + at.row;
+  const int64_t first = first_of_label<scalar_t>(labels, at.rows, label);
+  const int64_t last = first + first_of_label<scalar_t>(labels + first, at.rows - first, label + 1);
+  process(TileKind::kDifferent, 0, first);
+  process(meets_itself ? TileKind::kMixed : TileKind::kSame, first, last);
+  process(TileKind::kDifferent, last, at.rows);
+}
+
 // Rows of a tile and one panel of its keys.
 template <typename scalar_t, Pass kPass>
 void run_panel(const ContrastTile<scalar_t>& t, const TilePosition& at, int64_t key,
-               const ContrastScratch<scalar_t>& scratch, bool columns) {
+               const ContrastScratch<scalar_t>& scratch, bool columns, bool meets_itself) {
 #if defined(__AVX512BF16__)
   if constexpr (sizeof(scalar_t) == 4) {
     if (t.keys.panels_bf16)
@@ -356,6 +416,7 @@ void run_panel(const ContrastTile<scalar_t>& t, const TilePosition& at, int64_t 
     panel_disparity<float>(t, at, key, scratch.disparity);
   else if (t.channels > 1)
     panel_disparity<scalar_t>(t, at, key, scratch.disparity);
+  if (at.kind == TileKind::kMixed) return process_mixed<scalar_t, kPass>(t, at, key, scratch, columns, meets_itself);
   choose_panel<scalar_t, kPass>(at.kind, columns, t.fixed_shift)(t, at, key, scratch);
 }
 
@@ -367,18 +428,18 @@ void run_panels(const ContrastTile<scalar_t>& t, const TilePosition& at, const C
   for (int64_t column = 0; column < at.columns; column += kPanel) {
     const int64_t key = at.column + column;
     if (!t.symmetric || !at.diagonal) {
-      run_panel<scalar_t, kPass>(t, at, key, scratch, t.symmetric);
+      run_panel<scalar_t, kPass>(t, at, key, scratch, t.symmetric, t.keys_hold_anchors);
       continue;
     }
     TilePosition rows = at;
     rows.rows = column;
-    if (column > 0) run_panel<scalar_t, kPass>(t, rows, key, scratch, true);
+    if (column > 0) run_panel<scalar_t, kPass>(t, rows, key, scratch, true, false);
     rows.row = at.row + column;
     rows.rows = at.rows - column < kPanel ? at.rows - column : kPanel;
     ContrastScratch<scalar_t> own = scratch;
-    own.row_sums += column * kRowSums * Simd<scalar_t>::kLanes;
+    own.row_sums += column * Simd<scalar_t>::kLanes;
     own.weights += column * kWeightStride<scalar_t>;
-    run_panel<scalar_t, kPass>(t, rows, key, own, kPass == Pass::kGradient);
+    run_panel<scalar_t, kPass>(t, rows, key, own, kPass == Pass::kGradient, true);
   }
 }
 

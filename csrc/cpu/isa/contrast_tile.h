@@ -16,6 +16,9 @@ constexpr int64_t kTile = 128;
 template <typename scalar_t>
 constexpr int64_t kWeightStride = kTile + 64 / int64_t(sizeof(scalar_t));
 
+// Between two kinds of partial sums of the rows, in vectors.
+constexpr int64_t kRowSumRows = kTile + 2;
+
 // Which pairs a tile can hold, known before any of them is computed because the patches are sorted by label.
 enum class TileKind : int8_t {
   kSame,       // one label on both sides: only positives
@@ -74,7 +77,7 @@ struct ContrastScratch {
   scalar_t* dots;              // one panel of products
   scalar_t* disparity;         // one panel, used when descriptors have several channels
   integer_t<scalar_t>* codes;  // one panel, used with explicit masks
-  scalar_t* row_sums;          // four vectors of partial sums per row
+  scalar_t* row_sums;          // (4, kRowSumRows) vectors of partial sums
   scalar_t* weights;           // the tile of dL/ds, (kTile, kWeightStride)
 };
 
@@ -95,6 +98,7 @@ struct ContrastTile {
   scalar_t log_negative_weight;  // without fixed_shift, added to negatives; 0 for moderate weights
   // Keys are the anchors: each tile above the diagonal serves its rows as anchors and its columns as anchors.
   bool symmetric;
+  bool keys_hold_anchors;  // keys are given, and an anchor may stand among them
   // Gradients in the caller's order (index applies) or in sorted order.
   scalar_t* grad_anchors;
   scalar_t* grad_keys;

@@ -14,19 +14,19 @@ struct RowsOfC {
   PGLCL_INLINE scalar_t* row(int64_t r) const { return data + (index ? int64_t(index[r]) : r) * stride; }
 };
 
-// One kMicroRows x kPanel tile. A(r, k) = a[r * row_step + k * k_step], B(k, c) = b[k * ldb + c].
-template <typename scalar_t>
+// One kRows x kPanel tile. A(r, k) = a[r * row_step + k * k_step], B(k, c) = b[k * ldb + c].
+template <int kRows, typename scalar_t>
 PGLCL_INLINE void micro_kernel(int64_t depth, const scalar_t* a, int64_t row_step, int64_t k_step, const scalar_t* b,
-                               int64_t ldb, vec_t<scalar_t> (&acc)[kMicroRows][2]) {
+                               int64_t ldb, vec_t<scalar_t> (&acc)[kRows][2]) {
   constexpr int kLanes = Simd<scalar_t>::kLanes;
 #pragma GCC unroll 8
-  for (int r = 0; r < kMicroRows; ++r) acc[r][0] = acc[r][1] = vec_t<scalar_t>{};
+  for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = vec_t<scalar_t>{};
   for (int64_t k = 0; k < depth; ++k) {
     const vec_t<scalar_t> b0 = load(b + k * ldb);
     const vec_t<scalar_t> b1 = load(b + k * ldb + kLanes);
     const scalar_t* ak = a + k * k_step;
 #pragma GCC unroll 8
-    for (int r = 0; r < kMicroRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       const scalar_t x = ak[r * row_step];
       acc[r][0] += x * b0;
       acc[r][1] += x * b1;
@@ -51,42 +51,65 @@ PGLCL_INLINE void prefetch_b(const scalar_t* next_columns, int64_t ldb, int64_t 
   for (int64_t k = first; k < first + kMicroRows && k < depth; ++k) __builtin_prefetch(next_columns + k * ldb);
 }
 
-// rows x columns of C; A must be readable up to the next multiple of kMicroRows rows and B up to the next multiple of
-// kPanel columns (what lies there does not reach C).
+// One micro-tile into C, of which `height` rows and `width` columns belong to it.
+template <int kRows, bool kAccumulate, typename scalar_t>
+PGLCL_INLINE void micro_tile(int64_t depth, const scalar_t* a, int64_t row_step, int64_t k_step, const scalar_t* b,
+                             int64_t ldb, RowsOfC<scalar_t> c, int64_t row, int64_t height, int64_t column,
+                             int64_t width) {
+  constexpr int kLanes = Simd<scalar_t>::kLanes;
+  constexpr int kPanel = Simd<scalar_t>::kPanel;
+  vec_t<scalar_t> acc[kRows][2];
+  micro_kernel<kRows>(depth, a, row_step, k_step, b, ldb, acc);
+  if (height == kRows && width == kPanel) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      scalar_t* out = c.row(row + r) + column;
+      store(out, kAccumulate ? load(out) + acc[r][0] : acc[r][0]);
+      store(out + kLanes, kAccumulate ? load(out + kLanes) + acc[r][1] : acc[r][1]);
+    }
+    return;
+  }
+  scalar_t edge[kRows][kPanel];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    store(edge[r], acc[r][0]);
+    store(edge[r] + kLanes, acc[r][1]);
+  }
+  for (int64_t r = 0; r < height; ++r) {
+    scalar_t* out = c.row(row + r) + column;
+    for (int64_t i = 0; i < width; ++i) out[i] = kAccumulate ? out[i] + edge[r][i] : edge[r][i];
+  }
+}
+
+// Whether the rows that are left are better done by fours than by kMicroRows.
+PGLCL_INLINE bool by_fours(int64_t left) {
+  const auto whole = [left](int64_t rows) { return (left + rows - 1) / rows * rows; };
+  return left <= 8 && whole(4) < whole(kMicroRows);
+}
+
+// rows x columns of C; A must be readable up to the next multiple of 4 rows and B up to the next multiple of kPanel
+// columns (what lies there does not reach C).
 template <typename scalar_t, bool kAccumulate>
 inline void tile_gemm(int64_t rows, int64_t columns, int64_t depth, const scalar_t* a, int64_t row_step, int64_t k_step,
                       const scalar_t* b, int64_t ldb, RowsOfC<scalar_t> c) {
-  constexpr int kLanes = Simd<scalar_t>::kLanes;
   constexpr int kPanel = Simd<scalar_t>::kPanel;
-  vec_t<scalar_t> acc[kMicroRows][2];
   for (int64_t column = 0; column < columns; column += kPanel) {
     const int64_t width = columns - column < kPanel ? columns - column : kPanel;
-    for (int64_t row = 0; row < rows; row += kMicroRows) {
-      const int64_t height = rows - row < kMicroRows ? rows - row : kMicroRows;
-      if (k_step == 1 && row + kMicroRows < rows) prefetch_a(a + (row + kMicroRows) * row_step, row_step, depth);
+    for (int64_t row = 0; row < rows;) {
+      const bool fours = by_fours(rows - row);
+      const int64_t next = row + (fours ? 4 : kMicroRows), height = (next < rows ? next : rows) - row;
+      if (k_step == 1 && next < rows) prefetch_a(a + next * row_step, row_step, depth);
       if constexpr (kAccumulate) {
         prefetch_c(c, row, height, column);
         if (column + kPanel < columns) prefetch_b(b + column + kPanel, ldb, row, depth);
       }
-      micro_kernel(depth, a + row * row_step, row_step, k_step, b + column, ldb, acc);
-      if (height == kMicroRows && width == kPanel) {
-#pragma GCC unroll 8
-        for (int r = 0; r < kMicroRows; ++r) {
-          scalar_t* out = c.row(row + r) + column;
-          store(out, kAccumulate ? load(out) + acc[r][0] : acc[r][0]);
-          store(out + kLanes, kAccumulate ? load(out + kLanes) + acc[r][1] : acc[r][1]);
-        }
-        continue;
-      }
-      scalar_t edge[kMicroRows][kPanel];
-      for (int r = 0; r < kMicroRows; ++r) {
-        store(edge[r], acc[r][0]);
-        store(edge[r] + kLanes, acc[r][1]);
-      }
-      for (int64_t r = 0; r < height; ++r) {
-        scalar_t* out = c.row(row + r) + column;
-        for (int64_t i = 0; i < width; ++i) out[i] = kAccumulate ? out[i] + edge[r][i] : edge[r][i];
-      }
+      const scalar_t* rows_of_a = a + row * row_step;
+      if (fours)
+        micro_tile<4, kAccumulate>(depth, rows_of_a, row_step, k_step, b + column, ldb, c, row, height, column, width);
+      else
+        micro_tile<kMicroRows, kAccumulate>(depth, rows_of_a, row_step, k_step, b + column, ldb, c, row, height, column,
+                                            width);
+      row = next;
     }
   }
 }
