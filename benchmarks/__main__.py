@@ -2,8 +2,9 @@
 
 Measures, prints the tables, and writes benchmarks/results/<processor>/<question>.json with every sample, the table and
 the plot beside it, and the sections of README that come from them. With --sizes they go to build/benchmarks instead,
-and README stays as it is. Without questions all are answered but three: `segmentation`, which trains networks for
-hours and resumes what was interrupted, `memory`, which predicts large volumes, and `pairs`, one positive a row.
+and README stays as it is. Without questions all are answered but four: `segmentation`, which trains networks for hours
+and resumes what was interrupted, `memory`, which predicts large volumes, `limits`, the kernels against what the machine
+can do, and `pairs`, one positive a row.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from benchmarks import pages, plots
 from benchmarks.pages import MEASURED, QUESTIONS, UNRECORDED
 from benchmarks.runner import RESULTS, folder_of, headed, machine, name_of, save
 
-WITH_SIZES = ("loss", "gaussian", "scaling", "peers", "pairs")
+WITH_SIZES = ("loss", "gaussian", "scaling", "peers", "limits", "pairs")
 ON_CUDA = ("loss", "statistics", "gaussian")
 
 

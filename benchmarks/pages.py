@@ -20,7 +20,7 @@ from benchmarks.scaling import slopes
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "figures.md", ROOT / "docs" / "segmentation.md")
 MEASURED = ("loss", "statistics", "gaussian", "scaling", "peers")
-ASKED = ("memory",)  # for each processor, too, but by name alone
+ASKED = ("limits", "memory")  # for each processor, too, but by name alone
 QUESTIONS = (*MEASURED, *ASKED, "segmentation")
 UNRECORDED = ("pairs",)  # answered when asked; no results are committed, so no page shows any
 SHOWN = ("pglcl_ext", "pytorch-metric-learning", "plain SupCon", "eager reference", "torch.mm alone")

@@ -21,7 +21,7 @@ pytest.importorskip("matplotlib")
 
 from pglcl.config import TrainConfig
 
-from benchmarks import gaussian, pages, pairs, peers, runner, scaling, segmentation
+from benchmarks import gaussian, limits, pages, pairs, peers, runner, scaling, segmentation
 from pglcl_ext import gaussian_contrast_loss
 
 
@@ -34,6 +34,33 @@ def allocate(mebibytes: int, seconds: float = 0.0) -> runner.Calls:
             pass
 
     return {"some": {"forward": touch, "forward+backward": touch}}
+
+
+def test_limits_are_shares_of_the_larger_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 N^2 D operations a product: half of one forward, two for both passes, where the anchors are the keys."""
+    monkeypatch.setattr(limits, "SQUARE", 64)
+    monkeypatch.setattr(limits, "ROUNDS", 1000)
+    monkeypatch.setattr(limits, "IMAGES", (((1, 2, 32, 32), 8, 8),))
+    results, table = limits.run(threads=1, sizes=(64,))
+    work = {
+        (row["keys"], row["passes"]): row["operations"]
+        for row in results
+        if row.get("dtype") == "bfloat16" and "N" in row
+    }
+    product = 2 * 64 * 64 * 128
+    assert work == {
+        (False, "forward"): product / 2,
+        (False, "forward+backward"): 2 * product,
+        (True, "forward"): product,
+        (True, "forward+backward"): 3 * product,
+    }
+    for row in results:  # as if 1 us each; the registers' loop at 2000 GFLOP/s, torch.mm at 1000
+        rate = {"torch.mm": 1e12, "multiply-adds in registers": 2e12}.get(row.get("contender", ""))
+        row["seconds"] = [row["operations"] / rate if rate else 1e-6]
+    text = limits.table(results)
+    assert "| float32, anchors = keys | 0.001 (0.001-0.001) | 524 (26 %) | 1.00 |" in text
+    assert "GFLOP/s: torch.mm 1000, multiply-adds in registers 2000." in text
+    assert "| 1x2x32x32, patch 8, stride 8, float16 |" in table
 
 
 def test_compare_takes_turns() -> None:

@@ -30,33 +30,15 @@ double largest_share(const PatchGrid& g) {
   return double(std::numeric_limits<scalar_t>::max()) / (64 * patches);
 }
 
-// Consecutive rows of all classes in the accumulating type: in place where the input has that type, else converted.
-template <typename scalar_t>
-class StripReader {
- public:
-  StripReader(const StatisticsInputs& inputs, int64_t most_rows)
-      : inputs_(inputs),
-        direct_(inputs.dtype == (sizeof(scalar_t) == 8 ? DType::kFloat64 : DType::kFloat32)),
-        class_stride_(direct_ ? inputs.grid.pixels() : most_rows * inputs.grid.image[2]),
-        converted_(direct_ ? 0 : inputs.grid.classes * class_stride_) {}
+Element element_of(DType dtype) {
+  if (dtype == DType::kBFloat16) return Element::kBFloat16;
+  return dtype == DType::kFloat16 ? Element::kFloat16 : Element::kAsComputed;
+}
 
-  const scalar_t* rows(int64_t b, int64_t z, int64_t y, int64_t count) {
-    const PatchGrid& g = inputs_.grid;
-    const int64_t first = b * g.classes * g.pixels() + (z * g.image[1] + y) * g.image[2];
-    if (direct_) return static_cast<const scalar_t*>(inputs_.input) + first;
-    for (int64_t k = 0; k < g.classes; ++k)
-      read_elements(inputs_.input, inputs_.dtype, first + k * g.pixels(), count * g.image[2],
-                    converted_.data() + k * class_stride_);
-    return converted_.data();
-  }
-  int64_t class_stride() const { return class_stride_; }
-
- private:
-  const StatisticsInputs& inputs_;
-  bool direct_;
-  int64_t class_stride_;
-  Buffer<scalar_t> converted_;
-};
+// Where row y of slice z of image b begins, in elements.
+int64_t row_at(const PatchGrid& g, int64_t b, int64_t z, int64_t y) {
+  return b * g.classes * g.pixels() + (z * g.image[1] + y) * g.image[2];
+}
 
 // The first image row after y that lies in other patches than y does, or `end`.
 int64_t next_change(int64_t y, int64_t end, int64_t patch, int64_t stride, int64_t grid) {
@@ -72,7 +54,8 @@ int64_t next_change(int64_t y, int64_t end, int64_t patch, int64_t stride, int64
 template <typename scalar_t>
 void patch_statistics_forward(const StatisticsInputs& inputs, const StatisticsOutputs& out, const Parallel& parallel) {
   const PatchGrid& g = inputs.grid;
-  const int64_t width = g.image[2], classes = g.classes;
+  const int64_t width = g.image[2], classes = g.classes, size = size_of(inputs.dtype);
+  const char* image = static_cast<const char*>(inputs.input);
   const auto forward_strip = kernel_table().statistics<scalar_t>().forward_strip;
   const double log_classes = std::log(double(classes));
   const scalar_t scale = scalar_t(inputs.normalize ? 1.0 / log_classes : 1.0);
@@ -85,9 +68,8 @@ void patch_statistics_forward(const StatisticsInputs& inputs, const StatisticsOu
   const int64_t tasks = g.batch * g.grid[0] * runs;
 
   parallel.share(tasks, g.batch * g.pixels() * classes < kSerialWork, [&](int64_t first_task, int64_t last_task) {
-    StripReader<scalar_t> reader(inputs, g.patch[1]);
     const int64_t per_row = (1 + 2 * classes) * width;  // entropy, then mass and product of each class
-    Buffer<scalar_t> sums(run * per_row), strip(per_row), scratch(2 * classes * kMaxLanes);
+    Buffer<scalar_t> sums(run * per_row), strip(per_row), scratch(statistics_scratch(classes));
     std::vector<scalar_t> values((1 + 2 * classes) * g.grid[2]);
 
     for (int64_t task = first_task; task < last_task; ++task) {
@@ -106,8 +88,9 @@ void patch_statistics_forward(const StatisticsInputs& inputs, const StatisticsOu
           const bool alone = range.last - range.first == 1;
           scalar_t* into = alone ? sums.data() + (range.first - gy0) * per_row : strip.data();
           if (!alone) std::fill(into, into + per_row, scalar_t(0));
-          forward_strip({reader.rows(b, z, y, next - y), reader.class_stride(), width, next - y, width, classes,
-                         inputs.probabilities, scratch.data(), into, into + width, into + (1 + classes) * width});
+          forward_strip({image + row_at(g, b, z, y) * size, element_of(inputs.dtype), g.pixels(), width, next - y,
+                         width, classes, inputs.probabilities, scratch.data(), into, into + width,
+                         into + (1 + classes) * width});
           for (int64_t gy = range.first; !alone && gy < range.last; ++gy) {
             scalar_t* patch_row = sums.data() + (gy - gy0) * per_row;
             for (int64_t i = 0; i < per_row; ++i) patch_row[i] += strip[i];
@@ -188,7 +171,9 @@ void patch_statistics_backward(const StatisticsInputs& inputs, const void* confi
                                const void* grad_entropy, const void* grad_confidence, const void* grad_class_entropy,
                                void* grad_input, const Parallel& parallel) {
   const PatchGrid& g = inputs.grid;
-  const int64_t width = g.image[2], classes = g.classes, patches = g.patches();
+  const int64_t width = g.image[2], classes = g.classes, patches = g.patches(), size = size_of(inputs.dtype);
+  const char* image = static_cast<const char*>(inputs.input);
+  char* gradient = static_cast<char*>(grad_input);
   const auto backward_strip = kernel_table().statistics<scalar_t>().backward_strip;
   const scalar_t scale = scalar_t(inputs.normalize ? 1.0 / std::log(double(classes)) : 1.0);
   const scalar_t per_pixel = scalar_t(1) / scalar_t(g.patch_pixels());
@@ -224,12 +209,9 @@ void patch_statistics_backward(const StatisticsInputs& inputs, const void* confi
   // Step 2: strips of image rows that lie in the same patches share their coefficients.
   const int64_t run = std::max<int64_t>(g.stride[1], 16);
   const int64_t runs = ceil_div(g.image[1], run);
-  const bool direct = inputs.dtype == (sizeof(scalar_t) == 8 ? DType::kFloat64 : DType::kFloat32);
   const int64_t tasks = g.batch * g.image[0] * runs;
   parallel.share(tasks, g.batch * g.pixels() * classes < kSerialWork, [&](int64_t first_task, int64_t last_task) {
-    StripReader<scalar_t> reader(inputs, run);
-    Buffer<scalar_t> spread(lines * width), scratch(2 * classes * kMaxLanes);
-    Buffer<scalar_t> converted(direct ? 0 : classes * run * width);
+    Buffer<scalar_t> spread(lines * width), scratch(statistics_scratch(classes));
     for (int64_t task = first_task; task < last_task; ++task) {
       const int64_t b = task / (g.image[0] * runs), z = task / runs % g.image[0], y0 = task % runs * run;
       const PatchRange depth = patches_with(z, g.patch[0], g.stride[0], g.grid[0]);
@@ -248,15 +230,10 @@ void patch_statistics_backward(const StatisticsInputs& inputs, const void* confi
                 for (int64_t x = gx * g.stride[2]; x < gx * g.stride[2] + g.patch[2]; ++x) out[x] += value;
               }
         }
-        const int64_t out = b * classes * g.pixels() + (z * g.image[1] + y) * width;
-        scalar_t* target = direct ? static_cast<scalar_t*>(grad_input) + out : converted.data();
-        const int64_t target_stride = direct ? g.pixels() : run * width;
-        backward_strip({reader.rows(b, z, y, next - y), reader.class_stride(), width, next - y, width, classes,
+        const int64_t at = row_at(g, b, z, y) * size;
+        backward_strip({image + at, element_of(inputs.dtype), g.pixels(), width, next - y, width, classes,
                         inputs.probabilities, scratch.data(), spread.data(), spread.data() + width,
-                        spread.data() + (1 + classes) * width, target, target_stride, width});
-        for (int64_t k = 0; !direct && k < classes; ++k)
-          write_elements(converted.data() + k * target_stride, (next - y) * width, grad_input, inputs.dtype,
-                         out + k * g.pixels());
+                        spread.data() + (1 + classes) * width, gradient + at});
       }
     }
   });

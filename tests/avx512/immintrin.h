@@ -11,6 +11,7 @@
 typedef float __m512 __attribute__((vector_size(64), may_alias));
 typedef int32_t __m512i __attribute__((vector_size(64), may_alias));
 typedef uint16_t __m512bh __attribute__((vector_size(64), may_alias));
+typedef uint16_t __m256i __attribute__((vector_size(32), may_alias));  // of the names in use only 16 bits ask for it
 
 enum { _MM_FROUND_TO_NEAREST_INT = 0, _MM_FROUND_NO_EXC = 8 };
 enum _MM_MANTISSA_NORM_ENUM { _MM_MANT_NORM_p75_1p5 = 3 };
@@ -63,6 +64,28 @@ PGLCL_EMULATED float getmant(float x) {
 PGLCL_EMULATED float flushed(float x) { return __builtin_fabsf(x) < 1.17549435e-38f ? __builtin_copysignf(0, x) : x; }
 PGLCL_EMULATED float of_bfloat16(uint16_t x) { return flushed(bits_as<float>(uint32_t(x) << 16)); }
 
+PGLCL_EMULATED float of_float16(uint16_t x) {
+  const int exponent = x >> 10 & 0x1f, fraction = x & 0x3ff;
+  if (exponent == 31)
+    return bits_as<float>(uint32_t(x & 0x8000) << 16 | 0x7f800000 | fraction << 13 | (fraction ? 0x400000 : 0));
+  const double value = exponent ? (1024 + fraction) * power_of_two(exponent - 25) : fraction * power_of_two(-24);
+  return float(x & 0x8000 ? -value : value);
+}
+
+// To the nearest, ties to even.
+PGLCL_EMULATED uint16_t to_float16(float x) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  const uint16_t sign = bits >> 16 & 0x8000;
+  if (x != x) return sign | 0x7e00 | (bits >> 13 & 0x3ff);
+  const double magnitude = __builtin_fabs(double(x));
+  if (magnitude >= 65520) return sign | 0x7c00;
+  // Whole numbers of steps of 2^-24 below 2^-13, and of 2^(e - 10) in [2^e, 2^(e + 1)).
+  int step = -24;
+  while (magnitude >= power_of_two(step + 11)) ++step;
+  const int steps = int(__builtin_rint(magnitude * power_of_two(-step)));
+  return sign | uint16_t((step + 24) * 1024 + steps);
+}
+
 }  // namespace emulated
 
 PGLCL_EMULATED __m512 _mm512_setzero_ps() { return __m512{}; }
@@ -111,6 +134,19 @@ PGLCL_EMULATED __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
     sum[i] = lane;
   }
   return sum;
+}
+
+PGLCL_EMULATED __m512 _mm512_cvtph_ps(__m256i halves) {
+  __m512 x;
+  for (int i = 0; i < emulated::kLanes; ++i) x[i] = emulated::of_float16(halves[i]);
+  return x;
+}
+
+PGLCL_EMULATED __m256i _mm512_cvtps_ph(__m512 x, int how) {
+  if (how != (_MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)) __builtin_trap();
+  __m256i halves;
+  for (int i = 0; i < emulated::kLanes; ++i) halves[i] = emulated::to_float16(x[i]);
+  return halves;
 }
 
 #undef PGLCL_EMULATED

@@ -86,8 +86,13 @@ PGLCL_INLINE vec_t<scalar_t> keep(mask_t<scalar_t> mask, vec_t<scalar_t> value) 
   return mask ? value : vec_t<scalar_t>{};
 }
 
+// b where either is NaN.
 template <typename scalar_t>
 PGLCL_INLINE vec_t<scalar_t> maximum(vec_t<scalar_t> a, vec_t<scalar_t> b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // The compiler makes a comparison and a blend of what the one instruction does.
+  if constexpr (sizeof(scalar_t) == 4) return (vec_t<scalar_t>)_mm256_max_ps((__m256)a, (__m256)b);
+#endif
   return a > b ? a : b;
 }
 
@@ -158,13 +163,10 @@ PGLCL_INLINE vec_t<float> exp2(vec_t<float> x) {
   return exp2_of_any((vec_t<float>)_mm512_max_ps(_mm512_set1_ps(-126.0f), (__m512)x));  // x where it is NaN
 }
 
-// 2^x for x <= 0, down to 0. NaN and minus infinity give NaN.
+// 2^x for x in [kLeastExponent, 0], at whose lower end it is 0. NaN gives NaN.
+template <typename scalar_t>
+constexpr scalar_t kLeastExponent = sizeof(scalar_t) == 4 ? -256 : -2048;
 PGLCL_INLINE vec_t<float> exp2_to_zero(vec_t<float> x) { return exp2_of_any(x); }
-
-// The same for x down to minus infinity, which gives 0.
-PGLCL_INLINE vec_t<float> exp2_to_zero_of_any(vec_t<float> x) {
-  return exp2_of_any((vec_t<float>)_mm512_max_ps(_mm512_set1_ps(-256.0f), (__m512)x));
-}
 
 // The larger, or the smaller, of x and a limit; NaN stays.
 PGLCL_INLINE vec_t<float> at_least(vec_t<float> x, float least) {
@@ -193,22 +195,25 @@ PGLCL_INLINE vec_t<float> log_of_normal(vec_t<float> x) {
   return f + f * f * p + e * 0.69314718056f;
 }
 #else
-PGLCL_INLINE vec_t<float> exp2(vec_t<float> x) {
-#if defined(__AVX2__)
-  x = (vec_t<float>)_mm256_max_ps(_mm256_set1_ps(-126.0f), (__m256)x);  // x where it is NaN
-#else
-  x = x < -126.0f ? broadcast(-126.0f) : x;
-#endif
+// Down to -127 only, where the power is 0 instead of a subnormal number: its exponent's bits are.
+template <typename scalar_t>
+constexpr scalar_t kLeastExponent = sizeof(scalar_t) == 4 ? -127 : -2048;
+PGLCL_INLINE vec_t<float> exp2_to_zero(vec_t<float> x) {
   // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low mantissa bits.
   const float magic = 12582912.0f;
   const vec_t<float> shifted = x + magic;
   const vec_t<float> scale = (vec_t<float>)(((mask_t<float>)shifted << 23) + 0x3f800000);
   return exp2_polynomial(x - (shifted - magic)) * scale;
 }
-PGLCL_INLINE vec_t<float> exp2_to_zero(vec_t<float> x) { return x < -126.0f ? vec_t<float>{} : exp2(x); }
-PGLCL_INLINE vec_t<float> exp2_to_zero_of_any(vec_t<float> x) { return exp2_to_zero(x); }
-PGLCL_INLINE vec_t<float> at_least(vec_t<float> x, float least) { return x < least ? broadcast(least) : x; }
-PGLCL_INLINE vec_t<float> at_most(vec_t<float> x, float most) { return x > most ? broadcast(most) : x; }
+PGLCL_INLINE vec_t<float> exp2(vec_t<float> x) { return exp2_to_zero(maximum<float>(broadcast(-126.0f), x)); }
+PGLCL_INLINE vec_t<float> at_least(vec_t<float> x, float least) { return maximum<float>(broadcast(least), x); }
+PGLCL_INLINE vec_t<float> at_most(vec_t<float> x, float most) {
+#if defined(__AVX2__)
+  return (vec_t<float>)_mm256_min_ps(_mm256_set1_ps(most), (__m256)x);
+#else
+  return x > most ? broadcast(most) : x;
+#endif
+}
 #endif
 
 PGLCL_INLINE vec_t<double> exp2(vec_t<double> x) {
@@ -253,7 +258,6 @@ PGLCL_INLINE vec_t<float> log(vec_t<float> x) {
 }
 
 PGLCL_INLINE vec_t<double> exp2_to_zero(vec_t<double> x) { return exp2(x); }
-PGLCL_INLINE vec_t<double> exp2_to_zero_of_any(vec_t<double> x) { return exp2(x); }
 PGLCL_INLINE vec_t<double> at_least(vec_t<double> x, double least) { return x < least ? broadcast(least) : x; }
 PGLCL_INLINE vec_t<double> at_most(vec_t<double> x, double most) { return x > most ? broadcast(most) : x; }
 
@@ -268,7 +272,7 @@ PGLCL_INLINE vec_t<double> log_of_normal(vec_t<double> x) { return log(x); }
 // e^x of x <= 0, down to 0 at minus infinity. What is above 0, by rounding or for a pair that does not count, gives 1.
 template <typename scalar_t>
 PGLCL_INLINE vec_t<scalar_t> exp_of_nonpositive(vec_t<scalar_t> x) {
-  return exp2_to_zero_of_any(at_most(x, scalar_t(0)) * scalar_t(1.4426950408889634));
+  return exp2_to_zero(at_least(at_most(x, scalar_t(0)) * scalar_t(1.4426950408889634), kLeastExponent<scalar_t>));
 }
 
 }  // namespace pglcl::PGLCL_ISA

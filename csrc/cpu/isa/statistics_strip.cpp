@@ -4,8 +4,8 @@
 // number of classes is a template argument for the common ones (kClasses = 0: any number, in scratch memory).
 #include "statistics_strip.h"
 
+#include "elements.h"
 #include "kernel_table.h"
-#include "simd.h"
 
 namespace pglcl::PGLCL_ISA {
 namespace {
@@ -13,64 +13,69 @@ namespace {
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
-// Two to this is 0. The distance of two logits may be infinite, and 0 times infinity is NaN: it ends here.
-template <typename scalar_t>
-constexpr scalar_t kLowestExponent = sizeof(scalar_t) == 4 ? -256 : -2048;
-
 // p log p with 0 log 0 = 0. A NaN fails the comparison and keeps its own value.
 template <typename scalar_t>
 PGLCL_INLINE vec_t<scalar_t> p_log_p(vec_t<scalar_t> p) {
   return p <= scalar_t(0) ? vec_t<scalar_t>{} : p * log(p);
 }
 
-// The entropy of one vector of pixels, and for logits the highest and the log of the sum of exponentials above it. The
-// two stay apart: their rounded sum would be off by as much as the logits are large.
+// Of one vector of pixels: the highest logit, the sum of the exponentials above it, and their sum weighted with the
+// exponents. Of probabilities: the entropy alone.
 template <typename scalar_t>
-struct Prediction {
-  vec_t<scalar_t> entropy;
-  vec_t<scalar_t> highest;
-  vec_t<scalar_t> log_sum;
+struct Sums {
+  vec_t<scalar_t> highest, sum, weighted, entropy;
 };
 
-// p[k] = probability of class k; kClasses > 0 lets the compiler keep p in registers.
-template <typename scalar_t, int kClasses, typename P>
-PGLCL_INLINE Prediction<scalar_t> predict(const scalar_t* input, int64_t class_stride, int64_t classes,
-                                          bool probabilities, P& p) {
+// p[k] = exponential of class k, or its probability where that is given; kClasses > 0 lets the compiler unroll.
+template <typename scalar_t, int kClasses, typename element_t, typename P>
+PGLCL_INLINE Sums<scalar_t> sum_classes(const element_t* input, int64_t class_stride, int64_t classes,
+                                        bool probabilities, P& p) {
   using vec = vec_t<scalar_t>;
   const int64_t count = kClasses > 0 ? kClasses : classes;
-  Prediction<scalar_t> result{};
+  Sums<scalar_t> result{};
   if (probabilities) {
 #pragma GCC unroll 4
     for (int64_t k = 0; k < count; ++k) {
-      p[k] = load(input + k * class_stride);
+      p[k] = read(input + k * class_stride);
       result.entropy -= p_log_p<scalar_t>(p[k]);
     }
     return result;
   }
 #pragma GCC unroll 4
-  for (int64_t k = 0; k < count; ++k) p[k] = load(input + k * class_stride);
-  vec highest = p[0];
+  for (int64_t k = 0; k < count; ++k) p[k] = read(input + k * class_stride);
+  result.highest = p[0];
 #pragma GCC unroll 4
-  for (int64_t k = 1; k < count; ++k) highest = maximum<scalar_t>(highest, p[k]);
-  vec sum{}, weighted{};
+  for (int64_t k = 1; k < count; ++k) result.highest = maximum<scalar_t>(result.highest, p[k]);
 #pragma GCC unroll 4
   for (int64_t k = 0; k < count; ++k) {
-    // In units of log 2, so that 2^x replaces e^x.
-    const vec exponent = at_least((p[k] - highest) * scalar_t(kLog2E), kLowestExponent<scalar_t>);
+    // In units of log 2, so that 2^x replaces e^x. The distance of two logits may be infinite, and 0 times infinity
+    // NaN.
+    const vec exponent = at_least((p[k] - result.highest) * scalar_t(kLog2E), kLeastExponent<scalar_t>);
     const vec e = exp2_to_zero(exponent);
-    sum += e;
-    weighted += e * exponent;
+    result.sum += e;
+    result.weighted += e * exponent;
     p[k] = e;
   }
-  const vec inverse = scalar_t(1) / sum;
+  return result;
+}
+
+// The entropy of one vector of pixels, and for logits the log of the sum of exponentials above the highest. The two
+// stay apart: their rounded sum would be off by as much as the logits are large.
+template <typename scalar_t>
+struct Prediction {
+  vec_t<scalar_t> entropy, log_sum;
+};
+
+// p[k] becomes the probability of class k.
+template <typename scalar_t, int kClasses, typename P>
+PGLCL_INLINE Prediction<scalar_t> predict(const Sums<scalar_t>& sums, int64_t classes, bool probabilities, P& p) {
+  if (probabilities) return {sums.entropy, sums.sum};
+  const vec_t<scalar_t> inverse = scalar_t(1) / sums.sum, log_sum = log_of_normal(sums.sum);
+  const int64_t count = kClasses > 0 ? kClasses : classes;
 #pragma GCC unroll 4
   for (int64_t k = 0; k < count; ++k) p[k] *= inverse;
-  const vec log_sum = log_of_normal(sum);
   // Rounding can leave a certain pixel a little below zero.
-  result.entropy = at_least(log_sum - weighted * inverse * scalar_t(kLn2), scalar_t(0));
-  result.highest = highest;
-  result.log_sum = log_sum;
-  return result;
+  return {at_least(log_sum - sums.weighted * inverse * scalar_t(kLn2), scalar_t(0)), log_sum};
 }
 
 template <typename scalar_t>
@@ -90,60 +95,101 @@ PGLCL_INLINE void store_part(scalar_t* out, vec_t<scalar_t> value, int lanes) {
   }
 }
 
-// The last columns of a row, fewer than a vector: all classes copied to `edge` (classes, lanes), the last one repeated.
-template <typename scalar_t>
-void copy_edge(const scalar_t* input, int64_t class_stride, int64_t classes, int lanes, scalar_t* edge) {
-  constexpr int kLanes = Simd<scalar_t>::kLanes;
-  for (int64_t k = 0; k < classes; ++k)
-    for (int i = 0; i < kLanes; ++i) edge[k * kLanes + i] = input[k * class_stride + (i < lanes ? i : lanes - 1)];
+// A gradient in the type of the input.
+template <typename scalar_t, typename element_t>
+PGLCL_INLINE void write_part(element_t* out, vec_t<scalar_t> value, int lanes) {
+  if (lanes == Simd<scalar_t>::kLanes) return write(out, value);
+  element_t whole[Simd<scalar_t>::kLanes];
+  write(whole, value);
+  for (int i = 0; i < lanes; ++i) out[i] = whole[i];
 }
+
+// The last columns of a row, fewer than a vector: all classes copied to `edge` (classes, lanes), the last one repeated.
+template <typename scalar_t, typename element_t>
+void copy_edge(const element_t* input, int64_t class_stride, int64_t classes, int lanes, scalar_t* edge) {
+  constexpr int kLanes = Simd<scalar_t>::kLanes;
+  element_t whole[kLanes];
+  for (int64_t k = 0; k < classes; ++k) {
+    for (int i = 0; i < kLanes; ++i) whole[i] = input[k * class_stride + (i < lanes ? i : lanes - 1)];
+    store(edge + k * kLanes, read(whole));
+  }
+}
+
+// Rows that are worked on at once. First come the exponentials of all, then what follows from their sums: each step is
+// a long chain of dependent instructions, and a processor looks only so far ahead for others beside it.
+constexpr int kRowsAtOnce = kStatisticsRows;
 
 // Walking down a strip defeats the hardware's prefetching along rows: ask for the next columns of this row, which are
 // wanted a strip's height from now.
-template <typename scalar_t>
-PGLCL_INLINE void prefetch_next_columns(const scalar_t* input, int64_t class_stride, int64_t classes) {
-  for (int64_t k = 0; k < classes; ++k) __builtin_prefetch(input + k * class_stride + 2 * Simd<scalar_t>::kLanes);
+template <typename element_t>
+PGLCL_INLINE void prefetch_next_columns(const element_t* input, int64_t class_stride, int64_t classes) {
+  constexpr int64_t kAhead = 128 / sizeof(element_t);
+  for (int64_t k = 0; k < classes; ++k) __builtin_prefetch(input + k * class_stride + kAhead);
 }
 
-// Where one vector of columns of a row is read: in place, or for the ragged end from a copy in scratch memory.
-template <int kClasses, template <typename> class Strip, typename scalar_t>
-PGLCL_INLINE const scalar_t* columns_of(const Strip<scalar_t>& s, int64_t row, int64_t x, int lanes,
-                                        int64_t& class_stride) {
-  const scalar_t* input = s.input + row * s.row_stride + x;
-  class_stride = s.class_stride;
-  prefetch_next_columns(input, class_stride, kClasses > 0 ? kClasses : s.classes);
-  if (lanes == Simd<scalar_t>::kLanes) return input;
-  scalar_t* edge = s.scratch + s.classes * kMaxLanes;
-  copy_edge(input, class_stride, s.classes, lanes, edge);
-  class_stride = Simd<scalar_t>::kLanes;
-  return edge;
-}
-
-// p of any number of classes lives in scratch memory, that of a few in registers.
+// p of all classes in each of the rows at once: for any number of classes in scratch memory.
 template <typename scalar_t, int kClasses>
 struct Probabilities {
-  vec_t<scalar_t> p[kClasses];
-  explicit Probabilities(scalar_t*) {}
-  PGLCL_INLINE vec_t<scalar_t>& operator[](int64_t k) { return p[k]; }
+  vec_t<scalar_t> p[kRowsAtOnce][kClasses];
+  explicit Probabilities(scalar_t*, int64_t) {}
+  PGLCL_INLINE vec_t<scalar_t>* row(int r) { return p[r]; }
 };
 template <typename scalar_t>
 struct Probabilities<scalar_t, 0> {
-  typename Simd<scalar_t>::vec_unaligned* p;
-  explicit Probabilities(scalar_t* scratch) : p(reinterpret_cast<typename Simd<scalar_t>::vec_unaligned*>(scratch)) {}
-  PGLCL_INLINE typename Simd<scalar_t>::vec_unaligned& operator[](int64_t k) { return p[k]; }
+  using vec = typename Simd<scalar_t>::vec_unaligned;
+  vec* p;
+  int64_t classes;
+  Probabilities(scalar_t* scratch, int64_t count) : p(reinterpret_cast<vec*>(scratch)), classes(count) {}
+  PGLCL_INLINE vec* row(int r) { return p + r * classes; }
 };
 
-template <typename scalar_t, int kClasses>
-PGLCL_INLINE void forward_columns(const StatisticsStrip<scalar_t>& s, int64_t x, int lanes) {
+// Calls with one row's elements in a vector of columns: in place, or for the ragged end with a copy in scratch memory.
+template <typename element_t, template <typename> class Strip, typename scalar_t, typename Body>
+PGLCL_INLINE void with_columns(const Strip<scalar_t>& s, int64_t row, int64_t x, int lanes, Body body) {
+  const element_t* input = static_cast<const element_t*>(s.input) + row * s.row_stride + x;
+  if (lanes == Simd<scalar_t>::kLanes) return body(input, s.class_stride);
+  scalar_t* edge = s.scratch + kRowsAtOnce * s.classes * kMaxLanes;
+  copy_edge<scalar_t>(input, s.class_stride, s.classes, lanes, edge);
+  body(const_cast<const scalar_t*>(edge), int64_t(Simd<scalar_t>::kLanes));
+}
+
+// The first step of both passes, of rows `first` to `last`.
+template <int kClasses, typename element_t, template <typename> class Strip, typename scalar_t>
+PGLCL_INLINE void sum_rows(const Strip<scalar_t>& s, int64_t first, int64_t last, int64_t x, int lanes,
+                           Probabilities<scalar_t, kClasses>& p, Sums<scalar_t>* sums) {
+  for (int64_t r = first; r < last; ++r) {
+    prefetch_next_columns(static_cast<const element_t*>(s.input) + r * s.row_stride + x, s.class_stride,
+                          kClasses > 0 ? kClasses : s.classes);
+    auto* own = p.row(int(r - first));
+    with_columns<element_t>(
+        s, r, x, lanes, [&](const auto* input, int64_t class_stride) __attribute__((always_inline)) {
+          sums[r - first] = sum_classes<scalar_t, kClasses>(input, class_stride, s.classes, s.probabilities, own);
+        });
+  }
+}
+
+template <typename scalar_t, typename element_t, int kClasses>
+PGLCL_INLINE void forward_columns(const StatisticsStrip<scalar_t>& s, int64_t first, int64_t last, int64_t x,
+                                  int lanes) {
   using vec = vec_t<scalar_t>;
-  Probabilities<scalar_t, kClasses> p(s.scratch);
+  Probabilities<scalar_t, kClasses> probabilities(s.scratch, s.classes);
+  Sums<scalar_t> sums[kRowsAtOnce];
+  sum_rows<kClasses, element_t>(s, first, last, x, lanes, probabilities, sums);
+  const int64_t classes = kClasses > 0 ? kClasses : s.classes;
+  scalar_t *const mass_row = s.mass + x, *const product_row = s.product + x;
   vec entropy = load_part<scalar_t>(s.entropy + x, lanes);
   constexpr int kHeld = kClasses > 0 ? kClasses : 1;
-  vec mass[kHeld] = {}, product[kHeld] = {};
-  for (int64_t r = 0; r < s.rows; ++r) {
-    int64_t class_stride;
-    const scalar_t* input = columns_of<kClasses>(s, r, x, lanes, class_stride);
-    const vec h = predict<scalar_t, kClasses>(input, class_stride, s.classes, s.probabilities, p).entropy;
+  vec mass[kHeld], product[kHeld];
+  if constexpr (kClasses > 0) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kClasses; ++k) {
+      mass[k] = load_part<scalar_t>(mass_row + k * s.width, lanes);
+      product[k] = load_part<scalar_t>(product_row + k * s.width, lanes);
+    }
+  }
+  for (int64_t r = first; r < last; ++r) {
+    auto* p = probabilities.row(int(r - first));
+    const vec h = predict<scalar_t, kClasses>(sums[r - first], classes, s.probabilities, p).entropy;
     entropy += h;
     if constexpr (kClasses > 0) {
 #pragma GCC unroll 4
@@ -152,9 +198,8 @@ PGLCL_INLINE void forward_columns(const StatisticsStrip<scalar_t>& s, int64_t x,
         product[k] += p[k] * h;
       }
     } else {
-      for (int64_t k = 0; k < s.classes; ++k) {
-        scalar_t* m = s.mass + k * s.width + x;
-        scalar_t* q = s.product + k * s.width + x;
+      for (int64_t k = 0; k < classes; ++k) {
+        scalar_t *m = mass_row + k * s.width, *q = product_row + k * s.width;
         const vec pk = p[k];
         store_part<scalar_t>(m, load_part<scalar_t>(m, lanes) + pk, lanes);
         store_part<scalar_t>(q, load_part<scalar_t>(q, lanes) + pk * h, lanes);
@@ -165,26 +210,25 @@ PGLCL_INLINE void forward_columns(const StatisticsStrip<scalar_t>& s, int64_t x,
   if constexpr (kClasses > 0) {
 #pragma GCC unroll 4
     for (int k = 0; k < kClasses; ++k) {
-      scalar_t* m = s.mass + k * s.width + x;
-      scalar_t* q = s.product + k * s.width + x;
-      store_part<scalar_t>(m, load_part<scalar_t>(m, lanes) + mass[k], lanes);
-      store_part<scalar_t>(q, load_part<scalar_t>(q, lanes) + product[k], lanes);
+      store_part<scalar_t>(mass_row + k * s.width, mass[k], lanes);
+      store_part<scalar_t>(product_row + k * s.width, product[k], lanes);
     }
   }
 }
 
-template <typename scalar_t, int kClasses>
-PGLCL_INLINE void backward_columns(const StatisticsGradientStrip<scalar_t>& s, int64_t x, int lanes) {
+template <typename scalar_t, typename element_t, int kClasses>
+PGLCL_INLINE void backward_columns(const StatisticsGradientStrip<scalar_t>& s, int64_t first, int64_t last, int64_t x,
+                                   int lanes) {
   using vec = vec_t<scalar_t>;
+  Probabilities<scalar_t, kClasses> probabilities(s.scratch, s.classes);
+  Sums<scalar_t> sums[kRowsAtOnce];
+  sum_rows<kClasses, element_t>(s, first, last, x, lanes, probabilities, sums);
   const int64_t classes = kClasses > 0 ? kClasses : s.classes;
-  Probabilities<scalar_t, kClasses> p(s.scratch);
   const vec alpha = load_part<scalar_t>(s.alpha + x, lanes);
-  for (int64_t r = 0; r < s.rows; ++r) {
-    int64_t class_stride;
-    const scalar_t* input = columns_of<kClasses>(s, r, x, lanes, class_stride);
-    const Prediction<scalar_t> prediction =
-        predict<scalar_t, kClasses>(input, class_stride, s.classes, s.probabilities, p);
-    const vec h = prediction.entropy;
+  for (int64_t r = first; r < last; ++r) {
+    auto* p = probabilities.row(int(r - first));
+    const vec highest = sums[r - first].highest;
+    const auto [h, log_sum] = predict<scalar_t, kClasses>(sums[r - first], classes, s.probabilities, p);
     // dL/dh(x), and the mean over classes of dL/dp_k(x) with h held fixed.
     vec dh = alpha, dp_mean{};
 #pragma GCC unroll 4
@@ -194,63 +238,94 @@ PGLCL_INLINE void backward_columns(const StatisticsGradientStrip<scalar_t>& s, i
       dh += gamma * p[k];
       dp_mean += (beta + gamma * h) * p[k];
     }
-    scalar_t* out = s.grad_input + r * s.grad_row_stride + x;
+    element_t* out = static_cast<element_t*>(s.grad_input) + r * s.row_stride + x;
+    with_columns<element_t>(s, r, x, lanes,
+                            [&](const auto* input, int64_t class_stride) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-    for (int64_t k = 0; k < classes; ++k) {
-      const vec gamma = load_part<scalar_t>(s.gamma + k * s.width + x, lanes);
-      const vec beta = load_part<scalar_t>(s.beta + k * s.width + x, lanes);
-      const vec dp = beta + gamma * h;
-      vec gradient;
-      if (s.probabilities) {
-        // dh/dp = -(log p + 1); its value at p = 0, where it is infinite, is taken as 0.
-        const vec pk = p[k];
-        const vec slope = pk <= scalar_t(0) ? vec{} : -(log(pk) + scalar_t(1));
-        gradient = dp + dh * slope;
-      } else {
-        // dh/dlogit_k = -p_k (log p_k + h), and the softmax Jacobian for dp.
-        const vec centred = load(input + k * class_stride) - prediction.highest;
-        const vec log_pk = at_least(centred, kLowestExponent<scalar_t>) - prediction.log_sum;
-        gradient = p[k] * (dp - dp_mean - dh * (log_pk + h));
-      }
-      store_part<scalar_t>(out + k * s.grad_class_stride, gradient, lanes);
-    }
+                              for (int64_t k = 0; k < classes; ++k) {
+                                const vec gamma = load_part<scalar_t>(s.gamma + k * s.width + x, lanes);
+                                const vec beta = load_part<scalar_t>(s.beta + k * s.width + x, lanes);
+                                const vec dp = beta + gamma * h;
+                                vec gradient;
+                                if (s.probabilities) {
+                                  // dh/dp = -(log p + 1); its value at p = 0, where it is infinite, is taken as 0.
+                                  const vec pk = p[k];
+                                  const vec slope = pk <= scalar_t(0) ? vec{} : -(log(pk) + scalar_t(1));
+                                  gradient = dp + dh * slope;
+                                } else {
+                                  // dh/dlogit_k = -p_k (log p_k + h), and the softmax Jacobian for dp.
+                                  const vec centred = read(input + k * class_stride) - highest;
+                                  const vec log_pk = at_least(centred, kLeastExponent<scalar_t>) - log_sum;
+                                  gradient = p[k] * (dp - dp_mean - dh * (log_pk + h));
+                                }
+                                write_part<scalar_t>(out + k * s.class_stride, gradient, lanes);
+                              }
+                            });
   }
 }
 
-template <typename scalar_t, int kClasses>
-void forward_strip(const StatisticsStrip<scalar_t>& s) {
+// Calls for each vector of columns, and in it for the rows of the strip, a few at once.
+template <typename scalar_t, typename Strip, typename Whole, typename Ragged>
+PGLCL_INLINE void walk(const Strip& s, Whole whole, Ragged ragged) {
   constexpr int kLanes = Simd<scalar_t>::kLanes;
-  int64_t x = 0;
-  for (; x + kLanes <= s.width; x += kLanes) forward_columns<scalar_t, kClasses>(s, x, kLanes);
-  if (x < s.width) forward_columns<scalar_t, 0>(s, x, int(s.width - x));
+  for (int64_t x = 0; x < s.width; x += kLanes)
+    for (int64_t first = 0; first < s.rows; first += kRowsAtOnce) {
+      const int64_t last = first + kRowsAtOnce < s.rows ? first + kRowsAtOnce : s.rows;
+      if (x + kLanes <= s.width)
+        whole(first, last, x, kLanes);
+      else
+        ragged(first, last, x, int(s.width - x));
+    }
 }
 
-template <typename scalar_t, int kClasses>
+template <typename scalar_t, typename element_t, int kClasses>
+void forward_strip(const StatisticsStrip<scalar_t>& s) {
+  walk<scalar_t>(
+      s, [&](auto... at) __attribute__((always_inline)) { forward_columns<scalar_t, element_t, kClasses>(s, at...); },
+      [&](auto... at) __attribute__((always_inline)) { forward_columns<scalar_t, element_t, 0>(s, at...); });
+}
+
+template <typename scalar_t, typename element_t, int kClasses>
 void backward_strip(const StatisticsGradientStrip<scalar_t>& s) {
-  constexpr int kLanes = Simd<scalar_t>::kLanes;
-  int64_t x = 0;
-  for (; x + kLanes <= s.width; x += kLanes) backward_columns<scalar_t, kClasses>(s, x, kLanes);
-  if (x < s.width) backward_columns<scalar_t, 0>(s, x, int(s.width - x));
+  walk<scalar_t>(
+      s, [&](auto... at) __attribute__((always_inline)) { backward_columns<scalar_t, element_t, kClasses>(s, at...); },
+      [&](auto... at) __attribute__((always_inline)) { backward_columns<scalar_t, element_t, 0>(s, at...); });
+}
+
+// A strip by the type of its elements, then by the number of its classes.
+template <typename scalar_t, typename Strip, typename Run>
+PGLCL_INLINE void by_element(const Strip& s, Run run) {
+  if constexpr (sizeof(scalar_t) == 4) {
+    if (s.element == Element::kBFloat16) return run(BFloat16{});
+    if (s.element == Element::kFloat16) return run(Float16{});
+  }
+  run(scalar_t{});
 }
 
 template <typename scalar_t>
 void forward(const StatisticsStrip<scalar_t>& s) {
-  switch (s.classes) {
-    case 2: return forward_strip<scalar_t, 2>(s);
-    case 3: return forward_strip<scalar_t, 3>(s);
-    case 4: return forward_strip<scalar_t, 4>(s);
-    default: return forward_strip<scalar_t, 0>(s);
-  }
+  by_element<scalar_t>(s, [&](auto element) {
+    using element_t = decltype(element);
+    switch (s.classes) {
+      case 2: return forward_strip<scalar_t, element_t, 2>(s);
+      case 3: return forward_strip<scalar_t, element_t, 3>(s);
+      case 4: return forward_strip<scalar_t, element_t, 4>(s);
+      default: return forward_strip<scalar_t, element_t, 0>(s);
+    }
+  });
 }
 
 template <typename scalar_t>
 void backward(const StatisticsGradientStrip<scalar_t>& s) {
-  switch (s.classes) {
-    case 2: return backward_strip<scalar_t, 2>(s);
-    case 3: return backward_strip<scalar_t, 3>(s);
-    case 4: return backward_strip<scalar_t, 4>(s);
-    default: return backward_strip<scalar_t, 0>(s);
-  }
+  by_element<scalar_t>(s, [&](auto element) {
+    using element_t = decltype(element);
+    switch (s.classes) {
+      case 2: return backward_strip<scalar_t, element_t, 2>(s);
+      case 3: return backward_strip<scalar_t, element_t, 3>(s);
+      case 4: return backward_strip<scalar_t, element_t, 4>(s);
+      default: return backward_strip<scalar_t, element_t, 0>(s);
+    }
+  });
 }
 
 }  // namespace

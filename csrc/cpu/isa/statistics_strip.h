@@ -5,17 +5,27 @@
 
 namespace pglcl {
 
+constexpr int kMaxLanes = 16;
+constexpr int kStatisticsRows = 4;  // that are worked on at once
+
+// Elements of scratch memory: the classes of the rows at once, and of a ragged end, in vectors.
+constexpr int64_t statistics_scratch(int64_t classes) { return (kStatisticsRows + 1) * classes * kMaxLanes; }
+
+// What inputs and gradients are made of: the type that is computed in, or 16 bits where that is float.
+enum class Element : int8_t { kAsComputed, kBFloat16, kFloat16 };
+
 // Sums the statistics of consecutive image rows, column by column, into rows as wide as the image.
 template <typename scalar_t>
 struct StatisticsStrip {
-  const scalar_t* input;  // class k of row r at input + k * class_stride + r * row_stride
+  const void* input;  // element of class k and row r at k * class_stride + r * row_stride
+  Element element;
   int64_t class_stride;
   int64_t row_stride;
   int64_t rows;
   int64_t width;
   int64_t classes;
   bool probabilities;
-  scalar_t* scratch;  // (2 * classes, kMaxLanes)
+  scalar_t* scratch;  // statistics_scratch(classes)
   scalar_t* entropy;  // (width,): += h(x)
   scalar_t* mass;     // (classes, width): += p_k(x)
   scalar_t* product;  // (classes, width): += p_k(x) h(x)
@@ -25,22 +35,19 @@ struct StatisticsStrip {
 //   alpha = dL/dH_j / |j|,  gamma_k = dL/dH_jk / sum p_k,  beta_k = dL/dc_jk / |j| - gamma_k H_jk.
 template <typename scalar_t>
 struct StatisticsGradientStrip {
-  const scalar_t* input;
+  const void* input;
+  Element element;
   int64_t class_stride;
   int64_t row_stride;
   int64_t rows;
   int64_t width;
   int64_t classes;
   bool probabilities;
-  scalar_t* scratch;      // (2 * classes, kMaxLanes)
+  scalar_t* scratch;      // statistics_scratch(classes)
   const scalar_t* alpha;  // (width,)
   const scalar_t* beta;   // (classes, width)
   const scalar_t* gamma;  // (classes, width)
-  scalar_t* grad_input;   // class k of row r at grad_input + k * grad_class_stride + r * grad_row_stride
-  int64_t grad_class_stride;
-  int64_t grad_row_stride;
+  void* grad_input;       // of the elements and strides of `input`
 };
-
-constexpr int kMaxLanes = 16;
 
 }  // namespace pglcl
