@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pglcl.cases import cases_of, distance_unit
 from pglcl.errors import UserError
-from pglcl.files import fingerprint, read_json, write_json, write_text
+from pglcl.files import Unchanged, fingerprint, read_json, write_json, write_text
 from pglcl.labels import IGNORE
 from pglcl.layouts import Case, DataFolder, open_folder
 from pglcl.model import TrainedModel, load_model, weights_hash
@@ -27,7 +27,7 @@ from pglcl.postprocess import components, stray_components
 from pglcl.predict import Predictor, Report
 from pglcl.progress import Volumes
 from pglcl.run_folder import split_differences
-from pglcl.training_data import files_behind, files_of
+from pglcl.training_data import files_behind, files_of, files_of_cases
 from pglcl.volumes import read_label
 
 METRICS = ("dice", "hd95", "asd")
@@ -547,11 +547,14 @@ def evaluate_run(
     """
     predictor = Predictor([load_model(run, device, weights)], tta=tta, postprocess=postprocess)
     folder = open_folder(root)
+    before = Unchanged(files_of_cases(folder.cases))
     subject, cases = subject_of(run, predictor, folder, part, allow_missing=allow_missing)
     files = score_files(output or run, part, weights)
     read = files_behind(folder, folder.cases)
     check_outputs(files, inputs=read, overwrite=overwrite, renewed=may_renew(files, subject))
-    return score_cases(predictor, subject, cases, distance_unit(folder), quiet=quiet).save(files)
+    found = score_cases(predictor, subject, cases, distance_unit(folder), quiet=quiet)
+    before.only(files_of_cases(cases)).check()  # scores are of the files whose hashes stand beside them
+    return found.save(files)
 
 
 def score_cases(

@@ -48,8 +48,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def remove_orphans(folder: Path) -> None:
     """Removes what a killed process left behind. A temporary file whose writer lives is locked, and stays."""
     with contextlib.suppress(OSError):
-        for partial in folder.glob(f"{PARTIAL}*"):
-            with contextlib.suppress(OSError), open(partial, "rb") as file:
+        for partial in folder.glob(f"{PARTIAL}[0-9]*-*"):
+            with contextlib.suppress(OSError, UserError), opened(partial) as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 partial.unlink()
 
@@ -206,7 +206,7 @@ class Unchanged:
     def only(self, files: Iterable[Path]) -> Unchanged:
         """Those of `files`, as they were when this was made."""
         chosen = Unchanged(())
-        chosen._states = {file: self._states[file] for file in files}
+        chosen._states = {file: self._states[file] if file in self._states else _state(file) for file in files}
         return chosen
 
     def check(self, hash_of: Callable[[Path], str] | None = None) -> None:
@@ -219,10 +219,10 @@ class Unchanged:
         for file, before in self._states.items():
             now = _state(file)
             if now is None:
-                lines.append(f"{file}: is gone, while the run was reading its data")
+                lines.append(f"{file}: is gone, while it was still needed")
             elif now != before:
                 if hash_of is None or fingerprint(file)["sha256"] != hash_of(file):
-                    lines.append(f"{file}: has changed, while the run was reading its data")
+                    lines.append(f"{file}: has changed, while it was still needed")
                 self._states[file] = now
         if lines:
             raise UserError(*lines)
@@ -240,7 +240,9 @@ def check_writable(folder: Path) -> None:
     """Before an hour is spent on what cannot be kept."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix=PARTIAL, dir=folder):
-            pass
+        descriptor, name = tempfile.mkstemp(prefix=f"{PARTIAL}{os.getpid()}-", dir=folder)
+        os.close(descriptor)
+        with contextlib.suppress(FileNotFoundError):  # another process took it for an orphan
+            os.unlink(name)
     except OSError as error:
         raise WriteError(f"{folder}: cannot be written: {error.strerror or error}") from error

@@ -26,7 +26,7 @@ from pglcl.evaluate import (
     subject_of,
 )
 from pglcl.figures import CURVES, Picture, Shown, colour, curves, embeddings
-from pglcl.files import opened, read_json, write_text
+from pglcl.files import Unchanged, opened, read_json, write_text
 from pglcl.layouts import Case, DataFolder, open_folder
 from pglcl.model import TrainedModel, load_model
 from pglcl.outputs import check_outputs
@@ -34,7 +34,7 @@ from pglcl.predict import Predictor
 from pglcl.progress import duration
 from pglcl.record import read_metrics
 from pglcl.run_folder import data_of
-from pglcl.training_data import files_behind
+from pglcl.training_data import files_behind, files_of_cases
 
 GENERATOR = "<meta name=generator content=pglcl>"
 FIGURE_VOLUMES = 6  # test volumes that embeddings are taken from
@@ -109,12 +109,16 @@ def write_report(
     path = output or run / "report.html"
     predictor = Predictor([load_model(run, device)])
     folder = open_folder(data or data_of(run))
+    before = Unchanged(files_of_cases(folder.cases))
     subject, cases = subject_of(run, predictor, folder)
+    before = before.only(files_of_cases(cases))
     read = files_behind(folder, folder.cases)
     mine = output is None and _is_report(path)
     check_outputs([path], inputs=[*read, *_files_of(run)], overwrite=overwrite, renewed=lambda _: mine)
-    found = _scores(run, predictor, subject, cases, distance_unit(folder), quiet=quiet)
-    write_text(path, _page(run, predictor, folder, cases, found))
+    found = _scores(run, predictor, subject, cases, distance_unit(folder), before, quiet=quiet)
+    page = _page(run, predictor, folder, cases, found)
+    before.check()
+    write_text(path, page)
     return path
 
 
@@ -133,7 +137,14 @@ def _is_report(path: Path) -> bool:
 
 
 def _scores(
-    run: Path, predictor: Predictor, subject: Subject, cases: Sequence[Case], unit: str, *, quiet: bool
+    run: Path,
+    predictor: Predictor,
+    subject: Subject,
+    cases: Sequence[Case],
+    unit: str,
+    before: Unchanged,
+    *,
+    quiet: bool,
 ) -> Evaluation:
     """Those that the run keeps, where they belong to what is shown; new ones otherwise."""
     files = score_files(run, subject.part)
@@ -141,6 +152,7 @@ def _scores(
     if kept is not None and not subject.differences(kept.subject):
         return kept
     found = score_cases(predictor, subject, cases, unit, quiet=quiet)
+    before.check()
     with contextlib.suppress(UserError):  # scores of other data, or another's files, stay as they are
         check_outputs(files, renewed=may_renew(files, subject))
         return found.save(files)

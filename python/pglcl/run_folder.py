@@ -177,7 +177,7 @@ class RunFolder:
     def hash_of(self, file: Path) -> str:
         """SHA-256 of a file that the run began with."""
         assert self.record is not None
-        return self.record.files[_name(file, self.data)]
+        return self.record.files.get(_name(file, self.data), "")
 
     def notes(self) -> list[str]:
         """What makes a resumed run end with other last digits."""

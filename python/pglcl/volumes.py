@@ -54,8 +54,8 @@ def read_volume(paths: Sequence[Path]) -> Volume:
     require_memory(4 * voxels, f"{first.path}: as float32, shape {(channels, *shape)},")
     data = np.empty(0, np.float32)
     filled = 0
-    for path in paths:
-        source, stored = formats.read(path)
+    for path, checked in zip(paths, sources):
+        source, stored = _read_as_checked(path, checked)
         if not filled:  # now that the first file holds what its header claims
             data = np.empty((channels, *shape), np.float32)
         with np.errstate(over="ignore"):  # what overflows is infinite, and refused
@@ -72,10 +72,19 @@ def read_label_values(path: Path, image: Path) -> np.ndarray:
     """(X, Y, Z) in canonical axes: the whole numbers of a label file, in an integer type, checked against its image."""
     label, of_image = formats.read_source(path, label=True), formats.read_source(image)
     check_same_grid(label, of_image, "its image")
-    source, stored = formats.read(path, label=True)
+    source, stored = _read_as_checked(path, label, label=True)
     if source.channels != 1:
         raise UserError(f"{path}: a label must have one channel, got {source.channels}")
     return whole_numbers(np.ascontiguousarray(to_canonical_axes(stored[..., 0], source)), path)
+
+
+def _read_as_checked(path: Path, checked: Source, *, label: bool = False) -> tuple[Source, np.ndarray]:
+    """The voxels of a file whose header was looked at before, and has not changed since."""
+    source, stored = formats.read(path, label=label)
+    same = (source.shape, source.channels) == (checked.shape, checked.channels)
+    if not same or not np.array_equal(source.affine, checked.affine):
+        raise UserError(f"{path}: has changed while it was read")
+    return source, stored
 
 
 def read_label(path: Path, image: Path, labels: LabelMap) -> np.ndarray:

@@ -83,11 +83,15 @@ def test_folders_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_only_orphans_are_removed(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / ".partial-3-pipe")  # reading it would wait for ever
+    (tmp_path / ".partial-of-others").write_text("kept")
     orphan, alive = tmp_path / ".partial-1-a.json", tmp_path / ".partial-2-b.json"
     orphan.write_text("half")
     with open(alive, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         remove_orphans(tmp_path)
+    (tmp_path / ".partial-3-pipe").unlink()
+    (tmp_path / ".partial-of-others").unlink()
     assert {path.name for path in tmp_path.iterdir()} == {alive.name}
     with replacing(tmp_path / "whole.json") as partial:
         partial.write_text("{}")

@@ -259,7 +259,7 @@ def test_validation_volumes_that_change_meanwhile(
     assert json.loads((run / "split.json").read_text())["validation"] == ["case03"]
     monkeypatch.setattr(learner, "update_teacher", changing(data, 7, change))
     if message:
-        with pytest.raises(UserError, match=rf"case03\.nii\.gz: {message}, while the run was reading its data"):
+        with pytest.raises(UserError, match=rf"case03\.nii\.gz: {message}, while it was still needed"):
             resume(data, run, validate_every=4)
         assert not (run / "model.pt").exists()
     else:
@@ -279,7 +279,7 @@ def test_volumes_that_change_while_they_are_read(
         return loaded
 
     monkeypatch.setattr(train, "load_training_data", change_then_load)
-    with pytest.raises(UserError, match=r"case00\.nii\.gz: has changed, while the run was reading its data"):
+    with pytest.raises(UserError, match=r"case00\.nii\.gz: has changed, while it was still needed"):
         Training(copies[0], tmp_path / "new", tiny(), quiet=True).run()
     assert not (tmp_path / "new" / "checkpoint.pt").exists()
 

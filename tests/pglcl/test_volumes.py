@@ -9,12 +9,21 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from pglcl import formats
 from pglcl.errors import UserError
 from pglcl.intensity import Channel, Intensity
 from pglcl.labels import LabelMap
 from pglcl.layouts import Case
 from pglcl.prepare import choose_slice_axis, prepare
-from pglcl.volumes import read_label, read_volume, resize_image, resize_label, resized_shape, write_like
+from pglcl.volumes import (
+    read_label,
+    read_label_values,
+    read_volume,
+    resize_image,
+    resize_label,
+    resized_shape,
+    write_like,
+)
 
 from tests.pglcl.folders import OBLIQUE, save, tiny, volume
 
@@ -105,3 +114,22 @@ def test_shapes() -> None:
     assert resized_shape((200, 256, 10), (1, 1, 8), slice_axis=2, size=(128, 128), target=None) == (100, 128, 10)
     assert resized_shape((10, 100, 50), (8, 1, 1), slice_axis=0, size=(32, 64), target=None) == (10, 32, 16)
     assert resized_shape((10, 20, 30), (3.0, 1.0, 0.5), slice_axis=None, size=(), target=(1, 1, 1)) == (30, 20, 15)
+
+
+@pytest.mark.parametrize("replaced", ["image.nii", "label.nii"])
+def test_a_file_that_changes_its_size_while_it_is_read(
+    replaced: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its header was checked before: voxels of another shape must not be taken for those."""
+    for name in ("image.nii", "label.nii"):
+        save(tmp_path / name, np.zeros((8, 6, 4), np.float32))
+    read = formats.read
+
+    def replace_then_read(path: Path, *, label: bool = False) -> tuple[formats.Source, np.ndarray]:
+        save(tmp_path / replaced, np.zeros((8, 6, 5), np.float32))
+        return read(path, label=label)
+
+    monkeypatch.setattr(formats, "read", replace_then_read)
+    image, label = tmp_path / "image.nii", tmp_path / "label.nii"
+    with pytest.raises(UserError, match=rf"{replaced}: has changed while it was read"):
+        read_volume([image]) if replaced == image.name else read_label_values(label, image)
