@@ -4,10 +4,10 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-fast durations bench docs torture fuzz sanitize avx512 aarch64 format lint clean cuda-setup test-cuda bench-cuda cuda-all cuda-check emulated mutants witness
+.PHONY: setup demo test test-fast durations bench docs docs-setup torture fuzz sanitize avx512 aarch64 format lint clean cuda-setup test-cuda bench-cuda cuda-all cuda-check emulated mutants witness
 
 # The native sources are part of the stamp: the extension is rebuilt when one changes.
-SOURCES := $(shell find csrc tools -type f) CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(shell find csrc tools -type f -not -name '*.pyc') CMakeLists.txt setup.py pyproject.toml
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -62,10 +62,12 @@ FLIPS ?= 200
 torture: setup
 	$(BIN)/python -W ignore -m tests.torture --kills $(KILLS) --flips $(FLIPS) --output docs/reliability.md
 
-# A warning is an error, and so is a link that leads nowhere.
-docs: setup
+docs-setup: setup
 	@$(BIN)/python -c "import sphinx, myst_parser, furo, latex2mathml" 2>/dev/null || \
 	  $(BIN)/pip install --quiet --no-build-isolation --editable ".[docs]"
+
+# A warning is an error, and so is a link that leads nowhere.
+docs: docs-setup
 	$(BIN)/python -m sphinx -E -W --keep-going -q -b html -c docs . build/site
 	@echo "build/site/docs/index.html"
 

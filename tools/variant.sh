@@ -17,8 +17,9 @@ build_tree() {  # folder, CMake options: leaves a copy of the Python sources, be
   tree=$(dirname "$1")/tree
   rm -rf "$tree"
   mkdir -p "$tree"
-  cp -r pglcl_ext tests benchmarks pyproject.toml "$tree"
-  rm -f "$tree"/pglcl_ext/_C*.so
+  # Other steps may be writing bytecode meanwhile.
+  find pglcl_ext tests benchmarks pyproject.toml -name __pycache__ -prune -o -type f ! -name '_C*.so' -print0 |
+    tar -c --null -T - | tar -x -C "$tree"
   configure "$@"
   cmake --build "$folder"
   cmake --install "$folder" >/dev/null

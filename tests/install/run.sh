@@ -10,10 +10,11 @@ torch=${1:-torch==2.13.0}
 newer_torch=${2:-torch==2.14.1}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-# A checkout of its own, whose build folder no other step has seen.
+# A checkout of its own, whose build folder no other step has seen, without what other steps are writing meanwhile.
 mkdir "$work/checkout"
-tar -c --exclude=./build --exclude='./.venv*' --exclude=./.git --exclude='*.so' --exclude=_build_config.py \
-  --exclude='*.egg-info' . | tar -x -C "$work/checkout"
+find . \( -path ./build -o -name '.venv*' -o -name .git -o -name __pycache__ -o -name '.*_cache' -o -name .hypothesis \
+  -o -name '*.egg-info' \) -prune -o -type f ! -name '*.so' ! -name _build_config.py -print0 |
+  tar -c --null -T - | tar -x -C "$work/checkout"
 
 python3 -m venv "$work/venv"
 pip="$work/venv/bin/pip"
