@@ -73,7 +73,6 @@ ops = torch.ops.pglcl_ext
 INSTRUCTION_SETS: tuple[str, ...] = compiled.INSTRUCTION_SETS
 
 
-@torch.compiler.assume_constant_result
 def allow_tf32() -> bool:
     """Whether float32 products on a GPU may take TF32: PyTorch's own switch, in whichever of its ways it was set.
 
@@ -81,6 +80,10 @@ def allow_tf32() -> bool:
     with.
     """
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+# As torch.compiler.assume_constant_result marks it, which imports the compiler: that takes as long as importing torch.
+allow_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def build_info() -> dict[str, Any]:
