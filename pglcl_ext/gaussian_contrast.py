@@ -190,14 +190,15 @@ class GaussianContrastLoss(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split())
 
 
-def _fake(anchors: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    check_gaussian(GaussianArguments(anchors, *rest))
-    reduction, needs_gradients = rest[-2:]
-    n, dtype = anchors.shape[0], accumulate_dtype(anchors.dtype)
+def _fake(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x = GaussianArguments(*flat)
+    check_gaussian(x)
+    z = x.anchors
+    n, dtype = z.shape[0], accumulate_dtype(z.dtype)
     return (
-        anchors.new_empty((n,) if reduction == REDUCTIONS["none"] else (), dtype=dtype),
-        anchors.new_empty((n if needs_gradients else 0, anchors.shape[1]), dtype=dtype),
-        anchors.new_empty((), dtype=torch.int64),
+        z.new_empty((n,) if x.reduction == REDUCTIONS["none"] else (), dtype=dtype),
+        z.new_empty((n if x.needs_gradients else 0, z.shape[1]), dtype=dtype),
+        z.new_empty((), dtype=torch.int64),
     )
 
 

@@ -127,15 +127,19 @@ class _Statistics(OpFunction):
     backward_fake = staticmethod(_fake_backward)
 
     @classmethod
-    def differentiable(cls, arguments: Any) -> tuple[Tensor | None, ...]:
-        return (arguments[0],)
+    def differentiable(cls, arguments: StatisticsArguments) -> tuple[Tensor | None, ...]:
+        return (arguments.input,)
+
+    @classmethod
+    def nested(cls, flat: tuple[Any, ...]) -> StatisticsArguments:
+        return StatisticsArguments(*flat)
 
     @classmethod
     def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *_, arguments = inputs
+        x: StatisticsArguments = inputs[-1]
         _, confidence, class_entropy = output
-        ctx.save_for_backward(arguments[0], confidence, class_entropy)
-        ctx.options = arguments[1:]
+        ctx.save_for_backward(x.input, confidence, class_entropy)
+        _, *ctx.options = x
 
     @classmethod
     def backward(cls, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
