@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -127,6 +129,15 @@ def data_folder() -> Path | None:
         if place and Path(place).is_dir():
             return Path(place)
     return None
+
+
+def free_ports(count: int = 1) -> list[int]:
+    """Ports of this machine that nobody listens to."""
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("localhost", 0))
+        return [int(one.getsockname()[1]) for one in sockets]
 
 
 @pytest.fixture(params=DEVICES)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import time
 from pathlib import Path
 
@@ -18,15 +17,15 @@ from pglcl.launcher import PARENT, own_rank
 from pglcl.meeting import lost_ranks_explained
 from pglcl.ranks import device_of_rank, launched_ranks
 
+from tests.conftest import free_ports
+
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> int:
     """A free one of this machine, where two ranks shall meet; this process is the first of them."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        number = int(free.getsockname()[1])
+    (number,) = free_ports()
     environment = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(number)}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from pglcl.run_folder import RunFolder
 from pglcl.train import Interrupted, Training
 from pglcl.training_data import load_training_data
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, free_ports
 from tests.pglcl.folders import TINY, decathlon, plain, save, tiny
 
 
@@ -395,10 +397,9 @@ def processes(folder: Path, run: Path, *more: str, **changes: Any) -> subprocess
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"queue_length": 0}, {"loss": "gaussian", "hard_negatives": ""}], ids=str)
-def test_two_processes_stopped_and_resumed(options: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+def test_two_processes_stopped_and_resumed(folder: Path, tmp_path: Path) -> None:
     """They end with the same bits as two that nobody stopped, which one command or torchrun started."""
-    options = {"steps": 40, "checkpoint_every": 1000, **options}
+    options = {"steps": 40, "checkpoint_every": 1000}
     straight = torchrun(folder, tmp_path / "straight", **options)
     assert straight.returncode == 0, straight.stderr[-2000:]
     assert straight.stdout.count("done. Next") == 1  # the first rank speaks and writes
@@ -417,6 +418,42 @@ def test_two_processes_stopped_and_resumed(options: dict[str, Any], folder: Path
     assert again.returncode == 0, err
     assert_same(weights(tmp_path / "straight"), weights(tmp_path / "run"))
     assert load_tensors(tmp_path / "run" / "checkpoint.pt")["contrast"]["threshold.updates"].max() > 0
+
+
+OTHER_CONTRASTS: list[dict[str, Any]] = [{"queue_length": 0}, {"loss": "gaussian", "hard_negatives": True}]
+
+
+def train_other_contrasts(folder: Path, place: Path, ports: Sequence[int]) -> None:
+    """One of two ranks: each contrast without a stop, then stopped after ten steps, then resumed."""
+    torch.set_num_threads(1)
+    for number, port in enumerate(ports):
+        os.environ["MASTER_PORT"] = str(port)
+        contrast, way = divmod(number, 3)
+        name = f"{'run' if way else 'straight'}{contrast}"
+        options = {"steps": 40, "checkpoint_every": 1000, **OTHER_CONTRASTS[contrast]}
+        run = Training(folder, place / name, tiny(**options), resume=way == 2, quiet=True)
+        run.stop.asked = way == 1
+        with pytest.raises(Interrupted) if way == 1 else contextlib.nullcontext():
+            run.run()
+
+
+def test_two_ranks_of_each_contrast_stopped_and_resumed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_threads: Callable[[int], None]
+) -> None:
+    ports = free_ports(3 * len(OTHER_CONTRASTS))
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    context = torch.multiprocessing.get_context("spawn")
+    other = context.Process(target=train_other_contrasts, args=(folder, tmp_path, ports))
+    other.start()
+    monkeypatch.setenv("RANK", "0")
+    train_other_contrasts(folder, tmp_path, ports)
+    other.join()
+    assert other.exitcode == 0
+    for contrast in range(len(OTHER_CONTRASTS)):
+        assert_same(weights(tmp_path / f"straight{contrast}"), weights(tmp_path / f"run{contrast}"))
+        state = load_tensors(tmp_path / f"run{contrast}" / "checkpoint.pt")
+        assert state["contrast"]["threshold.updates"].max() > 0
 
 
 def test_an_error_of_two_processes_is_one_line(folder: Path, tmp_path: Path) -> None:
