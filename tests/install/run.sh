@@ -1,20 +1,11 @@
 #!/usr/bin/env bash
 # Installs as users do it, with the real compiler: isolated, twice, from an sdist, by front ends that hide the environment.
-# Takes two compilations, and one more with NEWER_PYTHON=1, which needs the disk and the time for another torch (5 GB).
-# The build folder's other states are tested in seconds by tests/test_build.py.
+# Takes two compilations. The build folder's other states are tested in seconds by tests/test_build.py.
 #
-#   [NEWER_PYTHON=1] tests/install/run.sh [torch requirement [torch requirement of the newer Python]]
+#   tests/install/run.sh [torch requirement]
 set -euo pipefail
-cd "$(dirname "$0")/../.."
 torch=${1:-torch==2.13.0}
-newer_torch=${2:-torch==2.14.1}
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-# A checkout of its own, whose build folder no other step has seen, without what other steps are writing meanwhile.
-mkdir "$work/checkout"
-find . \( -path ./build -o -name '.venv*' -o -name .git -o -name __pycache__ -o -name '.*_cache' -o -name .hypothesis \
-  -o -name '*.egg-info' \) -prune -o -type f ! -name '*.so' ! -name _build_config.py -print0 |
-  tar -c --null -T - | tar -x -C "$work/checkout"
+. "$(dirname "$0")/checkout.sh"
 
 python3 -m venv "$work/venv"
 pip="$work/venv/bin/pip"
@@ -90,33 +81,4 @@ check
 code=0
 said=$(cd "$work" && venv/bin/pglcl inspect . 2>&1) || code=$?
 case "$code $said" in "3 pglcl needs monai"*) ;; *) echo "pglcl without its extra: $code $said"; exit 1 ;; esac
-# The wheel is for one Python. The newest other one that has a wheel of torch builds its own, and runs a draw of the ops' tests.
-newer() {  # newer 3.13: fails where this Python or its torch cannot be had, and says why
-  local python env
-  for python in "python$1" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1."*"/bin/python$1"; do
-    "$python" -c "import ensurepip, venv" 2>/dev/null && break
-    python=""
-  done
-  [ -n "$python" ] || { echo "SKIPPED: no Python $1 with venv is here"; return 1; }
-  env="$work/venv-$1"
-  "$python" -m venv "$env"
-  if ! "$env/bin/pip" install --quiet --only-binary=:all: "$newer_torch" > "$work/said" 2>&1; then
-    echo "SKIPPED: Python $1 has no wheel of $newer_torch: $(tail -n 1 "$work/said")"
-    return 1
-  fi
-}
-
-[ -n "${NEWER_PYTHON:-}" ] || echo "SKIPPED: newer Pythons; NEWER_PYTHON=1 tries them"
-for version in ${NEWER_PYTHON:+3.14 3.13 3.12}; do
-  echo "--- Python $version"
-  newer "$version" || continue
-  rm -rf "$work/checkout/build"
-  PGLCL_CUDA=0 "$work/venv-$version/bin/pip" install --quiet "$work/checkout" pytest hypothesis psutil
-  mkdir "$work/core"  # without the sources of the package, which would be imported in its place
-  cp -r "$work/checkout/"{tests,benchmarks,pyproject.toml} "$work/core"
-  (cd "$work/core" && "$work/venv-$version/bin/python" -m pytest -q -k "not memory" --draw 200 tests/test_patch_statistics.py \
-    tests/test_semantic_disparity.py tests/test_gaussian_contrast.py tests/test_patch_contrast.py \
-    tests/test_embedding_queue.py)
-  break
-done
 echo "installs as it should"
