@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from pglcl_ext import PatchStatistics, patch_entropy, patch_statistics, reference
 from pglcl_ext._library import ops
@@ -321,3 +322,29 @@ def test_a_pixel_without_probabilities_spoils_all_classes_of_its_patch(classes: 
         assert grad[..., :4].isfinite().all()
         assert grad[..., 8:].isfinite().all()
         assert grad[0, :, 1, 5].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_number_of_16_bits_is_read_as_it_is(dtype: torch.dtype, isa: str) -> None:
+    """A patch of one pixel has that pixel's probability, infinite ones included; widths that are no whole vectors."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    for width in (256, 37):
+        images = numbers[: 65536 // width * width].view(1, 1, -1, width).expand(1, 2, -1, -1)
+        confidence = patch_statistics(images, 1, probabilities=True).confidence
+        assert torch.equal(confidence.nan_to_num(nan=-7.0), images.nan_to_num(nan=-7.0))
+        assert torch.equal(confidence.isnan(), images.isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_are_rounded_to_16_bits_as_pytorch_does(dtype: torch.dtype, isa: str) -> None:
+    """Of the mean of two pixels a half comes back to each: subnormal halves lie between two numbers. A pixel in two
+    patches gets the sum of both halves."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    upstream = numbers[numbers.isfinite()]
+    upstream = upstream[: len(upstream) // 74 * 74].view(1, 1, -1, 74).expand(1, 2, -1, -1)
+    half = upstream.float() / 2
+    for stride, want in ((2, half.repeat_interleave(2, dim=3)), (1, F.pad(half, (0, 1)) + F.pad(half, (1, 0)))):
+        images = torch.full_like(want, 0.5, dtype=dtype).requires_grad_()
+        confidence = patch_statistics(images, (1, 2), (1, stride), probabilities=True).confidence
+        [gradient] = torch.autograd.grad(confidence, images, upstream)
+        assert torch.equal(gradient, want.to(dtype))
