@@ -103,7 +103,7 @@ inline void require_contrast_backward(const PatchContrastArgs& x, const Tensor& 
   const ScalarType type = accumulate_type(x.anchors);
   require_floating(grad, "grad", x.anchors);
   require(shape_of(grad) == (x.reduction == kNone ? Shape{n} : Shape{}), "grad");
-  require_tensor(max_logit, "max_logit", x.anchors, type, {n});
+  require_tensor(max_logit, "max_logit", x.anchors, ScalarType::Double, {n});
   require_tensor(log_sum, "log_sum", x.anchors, type, {n});
   require_tensor(num_positives, "num_positives", x.anchors, ScalarType::Int, {n});
   require_tensor(num_valid, "num_valid", x.anchors, ScalarType::Long, {});

@@ -29,7 +29,8 @@ STABLE_TORCH_LIBRARY(pglcl_ext, m) {
       "bool positives, int ignore_index, int self_offset) -> Tensor");
   // Per anchor the logarithm of the denominator is max_logit + log_sum (natural logarithms, -inf both without a pair);
   // positive_logit is the mean logit of its positives. max_logit is the largest logit, before the weight of negatives,
-  // or a number above it: no logit exceeds it but by rounding, so that the backward pass needs no exponent above 0.
+  // or a number above it: no logit exceeds it but by rounding, so that the backward pass needs no exponent above 0. It
+  // is a float64 for every type of embeddings, whose logits may leave the range of float32.
   m.def("patch_contrast(" PGLCL_CONTRAST_SCHEMA
         ") -> (Tensor loss, Tensor max_logit, Tensor log_sum, Tensor positive_logit, Tensor num_positives, "
         "Tensor num_valid)");

@@ -79,7 +79,7 @@ class ContrastOutputs(NamedTuple):
     """What ``patch_contrast`` returns. The logarithm of an anchor's denominator is max_logit + log_sum."""
 
     loss: Tensor  # scalar, or (N,)
-    max_logit: Tensor  # (N,)
+    max_logit: Tensor  # (N,) float64
     log_sum: Tensor  # (N,)
     positive_logit: Tensor  # (N,), the mean over the positives
     num_positives: Tensor  # (N,) int32

@@ -168,7 +168,7 @@ class _Ring:
 class _AnchorSums(NamedTuple):
     """What one part of the keys says of each anchor, (N,) each. All logits are kept less `max_logit`."""
 
-    max_logit: Tensor
+    max_logit: Tensor  # float64
     log_sum: Tensor  # log of the sum of e^(logit - max_logit)
     positive: Tensor  # mean of the positives' logits less max_logit, 0 without a positive
     num_positives: Tensor
@@ -180,8 +180,9 @@ class _AnchorSums(NamedTuple):
         log_sums, positive = [], torch.zeros_like(self.positive)
         for part in (self, other):
             lower = torch.where(part.max_logit == top, 0, part.max_logit - top)  # 0 also where both are infinite
+            lower = lower.to(part.log_sum.dtype)
             log_sums.append(part.log_sum + lower)
-            share = part.num_positives.to(top.dtype) / count.clamp(min=1)
+            share = part.num_positives.to(lower.dtype) / count.clamp(min=1)
             positive = positive + torch.where(part.num_positives > 0, share * (part.positive + lower), 0)
         return _AnchorSums(top, torch.logaddexp(*log_sums), positive, count)
 

@@ -99,7 +99,7 @@ def patch_contrast_loss(
         A scalar, or (N,) for ``reduction="none"``, in float32 (float64 for float64). An anchor that is ignored or has
         no positive gives 0 and is not counted; without any counted anchor the loss is 0 and so are the gradients.
         Gradients flow to `anchors` and `keys`. A loss or gradient that its dtype has no room for is infinite. Logits
-        beyond float32 are computed in float64 on the CPU; on a GPU and with ``gather="ring"`` they make the loss NaN.
+        beyond float32 are computed in float64; with ``gather="ring"`` they make the loss NaN or infinite.
 
     Raises:
         ValueError: shapes or devices that do not fit, options that exclude each other, values out of range.
@@ -360,7 +360,7 @@ def _fake(*flat: Any) -> ContrastOutputs:
     n, dtype = z.shape[0], accumulate_dtype(z.dtype)
     return ContrastOutputs(
         z.new_empty((n,) if x.numbers.reduction == REDUCTIONS["none"] else (), dtype=dtype),
-        z.new_empty((n,), dtype=dtype),
+        z.new_empty((n,), dtype=torch.float64),
         z.new_empty((n,), dtype=dtype),
         z.new_empty((n,), dtype=dtype),
         z.new_empty((n,), dtype=torch.int32),

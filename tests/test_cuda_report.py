@@ -51,5 +51,5 @@ def test_the_loop_with_most_ffma_is_the_one_that_counts() -> None:
     lines = [f"        /*{16 * i:04x}*/      FFMA R1, R2, R3, R1 ;" for i in range(8)]
     lines += ["        /*0080*/      @P0 BRA 0x0 ;", "        /*0090*/      FFMA R1, R2, R3, R1 ;"]
     lines += ["        /*00a0*/      @P0 BRA 0x90 ;"]
-    kernel = Kernel("gaussian_contrast_rows<float>", 80, 100, 0, 0, sass=read("\n".join(lines)))
+    kernel = Kernel("gaussian_contrast_rows<float, float, 8>", 80, 100, 0, 0, sass=read("\n".join(lines)))
     assert kernel.counted() == [(cuda_report.EIGHTS, 9, 30)]

@@ -1,6 +1,8 @@
 // The op patch_contrast on the CPU: check, allocate, run the passes (patch_contrast_passes.cpp), reduce.
 #include "patch_contrast.h"
 
+#include <algorithm>
+
 #include "../checks.h"
 #include "reduction.h"
 #include "torch_threads.h"
@@ -71,16 +73,18 @@ ContrastOutputs forward(PGLCL_CONTRAST_PARAMETERS) {
   require_contrast(x);
   const int64_t n = anchors.size(0);
   const ScalarType type = accumulate_type(anchors);
-  const Tensor max_logit = empty(anchors, {n}, type), log_sum = empty(anchors, {n}, type);
+  const Tensor max_logit = empty(anchors, {n}, ScalarType::Double), log_sum = empty(anchors, {n}, type);
   const Tensor positive_logit = empty(anchors, {n}, type);
   const Tensor num_positives = empty(anchors, {n}, ScalarType::Int);
   return with_accumulate_type(anchors, [&]<typename scalar_t>() -> ContrastOutputs {
     const Arena::Call call;
     const Arguments<scalar_t> arguments(x);
     Losses<scalar_t> losses(anchors, reduction);
-    const AnchorSums<scalar_t> sums{losses.data(), mutable_data<scalar_t>(max_logit), mutable_data<scalar_t>(log_sum),
+    Buffer<scalar_t> top(n);
+    const AnchorSums<scalar_t> sums{losses.data(), top.data(), mutable_data<scalar_t>(log_sum),
                                     mutable_data<scalar_t>(positive_logit), mutable_data<int32_t>(num_positives)};
     patch_contrast_forward(arguments.inputs, sums, torch_threads());
+    std::copy_n(top.data(), n, mutable_data<double>(max_logit));
     const int64_t valid = n - std::count(sums.num_positives, sums.num_positives + n, 0);
     const Tensor num_valid = cpu_scalar<int64_t>(anchors, ScalarType::Long, valid);
     return {losses.reduced(valid), max_logit, log_sum, positive_logit, num_positives, num_valid};
@@ -107,7 +111,9 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& max_logit,
     const scalar_t* from = data<scalar_t>(wide_grad);
     Buffer<scalar_t> rows(n);
     for (int64_t i = 0; i < n; ++i) rows[i] = scalar_t(double(from[reduction == kNone ? i : 0]) / share);
-    patch_contrast_backward(arguments.inputs, rows.data(), data<scalar_t>(top), data<scalar_t>(sum),
+    Buffer<scalar_t> saved_top(n);
+    std::copy_n(data<double>(top), n, saved_top.data());
+    patch_contrast_backward(arguments.inputs, rows.data(), saved_top.data(), data<scalar_t>(sum),
                             data<int32_t>(positives), needs_anchors ? grad_anchors.mutable_data_ptr() : nullptr,
                             needs_keys ? grad_keys.mutable_data_ptr() : nullptr, torch_threads());
   });

@@ -1,6 +1,8 @@
 // CUDA implementation of the op gaussian_contrast: check, allocate, launch. Nothing here waits for the device.
 #include "kernels/gaussian_contrast.cuh"
 
+#include <cmath>
+
 #include "../checks.h"
 #include "launch.h"
 
@@ -44,12 +46,13 @@ std::tuple<Tensor, Tensor, Tensor> forward(PGLCL_GAUSSIAN_PARAMETERS) {
                                             input_of<scalar_t>(symmetric),
                                             input_of<int64_t>(keys),
                                             pairwise,
-                                            scalar_t(1 / temperature),
-                                            scalar_t(covariance_scale / (temperature * temperature)),
-                                            scalar_t(negative_weight),
+                                            1 / temperature,
+                                            covariance_scale / (temperature * temperature),
+                                            std::log2(negative_weight),
                                             ignore_index};
-    cuda::run_gaussian_contrast<T>(inputs, shared, output_of<scalar_t>(losses), output_of<int32_t>(count),
-                                   needs_gradients ? output_of<scalar_t>(gradients) : nullptr, reduction == kMean,
+    const cuda::GaussianOutputs<T> outputs{output_of<scalar_t>(losses), output_of<int32_t>(count),
+                                           needs_gradients ? output_of<scalar_t>(gradients) : nullptr};
+    cuda::run_gaussian_contrast<T>(inputs, shared, outputs, reduction == kMean,
                                    reduction == kNone ? nullptr : output_of<scalar_t>(loss),
                                    output_of<int64_t>(num_valid), stream);
   });

@@ -81,7 +81,9 @@ struct Arguments {
       }
     }
     out.inverse_temperature = scalar_t(1 / x.temperature);
+    out.exact_inverse_temperature = 1 / x.temperature;
     out.log_weight = scalar_t(std::log(x.negative_weight));
+    out.exact_log_weight = std::log(x.negative_weight);
     out.ignore_index = x.ignore_index;
     out.self_offset = symmetric ? 0 : x.self_offset;
     return out;
@@ -98,13 +100,13 @@ ContrastOutputs forward(PGLCL_CONTRAST_PARAMETERS) {
   const Arguments arguments(x);
   const int64_t n = anchors.size(0);
   const ScalarType type = accumulate_type(anchors);
-  const Tensor max_logit = empty(anchors, {n}, type), log_sum = empty(anchors, {n}, type);
+  const Tensor max_logit = empty(anchors, {n}, ScalarType::Double), log_sum = empty(anchors, {n}, type);
   const Tensor positive_logit = empty(anchors, {n}, type), losses = empty(anchors, {n}, type);
   const Tensor num_positives = empty(anchors, {n}, ScalarType::Int), num_valid = empty(anchors, {}, ScalarType::Long);
   const Tensor loss = reduction == kNone ? losses : empty(anchors, {}, type);
   with_element_type(arguments.anchors, [&]<typename T>() {
     using scalar_t = typename Accumulate<T>::type;
-    const cuda::ContrastSums<scalar_t> sums{output_of<scalar_t>(max_logit), output_of<scalar_t>(log_sum),
+    const cuda::ContrastSums<scalar_t> sums{output_of<double>(max_logit), output_of<scalar_t>(log_sum),
                                             output_of<scalar_t>(positive_logit), output_of<int32_t>(num_positives),
                                             output_of<scalar_t>(losses)};
     const cuda::ContrastArguments<T> inputs = arguments.get<T>();
@@ -129,7 +131,7 @@ Tensor gradient_like(const Tensor& rows, Tensor gradient) {
   return cast(gradient, rows.scalar_type());
 }
 
-// A gradient and the memory of its parts, which are (count, rows, depth).
+// A gradient, and the memory of its parts, which are (count, rows, depth).
 template <typename T>
 cuda::GradientParts<T> gradient_parts(const Tensor& gradient, const Tensor& sums, int count) {
   return {count > 1 ? output_of<float>(sums) : nullptr, output_of<T>(gradient), gradient.numel(), count};
@@ -159,7 +161,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& max_logit,
     const cuda::ContrastGradients<scalar_t> gradients{input_of<scalar_t>(wide_grad),
                                                       !one_grad,
                                                       reduction == kMean ? input_of<int64_t>(num_valid) : nullptr,
-                                                      input_of<scalar_t>(saved_max),
+                                                      input_of<double>(saved_max),
                                                       input_of<scalar_t>(saved_sum),
                                                       input_of<int32_t>(saved_count)};
     const int of_anchors = needs_anchors ? cuda::gradient_part_count(inputs, device, true) : 1;
@@ -174,7 +176,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& max_logit,
     if (needs_anchors)
       cuda::run_contrast_backward(inputs, gradients, device, anchor_parts, true, arguments.symmetric, stream);
     if (needs_keys) cuda::run_contrast_backward(inputs, gradients, device, key_parts, false, true, stream);
-    cuda::run_merge_gradients(anchor_parts, key_parts, stream);
+    cuda::run_finish_gradients(inputs, gradients, anchor_parts, key_parts, arguments.symmetric, stream);
   });
   PGLCL_CHECK_LAUNCH();
   return {gradient_like(anchors, grad_anchors), gradient_like(keys ? *keys : anchors, grad_keys)};

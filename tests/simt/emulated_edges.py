@@ -170,6 +170,38 @@ def test_one_key_of_unknown_channels_spoils_every_anchor(
     assert torch.isnan(loss).all()
 
 
+@pytest.mark.parametrize("place", [0, 33])
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_descriptors_that_are_no_numbers_of_long_rows(dtype: torch.dtype, channels: int, place: int) -> None:
+    """Rows of more than 256 columns pass in chunks, and the keys are seen once all the same."""
+    options = {"max_positive_disparity": 0.5, "reduction": "none"}
+    problem = ContrastProblem.random(5, 272, m=34, classes=2, channels=channels, **options)
+    labels, keys = problem.labels, {"keys": problem.keys.to(dtype), "key_labels": problem.key_labels.abs()}
+    arguments = (problem.anchors.to(dtype), labels.clone().index_fill(0, torch.tensor([1]), -1))
+    for bad in (math.nan, math.inf):
+        h = problem.key_descriptors.clone()
+        h[place] = bad
+        loss, (of_anchors, _) = calls.patch_contrast(
+            *arguments, problem.descriptors, **keys, key_descriptors=h, **options
+        )
+        assert torch.equal(loss.isnan(), arguments[1] != -1)
+        assert torch.equal(of_anchors.isnan().all(1), arguments[1] != -1)
+        h = problem.descriptors.clone()
+        h[2] = bad
+        loss, (of_anchors, _) = calls.patch_contrast(
+            *arguments, h, **keys, key_descriptors=problem.key_descriptors, **options
+        )
+        assert loss.isnan().tolist() == [False, False, labels[2] != -1, False, False]
+        assert torch.equal(of_anchors.isnan().any(1), loss.isnan())
+        keys["key_labels"][place] = -1  # of a key that is ignored it says nothing
+        h = problem.key_descriptors.clone()
+        h[place] = bad
+        loss, _ = calls.patch_contrast(*arguments, problem.descriptors, **keys, key_descriptors=h, **options)
+        assert loss.isfinite().all()
+        keys["key_labels"][place] = 0
+
+
 @every_path
 def test_a_row_that_is_no_number_leaves_the_gradients_of_others_alone(
     dtype: torch.dtype, device: dict[str, Any]
@@ -285,14 +317,114 @@ def test_weights_that_float16_holds_by_their_scale() -> None:
     assert torch.isfinite(grad).all()
 
 
+# --- the loss: anchors whose logits leave the range of float32 --------------------------------------------------------
+
+
+def beyond_float32(m: int | None, **options: Any) -> ContrastProblem:
+    """Rows of 2^62, every third of which has a length of about 1: some anchors are wide, the others moderate."""
+    problem = ContrastProblem.random(13, 8, m=m, classes=3, reduction="none", **options)
+    for rows in (problem.anchors, problem.keys):
+        if rows is not None:
+            rows.mul_(2.0**62)
+            rows[::3].div_(2.0**62)
+    return problem
+
+
+def assert_wide_contrast(problem: ContrastProblem, dtype: torch.dtype, **device: Any) -> None:
+    """Against float64 on the same numbers: right, or infinite where the type has no room."""
+    p = problem.cast(dtype)
+    options = {"reduction": "none", **p.options}
+    if p.keys is not None:
+        options.update(keys=p.keys.detach(), key_labels=p.key_labels, key_descriptors=p.key_descriptors)
+    loss, grads = calls.patch_contrast(p.anchors.detach(), p.labels, p.descriptors, **options, **device)
+    oracle = p.cast(torch.float64)
+    want = oracle.loss(reference.patch_contrast_loss)
+    largest = torch.finfo(torch.float32).max
+    assert (want > largest).any()
+    rounding = 2e-3 if device.get("allow_tf32") else 1e-5  # of moderate anchors, whose products are TF32
+    torch.testing.assert_close(loss.double(), want.where(want <= largest, math.inf), rtol=rounding, atol=rounding)
+    epsilon = 4 * max(torch.finfo(dtype).eps, rounding)
+    for got, wanted in zip(grads, oracle.gradients(want, torch.linspace(0.5, 1.5, 13).double()), strict=True):
+        room = wanted.abs() < torch.finfo(dtype).max
+        assert got[~room].isinf().all()
+        for a, b in zip(got.double() * room, wanted * room):  # rows differ in size
+            torch.testing.assert_close(a, b, rtol=epsilon, atol=epsilon * float(b.abs().max()))
+
+
+wide_path = pytest.mark.parametrize(
+    ("dtype", "device"),
+    [pair for pair in PATHS.values() if pair[0] in DTYPES],
+    ids=[name for name, pair in PATHS.items() if pair[0] in DTYPES],
+)
+
+
+@wide_path
+@pytest.mark.parametrize("m", [None, 11], ids=["self", "keys"])
+@pytest.mark.parametrize("weight", [0.0, 30.0])
+def test_wide_anchors(dtype: torch.dtype, device: dict[str, Any], m: int | None, weight: float) -> None:
+    assert_wide_contrast(beyond_float32(m, temperature=2.0**-8, negative_weight=weight), dtype, **device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_wide_anchors_by_rules(dtype: torch.dtype) -> None:
+    bounds = {"max_positive_disparity": 0.6, "min_negative_disparity": 0.1}
+    assert_wide_contrast(beyond_float32(None, channels=3, temperature=0.01, **bounds), dtype)
+    masks = {"positive_mask": torch.rand(13, 11) < 0.4, "negative_mask": torch.rand(13, 11) < 0.4}
+    assert_wide_contrast(beyond_float32(11, temperature=0.01, **masks), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_wide_anchors_behind_the_first_warp(dtype: torch.dtype) -> None:
+    """More anchors than a block of the last kernel has rows, keys shared out, and rows of more than 32 columns."""
+    problem = ContrastProblem.random(140, 40, m=300, classes=3, temperature=0.5, ignored=False, reduction="none")
+    problem.anchors[[0, 33, 139]] *= 2.0**120
+    problem.keys *= 2.0**10
+    p = problem.cast(dtype)
+    keys = {"keys": p.keys.detach(), "key_labels": p.key_labels, "key_descriptors": p.key_descriptors}
+    loss, grads = calls.patch_contrast(
+        p.anchors.detach(), p.labels, p.descriptors, **keys, **p.options, multiprocessors=60
+    )
+    oracle = p.cast(torch.float64)
+    want = oracle.loss(reference.patch_contrast_loss)
+    wanted = oracle.gradients(want, torch.linspace(0.5, 1.5, 140).double())
+    torch.testing.assert_close(loss.double(), want.float().double(), rtol=1e-4, atol=1e-4)
+    epsilon = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    for got, right in zip(grads, wanted, strict=True):
+        for a, b in zip(got.double(), right):
+            torch.testing.assert_close(a, b, rtol=epsilon, atol=epsilon * float(b.abs().max()))
+
+
+def test_a_temperature_that_float32_has_no_room_for() -> None:
+    z = torch.eye(4, 8) * 1e-20 + 1e-21
+    y = torch.tensor([0, 0, 1, 1])
+    loss, (grad,) = calls.patch_contrast(z, y, temperature=1e-40, reduction="none")
+    oracle = z.double().requires_grad_()
+    want = reference.patch_contrast_loss(oracle, y, temperature=1e-40, reduction="none")
+    (wanted,) = torch.autograd.grad(want, oracle, torch.linspace(0.5, 1.5, 4).double())
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad.double(), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_the_spread_of_positives_leaves_the_range() -> None:
+    """Of finite logits: the sum of what 60 positives lie below the highest leaves float32, their mean does not."""
+    z = torch.zeros(62, 8)
+    z[0, 0], z[1, 0], z[2:, 0] = 1.0, 1e38, -1e38
+    y = torch.zeros(62, dtype=torch.long)
+    loss, _ = calls.patch_contrast(z[:1], y[:1], keys=z[1:], key_labels=y[1:], temperature=1.0, reduction="none")
+    torch.testing.assert_close(loss, torch.tensor([2e38 * 60 / 61]), rtol=1e-5, atol=0)
+
+
 # --- the loss: which kernel, and what its launch asks for -------------------------------------------------------------
 
 
-def launched(dtype: torch.dtype, n: int, m: int, depth: int, **device: int) -> list[str]:
-    """The kernels of a forward and a backward pass, whose results are checked."""
+def launched(dtype: torch.dtype, n: int, m: int, depth: int, **device: int) -> dict[str, int]:
+    """The kernels of a forward and a backward pass, whose results are checked, and the blocks of each in y."""
     emulator.take_launches()
     assert_contrast(ContrastProblem.random(n, depth, m=m, classes=2), dtype, **device)
-    return emulator.take_launches()
+    blocks: dict[str, int] = {}
+    for name, _, y in emulator.take_grids():
+        blocks[name] = max(y, blocks.get(name, 0))
+    return blocks
 
 
 # Bytes that one stage takes for 16 columns in float32, and for up to 128 in 16 bits (the backward pass).
@@ -318,7 +450,7 @@ def test_more_than_48_kib_are_asked_for(dtype: torch.dtype) -> None:
 def test_keys_are_shared_out_four_tiles_to_a_block() -> None:
     for m, parts in ((20, 1), (300, 1), (512, 2)):
         kernels = launched(torch.bfloat16, 3, m, 8, multiprocessors=2)
-        assert ("contrast_merge_parts" in kernels) == (parts > 1)
+        assert kernels["contrast_forward_mma"] == parts
 
 
 def test_rows_that_begin_at_16_bytes_are_not_copied() -> None:
@@ -328,25 +460,25 @@ def test_rows_that_begin_at_16_bytes_are_not_copied() -> None:
 
 def test_long_rows_where_no_chunk_fits() -> None:
     kernels = launched(torch.float32, 3, 4, 300, shared_bytes=16 * 1024)
-    assert kernels[0] == "contrast_forward_plain"
+    assert "contrast_forward_plain" in kernels
 
 
 def test_columns_are_shared_out_from_two_times_four_tiles_on() -> None:
     kernels = launched(torch.bfloat16, 1, 512, 8, multiprocessors=2)
-    assert "contrast_merge_parts" in kernels
+    assert kernels["contrast_forward_mma"] == 2
     for m, parts in ((255, 1), (256, 2)):  # tiles of 32 columns in the backward pass
         kernels = launched(torch.bfloat16, 3, m, 8, multiprocessors=2)
-        assert ("contrast_merge_gradients" in kernels) == (parts > 1)
+        assert kernels["contrast_backward_mma"] == parts
 
 
 def test_columns_of_rows_longer_than_128_are_not_shared_out() -> None:
     kernels = launched(torch.bfloat16, 3, 300, 136, multiprocessors=6)
-    assert "contrast_merge_gradients" not in kernels
+    assert kernels["contrast_backward_mma"] == 1
 
 
 def test_parts_of_more_anchors_than_keys() -> None:
     kernels = launched(torch.bfloat16, 300, 280, 8, multiprocessors=60)
-    assert "contrast_merge_gradients" in kernels
+    assert kernels["contrast_backward_mma"] > 1
 
 
 def test_weights_of_two_in_one_lane() -> None:
@@ -465,6 +597,59 @@ def test_gaussian_rows_of_more_than_48_kib() -> None:
     anchors, labels, *tables = gaussian_problem(1, 264, classes=1)
     loss, _, _ = calls.gaussian_contrast(anchors, labels * 0, *tables)
     torch.testing.assert_close(loss, reference.gaussian_contrast_loss(anchors, labels * 0, *tables))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pairwise", [False, True])
+def test_gaussian_anchors_beyond_float32(pairwise: bool, dtype: torch.dtype) -> None:
+    """Every third anchor is moderate, the others are wide; one float32 has no room for, and one does not count."""
+    anchors, labels, means, covariances, counts = gaussian_problem(9, 140, pairwise=pairwise, empty=(1,))
+    labels = torch.tensor([0, 2, 3, 0, -1, 1, 2, 3, 0])
+    anchors[::3] /= 1e19
+    anchors[7] *= 1e10
+    statistics = (means.float(), covariances.float(), counts)
+    ours = (anchors * 1e19).to(dtype)
+    loss, gradients, num_valid = calls.gaussian_contrast(ours, labels, *statistics, reduction="none")
+    oracle = ours.double().requires_grad_()
+    double = (means.float().double(), covariances.float().double(), counts)
+    want = reference.gaussian_contrast_loss(oracle, labels, *double, temperature=0.2, reduction="none")
+    (wanted,) = torch.autograd.grad(want.sum(), oracle)
+    assert int(num_valid) == 7
+    torch.testing.assert_close(loss.double(), want.float().double(), rtol=1e-4, atol=1e-4)
+    for a, b in zip(gradients.double(), wanted.float().double()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b[b.isfinite()].abs().max()))
+
+
+def test_gaussian_gradients_alone_beyond_float32() -> None:
+    """A loss that is finite and products that are, whose part in the gradient is not."""
+    anchors, covariances = torch.zeros(1, 8), torch.zeros(1, 8, 8)
+    anchors[0, 3], covariances[0, 3, 5], covariances[0, 5, 3] = 1.0, 2e37, 2e37
+    arguments = (anchors, torch.tensor([0]), torch.zeros(1, 8), covariances, torch.tensor([1]))
+    loss, gradients, _ = calls.gaussian_contrast(*arguments, temperature=0.5, covariance_scale=2.0, reduction="none")
+    assert loss == 0
+    torch.testing.assert_close(gradients[0], torch.zeros(8).index_fill(0, torch.tensor([5]), 1.6e38))
+    loss, gradients, _ = calls.gaussian_contrast(*arguments, temperature=0.1, covariance_scale=2.0, reduction="none")
+    assert loss == 0
+    assert gradients[0].tolist() == [0, 0, 0, 0, 0, math.inf, 0, 0]
+
+
+def test_gaussian_weight_and_covariances_at_the_end_of_the_range() -> None:
+    anchors, labels, means, covariances, counts = gaussian_problem(4, 8)
+    arguments = (anchors.float(), labels.abs(), means.float())
+    loss, _, _ = calls.gaussian_contrast(
+        *arguments, covariances.float(), counts, negative_weight=1e300, reduction="none"
+    )
+    want = reference.gaussian_contrast_loss(
+        anchors, labels.abs(), means, covariances, counts, temperature=0.2, negative_weight=1e300, reduction="none"
+    )
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-5)
+    largest = torch.full((1, 8, 8), 3e38)
+    tiny = torch.full((1, 8), 1e-21)
+    loss, gradients, _ = calls.gaussian_contrast(
+        tiny, torch.tensor([0]), torch.zeros(1, 8), largest, torch.tensor([1]), temperature=1.0, reduction="none"
+    )
+    torch.testing.assert_close(loss, torch.tensor([0.5 * 4 * 64 * 3e-4]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradients, torch.full((1, 8), 4 * 8 * 3e17), rtol=1e-5, atol=0)
 
 
 # --- patch statistics -------------------------------------------------------------------------------------------------

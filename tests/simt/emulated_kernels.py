@@ -419,7 +419,10 @@ def test_the_weight_of_negatives_does_not_drown_in_large_logits(path, weight: fl
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_logit_that_is_infinite(path, sign: float) -> None:
-    """Anchors 0 and 1 are a pair whose logit is beyond the type; all other logits are 0."""
+    """Anchors 0 and 1 are a pair whose logit is beyond the type; all other logits are 0.
+
+    Beyond float32 the loss is right, or infinite where it has no room; beyond float64 it is no number.
+    """
     dtype, device = path
     z = torch.zeros(40, 8, dtype=dtype)
     z[0, 0], z[1, 0] = 4, sign * 4
@@ -428,9 +431,12 @@ def test_a_logit_that_is_infinite(path, sign: float) -> None:
     upstream = torch.ones(40).index_fill(0, torch.tensor([0, 1]), 0)
     options = {"temperature": 1e-308 if dtype == torch.float64 else 1e-38, "reduction": "none", "upstream": upstream}
     loss, (grad,) = calls.patch_contrast(z, y, **options, **device)
-    # log(37 positives and 2 negatives, all of logit 0); the positive itself is infinitely far above, or below.
+    # log(37 positives and 2 negatives, all of logit 0); the positive itself is far above, or below.
     torch.testing.assert_close(loss[2:].double(), torch.full((38,), math.log(39)).double(), rtol=1e-5, atol=1e-5)
-    assert (torch.isnan(loss[:2]) if sign > 0 else loss[:2] == math.inf).all()
+    if dtype == torch.float64:
+        assert (torch.isnan(loss[:2]) if sign > 0 else loss[:2] == math.inf).all()
+    else:
+        assert loss[:2].tolist() == [0.0 if sign > 0 else math.inf] * 2
     # Nobody asks for the losses of the two.
     assert torch.isfinite(grad).all() or dtype == torch.float16  # whose gradients are beyond the type
 
@@ -465,8 +471,8 @@ def test_gradients_of_columns_shared_out_among_blocks(dtype: torch.dtype) -> Non
     problem = ContrastProblem.random(280, 16, m=300, classes=3, max_positive_disparity=0.5)
     emulator.take_launches()
     assert_contrast(problem, dtype, multiprocessors=60)
-    launched = [name for name in emulator.take_launches() if "merge_gradients" in name or "backward" in name]
-    assert launched == ["contrast_backward_mma", "contrast_backward_mma", "contrast_merge_gradients"]
+    launched = [name for name in emulator.take_launches() if "gradients" in name or "backward" in name]
+    assert launched == ["contrast_backward_mma", "contrast_backward_mma", "contrast_finish_gradients"]
 
 
 @pytest.mark.parametrize("name", ["plain", "none", "bounds"])

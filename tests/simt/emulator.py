@@ -104,9 +104,15 @@ def take_reached(count: int) -> set[int]:
     return {number for number in range(count) if reached[number]}
 
 
+def take_grids() -> list[tuple[str, int, int]]:
+    """The kernels launched since this was asked last: name, blocks in x, blocks in y."""
+    lines = [line.split() for line in load().simt_take_launches().decode().splitlines()]
+    return [(name, int(x), int(y)) for name, x, y in lines]
+
+
 def take_launches() -> list[str]:
-    """Names of the kernels launched since this was asked last."""
-    return load().simt_take_launches().decode().split()
+    """The same, names alone."""
+    return [name for name, _, _ in take_grids()]
 
 
 # --- planted faults -------------------------------------------------------------------------------------------------

@@ -15,13 +15,13 @@ void simt_take_reached(unsigned char* reached, int count) {
   std::memset(simt::reached_faults, 0, size_t(count));
 }
 
-// The kernels launched since the last call of this, one a line.
+// The kernels launched since the last call of this, one a line: name, blocks in x, blocks in y.
 const char* simt_take_launches() {
-  static std::string names;
-  names.clear();
-  for (const std::string& name : simt::launches()) names += name + "\n";
+  static std::string lines;
+  lines.clear();
+  for (const std::string& line : simt::launches()) lines += line + "\n";
   simt::launches().clear();
-  return names.c_str();
+  return lines.c_str();
 }
 
 }  // extern "C"

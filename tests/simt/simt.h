@@ -191,7 +191,7 @@ class GlobalMemory {
   };
   static uintptr_t address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
   Buffer* find(uintptr_t base) {
-    if (last_ && base >= last_start_ && base <= last_start_ + last_->bytes) return last_;
+    if (last_ && base >= last_start_ && base < last_start_ + last_->bytes) return last_;  // another may begin at its end
     auto next = buffers_.upper_bound(base);
     if (next == buffers_.begin()) return nullptr;
     auto& [start, buffer] = *std::prev(next);
@@ -516,10 +516,10 @@ inline Call& current_call() {
   static Call call;
   return call;
 }
-// Names of the kernels launched since this was cleared.
+// The kernels launched since this was cleared, each with the blocks of its grid in x and y.
 inline std::vector<std::string>& launches() {
-  static std::vector<std::string> names;
-  return names;
+  static std::vector<std::string> lines;
+  return lines;
 }
 
 constexpr int kCurrentStream = 7;  // no default: a launch that forgets the stream is seen
@@ -566,7 +566,7 @@ inline void check_launch(const std::string& kernel, const void* address, Dim3 gr
 inline void launch(const std::string& name, const void* kernel, Dim3 grid, Dim3 block, size_t shared_bytes, int stream,
                    const std::function<void()>& body) {
   check_launch(name, kernel, grid, block, shared_bytes, stream);
-  launches().push_back(name);
+  launches().push_back(name + ' ' + std::to_string(grid.x) + ' ' + std::to_string(grid.y));
   ++current_call().unchecked;
   static Block machine;
   machine.kernel = name;

@@ -75,14 +75,14 @@ void gaussian(int64_t n, int64_t depth, bool pairwise) {
                                             wide.data(),
                                             g.counts.data(),
                                             pairwise,
-                                            scalar_t(1 / g.temperature),
-                                            scalar_t(g.scale / (g.temperature * g.temperature)),
-                                            scalar_t(g.psi),
+                                            1 / g.temperature,
+                                            g.scale / (g.temperature * g.temperature),
+                                            std::log2(g.psi),
                                             -1};
   auto losses = unwritten<scalar_t>(n), gradients = unwritten<scalar_t>(n * depth), loss = unwritten<scalar_t>(1);
   auto counted = unwritten<int32_t>(n);
   auto num_valid = unwritten<int64_t>(1);
-  pglcl::cuda::run_gaussian_contrast<T>(x, 160 * 1024, losses.data(), counted.data(), gradients.data(), true,
+  pglcl::cuda::run_gaussian_contrast<T>(x, 160 * 1024, {losses.data(), counted.data(), gradients.data()}, true,
                                         loss.data(), num_valid.data(), 0);
   const std::string name = std::string("gaussian of ") + Numbers<T>::kName;
   const Values want = losses_of(g, start, labels);

@@ -97,13 +97,16 @@ void contrast(int64_t n, int64_t m, int64_t depth, const Options& options = {}) 
     x.positive_stride[1] = x.negative_stride[1] = 1;
   }
   x.inverse_temperature = scalar_t(1 / rule.temperature);
+  x.exact_inverse_temperature = 1 / rule.temperature;
   x.log_weight = scalar_t(std::log(rule.psi));
+  x.exact_log_weight = std::log(rule.psi);
   x.ignore_index = -1;
   x.self_offset = itself ? 0 : -1;
   const pglcl::cuda::DeviceLimits device{__CUDA_ARCH__ / 10, options.shared_bytes, options.tf32,
                                          options.multiprocessors};
 
-  auto max_logit = unwritten<scalar_t>(n), log_sum = unwritten<scalar_t>(n), positive_logit = unwritten<scalar_t>(n);
+  auto max_logit = unwritten<double>(n);
+  auto log_sum = unwritten<scalar_t>(n), positive_logit = unwritten<scalar_t>(n);
   auto losses = unwritten<scalar_t>(n), loss = unwritten<scalar_t>(1);
   auto num_positives = unwritten<int32_t>(n);
   auto num_valid = unwritten<int64_t>(1);
@@ -129,7 +132,7 @@ void contrast(int64_t n, int64_t m, int64_t depth, const Options& options = {}) 
   const pglcl::cuda::GradientParts<T> to_keys{key_sums.data(), of_keys.data(), m * depth, key_parts};
   pglcl::cuda::run_contrast_backward<T>(x, g, device, to_anchors, true, itself, 0);
   if (!itself) pglcl::cuda::run_contrast_backward<T>(x, g, device, to_keys, false, true, 0);
-  pglcl::cuda::run_merge_gradients(to_anchors, to_keys, 0);
+  pglcl::cuda::run_finish_gradients<T>(x, g, to_anchors, to_keys, itself, 0);
   compare(name + ", gradient of anchors", decode(of_anchors),
           differences(
               [&](const Values& v) {

@@ -25,13 +25,9 @@ pytestmark = pytest.mark.slow
 # stages of a pipeline, of multiprocessors, and bytes of shared memory.
 SMALL = {
     "if (bytes <= 48 * 1024) return;",
-    "sums.store(warp * kPlainDepth + d, unknown ? scalar_t(NAN) : scalar_t(0));",
-    "const int64_t at = warp * kPlainDepth + d;",
-    "grad.store(row * x.depth + first + d, narrow<T>(sums.load(warp * kPlainDepth + d)));",
     "const int64_t wanted = 3 * device.multiprocessors / blocks_of(rows, kMmaRows), most = columns / (4 * tile);",
     "const int64_t bytes = kContrastThreads / 32 * kPlainDepth * sizeof(scalar_t);",
-    "PGLCL_LAUNCH(contrast_merge_gradients<T>, blocks_of(size, 4 * kContrastThreads), both ? 2 : 1, "
-    "kContrastThreads, 0,",
+    "const int64_t bytes = kContrastThreads / 32 * kPlainDepth * sizeof(double);",
     "return (kHeld ? 0 : kMmaRows * row) + stages * kMmaColumns<kDepth, kHeld> * row + "
     "MmaSide<kDepth, kHeld>::bytes() +",
     "const int64_t row = kMmaStride<kDepth> * 2;",
@@ -42,7 +38,7 @@ SMALL = {
     "static constexpr int64_t bytes() { return 2 * rounded_to_16(2 * kWarps * sizeof(float)); }",
     "if (lane + 32 * c < depth) write_one(row + r, lane + 32 * c, sums[r][c]);",
     "return kStatisticsWarps * (3 * kChunkPixels + 2 * kept) * int64_t(sizeof(scalar_t));",
-    "kGaussianThreads / 32 * kGaussianAnchors * 2 * int64_t(sizeof(scalar_t));",
+    "kGaussianThreads / 32 * kAnchors * 2 * int64_t(sizeof(number_t));",
 }
 WARNING = re.compile(r"/csrc/(\S+):(\d+):\d+: warning: ")
 

@@ -146,6 +146,8 @@ PGLCL_DEVICE void wait_copies() {
 
 PGLCL_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 PGLCL_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
+PGLCL_DEVICE uint64_t double_bits(double x) { return uint64_t(__double_as_longlong(x)); }
+PGLCL_DEVICE double bits_double(uint64_t x) { return __longlong_as_double(static_cast<long long>(x)); }
 // 2^x by the special function unit; 0 where the result is below the normal range.
 PGLCL_DEVICE float exp2_fast(float x) {
   float result;
@@ -300,6 +302,8 @@ inline uint32_t float_bits(float x) {
   return bits;
 }
 inline float bits_float(uint32_t x) { return simt::bits_to_float(x); }
+inline uint64_t double_bits(double x) { return std::bit_cast<uint64_t>(x); }
+inline double bits_double(uint64_t x) { return std::bit_cast<double>(x); }
 inline float exp2_fast(float x) { return std::exp2(x); }
 template <typename T>
 T multiply_add(T a, T b, T c) {

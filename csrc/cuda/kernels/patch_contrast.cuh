@@ -53,15 +53,18 @@ struct ContrastArguments {
   int64_t positive_stride[2], negative_stride[2];
   scalar_t inverse_temperature;
   scalar_t log_weight;  // log(negative_weight); -inf, for a weight of 0: negatives do not count
+  double exact_inverse_temperature, exact_log_weight;  // the same numbers
   int64_t ignore_index;
   int64_t self_offset;  // anchor i and key i + self_offset are the same patch; negative: none is
 };
 
 // What the forward pass writes for each anchor. The sum over its pairs is e^(max_logit + log_sum), and the two are kept
-// apart: added, they would be rounded, and backward would exponentiate the error.
+// apart: added, they would be rounded, and backward would exponentiate the error. The maximum is a float64, for the
+// anchors whose logits leave the range of float32: contrast_finish has them.
 template <typename scalar_t>
 struct ContrastSums {
-  scalar_t *max_logit, *log_sum, *positive_logit;
+  double* max_logit;
+  scalar_t *log_sum, *positive_logit;
   int32_t* num_positives;
   scalar_t* losses;  // of the anchors; 0 without a positive
 };
@@ -72,9 +75,17 @@ struct ContrastGradients {
   const scalar_t* grad;  // dL/d(loss): one number, or one per anchor
   bool grad_per_anchor;
   const int64_t* num_valid;  // null unless the loss is a mean
-  const scalar_t *max_logit, *log_sum;
+  const double* max_logit;
+  const scalar_t* log_sum;
   const int32_t* num_positives;
 };
+
+// The type that an anchor's sums are kept in is that of T, or float64 where float32 has no room for its logits. Such
+// an anchor is called wide, and its maximum says so: the logits of float64 have their last bit set, which no float32
+// has.
+template <typename T, typename number_t>
+constexpr bool kWide = sizeof(number_t) > sizeof(typename Accumulate<T>::type);
+PGLCL_DEVICE bool is_wide(double max_logit) { return max_logit == max_logit && (double_bits(max_logit) & 1) != 0; }
 
 // An anchor or key as a pair sees it. Where there is none, or it is ignored, its descriptor is no number, so that no
 // comparison holds.
@@ -114,44 +125,63 @@ PGLCL_DEVICE Patch<scalar_t> load_patch(const ContrastArguments<T>& x, int64_t i
   return patch;
 }
 
-template <typename T, typename scalar_t = typename Accumulate<T>::type>
-PGLCL_DEVICE AnchorTerms<scalar_t> no_terms() {
-  return {scalar_t(NAN), scalar_t(NAN), 0, 0, 0, 0, 0, false, false};
+template <typename number_t, typename T>
+PGLCL_DEVICE number_t inverse_temperature(const ContrastArguments<T>& x) {
+  if constexpr (kWide<T, number_t>)
+    return x.exact_inverse_temperature;
+  else
+    return x.inverse_temperature;
+}
+template <typename number_t, typename T>
+PGLCL_DEVICE number_t log_weight(const ContrastArguments<T>& x) {
+  if constexpr (kWide<T, number_t>)
+    return x.exact_log_weight;
+  else
+    return x.log_weight;
 }
 
-template <typename T, typename scalar_t = typename Accumulate<T>::type>
-PGLCL_DEVICE AnchorTerms<scalar_t> load_terms(const ContrastArguments<T>& x, int64_t i, const Patch<scalar_t>& anchor) {
-  AnchorTerms<scalar_t> terms = no_terms<T>();
+template <typename T, typename number_t = typename Accumulate<T>::type>
+PGLCL_DEVICE AnchorTerms<number_t> no_terms() {
+  return {number_t(NAN), number_t(NAN), 0, 0, 0, 0, 0, false, false};
+}
+
+template <typename T, typename number_t = typename Accumulate<T>::type,
+          typename scalar_t = typename Accumulate<T>::type>
+PGLCL_DEVICE AnchorTerms<number_t> load_terms(const ContrastArguments<T>& x, int64_t i, const Patch<scalar_t>& anchor) {
+  AnchorTerms<number_t> terms = no_terms<T, number_t>();
   if (!anchor.counts) return terms;
   terms.counts = true;
   terms.positive_bound = x.positive_bounds ? Global<const scalar_t>(x.positive_bounds).load(i) : x.positive_bound;
   terms.negative_bound = x.negative_bounds ? Global<const scalar_t>(x.negative_bounds).load(i) : x.negative_bound;
   terms.undecided = terms.positive_bound != terms.positive_bound || terms.negative_bound != terms.negative_bound;
-  if (x.log_weight == -scalar_t(INFINITY)) terms.negative_bound = scalar_t(INFINITY);
+  if (x.log_weight == -scalar_t(INFINITY)) terms.negative_bound = number_t(INFINITY);
   return terms;
 }
 
 // The same for the backward pass. An anchor without a positive has no part in the loss, and one whose loss nobody asks
-// for has none in the gradient, be it a number or not.
-template <typename T, typename scalar_t = typename Accumulate<T>::type>
-PGLCL_DEVICE AnchorTerms<scalar_t> load_terms(const ContrastArguments<T>& x, const ContrastGradients<scalar_t>& g,
+// for has none in the gradient, be it a number or not. Neither has one whose sums are of the other type than number_t.
+template <typename T, typename number_t = typename Accumulate<T>::type,
+          typename scalar_t = typename Accumulate<T>::type>
+PGLCL_DEVICE AnchorTerms<number_t> load_terms(const ContrastArguments<T>& x, const ContrastGradients<scalar_t>& g,
                                               int64_t i, const Patch<scalar_t>& anchor) {
-  if (!anchor.counts) return no_terms<T>();
+  if (!anchor.counts) return no_terms<T, number_t>();
   const int32_t count = Global<const int32_t>(g.num_positives).load(i);
-  if (count == 0) return no_terms<T>();
-  scalar_t upstream = Global<const scalar_t>(g.grad).load(g.grad_per_anchor ? i : 0);
-  if (upstream == scalar_t(0)) return no_terms<T>();
-  AnchorTerms<scalar_t> terms = load_terms<T>(x, i, anchor);
+  if (count == 0) return no_terms<T, number_t>();
+  number_t upstream = Global<const scalar_t>(g.grad).load(g.grad_per_anchor ? i : 0);
+  if (upstream == number_t(0)) return no_terms<T, number_t>();
+  const double max_logit = Global<const double>(g.max_logit).load(i);
+  if (sizeof(scalar_t) < sizeof(double) && is_wide(max_logit) != kWide<T, number_t>) return no_terms<T, number_t>();
+  AnchorTerms<number_t> terms = load_terms<T, number_t>(x, i, anchor);
   if (g.num_valid) {
     const int64_t valid = Global<const int64_t>(g.num_valid).load(0);
-    upstream /= scalar_t(valid > 1 ? valid : 1);
+    upstream /= number_t(valid > 1 ? valid : 1);
   }
-  terms.max_logit = Global<const scalar_t>(g.max_logit).load(i);
-  const scalar_t log_sum = Global<const scalar_t>(g.log_sum).load(i);
-  terms.log_sum = log_sum * scalar_t(kLog2E);
-  terms.log_negative = (log_sum - x.log_weight) * scalar_t(kLog2E);
-  terms.coefficient = upstream * x.inverse_temperature;
-  terms.mean = terms.coefficient / scalar_t(count);
+  terms.max_logit = number_t(max_logit);
+  const number_t log_sum = Global<const scalar_t>(g.log_sum).load(i);
+  terms.log_sum = log_sum * number_t(kLog2E);
+  terms.log_negative = (log_sum - log_weight<number_t>(x)) * number_t(kLog2E);
+  terms.coefficient = upstream * inverse_temperature<number_t>(x);
+  terms.mean = terms.coefficient / number_t(count);
   return terms;
 }
 
@@ -167,9 +197,9 @@ PGLCL_DEVICE PairKind decide_by_rule(const Patch<scalar_t>& a, const Patch<scala
 }
 
 // The same with masks or several channels, and with whether the pair could be decided at all.
-template <typename T, typename scalar_t = typename Accumulate<T>::type>
+template <typename T, typename number_t, typename scalar_t = typename Accumulate<T>::type>
 PGLCL_DEVICE PairKind decide(const ContrastArguments<T>& x, int64_t i, const Patch<scalar_t>& anchor, int64_t j,
-                             const Patch<scalar_t>& key, const AnchorTerms<scalar_t>& terms) {
+                             const Patch<scalar_t>& key, const AnchorTerms<number_t>& terms) {
   PairKind kind{false, false, false};
   if (!terms.counts || !key.counts) return kind;
   if (x.self_offset >= 0 && j == i + x.self_offset) return kind;
@@ -197,9 +227,13 @@ PGLCL_DEVICE PairKind decide(const ContrastArguments<T>& x, int64_t i, const Pat
 }
 
 // Rounded once, the same in both passes. The weight of a negative is no part of it: in a large logit it would drown.
-template <typename T, typename scalar_t = typename Accumulate<T>::type>
-PGLCL_DEVICE scalar_t pair_logit(const ContrastArguments<T>& x, scalar_t dot) {
-  return multiply_add(dot, x.inverse_temperature, scalar_t(0));
+template <typename T, typename number_t>
+PGLCL_DEVICE number_t pair_logit(const ContrastArguments<T>& x, number_t dot) {
+  const number_t logit = multiply_add(dot, inverse_temperature<number_t>(x), number_t(0));
+  if constexpr (kWide<T, number_t>)
+    return bits_double(double_bits(logit) | 1);
+  else
+    return logit;
 }
 
 // What a whole set of keys says about whether an anchor's pairs can be decided: as decide() has it pair by pair.
@@ -297,104 +331,254 @@ struct RunningSums {
     undecided = undecided || other.undecided;
   }
 
-  // Without a pair the maximum and the sum are those of nothing, minus infinity both.
-  PGLCL_DEVICE void write(int64_t i, scalar_t log_weight, const ContrastSums<scalar_t>& out) const {
+  // Whether there is a loss at all.
+  PGLCL_DEVICE bool is_number() const {
+    const scalar_t total = sum + negative_sum + spread;
+    return total == total;
+  }
+
+  // Without a pair the maximum and the sum are those of nothing, minus infinity both. What the type of the outputs has
+  // no room for is infinite there.
+  template <typename stored_t>
+  PGLCL_DEVICE void write(int64_t i, scalar_t log_weight, const ContrastSums<stored_t>& out) const {
     const bool met = sum != scalar_t(0) || negative_sum != scalar_t(0) || positives > 0;
     const scalar_t of_negatives = log_weight + logarithm2(negative_sum) * scalar_t(kLn2);
     const scalar_t log_sum = undecided ? scalar_t(NAN) : log_add(logarithm2(sum) * scalar_t(kLn2), of_negatives);
     const scalar_t mean_spread = positives ? spread / scalar_t(positives) : scalar_t(0);
     const bool counts = positives > 0 || undecided;
-    Global<scalar_t>(out.max_logit).store(i, undecided ? scalar_t(NAN) : met ? highest : -scalar_t(INFINITY));
-    Global<scalar_t>(out.log_sum).store(i, log_sum);
-    Global<scalar_t>(out.positive_logit).store(i, positives ? highest + mean_spread : scalar_t(0));
+    Global<double>(out.max_logit).store(i, undecided ? scalar_t(NAN) : met ? highest : -scalar_t(INFINITY));
+    Global<stored_t>(out.log_sum).store(i, stored_t(log_sum));
+    Global<stored_t>(out.positive_logit).store(i, stored_t(positives ? highest + mean_spread : scalar_t(0)));
     Global<int32_t>(out.num_positives).store(i, counts && positives == 0 ? 1 : positives);
     // Not log_sum + maximum - positive_logit: what is large has cancelled already.
-    Global<scalar_t>(out.losses).store(i, counts ? log_sum - mean_spread : scalar_t(0));
+    Global<stored_t>(out.losses).store(i, stored_t(counts ? log_sum - mean_spread : scalar_t(0)));
   }
 };
 
 // dL/d(dot) of a pair, from its anchor's side. No share is above 1 but by rounding: the maximum bounds the logit,
 // whatever the rounding, and the sum holds the pair's own term.
-template <typename T, typename scalar_t = typename Accumulate<T>::type>
-PGLCL_DEVICE scalar_t pair_weight(const ContrastArguments<T>& x, const PairKind& kind,
-                                  const AnchorTerms<scalar_t>& terms, scalar_t dot) {
-  const scalar_t below = minimum(pair_logit(x, dot) - terms.max_logit, scalar_t(0));
-  scalar_t share = power2(multiply_add(below, scalar_t(kLog2E), kind.positive ? -terms.log_sum : -terms.log_negative));
-  if (kind.positive && kind.negative) share += power2(multiply_add(below, scalar_t(kLog2E), -terms.log_negative));
+template <typename T, typename number_t>
+PGLCL_DEVICE number_t pair_weight(const ContrastArguments<T>& x, const PairKind& kind,
+                                  const AnchorTerms<number_t>& terms, number_t dot) {
+  const number_t below = minimum(pair_logit(x, dot) - terms.max_logit, number_t(0));
+  number_t share = power2(multiply_add(below, number_t(kLog2E), kind.positive ? -terms.log_sum : -terms.log_negative));
+  if (kind.positive && kind.negative) share += power2(multiply_add(below, number_t(kLog2E), -terms.log_negative));
   // An infinite dot is no number times 0, and so is the gradient of who uses it.
-  const scalar_t rest = multiply_add(dot, scalar_t(0), kind.positive ? -terms.mean : scalar_t(0));
-  const scalar_t weight = multiply_add(terms.coefficient, share, rest);
-  return kind.positive || kind.negative ? weight : scalar_t(0);
+  const number_t rest = multiply_add(dot, number_t(0), kind.positive ? -terms.mean : number_t(0));
+  const number_t weight = multiply_add(terms.coefficient, share, rest);
+  return kind.positive || kind.negative ? weight : number_t(0);
 }
 
-template <typename T, typename scalar_t = typename Accumulate<T>::type>
-PGLCL_DEVICE scalar_t warp_dot(Global<const T> a, int64_t i, Global<const T> b, int64_t j, int64_t depth) {
-  scalar_t sum = 0;
+template <typename number_t, typename T>
+PGLCL_DEVICE number_t warp_dot(Global<const T> a, int64_t i, Global<const T> b, int64_t j, int64_t depth) {
+  number_t sum = 0;
   for (int64_t d = thread_index() % 32; d < depth; d += 32)
-    sum += scalar_t(widen(a.load(i * depth + d))) * scalar_t(widen(b.load(j * depth + d)));
+    sum += number_t(widen(a.load(i * depth + d))) * number_t(widen(b.load(j * depth + d)));
   return warp_sum(sum);
 }
 
-// One warp per anchor meets every key.
+// --- one row at a time, by a warp: in the type of T for the plain kernels, in float64 for wide anchors
+// --------------------------------------------------------------------------------------------------------
+
+// Anchor i meets every key.
+template <typename number_t, typename T>
+PGLCL_DEVICE RunningSums<number_t> meet_every_key(const ContrastArguments<T>& x, int64_t i) {
+  using scalar_t = typename Accumulate<T>::type;
+  const Patch<scalar_t> anchor = load_patch(x, i, true);
+  const AnchorTerms<number_t> terms = load_terms<T, number_t>(x, i, anchor);
+  RunningSums<number_t> sums;
+  for (int64_t j = 0; j < x.m; ++j) {
+    const PairKind kind = decide(x, i, anchor, j, load_patch(x, j, false), terms);
+    sums.undecided = sums.undecided || kind.undecided;
+    if (!kind.positive && !kind.negative) continue;  // the same in all lanes
+    const number_t dot = warp_dot<number_t, T>(x.anchors, i, x.keys, j, x.depth);
+    sums.add({pair_logit(x, dot)}, kind.positive, kind.negative);
+  }
+  return sums;
+}
+
+constexpr int kPlainDepth = 512;  // columns of the gradient summed at once: 4 warps x 512 x 8 bytes = 16 KiB
+
+// A row of the gradient, from the anchors whose sums are of number_t. own_anchor: the row is an anchor and meets every
+// key; own_key: it is a key and meets every anchor; both, when the anchors are the keys. The sums of a lane's columns
+// begin with begin(place) and end with end(place, sum).
+template <typename number_t, typename T, typename Begin, typename End>
+PGLCL_DEVICE void sum_gradient_row(const ContrastArguments<T>& x,
+                                   const ContrastGradients<typename Accumulate<T>::type>& g, int64_t row,
+                                   bool own_anchor, bool own_key, const Shared<number_t>& sums, Begin begin, End end) {
+  using scalar_t = typename Accumulate<T>::type;
+  const int at = thread_index() / 32 * kPlainDepth, lane = thread_index() % 32;
+  const Global<const T> own_rows(own_anchor ? x.anchors : x.keys), other_rows(own_anchor ? x.keys : x.anchors);
+  const int64_t others = own_anchor ? x.m : x.n;
+  const Patch<scalar_t> own = load_patch(x, row, own_anchor);
+  const AnchorTerms<number_t> own_terms =
+      own_anchor ? load_terms<T, number_t>(x, g, row, own) : no_terms<T, number_t>();
+  const number_t unknown = own_terms.log_sum != own_terms.log_sum ? number_t(NAN) : number_t(0);
+
+  for (int64_t first = 0; first < x.depth; first += kPlainDepth) {
+    const int64_t width = x.depth - first < kPlainDepth ? x.depth - first : kPlainDepth;
+    const int64_t place = row * x.depth + first;
+    for (int64_t d = lane; d < width; d += 32) sums.store(at + d, begin(place + d) + unknown);
+    for (int64_t j = 0; j < others; ++j) {
+      const Patch<scalar_t> other = load_patch(x, j, !own_anchor);
+      const AnchorTerms<number_t> other_terms =
+          own_key ? load_terms<T, number_t>(x, g, j, other) : no_terms<T, number_t>();
+      PairKind as_anchor{}, as_key{};
+      if (own_anchor) as_anchor = decide(x, row, own, j, other, own_terms);
+      if (own_key) as_key = decide(x, j, other, row, own, other_terms);
+      if (!as_anchor.positive && !as_anchor.negative && !as_key.positive && !as_key.negative) continue;
+      const number_t dot = warp_dot<number_t, T>(own_rows, row, other_rows, j, x.depth);
+      const number_t weight = pair_weight(x, as_anchor, own_terms, dot) + pair_weight(x, as_key, other_terms, dot);
+      for (int64_t d = lane; d < width; d += 32)
+        sums.store(at + d, sums.load(at + d) + weight * number_t(widen(other_rows.load(j * x.depth + first + d))));
+    }
+    for (int64_t d = lane; d < width; d += 32) end(place + d, sums.load(at + d));
+  }
+}
+
+// --- the plain kernels: a warp for each row
+// -------------------------------------------------------------------------------------------------
+
 template <typename T>
 PGLCL_KERNEL contrast_forward_plain(ContrastArguments<T> x, ContrastSums<typename Accumulate<T>::type> out) {
   using scalar_t = typename Accumulate<T>::type;
   const int64_t i = int64_t(block_index()) * (kContrastThreads / 32) + thread_index() / 32;
   if (i >= x.n) return;  // the whole warp
-  const Patch<scalar_t> anchor = load_patch(x, i, true);
-  const AnchorTerms<scalar_t> terms = load_terms<T>(x, i, anchor);
-  RunningSums<scalar_t> sums;
-  for (int64_t j = 0; j < x.m; ++j) {
-    const PairKind kind = decide(x, i, anchor, j, load_patch(x, j, false), terms);
-    sums.undecided = sums.undecided || kind.undecided;
-    if (!kind.positive && !kind.negative) continue;  // the same in all lanes
-    const scalar_t dot = warp_dot<T>(x.anchors, i, x.keys, j, x.depth);
-    sums.add({pair_logit(x, dot)}, kind.positive, kind.negative);
-  }
+  const RunningSums<scalar_t> sums = meet_every_key<scalar_t>(x, i);
   if (thread_index() % 32 == 0) sums.write(i, x.log_weight, out);
 }
 
-constexpr int kPlainDepth = 512;  // columns of the gradient summed at once: 4 warps x 512 x 8 bytes = 16 KiB
-
-// One warp per row of the gradient. own_anchor: the row is an anchor and meets every key; own_key: it is a key and
-// meets every anchor; both, when the anchors are the keys.
 template <typename T>
 PGLCL_KERNEL contrast_backward_plain(ContrastArguments<T> x, ContrastGradients<typename Accumulate<T>::type> g,
                                      T* grad_data, bool own_anchor, bool own_key) {
   using scalar_t = typename Accumulate<T>::type;
   SharedMemory memory;
   const Shared<scalar_t> sums = memory.take<scalar_t>(kContrastThreads / 32 * kPlainDepth);
-  const int warp = thread_index() / 32, lane = thread_index() % 32;
-  const int64_t row = int64_t(block_index()) * (kContrastThreads / 32) + warp;
-  const int64_t rows = own_anchor ? x.n : x.m;
-  if (row >= rows) return;  // the whole warp
-  const Global<const T> own_rows(own_anchor ? x.anchors : x.keys), other_rows(own_anchor ? x.keys : x.anchors);
+  const int64_t row = int64_t(block_index()) * (kContrastThreads / 32) + thread_index() / 32;
+  if (row >= (own_anchor ? x.n : x.m)) return;  // the whole warp
   const Global<T> grad(grad_data);
-  const int64_t others = own_anchor ? x.m : x.n;
-  const Patch<scalar_t> own = load_patch(x, row, own_anchor);
-  const AnchorTerms<scalar_t> own_terms = own_anchor ? load_terms<T>(x, g, row, own) : no_terms<T>();
-  const bool unknown = own_terms.log_sum != own_terms.log_sum;
+  sum_gradient_row(
+      x, g, row, own_anchor, own_key, sums, [](int64_t) { return scalar_t(0); },
+      [&](int64_t place, scalar_t sum) { grad.store(place, narrow<T>(sum)); });
+}
 
-  for (int64_t first = 0; first < x.depth; first += kPlainDepth) {
-    const int64_t width = x.depth - first < kPlainDepth ? x.depth - first : kPlainDepth;
-    for (int64_t d = lane; d < width; d += 32)
-      sums.store(warp * kPlainDepth + d, unknown ? scalar_t(NAN) : scalar_t(0));
-    for (int64_t j = 0; j < others; ++j) {
-      const Patch<scalar_t> other = load_patch(x, j, !own_anchor);
-      const AnchorTerms<scalar_t> other_terms = own_key ? load_terms<T>(x, g, j, other) : no_terms<T>();
-      PairKind as_anchor{}, as_key{};
-      if (own_anchor) as_anchor = decide(x, row, own, j, other, own_terms);
-      if (own_key) as_key = decide(x, j, other, row, own, other_terms);
-      if (!as_anchor.positive && !as_anchor.negative && !as_key.positive && !as_key.negative) continue;
-      const scalar_t dot = warp_dot<T>(own_rows, row, other_rows, j, x.depth);
-      const scalar_t weight = pair_weight(x, as_anchor, own_terms, dot) + pair_weight(x, as_key, other_terms, dot);
-      for (int64_t d = lane; d < width; d += 32) {
-        const int64_t at = warp * kPlainDepth + d;
-        sums.store(at, sums.load(at) + weight * scalar_t(widen(other_rows.load(j * x.depth + first + d))));
-      }
+// --- the end of each pass, for float32 and 16-bit types: parts are put together, and wide anchors take their share
+// ------------------------------------------------------------------------------------------------------------------
+
+// The keys may be shared out among several blocks of the same rows, when there are too few rows for the GPU. Each
+// leaves its part of an anchor's sums here, and contrast_finish puts them together in one order. (parts, n) each.
+struct ContrastParts {
+  float *highest, *sum, *negative_sum, *spread;
+  int32_t *positives, *undecided;
+  int64_t n;
+  int count;
+
+  PGLCL_DEVICE void store(int part, int64_t i, const RunningSums<float>& sums) const {
+    const int64_t at = part * n + i;
+    Global<float>(highest).store(at, sums.highest);
+    Global<float>(sum).store(at, sums.sum);
+    Global<float>(negative_sum).store(at, sums.negative_sum);
+    Global<float>(spread).store(at, sums.spread);
+    Global<int32_t>(positives).store(at, sums.positives);
+    Global<int32_t>(undecided).store(at, sums.undecided);
+  }
+  PGLCL_DEVICE RunningSums<float> load(int part, int64_t i) const {
+    const int64_t at = part * n + i;
+    RunningSums<float> sums;
+    sums.highest = Global<const float>(highest).load(at);
+    sums.sum = Global<const float>(sum).load(at);
+    sums.negative_sum = Global<const float>(negative_sum).load(at);
+    sums.spread = Global<const float>(spread).load(at);
+    sums.positives = Global<const int32_t>(positives).load(at);
+    sums.undecided = Global<const int32_t>(undecided).load(at) != 0;
+    return sums;
+  }
+};
+
+// Of `workspace`, which holds contrast_parts_size(count, n) numbers.
+constexpr int64_t contrast_parts_size(int count, int64_t n) { return count > 1 ? 6 * n * count : 0; }
+inline ContrastParts contrast_parts(float* workspace, int count, int64_t n) {
+  const int64_t each = count > 1 ? count * n : 0;
+  const auto integers = [&](int k) { return reinterpret_cast<int32_t*>(workspace + k * each); };
+  return {workspace, workspace + each, workspace + 2 * each, workspace + 3 * each, integers(4), integers(5), n, count};
+}
+
+// A thread for each anchor. A loss that is not finite, though it is known which pairs count, is found anew in float64
+// by the thread's warp. What is no number then, either, stays as it is: an input was none.
+template <typename T>
+PGLCL_KERNEL contrast_finish(ContrastArguments<T> x, ContrastParts parts, ContrastSums<float> out) {
+  const int64_t i = int64_t(block_index()) * kContrastThreads + thread_index();
+  bool again = false;
+  if (i < x.n) {
+    if (parts.count > 1) {
+      RunningSums<float> sums = parts.load(0, i);
+      for (int part = 1; part < parts.count; ++part) sums.merge(parts.load(part, i));
+      sums.write(i, x.log_weight, out);
     }
-    for (int64_t d = lane; d < width; d += 32)
-      grad.store(row * x.depth + first + d, narrow<T>(sums.load(warp * kPlainDepth + d)));
+    const float loss = Global<const float>(out.losses).load(i);
+    const double max_logit = Global<const double>(out.max_logit).load(i);
+    again = loss - loss != 0 && max_logit == max_logit;
+  }
+  const uint32_t wide = ballot(again);
+  sync_warp();
+  for (int lane = 0; lane < 32; ++lane) {
+    if ((wide >> lane & 1) == 0) continue;
+    const int64_t anchor = i - thread_index() % 32 + lane;
+    const RunningSums<double> sums = meet_every_key<double>(x, anchor);
+    if (thread_index() % 32 == 0 && sums.is_number()) sums.write(anchor, x.exact_log_weight, out);
+  }
+}
+
+// The columns may be shared out among several blocks of the same rows, as in the forward pass. Each leaves its sums in
+// a part of its own, and contrast_finish_gradients adds the parts in one order.
+template <typename T>
+struct GradientParts {
+  float* sums;   // (count, rows, depth); not used where there is one part
+  T* gradient;   // (rows, depth)
+  int64_t size;  // of the gradient; 0 where nobody asks for it
+  int count;
+};
+
+// Rows of a block: few where there are parts to be added, many where all that is to be done is to look for wide
+// anchors.
+constexpr int kRowsOfParts = 8, kRowsToFinish = 64;
+
+// Blocks in y: of the anchors and of the keys, or of one of them. symmetric: the anchors are the keys.
+template <typename T>
+PGLCL_KERNEL contrast_finish_gradients(ContrastArguments<T> x, ContrastGradients<float> g, GradientParts<T> of_anchors,
+                                       GradientParts<T> of_keys, bool symmetric, int rows_per_block) {
+  SharedMemory memory;
+  const Shared<double> double_sums = memory.take<double>(kContrastThreads / 32 * kPlainDepth);
+  PGLCL_STATIC_SHARED(uint32_t, met, kContrastThreads / 32);
+  const int warp = thread_index() / 32, lane = thread_index() % 32;
+  bool mine = false;
+  for (int64_t i = thread_index(); i < x.n; i += kContrastThreads)
+    mine = mine || is_wide(Global<const double>(g.max_logit).load(i));
+  const uint32_t votes = ballot(mine);
+  if (lane == 0) met.store(warp, votes);
+  sync_threads();
+  bool any_wide = false;  // anchor
+  for (int w = 0; w < kContrastThreads / 32; ++w) any_wide = any_wide || met.load(w) != 0;
+
+  const bool own_anchor = of_anchors.size > 0 && block_index_y() == 0;
+  const int count = own_anchor ? of_anchors.count : of_keys.count;
+  const int64_t rows = own_anchor ? x.n : x.m, size = rows * x.depth;
+  const Global<const float> sums(own_anchor ? of_anchors.sums : of_keys.sums);
+  const Global<T> grad(own_anchor ? of_anchors.gradient : of_keys.gradient);
+  const auto end = [&](int64_t place, double sum) { grad.store(place, narrow<T>(float(sum))); };
+  for (int r = warp; r < rows_per_block; r += kContrastThreads / 32) {
+    const int64_t row = int64_t(block_index()) * rows_per_block + r;
+    if (row >= rows) break;  // the whole warp
+    if (count > 1)
+      for (int64_t at = row * x.depth + lane; at < (row + 1) * x.depth; at += 32) {
+        float total = sums.load(at);
+        for (int part = 1; part < count; ++part) total += sums.load(part * size + at);
+        grad.store(at, narrow<T>(total));
+      }
+    if (any_wide)
+      sum_gradient_row(
+          x, g, row, own_anchor, symmetric || !own_anchor, double_sums,
+          [&](int64_t place) { return double(widen(grad.load(place))); }, end);
   }
 }
 

@@ -110,9 +110,6 @@ void launch_forward_mma(const ContrastArguments<T>& x, const DeviceLimits& devic
     PGLCL_LAUNCH((contrast_forward_mma<T, kDepth, kGeneral>), blocks_of(x.n, kMmaRows), parts.count, kContrastThreads,
                  bytes, stream, x, out, parts, stages);
   });
-  if (parts.count > 1)
-    PGLCL_LAUNCH(contrast_merge_parts, blocks_of(x.n, kContrastThreads), 1, kContrastThreads, 0, stream, parts,
-                 x.log_weight, out);
 }
 
 // loss: one number; null where out.losses are the result. workspace: contrast_parts_size(contrast_part_count(x,
@@ -122,8 +119,8 @@ void run_contrast_forward(const ContrastArguments<T>& x, const DeviceLimits& dev
                           float* workspace, bool mean, scalar_t* loss, int64_t* num_valid, PglclStream stream) {
   if (x.n > 0) {
     const Choice choice = choose_path(x, device);
+    const ContrastParts parts = contrast_parts(workspace, contrast_part_count(x, device), x.n);
     if constexpr (sizeof(T) == 2) {
-      const ContrastParts parts = contrast_parts(workspace, contrast_part_count(x, device), x.n);
       if (choice.path == Path::kMma && x.depth <= 128)
         launch_forward_mma<T, 128>(x, device, out, parts, choice.stages, stream);
       else if (choice.path == Path::kMma)
@@ -136,6 +133,8 @@ void run_contrast_forward(const ContrastArguments<T>& x, const DeviceLimits& dev
     if (choice.path == Path::kPlain)
       PGLCL_LAUNCH(contrast_forward_plain<T>, blocks_of(x.n, kContrastThreads / 32), 1, kContrastThreads, 0, stream, x,
                    out);
+    if constexpr (sizeof(T) < 8)
+      PGLCL_LAUNCH(contrast_finish<T>, blocks_of(x.n, kContrastThreads), 1, kContrastThreads, 0, stream, x, parts, out);
   }
   PGLCL_LAUNCH(contrast_reduce<scalar_t>, 1, 1, kReduceThreads, 0, stream, out.losses, out.num_positives, x.n, mean,
                loss, num_valid);
@@ -184,8 +183,8 @@ void launch_backward_mma(const ContrastArguments<T>& x, const ContrastGradients<
     launch_backward_mma<T, kDepth, Owner::kKeys>(x, g, device, out, stages, stream);
 }
 
-// The gradient of the anchors (own_anchor), of the keys (own_key), or of both at once when they are the same. Where it
-// comes in parts, run_merge_gradients puts them together.
+// The gradient of the anchors (own_anchor), of the keys (own_key), or of both at once when they are the same, as
+// run_finish_gradients finishes it.
 template <typename T, typename scalar_t = typename Accumulate<T>::type>
 void run_contrast_backward(const ContrastArguments<T>& x, const ContrastGradients<scalar_t>& g,
                            const DeviceLimits& device, const GradientParts<T>& out, bool own_anchor, bool own_key,
@@ -212,16 +211,19 @@ void run_contrast_backward(const ContrastArguments<T>& x, const ContrastGradient
                x, g, out.gradient, own_anchor, own_key);
 }
 
-// Of the anchors and the keys; what came in one part is whole.
-template <typename T>
-void run_merge_gradients(const GradientParts<T>& anchors, const GradientParts<T>& keys, PglclStream stream) {
-  if constexpr (sizeof(T) == 2) {
-    const GradientParts<T>& first = anchors.count > 1 ? anchors : keys;
-    const bool both = anchors.count > 1 && keys.count > 1;
-    if (first.count == 1) return;
-    const int64_t size = both && keys.size > first.size ? keys.size : first.size;
-    PGLCL_LAUNCH(contrast_merge_gradients<T>, blocks_of(size, 4 * kContrastThreads), both ? 2 : 1, kContrastThreads, 0,
-                 stream, first, keys);
+// Of the anchors and the keys; float64 is whole already. symmetric: the anchors are the keys.
+template <typename T, typename scalar_t = typename Accumulate<T>::type>
+void run_finish_gradients(const ContrastArguments<T>& x, const ContrastGradients<scalar_t>& g,
+                          const GradientParts<T>& anchors, const GradientParts<T>& keys, bool symmetric,
+                          PglclStream stream) {
+  if constexpr (sizeof(T) < 8) {
+    const int64_t rows = anchors.size > 0 && (keys.size == 0 || x.n > x.m) ? x.n : x.m;
+    const int gradients = int(anchors.size > 0) + int(keys.size > 0);
+    if (gradients == 0) return;
+    const int rows_per_block = anchors.count > 1 || keys.count > 1 ? kRowsOfParts : kRowsToFinish;
+    const int64_t bytes = kContrastThreads / 32 * kPlainDepth * sizeof(double);
+    PGLCL_LAUNCH(contrast_finish_gradients<T>, blocks_of(rows, rows_per_block), gradients, kContrastThreads, bytes,
+                 stream, x, g, anchors, keys, symmetric, rows_per_block);
   }
 }
 

@@ -251,52 +251,6 @@ PGLCL_DEVICE void meet_columns(const ContrastArguments<T>& x, const ColumnSide<8
   for (int r = 0; r < 2; ++r) sums[r].add(logits[r], positive[r], kGeneral ? negative[r] : ~positive[r]);
 }
 
-// The keys may be shared out among several blocks of the same rows, when there are too few rows for the GPU. Each
-// leaves its part of an anchor's sums here, and contrast_merge_parts puts them together in one order. (parts, n) each.
-struct ContrastParts {
-  float *highest, *sum, *negative_sum, *spread;
-  int32_t *positives, *undecided;
-  int64_t n;
-  int count;
-
-  PGLCL_DEVICE void store(int part, int64_t i, const RunningSums<float>& sums) const {
-    const int64_t at = part * n + i;
-    Global<float>(highest).store(at, sums.highest);
-    Global<float>(sum).store(at, sums.sum);
-    Global<float>(negative_sum).store(at, sums.negative_sum);
-    Global<float>(spread).store(at, sums.spread);
-    Global<int32_t>(positives).store(at, sums.positives);
-    Global<int32_t>(undecided).store(at, sums.undecided);
-  }
-  PGLCL_DEVICE RunningSums<float> load(int part, int64_t i) const {
-    const int64_t at = part * n + i;
-    RunningSums<float> sums;
-    sums.highest = Global<const float>(highest).load(at);
-    sums.sum = Global<const float>(sum).load(at);
-    sums.negative_sum = Global<const float>(negative_sum).load(at);
-    sums.spread = Global<const float>(spread).load(at);
-    sums.positives = Global<const int32_t>(positives).load(at);
-    sums.undecided = Global<const int32_t>(undecided).load(at) != 0;
-    return sums;
-  }
-};
-
-// Of `workspace`, which holds contrast_parts_size(count, n) numbers.
-constexpr int64_t contrast_parts_size(int count, int64_t n) { return count > 1 ? 6 * n * count : 0; }
-inline ContrastParts contrast_parts(float* workspace, int count, int64_t n) {
-  const int64_t each = count > 1 ? count * n : 0;
-  const auto integers = [&](int k) { return reinterpret_cast<int32_t*>(workspace + k * each); };
-  return {workspace, workspace + each, workspace + 2 * each, workspace + 3 * each, integers(4), integers(5), n, count};
-}
-
-PGLCL_KERNEL contrast_merge_parts(ContrastParts parts, float log_weight, ContrastSums<float> out) {
-  const int64_t i = int64_t(block_index()) * kContrastThreads + thread_index();
-  if (i >= parts.n) return;
-  RunningSums<float> sums = parts.load(0, i);
-  for (int part = 1; part < parts.count; ++part) sums.merge(parts.load(part, i));
-  sums.write(i, log_weight, out);
-}
-
 // kGeneral: masks or several channels decide, instead of decide_by_rule.
 template <typename T, int kDepth, bool kGeneral>
 PGLCL_KERNEL contrast_forward_mma(ContrastArguments<T> x, ContrastSums<float> out, ContrastParts parts, int stages) {
@@ -437,36 +391,6 @@ PGLCL_DEVICE float weigh_columns(const ContrastArguments<T>& x, const ColumnSide
     }
   }
   return infinite;
-}
-
-// The columns may be shared out among several blocks of the same rows, as in the forward pass. Each leaves its sums in
-// a part of its own, and contrast_merge_gradients adds the parts in one order.
-template <typename T>
-struct GradientParts {
-  float* sums;  // (count, rows, depth); not used where there is one part
-  T* gradient;  // (rows, depth)
-  int64_t size;
-  int count;
-};
-
-// Blocks in y: of the anchors and of the keys, or of one of them.
-template <typename T>
-PGLCL_KERNEL contrast_merge_gradients(GradientParts<T> first, GradientParts<T> second) {
-  constexpr int kVector = 4;
-  const GradientParts<T>& x = block_index_y() == 0 ? first : second;
-  const int64_t at = (int64_t(block_index()) * kContrastThreads + thread_index()) * kVector;
-  if (at >= x.size) return;
-  const Global<const float> sums(x.sums);
-  Vector<float, kVector> total = sums.template load_vector<kVector>(at);
-  for (int part = 1; part < x.count; ++part) {
-    const Vector<float, kVector> more = sums.template load_vector<kVector>(part * x.size + at);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) total.at[i] += more.at[i];
-  }
-  Vector<T, kVector> out;
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) out.at[i] = narrow<T>(total.at[i]);
-  Global<T>(x.gradient).template store_vector<kVector>(at, out);
 }
 
 // Deep rows leave no registers for parts.
