@@ -46,13 +46,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(PGLCL_GAUSSIAN_PARAMETERS) {
                                             input_of<scalar_t>(symmetric),
                                             input_of<int64_t>(keys),
                                             pairwise,
-                                            1 / temperature,
-                                            covariance_scale / (temperature * temperature),
-                                            std::log2(negative_weight),
                                             ignore_index};
+    const cuda::GaussianNumbers<double> numbers{1 / temperature, covariance_scale / (temperature * temperature),
+                                                std::log2(negative_weight)};
     const cuda::GaussianOutputs<T> outputs{output_of<scalar_t>(losses), output_of<int32_t>(count),
                                            needs_gradients ? output_of<scalar_t>(gradients) : nullptr};
-    cuda::run_gaussian_contrast<T>(inputs, shared, outputs, reduction == kMean,
+    cuda::run_gaussian_contrast<T>(inputs, numbers, shared, outputs, reduction == kMean,
                                    reduction == kNone ? nullptr : output_of<scalar_t>(loss),
                                    output_of<int64_t>(num_valid), stream);
   });

@@ -65,25 +65,15 @@ void gaussian(int64_t n, int64_t depth, bool pairwise) {
       if (labels[size_t(i)] == label) order.push_back(i);
   const std::vector<T> anchors = encode<T>(start);
   const std::vector<scalar_t> means = encode<scalar_t>(g.means), wide = encode<scalar_t>(g.covariances);
-  const pglcl::cuda::GaussianArguments<T> x{anchors.data(),
-                                            n,
-                                            depth,
-                                            k,
-                                            labels.data(),
-                                            pairwise ? order.data() : nullptr,
-                                            means.data(),
-                                            wide.data(),
-                                            g.counts.data(),
-                                            pairwise,
-                                            1 / g.temperature,
-                                            g.scale / (g.temperature * g.temperature),
-                                            std::log2(g.psi),
-                                            -1};
+  const pglcl::cuda::GaussianArguments<T> x{
+      anchors.data(),  n,        depth, k, labels.data(), pairwise ? order.data() : nullptr, means.data(), wide.data(),
+      g.counts.data(), pairwise, -1};
   auto losses = unwritten<scalar_t>(n), gradients = unwritten<scalar_t>(n * depth), loss = unwritten<scalar_t>(1);
   auto counted = unwritten<int32_t>(n);
   auto num_valid = unwritten<int64_t>(1);
-  pglcl::cuda::run_gaussian_contrast<T>(x, 160 * 1024, {losses.data(), counted.data(), gradients.data()}, true,
-                                        loss.data(), num_valid.data(), 0);
+  pglcl::cuda::run_gaussian_contrast<T>(
+      x, {1 / g.temperature, g.scale / (g.temperature * g.temperature), std::log2(g.psi)}, 160 * 1024,
+      {losses.data(), counted.data(), gradients.data()}, true, loss.data(), num_valid.data(), 0);
   const std::string name = std::string("gaussian of ") + Numbers<T>::kName;
   const Values want = losses_of(g, start, labels);
   double total = 0, valid = 0;

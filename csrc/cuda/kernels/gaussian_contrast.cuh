@@ -21,10 +21,20 @@ struct GaussianArguments {
   const scalar_t* covariances;  // (classes, depth, depth), symmetric, or (classes, classes, depth, depth)
   const int64_t* counts;        // (classes,)
   bool pairwise;
-  double inverse_temperature;
-  double spread;                // covariance_scale / temperature^2
-  double log2_negative_weight;  // of psi, to be divided by the classes that take part
   int64_t ignore_index;
+};
+
+// In the type that sums are kept in.
+template <typename number_t>
+struct GaussianNumbers {
+  number_t inverse_temperature;
+  number_t spread;                // covariance_scale / temperature^2
+  number_t log2_negative_weight;  // of psi, to be divided by the classes that take part
+
+  template <typename other_t>
+  GaussianNumbers<other_t> as() const {
+    return {other_t(inverse_temperature), other_t(spread), other_t(log2_negative_weight)};
+  }
 };
 
 // Of kAnchors anchors. Exponents are kept to the base 2, as in patch_contrast.cuh.
@@ -48,13 +58,13 @@ PGLCL_DEVICE void load_anchors(const Shared<number_t>& anchors, int e, number_t 
 // Adds class j of the table to the state of the block's anchors and to their gradients. Every thread keeps the same
 // state: it is computed from sums in shared memory, in one order.
 template <typename T, typename number_t, int kAnchors>
-PGLCL_DEVICE void add_gaussian(const GaussianArguments<T>& x, int64_t j, int rows, const int64_t (&own)[kAnchors],
-                               number_t log2_weight, bool wanted, const Shared<number_t>& anchors,
-                               const Shared<number_t>& products, const Shared<number_t>& gradients,
-                               const Shared<number_t>& partial, GaussianState<number_t, kAnchors>& state) {
+PGLCL_DEVICE void add_gaussian(const GaussianArguments<T>& x, const GaussianNumbers<number_t>& numbers, int64_t j,
+                               int rows, const int64_t (&own)[kAnchors], number_t log2_weight, bool wanted,
+                               const Shared<number_t>& anchors, const Shared<number_t>& products,
+                               const Shared<number_t>& gradients, const Shared<number_t>& partial,
+                               GaussianState<number_t, kAnchors>& state) {
   using scalar_t = typename Accumulate<T>::type;
   const Global<const scalar_t> means(x.means), covariances(x.covariances);
-  const number_t inverse_temperature = number_t(x.inverse_temperature), spread = number_t(x.spread);
   const int depth = int(x.depth), thread = thread_index();
   number_t of_mean[kAnchors], of_product[kAnchors];
   int64_t table[kAnchors];
@@ -115,8 +125,8 @@ PGLCL_DEVICE void add_gaussian(const GaussianArguments<T>& x, int64_t j, int row
       mean += partial.load((warp * kAnchors + r) * 2);
       product += partial.load((warp * kAnchors + r) * 2 + 1);
     }
-    const number_t logit = mean * inverse_temperature;
-    number_t exponent = number_t(kLog2E) * (logit + number_t(0.5) * spread * product);
+    const number_t logit = mean * numbers.inverse_temperature;
+    number_t exponent = number_t(kLog2E) * (logit + number_t(0.5) * numbers.spread * product);
     if (j == own[r]) {
       state.own_logit[r] = logit;
     } else {
@@ -132,8 +142,8 @@ PGLCL_DEVICE void add_gaussian(const GaussianArguments<T>& x, int64_t j, int row
     state.sum[r] = state.sum[r] * keep + weight;
     if (!wanted) continue;
     for (int d = thread; d < depth; d += kGaussianThreads) {
-      const number_t step =
-          inverse_temperature * number_t(means.load(table[r] * depth + d)) + spread * products.load(r * depth + d);
+      const number_t step = numbers.inverse_temperature * number_t(means.load(table[r] * depth + d)) +
+                            numbers.spread * products.load(r * depth + d);
       gradients.store(r * depth + d, keep * gradients.load(r * depth + d) + weight * step);
     }
   }
@@ -169,7 +179,8 @@ struct GaussianOutputs {
 // Up to kAnchors anchors a block, of which rows_per_block fit its shared memory. number_t: that sums are kept in; of
 // float64 where the results are float32: anchors whose results are finite already are left alone.
 template <typename T, typename number_t, int kAnchors>
-PGLCL_KERNEL gaussian_contrast_rows(const GaussianArguments<T> x, GaussianOutputs<T> out, int rows_per_block) {
+PGLCL_KERNEL gaussian_contrast_rows(const GaussianArguments<T> x, const GaussianNumbers<number_t> numbers,
+                                    GaussianOutputs<T> out, int rows_per_block) {
   using scalar_t = typename Accumulate<T>::type;
   const int depth = int(x.depth), thread = thread_index();
   SharedMemory memory;
@@ -208,13 +219,13 @@ PGLCL_KERNEL gaussian_contrast_rows(const GaussianArguments<T> x, GaussianOutput
   }
   int taking_part = 0;
   for (int64_t k = 0; k < x.classes; ++k) taking_part += counts.load(k) > 0;
-  const number_t log2_weight = number_t(x.log2_negative_weight) - logarithm2(number_t(taking_part));
+  const number_t log2_weight = numbers.log2_negative_weight - logarithm2(number_t(taking_part));
   sync_threads();
 
   for (int64_t j = 0; j < x.classes; ++j)
     if (counts.load(j) > 0)
-      add_gaussian<T, number_t, kAnchors>(x, j, rows, own, log2_weight, out.gradients != nullptr, anchors, products,
-                                          gradients, partial, state);
+      add_gaussian<T, number_t, kAnchors>(x, numbers, j, rows, own, log2_weight, out.gradients != nullptr, anchors,
+                                          products, gradients, partial, state);
 
 #pragma unroll
   for (int r = 0; r < kAnchors; ++r) {
@@ -233,7 +244,7 @@ PGLCL_KERNEL gaussian_contrast_rows(const GaussianArguments<T> x, GaussianOutput
       if (valid) {
         const int64_t table = x.pairwise ? own[r] * x.classes + own[r] : own[r];
         value = gradients.load(r * depth + d) / state.sum[r] -
-                number_t(x.inverse_temperature) * number_t(means.load(table * depth + d));
+                numbers.inverse_temperature * number_t(means.load(table * depth + d));
       }
       Global<scalar_t>(out.gradients).store(row[r] * depth + d, scalar_t(value));
     }
@@ -277,22 +288,23 @@ int gaussian_rows_per_block(int64_t depth, int64_t shared_bytes) {
 }
 
 template <typename number_t, int kAnchors, typename T>
-void launch_gaussian_rows(const GaussianArguments<T>& x, int rows, int64_t shared_bytes, const GaussianOutputs<T>& out,
-                          PglclStream stream) {
+void launch_gaussian_rows(const GaussianArguments<T>& x, const GaussianNumbers<double>& numbers, int rows,
+                          int64_t shared_bytes, const GaussianOutputs<T>& out, PglclStream stream) {
   const int64_t bytes = gaussian_shared_bytes<number_t, kAnchors>(rows, x.depth);
   PGLCL_ALLOW_SHARED((gaussian_contrast_rows<T, number_t, kAnchors>), bytes, shared_bytes);
   PGLCL_LAUNCH((gaussian_contrast_rows<T, number_t, kAnchors>), (x.n + rows - 1) / rows, 1, kGaussianThreads, bytes,
-               stream, x, out, rows);
+               stream, x, numbers.template as<number_t>(), out, rows);
 }
 
 // loss: one number; null where the losses of `out` are the result.
 template <typename T, typename scalar_t = typename Accumulate<T>::type>
-void run_gaussian_contrast(const GaussianArguments<T>& x, int64_t shared_bytes, const GaussianOutputs<T>& out,
-                           bool mean, scalar_t* loss, int64_t* num_valid, PglclStream stream) {
+void run_gaussian_contrast(const GaussianArguments<T>& x, const GaussianNumbers<double>& numbers, int64_t shared_bytes,
+                           const GaussianOutputs<T>& out, bool mean, scalar_t* loss, int64_t* num_valid,
+                           PglclStream stream) {
   if (x.n > 0) {
     const int rows = gaussian_rows_per_block<scalar_t>(x.depth, shared_bytes);
-    launch_gaussian_rows<scalar_t, kGaussianAnchors>(x, rows, shared_bytes, out, stream);
-    if constexpr (sizeof(T) < 8) launch_gaussian_rows<double, 1>(x, 1, shared_bytes, out, stream);
+    launch_gaussian_rows<scalar_t, kGaussianAnchors>(x, numbers, rows, shared_bytes, out, stream);
+    if constexpr (sizeof(T) < 8) launch_gaussian_rows<double, 1>(x, numbers, 1, shared_bytes, out, stream);
   }
   PGLCL_LAUNCH(contrast_reduce<scalar_t>, 1, 1, kReduceThreads, 0, stream, out.losses, out.counts, x.n, mean, loss,
                num_valid);
