@@ -31,30 +31,35 @@ PGLCL_UNWATCHED double loss_of(const Side& a, const Side& b, bool itself, int64_
   double total = 0;
   int counted = 0;
   for (int64_t i = 0; i < a.n; ++i) {
-    double sum = 0, positive = 0;
+    std::vector<double> shares;  // logit and weight, one after the other
+    double top = -kInfinity, positive = 0;
     int positives = 0;
     for (int64_t j = 0; j < b.n; ++j) {
       if ((itself && i == j) || a.labels[i] == -1 || b.labels[j] == -1) continue;
       double logit = 0;
       for (int64_t d = 0; d < depth; ++d) logit += a.rows[i * depth + d] * b.rows[j * depth + d];
       logit /= rule.temperature;
-      if (rule.is_positive(a, i, b, j)) {
-        sum += std::exp(logit);
+      const bool is_positive = rule.is_positive(a, i, b, j), is_negative = rule.is_negative(a, i, b, j);
+      if (is_positive) {
+        shares.insert(shares.end(), {logit, 1});
         positive += logit;
         ++positives;
       }
-      if (rule.is_negative(a, i, b, j)) sum += rule.psi * std::exp(logit);
+      if (is_negative) shares.insert(shares.end(), {logit, rule.psi});
+      if (is_positive || is_negative) top = std::max(top, logit);
     }
     if (positives == 0) continue;
-    total += std::log(sum) - positive / positives;
+    double sum = 0;
+    for (size_t k = 0; k < shares.size(); k += 2) sum += shares[k + 1] * std::exp(shares[k] - top);
+    total += std::log(sum) + top - positive / positives;
     ++counted;
   }
   return total / std::max(counted, 1);
 }
 
 template <typename T>
-Side side(int64_t n, int64_t depth) {
-  return {n, numbers<T>(n * depth, 1 / std::sqrt(double(depth))), integers(-1, 3, n), fractions(n, 16)};
+Side side(int64_t n, int64_t depth, double scale) {
+  return {n, numbers<T>(n * depth, scale / std::sqrt(double(depth))), integers(-1, 3, n), fractions(n, 16)};
 }
 
 struct Options {
@@ -62,6 +67,7 @@ struct Options {
   int64_t shared_bytes = 160 * 1024;
   int multiprocessors = 1;
   bool backward = true;
+  double scale = 1;
 };
 
 // m: 0 where the anchors are the keys.
@@ -69,7 +75,7 @@ template <typename T>
 void contrast(int64_t n, int64_t m, int64_t depth, const Options& options = {}) {
   using scalar_t = typename pglcl::Accumulate<T>::type;
   const bool itself = m == 0;
-  const Side a = side<T>(n, depth), b = itself ? a : side<T>(m, depth);
+  const Side a = side<T>(n, depth, options.scale), b = itself ? a : side<T>(m, depth, options.scale);
   Rule rule{0.7, 0.6, 0.2, 3, {}, {}};
   if (options.masks)
     for (std::vector<uint8_t>* mask : {&rule.positive, &rule.negative})
@@ -165,5 +171,7 @@ int main(int count, char** arguments) {
                  [] { contrast<pglcl::BFloat16>(18, 70, 8, {.shared_bytes = 30 * 1024}); },  // 6: one stage
                  [] { contrast<pglcl::Float16>(18, 0, 8); },                                 // 7
                  [] { contrast<float>(3, 35, 264); },  // 8: rows that pass in chunks
+                 // 9: wide anchors, of logits near the end of float32
+                 [] { contrast<float>(9, 70, 8, {.backward = false, .scale = 0x1p63}); },
              });
 }

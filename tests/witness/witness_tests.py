@@ -82,8 +82,9 @@ def arguments_of(parameters: dict[str, Any]) -> tuple[Any, ...]:
     barrier = parameters["barrier"]
     family, case = CASES[Path(barrier.file).name]
     before = "\n".join((native.CSRC / barrier.file).read_text().splitlines()[: barrier.line])
-    if before.rfind("void stream_chunks(") > before.rfind("\n}\n"):
-        case = 8  # rows that pass in chunks
+    for function, its_case in (("void stream_chunks(", 8), ("PGLCL_KERNEL contrast_finish(", 9)):
+        if before.rfind(function) > before.rfind("\n}\n"):
+            case = its_case  # rows that pass in chunks; wide anchors
     return 800, family, case, barrier.number
 
 
