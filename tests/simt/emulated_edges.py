@@ -394,6 +394,25 @@ def test_wide_anchors_behind_the_first_warp(dtype: torch.dtype) -> None:
             torch.testing.assert_close(a, b, rtol=epsilon, atol=epsilon * float(b.abs().max()))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_weight_of_negatives_of_a_wide_anchor(dtype: torch.dtype) -> None:
+    """Its positive and its negative are the same vector: their logits are equal, beyond float32 as they are."""
+    anchors, keys = torch.zeros(1, 8, dtype=dtype), torch.zeros(2, 8, dtype=dtype)
+    anchors[0, 0], keys[:, 0] = 2.0**100, 2.0**40
+    loss, grads = calls.patch_contrast(
+        anchors,
+        torch.tensor([0]),
+        keys=keys,
+        key_labels=torch.tensor([0, 1]),
+        temperature=1.0,
+        negative_weight=3.0,
+        upstream=torch.tensor(1.0),
+    )
+    torch.testing.assert_close(loss, torch.tensor(4.0).log())
+    assert grads[0].abs().max() < 2.0**40 * 1e-6  # the shares of two equal keys cancel
+    torch.testing.assert_close(grads[1][:, 0].float() / 2.0**100, torch.tensor([-0.75, 0.75]), rtol=1e-2, atol=0)
+
+
 def test_a_temperature_that_float32_has_no_room_for() -> None:
     z = torch.eye(4, 8) * 1e-20 + 1e-21
     y = torch.tensor([0, 0, 1, 1])
