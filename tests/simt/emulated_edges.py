@@ -640,15 +640,19 @@ def test_gaussian_anchors_beyond_float32(pairwise: bool, dtype: torch.dtype) -> 
 
 
 def test_gaussian_gradients_alone_beyond_float32() -> None:
-    """A loss that is finite and products that are, whose part in the gradient is not."""
-    anchors, covariances = torch.zeros(1, 8), torch.zeros(1, 8, 8)
-    anchors[0, 3], covariances[0, 3, 5], covariances[0, 5, 3] = 1.0, 2e37, 2e37
-    arguments = (anchors, torch.tensor([0]), torch.zeros(1, 8), covariances, torch.tensor([1]))
-    loss, gradients, _ = calls.gaussian_contrast(*arguments, temperature=0.5, covariance_scale=2.0, reduction="none")
-    assert loss == 0
-    torch.testing.assert_close(gradients[0], torch.zeros(8).index_fill(0, torch.tensor([5]), 1.6e38))
-    loss, gradients, _ = calls.gaussian_contrast(*arguments, temperature=0.1, covariance_scale=2.0, reduction="none")
-    assert loss == 0
+    """A loss that is finite, and a gradient of two terms that are not, but whose sum is, or is not."""
+    anchors, means, covariances = torch.zeros(1, 8), torch.zeros(2, 8), torch.zeros(2, 8, 8)
+    anchors[0, 3] = 1.0
+    means[1, 5], covariances[1, 3, 5], covariances[1, 5, 3] = -3e38, 1.55e37, 1.55e37
+    arguments = (anchors, torch.tensor([0]), means, covariances, torch.tensor([1, 1]))
+    options = {"temperature": 0.1, "covariance_scale": 2.0, "negative_weight": 2.0, "reduction": "none"}
+    loss, gradients, _ = calls.gaussian_contrast(*arguments, **options)
+    torch.testing.assert_close(loss, torch.tensor([2.0]).log())
+    want = 0.5 * (10 * means[1, 5].double() + 200 * covariances[1, 3, 5].double())
+    torch.testing.assert_close(gradients[0].double(), torch.zeros(8).double().index_fill(0, torch.tensor([5]), want))
+    means[1, 5] = 0
+    loss, gradients, _ = calls.gaussian_contrast(*arguments, **options)
+    torch.testing.assert_close(loss, torch.tensor([2.0]).log())
     assert gradients[0].tolist() == [0, 0, 0, 0, 0, math.inf, 0, 0]
 
 

@@ -191,7 +191,8 @@ class GlobalMemory {
   };
   static uintptr_t address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
   Buffer* find(uintptr_t base) {
-    if (last_ && base >= last_start_ && base < last_start_ + last_->bytes) return last_;  // another may begin at its end
+    if (last_ && base >= last_start_ && base < last_start_ + last_->bytes)
+      return last_;  // another may begin at its end
     auto next = buffers_.upper_bound(base);
     if (next == buffers_.begin()) return nullptr;
     auto& [start, buffer] = *std::prev(next);
