@@ -36,6 +36,9 @@ def write_template(folder: Path) -> dict[str, list[str]]:
     first = int(inside[0])
     count = (int(inside[-1]) + 1 - first) // SLAB
     names = [f"slab{slab:02d}" for slab in range(count)]
+    training = [{"image": f"imagesTr/{n}.nii.gz", "label": f"labelsTr/{n}.nii.gz"} for n in names]
+    # The first: a folder whose demo was killed is known again.
+    write_json(folder / "dataset.json", {"name": NAME, "labels": CLASSES, "training": training})
     for slab, name in enumerate(names):
         rows = slice(first + slab * SLAB, first + (slab + 1) * SLAB)
         affine = t1.affine.copy()
@@ -43,8 +46,6 @@ def write_template(folder: Path) -> dict[str, list[str]]:
         for kind, data in (("imagesTr", image), ("labelsTr", label)):
             with replacing(folder / kind / f"{name}.nii.gz") as partial:
                 nib.save(nib.Nifti1Image(np.ascontiguousarray(data[:, :, rows]), affine), partial)
-    training = [{"image": f"imagesTr/{n}.nii.gz", "label": f"labelsTr/{n}.nii.gz"} for n in names]
-    write_json(folder / "dataset.json", {"name": NAME, "labels": CLASSES, "training": training})
     labelled, validation = [names[i] for i in LABELLED], [names[i] for i in VALIDATION]
     rest = [n for n in names if n not in {*labelled, *validation}]
     return {"labelled": labelled, "unlabelled": rest[::2], "validation": validation, "test": rest[1::2]}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from pglcl.cli import main
-from pglcl.demo import NAME, check_folder
+from pglcl.demo import NAME, check_folder, write_template
 from pglcl.errors import UserError
 from pglcl.train import Interrupted, Training
 
@@ -34,6 +34,18 @@ def test_a_folder_of_the_demo_is_known_again(tmp_path: Path) -> None:
             check_folder(tmp_path)
     described.write_text(json.dumps({"name": NAME}))
     check_folder(tmp_path)
+
+
+def test_a_demo_that_is_killed_while_it_writes_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("nilearn")
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pglcl.demo.nib.save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_template(tmp_path / "data")
+    check_folder(tmp_path)  # the next demo goes on in it
 
 
 def test_a_demo_that_is_stopped(

@@ -11,6 +11,7 @@ import platform
 import random
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.torture import bad_inputs, flips, kills
@@ -25,15 +26,19 @@ def main() -> int:
     parser.add_argument("--flips", type=int, default=200, help="bits turned in each kind of file")
     parser.add_argument("--inputs", type=int, default=-1, help="bad inputs, drawn; -1: all")
     parser.add_argument("--seed", type=int, default=0, help="of every draw")
+    parser.add_argument("--only", default="", help="attacks whose name has this in it; the other rows of the page stay")
     parser.add_argument("--output", type=Path, help="page whose table is written anew")
     chosen = parser.parse_args()
-    tallies = run(chosen.kills, chosen.flips, chosen.inputs, chosen.seed)
+    tallies = run(chosen.kills, chosen.flips, chosen.inputs, chosen.seed, chosen.only)
     faults = [f"{tally.name}: {fault}" for tally in tallies for fault in tally.faults]
-    table = "\n".join(["| attack | outcomes | faults |", "| --- | --- | ---: |", *(tally.row() for tally in tallies)])
-    print(table)
+    rows = [tally.row() for tally in tallies]
+    print("\n".join(rows))
     for fault in faults:
         print(f"FAULT {fault}")
-    if chosen.output:
+    if chosen.output and chosen.only:
+        replace_rows(chosen.output, rows)
+    elif chosen.output:
+        table = "\n".join(["| attack | outcomes | faults |", "| --- | --- | ---: |", *rows])
         day = datetime.date.today().isoformat()
         made = f"`python -m tests.torture --kills {chosen.kills} --flips {chosen.flips} --seed {chosen.seed}`"
         replace_table(
@@ -42,26 +47,23 @@ def main() -> int:
     return 1 if faults else 0
 
 
-def run(kill_count: int, flip_count: int, input_count: int, seed: int) -> list[Tally]:
-    tallies: list[Tally] = []
-
-    def attack(name: str) -> tuple[Tally, Path, random.Random]:
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        tallies.append(Tally(name))
-        return tallies[-1], Path(tempfile.mkdtemp(dir=top)), random.Random(f"{seed} {name}")
-
+def run(kill_count: int, flip_count: int, input_count: int, seed: int, only: str = "") -> list[Tally]:
+    """The attacks whose name has `only` in it; each has a draw of its own."""
+    attacks: dict[str, Callable[[Tally, Path, random.Random], None]] = {
+        "kill -9 in a training, 1 process": lambda t, f, d: kills.kill_and_resume(t, f, kill_count, 1, d),
+        "kill -9 in a training, 2 processes": lambda t, f, d: kills.kill_and_resume(t, f, (kill_count + 1) // 2, 2, d),
+        "a bit turned in a compressed image": lambda t, f, d: flips.flip_volumes(t, f, flip_count, d),
+        "a bit turned in a run's files, then resumed": lambda t, f, d: flips.flip_run_files(t, f, flip_count // 4, d),
+        "a bit turned in a model, then used": lambda t, f, d: flips.flip_models(t, f, flip_count // 4, d),
+        "bad volumes, folders, options and runs": lambda t, f, d: bad_inputs.attack_inputs(t, f, d, input_count),
+    }
+    tallies = []
     with tempfile.TemporaryDirectory(prefix="torture-") as top:
-        for ranks, count in ((1, kill_count), (2, (kill_count + 1) // 2)):
-            tally, folder, draw = attack(f"kill -9 in a training, {ranks} process{'es' if ranks > 1 else ''}")
-            kills.kill_and_resume(tally, folder, count, ranks, draw)
-        tally, folder, draw = attack("a bit turned in a compressed image")
-        flips.flip_volumes(tally, folder, flip_count, draw)
-        tally, folder, draw = attack("a bit turned in a run's files, then resumed")
-        flips.flip_run_files(tally, folder, flip_count // 4, draw)
-        tally, folder, draw = attack("a bit turned in a model, then used")
-        flips.flip_models(tally, folder, flip_count // 4, draw)
-        tally, folder, draw = attack("bad volumes, folders, options and runs")
-        bad_inputs.attack_inputs(tally, folder, draw, input_count)
+        for name, attack in attacks.items():
+            if only in name:
+                print(f"{name} ...", file=sys.stderr, flush=True)
+                tallies.append(Tally(name))
+                attack(tallies[-1], Path(tempfile.mkdtemp(dir=top)), random.Random(f"{seed} {name}"))
     return tallies
 
 
@@ -69,6 +71,13 @@ def replace_table(page: Path, text: str) -> None:
     before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])
     page.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}", encoding="utf-8")
+
+
+def replace_rows(page: Path, rows: list[str]) -> None:
+    """Each takes the place of the row of the same attack."""
+    new = {row.split("|")[1]: row for row in rows}
+    lines = [new.get(f"{line}||".split("|")[1], line) for line in page.read_text(encoding="utf-8").splitlines()]
+    page.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

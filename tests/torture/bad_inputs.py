@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import shutil
 import struct
@@ -207,6 +208,13 @@ def bad_runs(folder: Path, data: Path, run: Path) -> Iterator[Case]:
         shutil.copytree(run, copy)
         (copy / "model.pt").write_bytes(content)
         yield f"model.pt: {what}", ["evaluate", copy, data]
+    for name in ("checkpoint.pt", "config.json", "split.json", "run.json", "metrics.jsonl"):
+        for what, make in (("a folder", Path.mkdir), ("a pipe", os.mkfifo)):
+            copy = folder / "broken" / f"{name}_{what.replace(' ', '_')}"
+            shutil.copytree(run, copy)
+            (copy / name).unlink()
+            make(copy / name)
+            yield f"{name}: {what}", ["train", "--resume", copy, "--steps", "8"]
     yield "a run in the folder", ["train", data, "-o", run, *flags({**TINY, "steps": 4})]
     yield "no run", ["evaluate", folder / "nothing", data]
     yield "no run to resume", ["train", "--resume", folder / "nothing"]

@@ -20,17 +20,21 @@ import pglcl.train
 import torch
 import torch._dynamo
 import torch.utils.tensorboard
+from pglcl.meeting import MEETING
 
 # One thread in the parent, or a fork could meet a lock that another thread holds.
 torch.set_num_threads(1)
+PATIENCE = 60  # seconds that a rank waits for the others
 LONGEST = 300.0  # seconds that a command may take
+MOST_A_TICK = 2.0  # seconds between two looks at a child; longer ones are a machine that was asleep, or a stopped job
 
 
 @dataclass
 class Ended:
     """How a child ended.
 
-    code: exit code, or minus the signal. output: of both streams. seconds: of its life. memory: most resident, MiB.
+    code: exit code, or minus the signal. output: of both streams. seconds: that it was waited for. memory: most
+    resident, MiB.
     """
 
     code: int
@@ -54,7 +58,7 @@ class Child:
     """
 
     def __init__(self, work: Callable[[], int], log: Path, environment: dict[str, str] | None = None) -> None:
-        self.log, self.start = log, time.monotonic()
+        self.log = log
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
@@ -88,16 +92,20 @@ class Child:
             os.kill(self.pid, signal.SIGKILL)
 
     def wait(self, longest: float = LONGEST) -> Ended:
+        """Counts the seconds that pass from now on, without those in which this process, too, was stopped."""
+        last, seconds = time.monotonic(), 0.0
         while True:
             pid, status, usage = os.wait4(self.pid, os.WNOHANG)
             if pid:
                 break
-            if time.monotonic() - self.start > longest:
+            if seconds > longest:
                 self.kill()
             time.sleep(0.005)
+            now = time.monotonic()
+            last, seconds = now, seconds + min(now - last, MOST_A_TICK)
         text = self.log.read_text(errors="replace") if self.log.exists() else ""
         code = os.waitstatus_to_exitcode(status)
-        return Ended(code, text, time.monotonic() - self.start, usage.ru_maxrss / 1024)
+        return Ended(code, text, seconds, usage.ru_maxrss / 1024)
 
 
 def pglcl_child(arguments: Sequence[object], log: Path, environment: dict[str, str] | None = None) -> Child:
@@ -123,6 +131,7 @@ def start_ranks(ranks: int, arguments: Sequence[object], folder: Path) -> list[C
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common[MEETING] = str(PATIENCE)  # nobody watches them: they wait so long for one that was killed before it came
     return [
         pglcl_child(arguments, folder / f"rank{rank}.log", {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(ranks)
