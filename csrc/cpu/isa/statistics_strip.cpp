@@ -264,32 +264,44 @@ PGLCL_INLINE void backward_columns(const StatisticsGradientStrip<scalar_t>& s, i
   }
 }
 
+// The ragged end of a row, compiled once for all numbers of classes.
+template <typename scalar_t, typename element_t>
+__attribute__((noinline)) void ragged_columns(const StatisticsStrip<scalar_t>& s, int64_t first, int64_t last,
+                                              int64_t x, int lanes) {
+  forward_columns<scalar_t, element_t, 0>(s, first, last, x, lanes);
+}
+template <typename scalar_t, typename element_t>
+__attribute__((noinline)) void ragged_columns(const StatisticsGradientStrip<scalar_t>& s, int64_t first, int64_t last,
+                                              int64_t x, int lanes) {
+  backward_columns<scalar_t, element_t, 0>(s, first, last, x, lanes);
+}
+
 // Calls for each vector of columns, and in it for the rows of the strip, a few at once.
-template <typename scalar_t, typename Strip, typename Whole, typename Ragged>
-PGLCL_INLINE void walk(const Strip& s, Whole whole, Ragged ragged) {
+template <typename element_t, template <typename> class Strip, typename scalar_t, typename Whole>
+PGLCL_INLINE void walk(const Strip<scalar_t>& s, Whole whole) {
   constexpr int kLanes = Simd<scalar_t>::kLanes;
   for (int64_t x = 0; x < s.width; x += kLanes)
     for (int64_t first = 0; first < s.rows; first += kRowsAtOnce) {
       const int64_t last = first + kRowsAtOnce < s.rows ? first + kRowsAtOnce : s.rows;
       if (x + kLanes <= s.width)
-        whole(first, last, x, kLanes);
+        whole(first, last, x);
       else
-        ragged(first, last, x, int(s.width - x));
+        ragged_columns<scalar_t, element_t>(s, first, last, x, int(s.width - x));
     }
 }
 
 template <typename scalar_t, typename element_t, int kClasses>
 void forward_strip(const StatisticsStrip<scalar_t>& s) {
-  walk<scalar_t>(
-      s, [&](auto... at) __attribute__((always_inline)) { forward_columns<scalar_t, element_t, kClasses>(s, at...); },
-      [&](auto... at) __attribute__((always_inline)) { forward_columns<scalar_t, element_t, 0>(s, at...); });
+  walk<element_t>(s, [&](int64_t first, int64_t last, int64_t x) __attribute__((always_inline)) {
+    forward_columns<scalar_t, element_t, kClasses>(s, first, last, x, Simd<scalar_t>::kLanes);
+  });
 }
 
 template <typename scalar_t, typename element_t, int kClasses>
 void backward_strip(const StatisticsGradientStrip<scalar_t>& s) {
-  walk<scalar_t>(
-      s, [&](auto... at) __attribute__((always_inline)) { backward_columns<scalar_t, element_t, kClasses>(s, at...); },
-      [&](auto... at) __attribute__((always_inline)) { backward_columns<scalar_t, element_t, 0>(s, at...); });
+  walk<element_t>(s, [&](int64_t first, int64_t last, int64_t x) __attribute__((always_inline)) {
+    backward_columns<scalar_t, element_t, kClasses>(s, first, last, x, Simd<scalar_t>::kLanes);
+  });
 }
 
 // A strip by the type of its elements, then by the number of its classes.
