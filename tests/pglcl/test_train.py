@@ -397,6 +397,7 @@ def processes(folder: Path, run: Path, *more: str, **changes: Any) -> subprocess
     )
 
 
+@pytest.mark.slow
 def test_two_processes_stopped_and_resumed(folder: Path, tmp_path: Path) -> None:
     """They end with the same bits as two that nobody stopped, which one command or torchrun started."""
     options = {"steps": 40, "checkpoint_every": 1000}
@@ -437,6 +438,7 @@ def train_other_contrasts(folder: Path, place: Path, ports: Sequence[int]) -> No
             run.run()
 
 
+@pytest.mark.slow
 def test_two_ranks_of_each_contrast_stopped_and_resumed(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_threads: Callable[[int], None]
 ) -> None:
