@@ -7,6 +7,7 @@ import os
 import sys
 
 from pglcl import MissingPackages, require_packages
+from pglcl.stopping import remember_interrupts
 
 
 def prepare_streams() -> None:
@@ -31,6 +32,7 @@ def prepare_streams() -> None:
 
 def main() -> int:
     prepare_streams()
+    remember_interrupts()
     if "RANK" in os.environ:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no advice to authors of distributed programs
     try:

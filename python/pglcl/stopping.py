@@ -9,16 +9,30 @@ from typing import Any
 
 from pglcl.launcher import parent_has_ended
 
+_interrupts: list[int] = []  # those that `remember_interrupts` has seen
+
+
+def remember_interrupts() -> None:
+    """From here on Ctrl-C raises KeyboardInterrupt, as ever, and is remembered: a library that is being imported may
+    catch the exception and go on."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        _interrupts.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+
 
 class StopRequest:
     """The first Ctrl-C, SIGTERM or SIGHUP in the block is noted; the second raises KeyboardInterrupt there and then.
 
     Attributes:
-        asked: whether one came.
+        asked: whether one came, in the block or lost before it.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = bool(_interrupts)
         self._before: dict[int, Any] = {}
 
     def look_at_parent(self) -> None:
