@@ -56,19 +56,19 @@ def class_patches(
     From the method, section 8. Crops lie on a grid whose last row and column are moved inwards to end with the image,
     so that every pixel is in one, at every border and corner and for any patch size. Of the crops of a class in an
     image at most `max_patches` are taken, evenly spread over the image; images do not influence each other. Coverage is
-    counted from the mask, never from intensities. How many crops there are is asked of the device, which waits for it.
+    counted from the mask, never from intensities. On a GPU the call waits, since the number of crops must be known.
 
     Args:
         images: (B, C, *S) floating point, two or three spatial dimensions.
         labels: (B, *S) int64, where a value outside [0, num_classes) belongs to no class; or soft weights
             (B, num_classes, *S), which stay soft.
-        patch_size: of a crop, in pixels; not larger than the image.
+        patch_size: size of a crop, in pixels; at most the image.
         num_classes: K.
-        stride: distance of the crops, at most `patch_size`, which is its default.
+        stride: distance between crops, in pixels; at most `patch_size`, which is the default.
         coverage: a crop counts for class k when its mean weight exceeds this: a number, a tensor (K,), or None for 0.
-        max_patches: per class and image; all by default.
-        output_size: of the returned crops; `patch_size` by default.
-        mode: how they get there: ``"resize"`` (linear interpolation) or ``"pad"`` (zeros around them).
+        max_patches: largest number of crops of a class in an image; all by default.
+        output_size: size of the returned crops, in pixels; `patch_size` by default.
+        mode: how crops get that size: ``"resize"`` (linear interpolation) or ``"pad"`` (zeros around them).
 
     Returns:
         :class:`ClassPatches`, ordered by image, class and place; N may be 0.

@@ -17,14 +17,15 @@ class CoverageThreshold(nn.Module):
     A Robbins-Monro step for each class that the batch holds (method, section 8):
     :math:`\theta_k \leftarrow clip(\theta_k + \gamma_n (share_n - target), 0, 1)`, where :math:`share_n` is the
     fraction of the batch's patches of class k with coverage above :math:`\theta_k`, and
-    :math:`\gamma_n = gain / n^{2/3}` (our choice) for the n-th batch with that class. 1 itself is left out of the
-    range, so that a patch covered whole always qualifies. The state is in buffers; nothing waits for a GPU.
+    :math:`\gamma_n = gain / n^{2/3}` (our choice) for the n-th batch with that class. The
+    threshold stays below 1, so that a patch that its class covers whole always qualifies. The state is in buffers;
+    nothing waits for a GPU.
 
     Args:
         num_classes: K.
         initial: threshold at the start, in [0, 1].
-        target: share of the patches that shall qualify, in (0, 1).
-        gain: of the steps.
+        target: share of the patches that should qualify, in (0, 1).
+        gain: size of the first step, > 0.
         ignore_index: patches with this label, or one outside [0, K), are not counted.
 
     Attributes:
@@ -64,7 +65,7 @@ class CoverageThreshold(nn.Module):
 
         Args:
             coverage: (N,) in [0, 1]; patches with 0 do not hold their class and are not counted.
-            labels: (N,) int64, the class that each coverage is of.
+            labels: (N,) int64, the class of each coverage.
 
         Raises:
             ValueError: shapes that do not fit, or another device than that of the threshold.
@@ -91,7 +92,7 @@ class CoverageThreshold(nn.Module):
         self.value.copy_(torch.where(present > 0, moved, self.value))
 
     def coverage_and_classes(self, batch: PatchRows | PatchBatch) -> tuple[Tensor, Tensor]:
-        """Of all rows that :func:`patch_embeddings` makes, qualified or not, as :meth:`update` takes them."""
+        """The arguments of :meth:`update`, from all rows that :func:`patch_embeddings` makes, qualified or not."""
         k = self.num_classes
         classes = torch.arange(k, device=batch.coverage.device).repeat(len(batch.coverage) // k)
         return batch.coverage, classes

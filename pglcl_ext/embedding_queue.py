@@ -46,12 +46,12 @@ class EmbeddingQueue(nn.Module):
     Args:
         num_classes: K.
         embedding_dim: D.
-        length: keys kept of each class.
-        descriptor_dim: C, numbers kept beside each key (its entropy, say); none by default.
+        length: number of keys kept of each class.
+        descriptor_dim: C, the size of the descriptor kept beside each key (its entropy, say); 0 keeps none.
         ignore_index: keys with this label, or one outside [0, K), are not queued.
         process_group: the keys of all its ranks are queued on every rank, in the order of the ranks, so that the queues
-            stay equal. Exchanging how many there are waits for the GPU. A copy of the queue shares the group; a queue
-            with a group cannot be pickled.
+            stay equal. This waits for the GPU, since ranks exchange the number of their keys. A copy of the queue
+            shares the group; a queue with a group cannot be pickled.
 
     Attributes:
         counts: (K,) int64, the keys held of each class.
@@ -100,7 +100,7 @@ class EmbeddingQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, embeddings: Tensor, labels: Tensor, descriptors: Tensor | None = None) -> None:
-        """Adds keys, in order; of more than `length` of a class the last ones stay.
+        """Adds keys, in order. Where a class gets more than `length`, the last ones stay.
 
         Args:
             embeddings: (M, D) floating point, on the device of the queue; they are kept in its dtype.
@@ -170,9 +170,10 @@ class EmbeddingQueue(nn.Module):
         return torch.arange(self.length, device=self.counts.device) < self.counts[:, None]
 
     def keys(self) -> QueuedKeys:
-        """Every slot, in a shape that does not depend on how many are filled; copies, which `enqueue` leaves alone.
+        """Every slot, filled or empty, as copies.
 
-        So a loss may be differentiated after the next keys are queued.
+        The shape does not depend on how many slots are filled. `enqueue` does not change the copies, so a loss may be
+        differentiated after the next keys are queued.
         """
         classes = torch.arange(self.num_classes, device=self.counts.device)[:, None]
         labels = torch.where(self._filled(), classes, self.ignore_index).flatten()
@@ -187,7 +188,7 @@ class EmbeddingQueue(nn.Module):
         """Mean and biased covariance of the keys of each class (method, section 6).
 
         Args:
-            dtype: that they are computed and returned in: float32 or wider, that of the queue by default.
+            dtype: dtype of the computation and the result: float32 or wider; by default that of the queue.
 
         Returns:
             (K, D) and (K, D, D). Deviations are squared after the mean is taken off, so that one key has a covariance

@@ -43,7 +43,7 @@ def gaussian_contrast_loss(
 ) -> Tensor:
     r"""Contrastive loss against infinitely many keys, normally distributed in each class.
 
-    Of the K classes those take part that have keys; `C` counts them. For an anchor `t` of such a class `i`, with
+    Classes that have keys take part; `C` is their number. For an anchor `t` of such a class `i`, with
     :math:`\psi` = `negative_weight` and :math:`\lambda` = `covariance_scale` (method, section 6: re-derived from the
     authors' code, which bounds the expected logarithm by Jensen's inequality; here in log-space)
 
@@ -57,8 +57,8 @@ def gaussian_contrast_loss(
     Args:
         anchors: embeddings, (N, D), used as given; float64, float32, bfloat16 or float16. Sums are kept in float32
             (float64 for float64).
-        labels: (N,) int64, in [0, K) or `ignore_index`. On the CPU another value is an error; on a GPU, which is not
-            waited for, such an anchor is left out.
+        labels: (N,) int64, in [0, K) or `ignore_index`. On the CPU another value is an error. On a GPU, where a check
+            would have to wait, such an anchor is left out.
         means: (K, D) floating point; or (K, K, D), first index the anchor's class, as
             :func:`hard_negative_statistics` gives them.
         covariances: (K, D, D), or (K, K, D, D) with such means. Only the symmetric part matters.

@@ -37,15 +37,15 @@ def hard_negative_statistics(
     Args:
         anchors: (N, D) floating point, L2-normalised like the queued keys; no gradient flows through them.
         labels: (N,) int64.
-        queue: holds the keys.
-        num_samples: drawn for each pair of classes, at least 2.
-        generator: of the anchors' device; the default one by default, and always under torch.compile. Every call draws
-            the same amount of numbers.
+        queue: the queue that holds the keys.
+        num_samples: number of samples drawn for each pair of classes, at least 2.
+        generator: a generator on the device of the anchors; None, the default, takes PyTorch's own. It must be None
+            under torch.compile. Every call draws equally many numbers.
 
     Returns:
         means (K, K, D) and covariances (K, K, D, D) in the dtype of the queue (float32 or wider), first index the
-        anchors' class, for :func:`gaussian_contrast_loss`. Plain statistics of class j stand on the diagonal, and where
-        the pair has no anchor, a singular covariance, an empty slab, or no sample that qualifies.
+        anchors' class, for :func:`gaussian_contrast_loss`. The diagonal holds the plain statistics of class j. So do
+        pairs with no anchor, a singular covariance, an empty slab, or no sample that qualifies.
 
     Raises:
         ValueError: shapes or devices that do not fit, fewer than 2 samples, a generator under torch.compile.

@@ -18,8 +18,8 @@ __all__ = ["PatchBatch", "PatchRows", "patch_embeddings"]
 class PatchRows(NamedTuple):
     """Class-aware patches of a batch, before anything is pooled: every class of every patch is a row.
 
-    Rows that qualify have their class as label, the others `ignore_index`, which the losses and the queue leave out. So
-    the shape depends on no value.
+    Rows that qualify have their class as label. The others have `ignore_index`, which the losses and the queue leave
+    out. The number of rows therefore depends on shapes alone.
     """
 
     labels: Tensor  # (N,) int64
@@ -28,20 +28,20 @@ class PatchRows(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # (N, 1 + dims) int64, the image and the cell of the patch grid
 
     def compact(self, ignore_index: int = -1) -> PatchRows:
-        """Only the rows that qualify; how many there are is asked of the device, which waits for it."""
+        """Only the rows that qualify. On a GPU this waits, since the number of rows must be known."""
         return PatchRows(*_qualifying(self, ignore_index))
 
     def limited(self, per_class: int, priority: Tensor, ignore_index: int = -1) -> PatchRows:
         """At most `per_class` rows of each class qualify: those of the highest `priority`, ties in order.
 
-        Background has as many patches as all else together, several times over; a mean over anchors is its mean. With
-        `entropy` as priority the patches that the prediction is least sure of are kept, with random numbers a
-        fair sample. Nothing waits for the device.
+        Without a limit, a mean over anchors is little but the mean over the background, which has most of the patches.
+        With `entropy` as priority the patches that the prediction is least sure of are kept, with random numbers a
+        random sample. Nothing waits for the GPU.
 
         Args:
             per_class: at least 0.
             priority: (N,), of each row.
-            ignore_index: label of rows that do not qualify, and of those that no longer do.
+            ignore_index: label of rows that do not qualify, before or after.
 
         Raises:
             ValueError: a priority of another shape, a negative `per_class`.
@@ -123,18 +123,18 @@ def patch_embeddings(
 
     Args:
         features: (B, D, *S) floating point, two or three spatial dimensions; gradients flow to them.
-        weights: (B, K, *S) floating point, at least 0: probabilities, or a one-hot mask. Their coverage selects; no
-            gradient flows to them.
+        weights: (B, K, *S) floating point, at least 0: probabilities, or a one-hot mask. They decide which patches
+            qualify; no gradient flows to them.
         patch_size, stride: in pixels of the feature map, as in :func:`patch_statistics`. Overlapping patches copy the
             features as often as they overlap.
         coverage: class k counts as present in a patch when its mean weight there, c_jk, exceeds this: a number, a
             tensor (K,), e.g. that of a :class:`CoverageThreshold`, or None for 0. A patch without its class is no patch
             of it.
-        prediction: (B, K', *S) probabilities whose entropy, averaged with the class weights, is taken instead of the
-            weights' own: a one-hot mask has none.
+        prediction: (B, K', *S) probabilities whose entropy, averaged with the class weights, takes the place of the
+            entropy of the weights, which is 0 for a one-hot mask.
         select: is given all :class:`PatchRows` before anything is pooled, and returns those to pool, e.g.
-            ``lambda rows: rows.limited(64, rows.entropy).compact()``. Pooling then costs what they are, not what the
-            feature map is.
+            ``lambda rows: rows.limited(64, rows.entropy).compact()``. The cost of pooling then depends
+            on these rows, not on the feature map.
         ignore_index: label of rows that do not qualify.
 
     Returns:

@@ -25,11 +25,11 @@ DISTANCE_WEIGHT = 10
 
 @dataclass
 class ViewBatch:
-    """What the student sees in a step, and what it should say.
+    """What the student sees in a step, and what it should predict.
 
     images (B, C, *S). target (B, *S) int64, -1 where nothing is known. weight (B, *S), of each pixel. certainty
     (B, *S), 1 for an annotation, the teacher's probability for a pseudo-label. annotated (B, *S) bool. prediction
-    (B, K, *S), the teacher's, or None when nobody asks for it. supervised: how many of the first images are annotated.
+    (B, K, *S), the teacher's, or None where it is not needed. supervised: how many of the first images are annotated.
     weak: how many of the last images are weak views, of which the student sees a share of the feature channels.
     """
 

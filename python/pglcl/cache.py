@@ -71,7 +71,7 @@ def _key(case: Case, config: TrainConfig, slice_axis: int | None, intensity: Int
 
 
 def _known_by(path: Path) -> tuple[str | int, ...]:
-    """The time of the last change of the inode, too, which nobody can set back as `cp -p` does that of the content."""
+    """Path, size and times of a file. The inode's time is one of them: `cp -p` sets back only that of the content."""
     status = path.stat()
     return str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns
 

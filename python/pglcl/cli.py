@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 from rich.console import Console
 
 from pglcl import launcher
@@ -50,18 +51,33 @@ DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto: a GPU 
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but errors")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace files that exist")]
 TtaOption = Annotated[
-    str, typer.Option(help="flips: average over mirrored images, where the model was trained with them; none")
+    str, typer.Option(help="flips: average over mirrored images, for a model trained with --flips all; none")
 ]
 PostprocessOption = Annotated[
     str,
     typer.Option(
-        help="largest-component: keep the largest piece of every class; auto: of those classes that the run's "
-        "validation patients score no worse with; none"
+        help="largest-component: keep the largest component of every class; auto: of the classes for which the run's "
+        "validation patients score no worse then; none"
     ),
 ]
 WeightsOption = Annotated[
-    str, typer.Option(help="last: of the run's last step; best: of the step that validation patients scored best")
+    str, typer.Option(help="last: weights of the last step; best: of the step that validation patients scored best")
 ]
+
+
+class GroupedCommand(typer.core.TyperCommand):
+    """A command whose ``--help`` lists the options under the headings of their groups."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[Any]] = {}
+        for parameter in self.get_params(ctx):
+            row = parameter.get_help_record(ctx)
+            if row is not None:
+                kind = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                groups.setdefault(getattr(parameter, "rich_help_panel", None) or kind, []).append(row)
+        for heading, rows in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl(rows)
 
 
 def console(quiet: bool = False) -> Console:
@@ -69,7 +85,7 @@ def console(quiet: bool = False) -> Console:
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Registers a command of which every error ends as one line, or as a traceback that says that it is a bug."""
+    """Registers a command. Its errors are printed as one line each; a bug is printed with its traceback."""
 
     @functools.wraps(function)
     def guarded(*arguments: Any, **options: Any) -> None:
@@ -86,7 +102,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             raise typer.Exit(_explain(error)) from None
 
-    app.command(function.__name__.strip("_"))(guarded)
+    app.command(function.__name__.strip("_"), cls=GroupedCommand)(guarded)
     return guarded
 
 
@@ -130,9 +146,9 @@ def _options_of_all_commands(
 def inspect(
     data: DataArgument,
     labels: Annotated[str, typer.Option(help="values of each class, as for pglcl train")] = "",
-    num_classes: Annotated[int, typer.Option(help="classes of the values 0, 1, ...; 0: from dataset.json, or all")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON and nothing else")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="a row for every volume")] = False,
+    num_classes: Annotated[int, typer.Option(help="number of classes, as for pglcl train")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="print all of it as JSON, and nothing else")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="print a row for every volume")] = False,
     quiet: QuietOption = False,
 ) -> None:
     """Lists what is in a data folder, options that suit it, and everything that is wrong with it."""
@@ -155,9 +171,9 @@ def inspect(
 
 
 def _train(ctx: typer.Context, data: Path | None, output: Path | None, **options: Any) -> None:
-    """Trains a model and scores nothing: `pglcl evaluate` does, on the volumes kept for the test.
+    """Trains a model. `pglcl evaluate` scores it, on the volumes kept for the test.
 
-    A run that was stopped goes on with `pglcl train --resume RUN`; its data folder and options are its own.
+    A run that was stopped goes on with `pglcl train --resume RUN`, which knows its data folder and its options.
     """
     from pglcl.limits import check_threads
     from pglcl.train import Interrupted, Training
@@ -207,7 +223,7 @@ def _part_of(run: Path) -> str:
 def _run_asked_for(
     data: Path | None, output: Path | None, moved_data: Path | None, resume: bool, given: dict[str, Any]
 ) -> tuple[Path, Path, TrainConfig]:
-    """Data folder, run and options: of a run that is resumed its own, where no others are given."""
+    """Data folder, run and options. A run that is resumed has its own; options that are given take their place."""
     from pglcl.run_folder import data_of, read_config
 
     if resume and output is None:  # pglcl train --resume RUN
@@ -245,7 +261,7 @@ def _train_signature() -> inspection.Signature:
     add("profile", bool, False, typer.Option("--profile", help="print where a step's time goes"))
     add("quiet", bool, False, typer.Option("--quiet", "-q", help="print nothing but errors"))
     add("threads", int, 0, typer.Option(help="CPU threads of this process; 0: PyTorch's choice"))
-    add("processes", int, 1, typer.Option(min=1, max=64, help="that train together on this machine, one for each GPU"))
+    add("processes", int, 1, typer.Option(min=1, max=64, help="processes that train together here, one for each GPU"))
     for name, described in OPTIONS.items():
         default = DEFAULTS[name]
         names = [f"{flag(name)}/--no-{flag(name)[2:]}"] if isinstance(default, bool) else [flag(name)]

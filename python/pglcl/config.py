@@ -17,7 +17,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-MOST = 10**9  # of any whole number without a bound of its own
+MOST = 10**9  # the largest value of a number without a bound of its own
 Number = TypeVar("Number", int, float)
 
 
@@ -99,107 +99,112 @@ class TrainConfig:
     test: int = _opt(-1, "patients kept for the test, the last ones; -1: a fifth", "Data", least=-1)
     shuffle: bool = _opt(False, "shuffle the patients with the seed before they are split (else: by name)", "Data")
     split_file: str = _opt("", "JSON file with the lists labelled, unlabelled, validation, test of patients", "Data")
-    folds: int = _opt(0, "split the patients with labels into so many parts at random; --fold is kept for validation",
+    folds: int = _opt(0, "number of folds that the patients with labels are split into at random; 0: no folds",
         "Data", least=0, most=1000)
-    fold: int = _opt(0, "of --folds, or of a split file with several, such as nnU-Net's splits_final.json", "Data",
+    fold: int = _opt(0,
+        "number of the fold that is kept for validation, from 0: of --folds, or of a --split-file with folds", "Data",
         least=0)
     labels: str = _opt("",
         "values of each class, background first: 0,85=RV,1+2=kidney,0+*,255=ignore; default: as found", "Data")
-    num_classes: int = _opt(0, "classes of the values 0, 1, ...; 0: from dataset.json, or the values found", "Data",
-        least=0, most=256)
-    normalise: str = _opt("auto", "intensities; auto looks at dataset.json and the values, and says what it took",
+    num_classes: int = _opt(0, "number of classes, of the values 0, 1, ...; 0: from dataset.json, or the values found",
+        "Data", least=0, most=256)
+    normalise: str = _opt("auto", "how intensities are normalised; auto: by dataset.json and the values, and says so",
         "Data", choices=("auto", "percentile", "zscore", "ct", "rgb", "none"))
-    window: str = _opt("", "LEVEL,WIDTH that intensities are clipped to, instead of measuring it, e.g. 40,400", "Data",
+    window: str = _opt("", "LEVEL,WIDTH of the window that intensities are clipped to, e.g. 40,400", "Data",
         items=float)
-    cache: str = _opt("", "folder for prepared volumes, read from there piece by piece: for data larger than memory",
+    cache: str = _opt("", "folder that keeps prepared volumes, for data larger than memory: batches read from it",
         "Data", weights=False)
     spatial_dims: int = _opt(2, "2: slices, for anisotropic volumes; 3: patches of volumes", "Data", choices=(2, 3))
-    image_size: str = _opt("", "of a slice or patch; one number, or one an axis; default 128, 3-D 32,48,32", "Data",
-        unit="pixels", items=int, least=1)
+    image_size: str = _opt("", "size of a slice or patch, one number or one an axis; default 128, in 3-D 32,48,32",
+        "Data", unit="pixels", items=int, least=1)
     spacing: str = _opt("",
-        "3-D: volumes are resampled to it, one number or one an axis, e.g. 1,1,1; default: as they are", "Data",
-        unit="mm", items=float, least=0.01, most=1000, only=("spatial_dims", 3))
-    slice_axis: int = _opt(-1, "axis that 2-D slices are taken across; -1: the one with the fewest voxels", "Data",
+        "3-D: voxel size that volumes are resampled to, one number or one an axis, e.g. 1,1,1; default: as it is",
+        "Data", unit="mm", items=float, least=0.01, most=1000, only=("spatial_dims", 3))
+    slice_axis: int = _opt(-1, "axis across which slices are taken; -1: the one with the fewest voxels", "Data",
         least=-1, most=2, only=("spatial_dims", 2))
 
     method: str = _opt("patchcl", "supervised; semi: a semi-supervised base; patchcl: patch contrast on it", "Method",
         choices=("supervised", "semi", "patchcl"))
     consistency: str = _opt("copy-paste", "the semi-supervised base", "Method",
         choices=("mean-teacher", "weak-to-strong", "copy-paste"))
-    loss: str = _opt("infonce", "contrast: infonce (guided) or gaussian (the paper's, from queue statistics)", "Method",
-        choices=("infonce", "gaussian"))
+    loss: str = _opt("infonce", "contrastive loss: infonce (guided), or gaussian (the paper's, of queued keys)",
+        "Method", choices=("infonce", "gaussian"))
     patches: str = _opt("pooled", "pooled: from one feature map; crop: cropped images, encoded again", "Method",
         choices=("pooled", "crop"))
-    contrast_weight: float = _opt(0.1, "weight of the contrastive loss, at most", "Method", least=0)
+    contrast_weight: float = _opt(0.1, "largest weight of the contrastive loss", "Method", least=0)
     contrast_schedule: str = _opt("ramp",
-        "of that weight: ramp: up over the first 30 % of the steps, down to 0 over the last 30 %; or constant",
+        "ramp: that weight rises over the first 30 % of the steps and falls to 0 over the last 30 %; constant",
         "Method", choices=("ramp", "constant"))
     consistency_weight: float = _opt(1.0, "weight of the base's loss on unlabelled images", "Method", least=0)
     confidence: float = _opt(0.8, "weak-to-strong: pixels count where the teacher is at least this sure", "Method",
         above=0, below=1, only=("consistency", "weak-to-strong"))
-    strong_views: int = _opt(2, "weak-to-strong: of an unlabelled image, each with boxes of its own", "Method",
+    strong_views: int = _opt(2, "weak-to-strong: number of strong views of an unlabelled image", "Method",
         choices=(1, 2), only=("consistency", "weak-to-strong"))
     feature_dropout: float = _opt(0.5,
-        "weak-to-strong: share of the feature channels left out of a further, weak view; 0: no such view", "Method",
+        "weak-to-strong: share of the feature channels that one more, weak view lacks; 0: no such view", "Method",
         least=0, most=0.9, only=("consistency", "weak-to-strong"))
     mix_warmup: bool = _opt(True, "copy-paste: paste labelled images into each other during warm-up", "Method",
         only=("consistency", "copy-paste"))
     clean_pseudo_labels: str = _opt("auto",
-        "largest-component: of each class of a pseudo-label, for single organs; auto: where the labels have no others",
+        "largest-component: keep that of each class of a pseudo-label; auto: of classes that are one organ in labels",
         "Method", choices=("auto", "largest-component", "none"))
-    ema_decay: float = _opt(0.99, "decay of the teacher, a step", "Method", above=0, below=1)
-    temperature: float = _opt(0.5, "temperature of the InfoNCE loss (gaussian: 0.2, the authors')", "Method",
+    ema_decay: float = _opt(0.99, "decay of the teacher's moving average in a step", "Method", above=0, below=1)
+    temperature: float = _opt(0.5, "temperature of --loss infonce (gaussian has the authors' 0.2)", "Method",
         above=0, only=("loss", "infonce"))
     guidance: bool = _opt(True, "choose positives and negatives by the disparity of the patches' entropies", "Method")
-    max_positive_disparity: float = _opt(0.3, "delta+: most that positives differ, in units of log K", "Method",
+    max_positive_disparity: float = _opt(0.3, "delta+: largest disparity of positives, in units of log K", "Method",
         least=0)
-    min_negative_disparity: float = _opt(0.0, "delta-: least that negatives differ, in units of log K", "Method",
+    min_negative_disparity: float = _opt(0.0, "delta-: smallest disparity of negatives, in units of log K", "Method",
         least=0)
-    hard_negatives: bool = _opt(False, "gaussian: statistics of hard negatives", "Method", only=("loss", "gaussian"))
+    hard_negatives: bool = _opt(False, "gaussian: use statistics of hard negatives", "Method",
+        only=("loss", "gaussian"))
     anchors: str = _opt("certain",
-        "anchors are pixels that are annotated; certain: or of which the teacher is sure; or all. Keys are all",
+        "labelled: anchors lie on annotated pixels; certain: also where the teacher is sure; all: anywhere, as keys do",
         "Method", choices=("labelled", "certain", "all"))
-    anchor_confidence: float = _opt(0.95, "certain: the teacher's probability from which on it is sure", "Method",
+    anchor_confidence: float = _opt(0.95, "certain: smallest probability at which the teacher is sure", "Method",
         above=0, below=1, only=("anchors", "certain"))
-    anchors_per_class: int = _opt(64, "anchors of a class in a step, at most; 0: all", "Method", least=0)
+    anchors_per_class: int = _opt(64, "largest number of anchors of a class in a step; 0: all", "Method", least=0)
     anchor_order: str = _opt("student",
-        "the anchors taken first: of which the student is least certain, or the teacher; or a random sample", "Method",
-        choices=("student", "teacher", "random"))
+        "anchors taken first: those that the student, or the teacher, is least certain of; or a random sample",
+        "Method", choices=("student", "teacher", "random"))
     mixed_patches: str = _opt("split",
-        "patches that their class does not fill: positives of each other alone (split), of none (leave-out), of all",
+        "patches that their class does not fill are positives of each other (split), of none (leave-out), of all",
         "Method", choices=("split", "leave-out", "together"))
-    inside_coverage: float = _opt(0.9, "share of a patch from which on its class fills it", "Method",
+    inside_coverage: float = _opt(0.9, "share of a patch that its class must cover to fill it", "Method",
         above=0, most=1)
-    keys_per_class: int = _opt(32, "keys of a class that a step queues, at most; 0: all", "Method", least=0)
-    patch_size: int = _opt(4, "of a patch along each axis (of an image given to the network)", "Method",
+    keys_per_class: int = _opt(32, "largest number of keys of a class that a step queues; 0: all", "Method", least=0)
+    patch_size: int = _opt(4, "size of a patch along each axis, in the image that the network sees", "Method",
         unit="pixels", least=1)
     coverage_target: float = _opt(0.8, "share of a class's patches that the adaptive threshold lets pass", "Method",
         above=0, below=1)
-    queue_length: int = _opt(256, "keys kept of each class; 0: only those of the batch", "Method", least=0)
-    embedding_dim: int = _opt(64, "numbers of an embedding", "Method", least=1)
-    crops_per_class: int = _opt(1, "crop: patches of a class and image", "Method", least=1, only=("patches", "crop"))
+    queue_length: int = _opt(256, "number of keys kept of each class; 0: only the keys of the batch", "Method", least=0)
+    embedding_dim: int = _opt(64, "size of an embedding", "Method", least=1)
+    crops_per_class: int = _opt(1, "crop: number of patches of each class in an image", "Method", least=1,
+        only=("patches", "crop"))
 
-    steps: int = _opt(2000, "training steps", "Training", least=1)
-    warmup: int = _opt(-1, "of these, steps on labelled images alone; -1: a quarter", "Training",
+    steps: int = _opt(2000, "number of training steps", "Training", least=1)
+    warmup: int = _opt(-1, "steps at the start that use labelled images alone; -1: a quarter", "Training",
         unit="steps", least=-1)
-    batch_size: int = _opt(8, "images a step; after warm-up half of them unlabelled", "Training", least=2)
-    learning_rate: float = _opt(2e-3, "of AdamW, decays polynomially to 0", "Training", above=0)
-    weight_decay: float = _opt(1e-4, "of AdamW", "Training", least=0)
-    network: str = _opt("unet", "MONAI's, of these", "Training", choices=("unet", "basicunet", "dynunet", "segresnet"))
+    batch_size: int = _opt(8, "images in a step; after the warm-up half of them are unlabelled", "Training", least=2)
+    learning_rate: float = _opt(2e-3, "learning rate of AdamW at the start; it decays polynomially to 0", "Training",
+        above=0)
+    weight_decay: float = _opt(1e-4, "weight decay of AdamW", "Training", least=0)
+    network: str = _opt("unet", "network of MONAI", "Training", choices=("unet", "basicunet", "dynunet", "segresnet"))
     channels: str = _opt("16,32,64,128,256",
-        "of the network, from the outside in; basicunet: five, segresnet: each twice the one before", "Training",
-        items=int, least=1)
-    init: str = _opt("", "folder of a trained run whose weights are the first ones", "Training")
-    flips: str = _opt("none", "mirror images at random: none, or all axes", "Training", choices=("none", "all"))
-    rotation: float = _opt(20.0, "largest random rotation", "Training", unit="degrees", least=0)
+        "channels of each level, from the outside in; basicunet: five; segresnet: each twice the one before",
+        "Training", items=int, least=1)
+    init: str = _opt("", "folder of a trained run whose weights the training begins with", "Training")
+    flips: str = _opt("none", "mirror images at random: along no axis, or all", "Training", choices=("none", "all"))
+    rotation: float = _opt(20.0, "largest angle of the random rotation", "Training", unit="degrees", least=0)
     scaling: float = _opt(0.15, "largest random change of size, as a share", "Training", least=0)
-    seed: int = _opt(0, "of everything random", "Training", least=0, most=2**32 - 1)
-    amp: bool = _opt(False, "bfloat16 where PyTorch's autocast uses it", "Training")
+    seed: int = _opt(0, "seed of everything random", "Training", least=0, most=2**32 - 1)
+    amp: bool = _opt(False, "compute in bfloat16 where PyTorch's autocast does", "Training")
     device: str = _opt("auto", "cpu, cuda, cuda:1; auto: a GPU where there is one", "Training", weights=False)
-    workers: int = _opt(-1, "processes that prepare batches; -1: measured at the start", "Training",
+    workers: int = _opt(-1, "number of processes that prepare batches; -1: measured at the start", "Training",
         least=-1, weights=False)
-    checkpoint_every: int = _opt(200, "between checkpoints", "Training", unit="steps", least=1, weights=False)
-    validate_every: int = _opt(500, "between validations; 0: none", "Training", unit="steps", least=0, weights=False)
+    checkpoint_every: int = _opt(200, "steps between checkpoints", "Training", unit="steps", least=1, weights=False)
+    validate_every: int = _opt(500, "steps between validations; 0: none", "Training", unit="steps", least=0,
+        weights=False)
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -353,7 +358,7 @@ DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.f
 
 
 def with_preset(name: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The options of a preset and those given, which win; what they make meaningless is left out.
+    """The options of a preset, and those given, which win. An option of the preset that they make useless is left out.
 
     Raises:
         UserError: no such preset.
@@ -402,7 +407,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def _converted(path: Path, key: str, value: Any, wanted: type) -> Any:
-    """A list as text with commas, a whole number as the kind of number that the option is."""
+    """A list becomes text with commas, and a whole number becomes a float where the option is one."""
     if isinstance(value, list):
         value = ",".join(map(str, value))
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):

@@ -203,7 +203,7 @@ def value_counts(data: np.ndarray, path: Path) -> dict[int, int]:
     """Voxels of each value of a label.
 
     Raises:
-        UserError: more values than there are classes in any data set: an image in the place of a label.
+        UserError: more values than a label can have: the file is probably an image.
     """
     counts = count_values(data)
     if len(counts) > MOST_CLASSES:

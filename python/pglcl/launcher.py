@@ -22,7 +22,7 @@ GRACE = 20.0  # seconds for the others to end, after one has ended in an error
 
 
 def launch(processes: int, arguments: Sequence[str]) -> int:
-    """Runs ``pglcl`` with `arguments` in so many processes; returns the first exit code that is not 0.
+    """Runs ``pglcl`` with `arguments` in that many processes; returns the first exit code that is not 0.
 
     Signals that ask to stop are passed on.
     """

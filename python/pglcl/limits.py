@@ -91,14 +91,14 @@ def bytes_of_a_step(config: TrainConfig, channels: int = 1, num_classes: int = 2
 
 
 def most_workers(batches: StepBatches, asked: int, ranks: int = 1) -> int:
-    """The processes whose batches fit into the shared memory through which they come.
+    """The largest number of workers whose batches fit into shared memory, through which they reach the training.
 
     Args:
-        asked: for; -1 leaves the number open.
-        ranks: training processes on this machine, each with so many.
+        asked: number of workers that the user asks for; -1 leaves it open.
+        ranks: training processes on this machine, each with that many workers.
 
     Raises:
-        UserError: `asked` for are more. Without room a process waits or is killed, and with it the training.
+        UserError: `asked` is larger. Without room a worker waits or is killed, and with it the training.
     """
     if not SHARED_MEMORY.is_dir():
         return max(asked, 64)

@@ -62,7 +62,7 @@ def _meet(rank: int, size: int, seconds: int) -> Any:
 
 
 def _unreachable(host: str, port: int, seconds: float) -> str:
-    """Why nobody listens there, tried for so long; nothing when somebody does."""
+    """Why no process answers there within `seconds`; empty when one does."""
     until = time.monotonic() + seconds
     while True:
         try:

@@ -1,4 +1,4 @@
-"""Progress on a terminal; a line now and then where there is none."""
+"""Progress on a terminal; without one, a line every few seconds."""
 
 from __future__ import annotations
 

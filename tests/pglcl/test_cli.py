@@ -35,6 +35,8 @@ def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
             assert flag(option) in text
             assert described.help.split()[0] in text
         assert text.count("[default:") >= 30
+        headings = [line.rstrip(":") for line in text.splitlines() if line.endswith(":") and line[0] != " "]
+        assert headings == ["Arguments", "Options", *dict.fromkeys(option.group for option in OPTIONS.values())]
 
 
 def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

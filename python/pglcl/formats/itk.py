@@ -190,7 +190,7 @@ def _bytes_of(path: Path) -> int:
     if suffix_of(path) != ".mhd":
         return size
     name = _element_data_file(path)
-    if name.startswith("LIST") or "%" in name:  # of which nobody could tell whether they are whole
+    if name.startswith("LIST") or "%" in name:  # whether such files are whole cannot be told
         raise UserError(f"{path}: must have its voxels in one file, got ElementDataFile = {name}")
     for file in voxel_files(path):
         if not file.is_file():
