@@ -212,7 +212,7 @@ def _train(ctx: typer.Context, data: Path | None, output: Path | None, **options
 
 
 def _part_of(run: Path) -> str:
-    """The option that scores a run without a test part, such as a fold: its validation, or what it learned from."""
+    """The option that scores a run without test patients, such as a fold: ` --part validation`, or `labelled`."""
     from pglcl.evaluate import read_split
 
     split = read_split(run)
@@ -427,7 +427,7 @@ def _complain(line: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command and returns its exit code; what a user can mend is printed as one line each."""
+    """Runs a command and returns its exit code. Each error that a user can mend is printed as one line."""
     # What MONAI says to its own developers.
     warnings.filterwarnings("ignore", category=FutureWarning, module="monai")
     wrong = io.StringIO()

@@ -239,13 +239,13 @@ class PatchContrast(nn.Module):
         )
 
     def _inside(self, rows: Rows) -> Rows:
-        """Statistics of a class cannot leave out a pair: of the Gaussian loss mixed patches are left out altogether."""
+        """Leaves mixed patches out of the Gaussian loss, whose statistics of a class cannot leave out single pairs."""
         if self.gaussian is None or self.config.mixed_patches == "together":
             return rows
         return rows._replace(labels=rows.labels.masked_fill(self._mixed(rows), -1))
 
     def _move_threshold(self, coverage: Tensor, labels: Tensor) -> None:
-        """By the patches of all ranks, so that every rank has the same, and a checkpoint of one holds that of all."""
+        """Moves it by the patches of all ranks: all then have the same threshold, and one checkpoint holds it."""
         if self.process_group is not None:
             coverage, labels = gather_rows([coverage, labels], self.process_group)
         self.threshold.update(coverage, labels)

@@ -329,7 +329,7 @@ class Subject:
         return self.step >= self.steps
 
     def differences(self, other: Subject) -> list[str]:
-        """What sets the scores of `other` apart from those of this; nothing where they may be shown."""
+        """How the scores of `other` differ from those of this; empty where they may be shown."""
         names = {
             "model": "other weights",
             "part": f"the part {other.part!r}",
@@ -506,7 +506,7 @@ def _score_of(row: dict[str, Any]) -> Score:
 
 
 def may_renew(files: Sequence[Path], subject: Subject) -> Callable[[Path], bool]:
-    """Whether score files are earlier ones of the same run and data: these are renewed unasked."""
+    """Whether score files are earlier ones of the same run and data: these are renewed without --overwrite."""
     old = read_scores(files[-1])
     same_data = old is not None and (old.subject.data == subject.data or old.subject.files == subject.files)
     same_run = old is not None and (old.subject.id or old.subject.run) == (subject.id or subject.run)

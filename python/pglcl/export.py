@@ -93,7 +93,7 @@ def description(model: TrainedModel) -> dict[str, Any]:
 
 
 def _example(model: TrainedModel, batch: int, more: int = 0) -> Tensor:
-    """Noise; `more` strides are added to each side."""
+    """A batch of noise. Each axis is longer by `more` strides than in training."""
     generator = torch.Generator().manual_seed(batch + more)
     size = [n + more * model.network.stride for n in model.config.size]
     return torch.randn(batch, model.channels, *size, generator=generator)
@@ -101,7 +101,7 @@ def _example(model: TrainedModel, batch: int, more: int = 0) -> Tensor:
 
 @torch.no_grad()
 def _compare(model: TrainedModel, network: nn.Module, exported: Callable[[Tensor], Tensor]) -> float:
-    """Over other batches and sizes than that which was exported."""
+    """The largest difference of the logits, as a share of the largest, over several sizes of batch and image."""
     worst = 0.0
     for batch, more in ((1, 0), (2, 0), (3, 1)):
         image = _example(model, batch, more)

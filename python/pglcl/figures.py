@@ -57,7 +57,7 @@ def picture(figure: Figure, caption: str, text: str = "") -> Picture:
 
 
 def colour(k: int) -> str:
-    """Of class k, as CSS and matplotlib write it."""
+    """The colour of class k, as CSS and matplotlib write it."""
     return COLOURS[k % len(COLOURS)]
 
 

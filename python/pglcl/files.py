@@ -237,7 +237,7 @@ def _state(file: Path) -> tuple[int, ...] | None:
 
 
 def check_writable(folder: Path) -> None:
-    """Before an hour is spent on what cannot be kept."""
+    """Raises WriteError for a folder that cannot be written to, before time is spent on what goes there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix=f"{PARTIAL}{os.getpid()}-", dir=folder)

@@ -104,7 +104,7 @@ def inspect_case(case: Case, labels: LabelMap | None = None) -> CaseReport:
 
 
 def inspect_cases(cases: Iterable[Case], labels: LabelMap | None = None) -> list[CaseReport]:
-    """A report of each, with what is only seen beside the others: another number of channels."""
+    """A report of each case. It names a number of channels that differs from the other cases."""
     reports = [inspect_case(case, labels) for case in cases]
     channels = Counter(r.channels for r in reports if r.channels)
     if len(channels) > 1:
@@ -139,7 +139,7 @@ class Survey:
 
 
 def declared_labels(data: DataFolder, config: TrainConfig) -> LabelMap | None:
-    """By `--labels`, `--num-classes` or the description of the data; None: as the files have them."""
+    """The classes of `--labels`, `--num-classes` or the description of the data; None where all three are silent."""
     if config.labels:
         return parse_labels(config.labels)
     if config.num_classes:
@@ -149,7 +149,7 @@ def declared_labels(data: DataFolder, config: TrainConfig) -> LabelMap | None:
 
 
 def labels_of(data: DataFolder, reports: Iterable[CaseReport], declared: LabelMap | None) -> LabelMap:
-    """What is declared; else a class for every value that was found."""
+    """The declared classes; without them, a class for every value that was found."""
     found = {value for report in reports for value in report.label_voxels}
     return declared or LabelMap.of_values(found, data.class_names)
 

@@ -144,14 +144,14 @@ def _labels_name_files(numbers: dict[str, dict[int, Path]], labels: Collection[s
         return False
     if whole:
         raise UserError(
-            f"labels {single[0]} and {whole[0]}: the first is of the file of this name, the second of a case with "
-            "channels 0000, 0001, ...; they must be all of one kind"
+            f"labels {single[0]} and {whole[0]}: the first names a single file, the second a case with channels 0000, "
+            "0001, ...; labels must be all of one kind"
         )
     more = sorted(max(channels) for channels in numbers.values())[-1]
     if more and all(label.endswith("_0000") for label in single):
         raise UserError(
             f"label {single[0]}: is it of a case of its own, or of the case {single[0][:-5]} with the channels 0000 to "
-            f"{more:04d}? Labels of cases with channels have no number: {single[0][:-5]}"
+            f"{more:04d}? The label of a case with channels must have no number: {single[0][:-5]}"
         )
     return True
 

@@ -69,7 +69,7 @@ def check_memory(
 
 
 def bytes_of_a_step(config: TrainConfig, channels: int = 1, num_classes: int = 2) -> float:
-    """At least: what the student keeps for its backward pass, parameters, their optimiser, and the queue."""
+    """A lower bound: what the student keeps for its backward pass, parameters, their optimiser, and the queue."""
     classes = max(num_classes, config.num_classes)
     kept: dict[int, torch.UntypedStorage] = {}
 

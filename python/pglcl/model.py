@@ -168,7 +168,7 @@ def network_for(config: TrainConfig, in_channels: int, num_classes: int) -> Segm
 
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, decay: float, step: int) -> None:
-    """Exponential moving average; early steps average over those there were."""
+    """Moves the teacher's weights to their exponential moving average; in early steps, to the plain mean so far."""
     keep = min(decay, 1 - 1 / (step + 1))
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - keep)
     for held, new in zip(teacher.buffers(), student.buffers()):

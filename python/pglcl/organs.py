@@ -27,7 +27,7 @@ def organs_of_pseudo_labels(config: TrainConfig, data: TrainingData) -> list[int
 
 
 def organs_of_masks(model: TrainedModel, data: TrainingData, ranks: Ranks) -> tuple[int, ...] | None:
-    """The classes whose masks shall keep their largest component: nnU-Net's rule, on the validation patients.
+    """The classes whose masks should keep their largest component: nnU-Net's rule, on the validation patients.
 
     Their mean Dice is no worse with it, and neither they nor the labelled patients have the class in several pieces.
     None without validation patients.

@@ -83,7 +83,7 @@ def _resolved(path: Path) -> Path:
 
 
 def _exists(path: Path) -> bool:
-    """Links that lead nowhere exist, too."""
+    """Whether a path is taken, be it by a link that leads nowhere."""
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):

@@ -39,7 +39,7 @@ class _Lines:
         return True
 
     def left(self, share: float) -> float:
-        """Seconds that the rest takes if it goes on as it went."""
+        """Seconds that are left, at the speed so far."""
         return (time.monotonic() - self.start) * (1 - share) / share if share > 0 else math.inf
 
 

@@ -124,7 +124,7 @@ class MetricsLog:
                     self.board.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
-        """Never raises: the run's own end is what matters then."""
+        """Closes both files. An error is passed over, so that the run ends as it would have."""
         for closing in (self.file.close, self.board.close):
             with contextlib.suppress(OSError):
                 closing()
@@ -132,7 +132,7 @@ class MetricsLog:
 
 @functools.cache
 def _quieten_the_thread_of_tensorboard() -> None:
-    """Its OSError comes back with the next number, as one line; the thread prints a traceback beside it."""
+    """Its thread prints no traceback of an OSError, which is raised again with the next number and becomes one line."""
     before = threading.excepthook
 
     def hook(error: threading.ExceptHookArgs) -> None:

@@ -213,7 +213,7 @@ class RunFolder:
         write_json(self.path / "config.json", {**dataclasses.asdict(self.config), "data": str(self.data.resolve())})
 
     def _compare_options(self, saved: TrainConfig) -> None:
-        """Refuses options that change weights; takes over the others, and more steps."""
+        """Refuses changed options that change weights. Takes the others, and the number of steps."""
         asked = self.config
         # Where the warm-up is a share of the steps, of those that the run began with.
         warmup = saved.warmup if asked.warmup < 0 else asked.warmup
@@ -231,7 +231,7 @@ class RunFolder:
         self.config = dataclasses.replace(saved, steps=asked.steps, **free)
 
     def _compare_split_file(self, saved: TrainConfig) -> None:
-        """A split is fixed when a run begins; the file that it came from need not exist any more."""
+        """Refuses a split file that was edited since the run began. It may be gone: the run has the split."""
         path = Path(saved.split_file)
         if saved.split_file and path.exists():
             lines = split_differences(path, read_json(path), self.record.split if self.record else {})

@@ -44,7 +44,7 @@ class TrainingData:
 def load_training_data(
     root: Path, config: TrainConfig, split: Split | None = None, *, progress: Progress | None = None
 ) -> TrainingData:
-    """Reads what training needs, and checks all of it first: every problem is named before an hour is spent.
+    """Reads what training needs, and checks all of it first, so that every problem is named before the training begins.
 
     Args:
         split: that of a run which is resumed; by default what the options say.

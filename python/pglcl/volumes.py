@@ -93,7 +93,7 @@ def read_label(path: Path, image: Path, labels: LabelMap) -> np.ndarray:
 
 
 def check_same_grid(source: Source, first: Source, role: str) -> None:
-    """That two files have the same voxels at the same places, in canonical axes; their own may differ.
+    """Checks that two files have the same voxels at the same places, in canonical axes; their own axes may differ.
 
     Args:
         role: what `first` is to `source`, for messages.

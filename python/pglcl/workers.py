@@ -17,7 +17,9 @@ from pglcl.progress import Progress
 def choose_workers(
     batches: StepBatches, network: SegmentationNetwork, device: torch.device, ranks: int, progress: Progress
 ) -> int:
-    """Those that are asked for, or the number with which steps are fastest: workers feed the network, but take cores.
+    """The number of workers: that of `--workers`, or the one with which steps are fastest.
+
+    Workers feed the network, but take cores from it.
 
     Args:
         batches: of the run.

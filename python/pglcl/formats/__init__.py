@@ -62,7 +62,7 @@ def _reader(path: Path) -> str:
 
 
 def result_suffix(image: Path, dtype: np.dtype) -> str:
-    """Of a file beside `image` for a mask (an integer dtype), or for floats: probabilities and entropies.
+    """The suffix of a result of `image`: of a mask (an integer dtype), or of probabilities or entropies (floats).
 
     NIfTI for NIfTI, DICOM and HDF5; NRRD and MetaImage (.mha) for themselves; masks of pictures as PNG, BMP or TIFF
     like the picture (PNG for JPEG, and where BMP's 8 bits do not do), their floats as TIFF, and masks of values that 16

@@ -124,12 +124,12 @@ def _dtype(reader: Any, path: Path) -> np.dtype:
 
 
 def _claimed(reader: Any, dtype: np.dtype) -> int:
-    """Bytes of voxels that the header speaks of."""
+    """The number of bytes that the voxels have by the header."""
     return int(np.prod(reader.GetSize(), dtype=object)) * int(reader.GetNumberOfComponents()) * dtype.itemsize
 
 
 def _check_content(path: Path, claimed: int) -> None:
-    """That the voxels behind a header are all there, and those of a compressed file as its checksum says."""
+    """Checks that all voxels of a header are there, and those of a compressed file by its checksum."""
     content = path.read_bytes()
     end = re.search(
         rb"\r?\n\r?\n" if suffix_of(path) == ".nrrd" else rb"ElementDataFile\s*=\s*([^\r\n]*)\r?\n?", content
@@ -185,7 +185,7 @@ def _element_data_file(path: Path) -> str:
 
 
 def _bytes_of(path: Path) -> int:
-    """Of the file, and for .mhd of that which holds its voxels."""
+    """The size of the file, and for .mhd that of the file with its voxels."""
     size = path.stat().st_size
     if suffix_of(path) != ".mhd":
         return size
