@@ -14,6 +14,7 @@ import importlib
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,20 @@ from benchmarks.runner import RESULTS, folder_of, headed, machine, name_of, save
 
 WITH_SIZES = ("loss", "gaussian", "scaling", "peers", "limits", "pairs")
 ON_CUDA = ("loss", "statistics", "gaussian")
+
+
+def recorded(words: Sequence[str], folders: dict[str, str]) -> str:
+    """The command as results keep it: with names in place of the folders of this machine.
+
+    Args:
+        words: the arguments.
+        folders: the name of each folder.
+    """
+    shown = []
+    for word in words:
+        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        shown.append(f"{option}{equals}{folders.get(value, value)}")
+    return ("python -m benchmarks " + shlex.join(shown)).strip()
 
 
 def main() -> None:
@@ -53,7 +68,8 @@ def main() -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("benchmarks: no GPU is visible to torch")
     torch.set_num_threads(arguments.threads)
-    command = ("python -m benchmarks " + shlex.join(sys.argv[1:])).strip()
+    folders = {folder: name for folder, name in ((arguments.data, "DATA"), (arguments.runs, "RUNS")) if folder}
+    command = recorded(sys.argv[1:], folders)
     info = machine()
     info["gpu"] = info["gpu"] if arguments.device == "cuda" else None
     folder = Path("build/benchmarks") if sizes else folder_of(info)

@@ -22,6 +22,7 @@ pytest.importorskip("matplotlib")
 from pglcl.config import TrainConfig
 
 from benchmarks import gaussian, limits, pages, pairs, peers, runner, scaling, segmentation
+from benchmarks.__main__ import recorded
 from pglcl_ext import gaussian_contrast_loss
 
 
@@ -334,3 +335,12 @@ def test_pages_quote_the_least_favourable_processor(tmp_path: Path, monkeypatch:
     case = {"N": 65536, "D": 128, "dtype": "float32", "passes": pages.BOTH, "contender": "pglcl_ext"}
     ours = max(runner.find(own, **case)["bytes"] for own in pages.measured("peers"))
     assert f"the fused loss takes {runner.mebibytes(ours)} MiB" in pages.memory()
+
+
+def test_results_name_no_folder_of_a_machine() -> None:
+    folders = {"/home/me/data": "DATA", "/home/me/runs": "RUNS"}
+    words = ["segmentation", "--data", "/home/me/data", "--runs=/home/me/runs", "--threads", "1"]
+    assert recorded(words, folders) == "python -m benchmarks segmentation --data DATA --runs=RUNS --threads 1"
+    assert recorded([], {}) == "python -m benchmarks"
+    for path in pages.RESULTS.rglob("*.json"):
+        assert not re.search(r'"command": "[^"]*[ =]/', path.read_text()), path
