@@ -72,7 +72,6 @@ docs: docs-setup
 	@echo "build/site/docs/index.html"
 
 # Faults planted in the CUDA code: all of them, or as many as MUTANTS says, drawn by SEED.
-SEED ?= 0
 mutants: setup
 	$(BIN)/python -m tests.mutants --seed $(SEED) $(if $(MUTANTS),--draw $(MUTANTS))
 
