@@ -137,8 +137,11 @@ inline unsigned char* dynamic_shared() {
   return reinterpret_cast<unsigned char*>(current_block()->dynamic.data());
 }
 
-// --- asynchronous copies: the data is NaN from the copy until the thread that issued it waits
-// -----------------------
+// --- asynchronous copies: wrong data from the copy until its thread waits -----------------------------------------
+
+// Numbers near 48, or 3 in float16. What is not a number the kernels notice themselves, and do such anchors again in
+// float64: that would hide a wait that is left out.
+constexpr int kPending = 0x42;
 
 struct Copy {
   unsigned char* to;

@@ -112,7 +112,7 @@ class Ptx {
     if (value[0] % 16 || value[1] % 16) fail("cp.async.cg needs 16-byte alignment");
     if (value[0] + 16 > current_block()->dynamic_bytes) fail("cp.async beyond shared memory");
     const Copy c{dynamic_shared() + value[0], reinterpret_cast<const unsigned char*>(value[1]), bytes, filled, false};
-    std::memset(c.to, kNaN, 16);
+    std::memset(c.to, kPending, 16);
     copies.push_back(c);
   }
 
