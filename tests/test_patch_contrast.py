@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pglcl_ext import PatchContrastLoss, patch_contrast_loss, reference
+from pglcl_ext._arguments import Choice, ContrastArguments, ContrastNumbers, Side
+from pglcl_ext._checks import REDUCTIONS
 from pglcl_ext._library import ops
 from tests.conftest import DEVICES
 from tests.problems import DTYPES, ContrastProblem, assert_matches_reference, embeddings
@@ -667,3 +669,20 @@ def test_memory_is_linear(with_keys: bool, peak_growth: Callable[[Callable[[], N
     patch_contrast_loss(z[:256].detach(), y[:256])  # threads and libraries are there
     growth = peak_growth(lambda: patch_contrast_loss(z, y, h, **options).backward())
     assert growth - gradients < 100 * 2**20, f"{growth / 2**20:.0f} MiB, of which {gradients / 2**20:.0f} are gradients"
+
+
+def test_an_anchor_among_given_keys_is_no_pair_under_any_label(isa: str) -> None:
+    """As the op takes them: key i + self_offset is anchor i."""
+    g = torch.Generator().manual_seed(0)
+    z, labels = torch.randn(40, 8, generator=g), torch.arange(40) // 20
+    keys, key_labels = torch.cat([torch.randn(3, 8, generator=g), z]), torch.cat([torch.zeros(3).long(), 1 - labels])
+    numbers = ContrastNumbers(0.5, math.inf, 0.0, 1.0, -1, 3, REDUCTIONS["mean"], False)
+    x = ContrastArguments(Side(z, labels), Side(keys, key_labels), Choice(), numbers)
+    loss, *_ = ops.patch_contrast(*x.flat())
+    same, other = labels[:, None] == key_labels, torch.ones(40, 43).bool()
+    other[torch.arange(40), torch.arange(40) + 3] = False
+    masks = {"positive_mask": same & other, "negative_mask": ~same & other}
+    want = reference.patch_contrast_loss(
+        z.double(), labels, keys=keys.double(), key_labels=key_labels, temperature=0.5, **masks
+    )
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-5)

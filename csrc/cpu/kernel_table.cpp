@@ -87,7 +87,7 @@ const KernelTable& table_of(int level) {
 int best_supported() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return 0;
 #if defined(PGLCL_EMULATE_AVX512)
   return 3;
 #endif

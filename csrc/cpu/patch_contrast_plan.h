@@ -256,7 +256,7 @@ class ContrastPlan {
     kind = TileKind::kMixed;
     if (width % table_.contrast<scalar_t>().panel == 0) {
       if (same && !may_share_identity) kind = TileKind::kSame;
-      if (different) kind = TileKind::kDifferent;
+      if (different && !tile_.keys_hold_anchors) kind = TileKind::kDifferent;
     }
     return true;
   }

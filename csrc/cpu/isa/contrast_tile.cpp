@@ -391,9 +391,11 @@ void process_mixed(const ContrastTile<scalar_t>& t, const TilePosition& at, int6
   const integer_t<scalar_t>* labels = t.anchors.label + at.row;
   const int64_t first = first_of_label<scalar_t>(labels, at.rows, label);
   const int64_t last = first + first_of_label<scalar_t>(labels + first, at.rows - first, label + 1);
-  process(TileKind::kDifferent, 0, first);
+  // Given keys may hold an anchor under another label.
+  const TileKind different = t.keys_hold_anchors ? TileKind::kMixed : TileKind::kDifferent;
+  process(different, 0, first);
   process(meets_itself ? TileKind::kMixed : TileKind::kSame, first, last);
-  process(TileKind::kDifferent, last, at.rows);
+  process(different, last, at.rows);
 }
 
 // Rows of a tile and one panel of its keys.
