@@ -657,7 +657,7 @@ def test_module_normalises(device: torch.device) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("with_keys", [False, True])
 def test_memory_is_linear(with_keys: bool, peak_growth: Callable[[Callable[[], None]], int]) -> None:
-    n, d = 32768, 128  # whose logits would take 4 GiB
+    n, d = 65536, 128
     z = F.normalize(torch.randn(n, d), dim=1).requires_grad_()
     y, h = torch.randint(0, 4, (n,)), torch.rand(n)
     options: dict = {"max_positive_disparity": 0.5, "min_negative_disparity": 0.1}
@@ -668,7 +668,7 @@ def test_memory_is_linear(with_keys: bool, peak_growth: Callable[[Callable[[], N
         gradients *= 2
     patch_contrast_loss(z[:256].detach(), y[:256])  # threads and libraries are there
     growth = peak_growth(lambda: patch_contrast_loss(z, y, h, **options).backward())
-    assert growth - gradients < 100 * 2**20, f"{growth / 2**20:.0f} MiB, of which {gradients / 2**20:.0f} are gradients"
+    assert growth - gradients < 200 * 2**20, f"{growth / 2**20:.0f} MiB, of which {gradients / 2**20:.0f} are gradients"
 
 
 def test_an_anchor_among_given_keys_is_no_pair_under_any_label(isa: str) -> None:
