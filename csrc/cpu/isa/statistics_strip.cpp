@@ -304,40 +304,39 @@ void backward_strip(const StatisticsGradientStrip<scalar_t>& s) {
   });
 }
 
-// A strip by the type of its elements, then by the number of its classes.
+template <int kClasses>
+struct Classes {
+  static constexpr int count = kClasses;
+};
+
+// Calls run(element, classes) with the types that a strip asks for: of its elements, and of its number of classes.
 template <typename scalar_t, typename Strip, typename Run>
-PGLCL_INLINE void by_element(const Strip& s, Run run) {
+PGLCL_INLINE void by_types(const Strip& s, Run run) {
+  const auto by_classes = [&](auto element) {
+    switch (s.classes) {
+      case 2: return run(element, Classes<2>{});
+      case 3: return run(element, Classes<3>{});
+      case 4: return run(element, Classes<4>{});
+      default: return run(element, Classes<0>{});
+    }
+  };
   if constexpr (sizeof(scalar_t) == 4) {
-    if (s.element == Element::kBFloat16) return run(BFloat16{});
-    if (s.element == Element::kFloat16) return run(Float16{});
+    if (s.element == Element::kBFloat16) return by_classes(BFloat16{});
+    if (s.element == Element::kFloat16) return by_classes(Float16{});
   }
-  run(scalar_t{});
+  by_classes(scalar_t{});
 }
 
 template <typename scalar_t>
 void forward(const StatisticsStrip<scalar_t>& s) {
-  by_element<scalar_t>(s, [&](auto element) {
-    using element_t = decltype(element);
-    switch (s.classes) {
-      case 2: return forward_strip<scalar_t, element_t, 2>(s);
-      case 3: return forward_strip<scalar_t, element_t, 3>(s);
-      case 4: return forward_strip<scalar_t, element_t, 4>(s);
-      default: return forward_strip<scalar_t, element_t, 0>(s);
-    }
-  });
+  by_types<scalar_t>(
+      s, [&](auto element, auto classes) { forward_strip<scalar_t, decltype(element), decltype(classes)::count>(s); });
 }
 
 template <typename scalar_t>
 void backward(const StatisticsGradientStrip<scalar_t>& s) {
-  by_element<scalar_t>(s, [&](auto element) {
-    using element_t = decltype(element);
-    switch (s.classes) {
-      case 2: return backward_strip<scalar_t, element_t, 2>(s);
-      case 3: return backward_strip<scalar_t, element_t, 3>(s);
-      case 4: return backward_strip<scalar_t, element_t, 4>(s);
-      default: return backward_strip<scalar_t, element_t, 0>(s);
-    }
-  });
+  by_types<scalar_t>(
+      s, [&](auto element, auto classes) { backward_strip<scalar_t, decltype(element), decltype(classes)::count>(s); });
 }
 
 }  // namespace
