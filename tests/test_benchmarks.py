@@ -87,6 +87,7 @@ def test_a_long_call_has_no_warm_up_but_that_of_timer() -> None:
     assert called.count("short") > 2 * 3
 
 
+@pytest.mark.slow  # it waits for processes that torch starts
 def test_measure_finds_memory_and_what_runs_out_of_it() -> None:
     rows = runner.measure(
         allocate, {"mebibytes": 100, "seconds": 0.05}, ["some"], threads=1, warm={"mebibytes": 1}, repetitions=2
