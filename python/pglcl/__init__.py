@@ -1,6 +1,6 @@
-"""From a folder of NIfTI volumes, few of them labelled, to a segmentation model.
+"""Trains a segmentation model from a folder of medical images, few of them labelled.
 
-Semi-supervised training with patch-wise contrast (Basak and Yin, CVPR 2023), on MONAI and :mod:`pglcl_ext`.
+Training is semi-supervised, with patch-wise contrast (Basak and Yin, CVPR 2023), on MONAI and :mod:`pglcl_ext`.
 
 The command line is ``pglcl``; see ``pglcl --help``.
 """
@@ -14,11 +14,11 @@ _NEEDED = ("monai", "nibabel", "scipy", "typer", "rich", "tensorboard", "matplot
 
 
 class MissingPackages(ImportError):
-    """Packages of the extra `train` that are not installed."""
+    """Packages of the extra `train`, or `demo`, are not installed."""
 
 
 def require_packages(*more: str) -> None:
-    """Raises :class:`MissingPackages`, which names the command that installs what is missing."""
+    """Raises :class:`MissingPackages` where a package is missing; the message names the command that installs it."""
     missing = [name for name in (*_NEEDED, *more) if importlib.util.find_spec(name) is None]
     if missing:
         extra = INSTALL.replace("train", "demo") if more else INSTALL

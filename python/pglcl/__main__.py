@@ -11,10 +11,11 @@ from pglcl.stopping import remember_interrupts
 
 
 def prepare_streams() -> None:
-    """Standard streams that take whatever is printed.
+    """Makes the standard streams accept whatever is printed.
 
-    One that was closed (`>&-`, some job schedulers) becomes the null device, or the next file that is opened would get
-    its number, and with it what native libraries print. Signs that the encoding of the terminal lacks are spelled out.
+    A closed stream (`>&-`, some job schedulers) is replaced by the null device. Otherwise the next file that is opened
+    would get its number, and native libraries would print into that file. Characters that the terminal's encoding
+    lacks are escaped.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
@@ -34,7 +35,7 @@ def main() -> int:
     prepare_streams()
     remember_interrupts()
     if "RANK" in os.environ:
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no advice to authors of distributed programs
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hides advice to authors of distributed programs
     try:
         require_packages(*(["nilearn"] if sys.argv[1:2] == ["demo"] else []))
     except MissingPackages as error:
@@ -44,7 +45,7 @@ def main() -> int:
         from pglcl.cli import main as run
 
         return run()
-    except KeyboardInterrupt:  # while PyTorch is imported, say
+    except KeyboardInterrupt:  # for example while PyTorch is imported
         print("pglcl: stopped", file=sys.stderr)
         return 130
 

@@ -1,6 +1,6 @@
 """The semi-supervised bases (method, section 9): what the student is shown, and the loss on it.
 
-A base is a dataclass, its fields options of :class:`~pglcl.config.TrainConfig` by the same names.
+A base is a dataclass. Its fields are options of :class:`~pglcl.config.TrainConfig` of the same names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pglcl.config import TrainConfig
 from pglcl.postprocess import clean
 
 UNLABELLED_SHARE = 0.5  # copy-paste: weight of pasted pseudo-labelled pixels (Bidirectional Copy-Paste's alpha)
-# What the squared distance of mean teacher, at most 2 / K, usually gets beside cross-entropy.
+# Mean teacher: usual weight of the squared distance, which is at most 2 / K, beside cross-entropy.
 DISTANCE_WEIGHT = 10
 
 
@@ -29,8 +29,8 @@ class ViewBatch:
 
     images (B, C, *S). target (B, *S) int64, -1 where nothing is known. weight (B, *S), of each pixel. certainty
     (B, *S), 1 for an annotation, the teacher's probability for a pseudo-label. annotated (B, *S) bool. prediction
-    (B, K, *S), the teacher's, or None where it is not needed. supervised: how many of the first images are annotated.
-    weak: how many of the last images are weak views, of which the student sees a share of the feature channels.
+    (B, K, *S), the teacher's, or None where it is not needed. supervised: number of annotated images, which come first.
+    weak: number of weak views, which come last; the student loses a share of their feature channels.
     """
 
     images: Tensor
@@ -43,7 +43,7 @@ class ViewBatch:
     weak: int = 0
 
     def class_weights(self, num_classes: int, counts: Tensor | None = None) -> Tensor:
-        """(B, K, *S): each pixel counts for its class alone, as much as `counts` (B, *S), or its certainty, says."""
+        """(B, K, *S): the weight of each pixel for its class, 0 for others: `counts` (B, *S), by default certainty."""
         return one_hot(self.target, num_classes) * (self.certainty if counts is None else counts)[:, None]
 
     def strongly_augmented(self) -> ViewBatch:
@@ -61,10 +61,10 @@ class ViewBatch:
 
 
 class Taught(NamedTuple):
-    """What the teacher says.
+    """The teacher's predictions in a step.
 
     prediction (L + U, K, *S): probabilities of the labelled images and of the weak views of the unlabelled ones. pseudo
-    (U, *S) int64 and certainty (U, *S): the pseudo-labels of the latter and their probability.
+    (U, *S) int64 and certainty (U, *S): the pseudo-labels of the unlabelled images, and their probability.
     """
 
     prediction: Tensor
@@ -73,26 +73,31 @@ class Taught(NamedTuple):
 
     @classmethod
     def of(cls, prediction: Tensor, labelled: int, organs: Sequence[int]) -> Taught:
-        """`organs`: classes of which a pseudo-label keeps the largest component."""
+        """Makes pseudo-labels of a prediction.
+
+        Args:
+            prediction: (L + U, K, *S), probabilities.
+            labelled: L.
+            organs: classes of which a pseudo-label keeps only the largest component.
+        """
         unlabelled = prediction[labelled:]
-        pseudo = unlabelled.max(dim=1).indices  # argmax says the same, five times slower on a CPU
+        pseudo = unlabelled.max(dim=1).indices  # argmax gives the same, but takes five times longer on a CPU
         return cls(prediction, *clean(pseudo, unlabelled, organs))
 
 
 class Base(ABC):
-    """What a step asks of a base.
-
-    `batch` is that of :class:`~pglcl.batches.StepBatches`; `ramp`, in [0, 1], says how far the teacher is trusted.
-    """
+    """What a training step needs from a base."""
 
     @abstractmethod
-    def views(self, batch: dict[str, Tensor], taught: Taught, generator: torch.Generator) -> ViewBatch: ...
+    def views(self, batch: dict[str, Tensor], taught: Taught, generator: torch.Generator) -> ViewBatch:
+        """What the student sees of a batch of :class:`~pglcl.batches.StepBatches` after the warm-up."""
 
     @abstractmethod
-    def loss(self, logits: Tensor, views: ViewBatch, ramp: float) -> Tensor: ...
+    def loss(self, logits: Tensor, views: ViewBatch, ramp: float) -> Tensor:
+        """The loss, a scalar, of logits (B, K, *S). `ramp`, in [0, 1], says how far the teacher is trusted."""
 
     def warmup_views(self, views: ViewBatch, generator: torch.Generator) -> ViewBatch:
-        """What is made of the views of labelled images alone, :func:`labelled_alone`."""
+        """What the student sees during the warm-up; `views` are those of :func:`labelled_alone`."""
         return views
 
 
@@ -115,10 +120,10 @@ class MeanTeacher(Base):
 
 @dataclass(frozen=True)
 class WeakToStrong(Base):
-    """The teacher's class of the weak view, where it is sure, for other views of the image (Yang et al., CVPR 2023).
+    """Where the teacher is sure of the weak view, its class is the target of other views (Yang et al., CVPR 2023).
 
-    They are one or two strong views, each with boxes exchanged as in CutMix, and the weak view itself, of which the
-    student is shown a share of its feature channels.
+    The other views are one or two strong ones, in which images exchange boxes as in CutMix, and the weak view itself,
+    of which the student loses a share of the feature channels.
     """
 
     consistency_weight: float
@@ -216,7 +221,7 @@ def labelled_and(batch: dict[str, Tensor], unlabelled: Tensor, taught: Taught) -
 
 
 def pasted(views: ViewBatch, order: Tensor, generator: torch.Generator) -> ViewBatch:
-    """Each image with a box of the image that `order` names: one box of 2/3 of every axis, at a random place."""
+    """Pastes a box of image `order[i]` into image i. All share one box: 2/3 of every axis, at a random place."""
     box = random_box(tuple(views.images.shape[2:]), 2 / 3, generator).to(views.images.device) > 0
     order = order.to(views.images.device)
 
@@ -235,7 +240,7 @@ def pasted(views: ViewBatch, order: Tensor, generator: torch.Generator) -> ViewB
 
 
 def one_hot(target: Tensor, num_classes: int) -> Tensor:
-    """(B, *S) to (B, K, *S) float; nothing where the target is -1."""
+    """(B, *S) to (B, K, *S) float32; 0 for every class where the target is -1."""
     classes = torch.arange(num_classes, device=target.device).view(-1, *[1] * (target.dim() - 1))
     return (target[:, None] == classes).float()
 
@@ -243,7 +248,15 @@ def one_hot(target: Tensor, num_classes: int) -> Tensor:
 def segmentation_loss(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """Cross-entropy plus soft Dice over the classes, both over the pixels that have a target, weighted.
 
-    Dice is of the batch: a class that the batch lacks, truth and prediction, costs nothing.
+    Dice is computed over the whole batch. A class that neither target nor prediction has costs nothing.
+
+    Args:
+        logits: (B, K, *S).
+        target: (B, *S) int64, -1 where nothing is known.
+        weight: (B, *S), of each pixel; default: 1.
+
+    Returns:
+        The loss, a float32 scalar.
     """
     logits = logits.float()
     known = (target >= 0).float() if weight is None else weight * (target >= 0)

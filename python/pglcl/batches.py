@@ -1,7 +1,7 @@
 """Training batches.
 
-A batch depends on the seed, the rank and its step alone, whoever prepares it and when: so a run that is resumed meets
-the same batches, and so does one with another number of workers.
+A batch depends on the seed, the rank and the step alone, and not on the process that prepares it. So a resumed run
+gets the same batches, and so does a run with another number of workers.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ PREFETCHED = 4  # batches that each process has ready
 class StepBatches(Dataset[dict[str, Tensor]]):
     """Item `step` is the batch of that step.
 
-    image (L, C, *S) and label (L, *S) of labelled images; and, when semi-supervised steps have begun, weak and strong
-    (U, C, *S), views of the same unlabelled images that differ in intensities alone, and strong2 where the base has two
-    strong ones.
+    image (L, C, *S) float32 and label (L, *S) int64 are labelled images. After the warm-up of a semi-supervised run,
+    weak and strong (U, C, *S) are views of the same unlabelled images; they differ in intensities alone. strong2 is a
+    second strong view, where the base has two.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class StepBatches(Dataset[dict[str, Tensor]]):
         return batch
 
     def bytes_of_a_batch(self) -> int:
-        """At most, as tensors."""
+        """The largest size of a batch's tensors, in bytes."""
         pixels = math.prod(self.config.size) * self.config.batch_size
         # An unlabelled image comes in two or three views, a labelled one with its label.
         return pixels * ((1 + self.config.strong_images) * 4 * len(self.labelled[0].image) + 8)
@@ -115,7 +115,7 @@ class StepBatches(Dataset[dict[str, Tensor]]):
         return [weak, *strong]
 
     def _pick(self, pool: list[Prepared], random: np.random.RandomState, *, foreground: bool) -> dict[str, Tensor]:
-        """A slice, or a patch; every other labelled patch is centred on a voxel that is not background."""
+        """A random slice or patch. Half of the labelled patches are centred on a voxel that is not background."""
         if self.config.spatial_dims == 2:
             places = self.slices[id(pool)]
             v, z = places[random.randint(len(places))]
@@ -139,10 +139,10 @@ class StepBatches(Dataset[dict[str, Tensor]]):
 
 
 def loader(batches: StepBatches, first: int, workers: int) -> Iterator[dict[str, Tensor]]:
-    """The batches from step `first` on.
+    """The batches from step `first` on, prepared by `workers` processes (0: by this one).
 
     Raises:
-        UserError: a process that prepares them was killed, or shared memory, through which they come, is full.
+        UserError: a process that prepares batches was killed, or the shared memory that holds them is full.
     """
     options: dict[str, Any] = {}
     if workers:
@@ -164,7 +164,7 @@ def loader(batches: StepBatches, first: int, workers: int) -> Iterator[dict[str,
 
 
 def _in_shared_memory(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Here a failure is an error. Later, in a thread that passes batches on, it would be a batch that never comes."""
+    """Moves a batch to shared memory. DataLoader would do it in a thread, where an error is lost and training hangs."""
     return {name: tensor.share_memory_() for name, tensor in batch.items()}
 
 
@@ -172,26 +172,28 @@ def _explanation(text: str) -> str:
     """What a user can do about an error of the processes that prepare batches; nothing for a bug."""
     if "shared memory" in text or "No space left" in text:
         return (
-            "shared memory (/dev/shm) is full. --workers 0 needs none, or something else there must go, or the "
-            "container needs more of it (docker run --shm-size=1g)"
+            "shared memory (/dev/shm) is full. --workers 0 needs none. Otherwise remove files from there, or give a "
+            "container more (docker run --shm-size=1g)"
         )
     if "DataLoader worker (pid" in text:
         return (
-            f"a process that prepares batches has ended ({text.splitlines()[0]}). Where memory was the reason, "
-            "--workers 0 prepares them in the training process"
+            f"a process that prepares batches has ended ({text.splitlines()[0]}). If memory was short, use "
+            "--workers 0, which prepares them in the training process"
         )
     return ""
 
 
-# What asks to stop. macOS has no sigwaitinfo, by which a process tells who asks; DataLoader ends its own by SIGTERM.
+# The signals that ask to stop. DataLoader ends its processes with SIGTERM, so they may block that signal only where
+# sigwaitinfo tells who sent it. macOS has no sigwaitinfo.
 ASKING = (signal.SIGINT, signal.SIGHUP, *((signal.SIGTERM,) if hasattr(signal, "sigwaitinfo") else ()))
 
 
 @contextlib.contextmanager
 def _signals_left_to_the_training() -> Iterator[None]:
-    """Processes that begin in the block do not end by what terminals and schedulers send to all processes of a group.
+    """Processes that start in the block do not end by signals that terminals and schedulers send to the whole group.
 
-    The training ends its step, writes a checkpoint, and then ends them; one that was gone before would end it at once.
+    The training first ends its step and writes a checkpoint, then ends these processes. If one of them ended earlier,
+    the training would fail at once.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
     try:

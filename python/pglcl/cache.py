@@ -1,4 +1,4 @@
-"""Prepared volumes on the disk, read from there piece by piece: for data larger than memory."""
+"""Prepared volumes on the disk, which batches read piece by piece: for data larger than memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pglcl.layouts import Case
 from pglcl.prepare import Prepared, prepare
 from pglcl.volumes import Geometry
 
-VERSION = 2  # of what is written; another one is prepared anew
+VERSION = 2  # of the format; entries of another version are not used
 PARTIAL = ".partial-"
 
 
@@ -39,10 +39,13 @@ def prepare_cached(
     intensity: Intensity,
     labels: LabelMap | None = None,
 ) -> Prepared:
-    """What :func:`pglcl.prepare.prepare` gives, its tensors memory-mapped from `folder`.
+    """The result of :func:`pglcl.prepare.prepare`, with tensors that are memory-mapped from `folder`.
 
-    An entry is found by the files (path, size, time of change) and by all that their preparation depends on, so a
-    folder serves many runs. An entry that is not whole is made anew.
+    The name of an entry is a hash of the files (path, size, times of change) and of all that their preparation depends
+    on, so many runs can share a folder. A damaged entry is made again.
+
+    Raises:
+        UserError: the image cannot be read, or the entry cannot be written or read back.
     """
     entry = folder / _key(case, config, slice_axis, intensity, labels)
     found = _load(entry, case)
@@ -77,14 +80,14 @@ def _known_by(path: Path) -> tuple[str | int, ...]:
 
 
 def _store(entry: Path, prepared: Prepared) -> None:
-    """Writes beside the entry and renames, so that an entry is whole or not there; slices one behind the other."""
+    """Writes under a temporary name and renames, so that no entry is incomplete. Slices follow one another."""
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=entry.parent))
         held = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
         try:
             with contextlib.suppress(OSError):  # some file systems have no locks
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # while its writer lives
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held as long as the writer lives
             np.save(partial / "image.npy", prepared.image.movedim(-1, 0).numpy())
             if prepared.label is not None:
                 np.save(partial / "label.npy", prepared.label.movedim(-1, 0).numpy())
@@ -131,7 +134,7 @@ def _mapped(path: Path) -> Tensor:
 
 
 def clear_partial(folder: Path) -> None:
-    """Removes what a kill left behind. What another run is writing is locked, and stays."""
+    """Removes the unfinished entries of killed runs. An entry that another run is writing is locked, and stays."""
     for path in folder.glob(f"{PARTIAL}*") if folder.is_dir() else ():
         with contextlib.suppress(OSError):
             held = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

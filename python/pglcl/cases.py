@@ -1,4 +1,4 @@
-"""How the cases of a data folder are split by patient."""
+"""Splits the cases of a data folder by patient."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ from pglcl.errors import UserError
 from pglcl.files import read_json
 from pglcl.layouts import Case, DataFolder
 
-# --- splits ---------------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Split:
-    """Patients of each part. Labels of `unlabelled` are not read; volumes of `test` are checked, and not learned."""
+    """The patients of each part. Labels of `unlabelled` are not read. `test` is checked, and never used to train."""
 
     labelled: tuple[str, ...]
     unlabelled: tuple[str, ...]
@@ -33,7 +31,11 @@ class Split:
 
 
 def split_patients(data: DataFolder, config: TrainConfig) -> Split:
-    """By the split file, by folds, by the lists of the folder, or by name; see `docs/data.md`."""
+    """Splits by the split file, by folds, by the lists of the folder, or by name; see `docs/data.md`.
+
+    Raises:
+        UserError: a wrong split file, or too few patients with labels.
+    """
     if config.split_file:
         return _split_from_file(data, config)
     if config.folds:
@@ -68,7 +70,7 @@ def split_patients(data: DataFolder, config: TrainConfig) -> Split:
 def _where_labels_are(data: DataFolder) -> str:
     if data.layout != "plain":
         return ""
-    return f"; labels are files of {data.root / 'labels'} that have the names of the images"
+    return f"; label files lie in {data.root / 'labels'} and have the names of the images"
 
 
 def _split_of_parts(
@@ -80,7 +82,7 @@ def _split_of_parts(
     *,
     where: str,
 ) -> Split:
-    """The first `--labelled` patients of `train` that have labels are labelled, all others of it are not."""
+    """The first `--labelled` patients of `train` that have labels are labelled. Its other patients are unlabelled."""
     with_label = {case.patient for case in data.cases if case.label is not None}
     train = list(train)
     annotated = [p for p in train if p in with_label]
@@ -94,7 +96,7 @@ def _split_of_parts(
 
 
 def _split_into_folds(data: DataFolder, config: TrainConfig) -> Split:
-    """Fold `--fold` of `--folds` for validation. The test, that of the folder's lists or `--test`, is in no fold."""
+    """Fold `--fold` of `--folds` is for validation. No fold has test patients (the folder's lists, or `--test`)."""
     with_label = {case.patient for case in data.cases if case.label is not None}
     annotated = [p for p in data.patients if p in with_label]
     count = max(0, config.test)
@@ -115,9 +117,9 @@ def _split_into_folds(data: DataFolder, config: TrainConfig) -> Split:
 
 
 def folds_of(names: Iterable[str], count: int) -> list[list[str]]:
-    """The names of each fold, every name in one: drawn at random, and always the same for the same names.
+    """The names of each fold. Every name is in one fold, and the same names always give the same folds.
 
-    Folds are those of nnU-Net, which shuffles the sorted names with the seed 12345 and cuts them into pieces.
+    The folds are those of nnU-Net, which shuffles the sorted names with the seed 12345 and cuts them into pieces.
     """
     ordered = sorted(names)
     places = np.arange(len(ordered))
@@ -126,7 +128,7 @@ def folds_of(names: Iterable[str], count: int) -> list[list[str]]:
 
 
 def _split_of_folds(data: DataFolder, config: TrainConfig, path: Path, folds: list[Any]) -> Split:
-    """nnU-Net's splits_final.json: `train` and `val` of a fold. What no fold names is unlabelled."""
+    """nnU-Net's splits_final.json: `train` and `val` of a fold. Other patients are unlabelled if they have no label."""
     if not 0 <= config.fold < len(folds):
         raise UserError(f"{path}: has the folds 0 to {len(folds) - 1}, --fold is {config.fold}")
     fold = folds[config.fold]
@@ -179,13 +181,16 @@ def _split_from_file(data: DataFolder, config: TrainConfig) -> Split:
 
 
 def cases_of(data: DataFolder, patients: Iterable[str], *, with_label: bool = False) -> list[Case]:
+    """The cases of `patients`, in the folder's order; `with_label`: only those with a label file."""
     wanted = set(patients)
     return [c for c in data.cases if c.patient in wanted and (c.label is not None or not with_label)]
 
 
 def distance_unit(data: DataFolder) -> str:
-    """mm; or pixel, where files have no spacing; or voxel where it was lost: an ACDC folder whose headers all say 1 mm,
-    which no scanner took."""
+    """The unit of distances: mm, or pixel for files without a spacing.
+
+    It is voxel for an ACDC folder whose headers all say 1 mm. No scanner took such volumes: their spacing was lost.
+    """
     spacings = []
     for case in data.cases:
         try:

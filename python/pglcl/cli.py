@@ -56,12 +56,12 @@ TtaOption = Annotated[
 PostprocessOption = Annotated[
     str,
     typer.Option(
-        help="largest-component: keep the largest component of every class; auto: of the classes for which the run's "
-        "validation patients score no worse then; none"
+        help="largest-component: keep only the largest component of every class; auto: of those classes alone for "
+        "which this does not lower the scores of the run's validation patients; none"
     ),
 ]
 WeightsOption = Annotated[
-    str, typer.Option(help="last: weights of the last step; best: of the step that validation patients scored best")
+    str, typer.Option(help="last: weights of the last step; best: of the step with the best validation Dice")
 ]
 
 
@@ -91,7 +91,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     def guarded(*arguments: Any, **options: Any) -> None:
         _reading.close()
         if own_rank() and function is not _train:
-            return  # under torchrun: only a training is shared
+            return  # under torchrun: ranks share training alone, the first one does everything else
         try:
             function(*arguments, **options)
         except KeyboardInterrupt:
@@ -184,7 +184,7 @@ def _train(ctx: typer.Context, data: Path | None, output: Path | None, **options
     check_threads(own["threads"])
     if processes > 1 and launcher.PARENT not in os.environ:
         if os.environ.get("WORLD_SIZE", "1") != "1":
-            raise UserError("--processes: not under torchrun, whose --nproc-per-node says how many", everywhere=True)
+            raise UserError("--processes: not under torchrun; use its --nproc-per-node instead", everywhere=True)
         raise typer.Exit(launcher.launch(processes, sys.argv[1:]))
     given = {n: options[n] for n in options if (source := ctx.get_parameter_source(n)) and source.name != "DEFAULT"}
     if own["config"] is not None:
@@ -212,7 +212,7 @@ def _train(ctx: typer.Context, data: Path | None, output: Path | None, **options
 
 
 def _part_of(run: Path) -> str:
-    """The option that scores a run without test patients, such as a fold: ` --part validation`, or `labelled`."""
+    """The --part that `pglcl evaluate` needs: none where the run has test patients; a fold, for one, has none."""
     from pglcl.evaluate import read_split
 
     split = read_split(run)
@@ -223,7 +223,7 @@ def _part_of(run: Path) -> str:
 def _run_asked_for(
     data: Path | None, output: Path | None, moved_data: Path | None, resume: bool, given: dict[str, Any]
 ) -> tuple[Path, Path, TrainConfig]:
-    """Data folder, run and options. A run that is resumed has its own; options that are given take their place."""
+    """The data folder, the run folder and the options. A resumed run keeps its own, except those that are given."""
     from pglcl.run_folder import data_of, read_config
 
     if resume and output is None:  # pglcl train --resume RUN
@@ -242,14 +242,14 @@ def _run_asked_for(
 
 
 def _train_signature() -> inspection.Signature:
-    """The options of TrainConfig as typer reads them: name, type, default and help have one place."""
+    """The signature that typer reads. Names, types, defaults and help texts come from TrainConfig, their one place."""
     keyword = inspection.Parameter.KEYWORD_ONLY
     parameters = [inspection.Parameter("ctx", keyword, annotation=typer.Context)]
 
     def add(name: str, kind: Any, default: Any, option: Any) -> None:
         parameters.append(inspection.Parameter(name, keyword, default=default, annotation=Annotated[kind, option]))
 
-    data_help = "the data folder, as pglcl inspect takes it; a run that is resumed knows its own"
+    data_help = "the data folder, as pglcl inspect takes it; a resumed run knows its own"
     add("data", Path | None, None, typer.Argument(metavar="DATA", help=data_help, show_default=False))
     add("output", Path | None, None, typer.Option("--output", "-o", help="folder of the run", show_default=False))
     add("config", Path | None, None, typer.Option(help="TOML file with any of these options; flags win"))
@@ -336,7 +336,7 @@ def evaluate(
         Path | None, typer.Option("--output", "-o", help="folder of the score files; default: the run")
     ] = None,
     allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="score the patients that are there, though others are missing")
+        bool, typer.Option("--allow-missing", help="score the patients that are there, even if others are missing")
     ] = False,
     tta: TtaOption = "none",
     postprocess: PostprocessOption = "auto",
@@ -372,9 +372,7 @@ def evaluate(
 @command
 def report(
     run: RunArgument,
-    data: Annotated[
-        Path | None, typer.Option(help="the data folder, where it is no longer where the run found it")
-    ] = None,
+    data: Annotated[Path | None, typer.Option(help="the data folder, if it was moved after the training")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="the HTML file; default: report.html in the run")
     ] = None,
@@ -418,7 +416,7 @@ def demo(
     run_demo(output, steps, quiet=quiet)
 
 
-# While the options of several ranks are read, what is wrong with them goes here: the first rank alone says it.
+# While several ranks read their options, this holds back what they print about wrong ones: only the first prints it.
 _reading = contextlib.ExitStack()
 
 
@@ -428,7 +426,7 @@ def _complain(line: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit code. Each error that a user can mend is printed as one line."""
-    # What MONAI says to its own developers.
+    # MONAI's warnings to its own developers.
     warnings.filterwarnings("ignore", category=FutureWarning, module="monai")
     wrong = io.StringIO()
     if "RANK" in os.environ:
@@ -447,6 +445,6 @@ def main(arguments: list[str] | None = None) -> int:
             sys.stderr.write(wrong.getvalue())
     try:
         sys.stdout.flush()
-    except OSError as error:  # what was printed never reached its file
+    except OSError as error:  # the output could not be written
         return _explain(error)
     return code

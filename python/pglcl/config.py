@@ -1,4 +1,4 @@
-"""Every option of ``pglcl train``, once: name, default, range, unit, help. Command line and TOML come from here."""
+"""Every option of ``pglcl train``, once: name, default, range, unit, help. Command line and TOML files use them."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ Number = TypeVar("Number", int, float)
 
 @dataclass(frozen=True)
 class Option:
-    """What may be said of an option besides its type and default.
+    """The description of an option, besides its type and default.
 
     Args:
         help: one line.
         group: heading in ``pglcl train --help``.
         unit: of the number.
         choices: the values that it may have.
-        least, above, most, below: bounds, the first and third included. Every number is finite.
+        least, most: smallest and largest value. above, below: bounds that are excluded. Every number is finite.
         items: type of the numbers of a list, which is written as text with commas between.
-        only: another option and the value that it must have, or this one would do nothing.
-        weights: whether another value gives other weights, so that a run keeps the one that it began with.
+        only: another option and its value; with any other value, this option would have no effect and is refused.
+        weights: whether the option changes the trained weights; a resumed run must keep such options.
     """
 
     help: str
@@ -102,28 +102,28 @@ class TrainConfig:
     folds: int = _opt(0, "number of folds that the patients with labels are split into at random; 0: no folds",
         "Data", least=0, most=1000)
     fold: int = _opt(0,
-        "number of the fold that is kept for validation, from 0: of --folds, or of a --split-file with folds", "Data",
+        "the fold that is kept for validation, counted from 0: of --folds, or of a --split-file with folds", "Data",
         least=0)
     labels: str = _opt("",
-        "values of each class, background first: 0,85=RV,1+2=kidney,0+*,255=ignore; default: as found", "Data")
+        "values of each class, background first: 0,85=RV,1+2=kidney,0+*,255=ignore; default: values found", "Data")
     num_classes: int = _opt(0, "number of classes, of the values 0, 1, ...; 0: from dataset.json, or the values found",
         "Data", least=0, most=256)
-    normalise: str = _opt("auto", "how intensities are normalised; auto: by dataset.json and the values, and says so",
+    normalise: str = _opt("auto", "how intensities are normalised; auto: chosen by dataset.json and the values",
         "Data", choices=("auto", "percentile", "zscore", "ct", "rgb", "none"))
     window: str = _opt("", "LEVEL,WIDTH of the window that intensities are clipped to, e.g. 40,400", "Data",
         items=float)
     cache: str = _opt("", "folder that keeps prepared volumes, for data larger than memory: batches read from it",
         "Data", weights=False)
     spatial_dims: int = _opt(2, "2: slices, for anisotropic volumes; 3: patches of volumes", "Data", choices=(2, 3))
-    image_size: str = _opt("", "size of a slice or patch, one number or one an axis; default 128, in 3-D 32,48,32",
+    image_size: str = _opt("", "size of a slice or patch, one number or one per axis; default 128, in 3-D 32,48,32",
         "Data", unit="pixels", items=int, least=1)
     spacing: str = _opt("",
-        "3-D: voxel size that volumes are resampled to, one number or one an axis, e.g. 1,1,1; default: as it is",
+        "3-D: voxel size that volumes are resampled to, one number or one per axis, e.g. 1,1,1; default: unchanged",
         "Data", unit="mm", items=float, least=0.01, most=1000, only=("spatial_dims", 3))
     slice_axis: int = _opt(-1, "axis across which slices are taken; -1: the one with the fewest voxels", "Data",
         least=-1, most=2, only=("spatial_dims", 2))
 
-    method: str = _opt("patchcl", "supervised; semi: a semi-supervised base; patchcl: patch contrast on it", "Method",
+    method: str = _opt("patchcl", "supervised; semi: a semi-supervised base; patchcl: base and contrast", "Method",
         choices=("supervised", "semi", "patchcl"))
     consistency: str = _opt("copy-paste", "the semi-supervised base", "Method",
         choices=("mean-teacher", "weak-to-strong", "copy-paste"))
@@ -133,20 +133,20 @@ class TrainConfig:
         choices=("pooled", "crop"))
     contrast_weight: float = _opt(0.1, "largest weight of the contrastive loss", "Method", least=0)
     contrast_schedule: str = _opt("ramp",
-        "ramp: that weight rises over the first 30 % of the steps and falls to 0 over the last 30 %; constant",
+        "ramp: the weight rises over the first 30 % of the steps and falls to 0 over the last 30 %; constant",
         "Method", choices=("ramp", "constant"))
     consistency_weight: float = _opt(1.0, "weight of the base's loss on unlabelled images", "Method", least=0)
-    confidence: float = _opt(0.8, "weak-to-strong: pixels count where the teacher is at least this sure", "Method",
+    confidence: float = _opt(0.8, "weak-to-strong: the teacher's probability from which a pixel counts", "Method",
         above=0, below=1, only=("consistency", "weak-to-strong"))
     strong_views: int = _opt(2, "weak-to-strong: number of strong views of an unlabelled image", "Method",
         choices=(1, 2), only=("consistency", "weak-to-strong"))
     feature_dropout: float = _opt(0.5,
-        "weak-to-strong: share of the feature channels that one more, weak view lacks; 0: no such view", "Method",
+        "weak-to-strong: share of feature channels dropped in one more, weak view; 0: no such view", "Method",
         least=0, most=0.9, only=("consistency", "weak-to-strong"))
     mix_warmup: bool = _opt(True, "copy-paste: paste labelled images into each other during warm-up", "Method",
         only=("consistency", "copy-paste"))
     clean_pseudo_labels: str = _opt("auto",
-        "largest-component: keep that of each class of a pseudo-label; auto: of classes that are one organ in labels",
+        "largest-component: pseudo-labels keep only that of each class; auto: of classes that labels show in one piece",
         "Method", choices=("auto", "largest-component", "none"))
     ema_decay: float = _opt(0.99, "decay of the teacher's moving average in a step", "Method", above=0, below=1)
     temperature: float = _opt(0.5, "temperature of --loss infonce (gaussian has the authors' 0.2)", "Method",
@@ -159,16 +159,16 @@ class TrainConfig:
     hard_negatives: bool = _opt(False, "gaussian: use statistics of hard negatives", "Method",
         only=("loss", "gaussian"))
     anchors: str = _opt("certain",
-        "labelled: anchors lie on annotated pixels; certain: also where the teacher is sure; all: anywhere, as keys do",
+        "labelled: anchors lie on annotated pixels; certain: also where the teacher is sure; all: anywhere, like keys",
         "Method", choices=("labelled", "certain", "all"))
     anchor_confidence: float = _opt(0.95, "certain: smallest probability at which the teacher is sure", "Method",
         above=0, below=1, only=("anchors", "certain"))
     anchors_per_class: int = _opt(64, "largest number of anchors of a class in a step; 0: all", "Method", least=0)
     anchor_order: str = _opt("student",
-        "anchors taken first: those that the student, or the teacher, is least certain of; or a random sample",
+        "anchors that are taken first: where the student, or the teacher, is least certain; or a random sample",
         "Method", choices=("student", "teacher", "random"))
     mixed_patches: str = _opt("split",
-        "patches that their class does not fill are positives of each other (split), of none (leave-out), of all",
+        "patches that their class does not fill: positives of each other (split), of none (leave-out), of all",
         "Method", choices=("split", "leave-out", "together"))
     inside_coverage: float = _opt(0.9, "share of a patch that its class must cover to fill it", "Method",
         above=0, most=1)
@@ -191,16 +191,16 @@ class TrainConfig:
     weight_decay: float = _opt(1e-4, "weight decay of AdamW", "Training", least=0)
     network: str = _opt("unet", "network of MONAI", "Training", choices=("unet", "basicunet", "dynunet", "segresnet"))
     channels: str = _opt("16,32,64,128,256",
-        "channels of each level, from the outside in; basicunet: five; segresnet: each twice the one before",
+        "channels of each level, from the outside in; basicunet: five levels; segresnet: doubled at each level",
         "Training", items=int, least=1)
-    init: str = _opt("", "folder of a trained run whose weights the training begins with", "Training")
-    flips: str = _opt("none", "mirror images at random: along no axis, or all", "Training", choices=("none", "all"))
+    init: str = _opt("", "folder of a trained run; the training starts from its weights", "Training")
+    flips: str = _opt("none", "axes along which images are mirrored at random", "Training", choices=("none", "all"))
     rotation: float = _opt(20.0, "largest angle of the random rotation", "Training", unit="degrees", least=0)
     scaling: float = _opt(0.15, "largest random change of size, as a share", "Training", least=0)
     seed: int = _opt(0, "seed of everything random", "Training", least=0, most=2**32 - 1)
     amp: bool = _opt(False, "compute in bfloat16 where PyTorch's autocast does", "Training")
     device: str = _opt("auto", "cpu, cuda, cuda:1; auto: a GPU where there is one", "Training", weights=False)
-    workers: int = _opt(-1, "number of processes that prepare batches; -1: measured at the start", "Training",
+    workers: int = _opt(-1, "number of processes that prepare batches; -1: found by a measurement", "Training",
         least=-1, weights=False)
     checkpoint_every: int = _opt(200, "steps between checkpoints", "Training", unit="steps", least=1, weights=False)
     validate_every: int = _opt(500, "steps between validations; 0: none", "Training", unit="steps", least=0,
@@ -218,7 +218,7 @@ class TrainConfig:
             raise UserError(*problems)
 
     def _disagreements(self) -> list[str]:
-        """What is wrong with options beside others."""
+        """The problems of options that do not fit each other."""
         problems = []
         for name, option in OPTIONS.items():
             if option.only is not None and getattr(self, name) != DEFAULTS[name]:
@@ -284,7 +284,7 @@ class TrainConfig:
         step = 2 ** (len(self.channel_list) - 1)
         if any(size % step for size in self.size):
             return [f"--image-size must be a multiple of {step} along each axis, got {self.size}"]
-        if all(size == step for size in self.size):  # one pixel is left, which normalises to 0
+        if all(size == step for size in self.size):  # the deepest level has one pixel, which normalises to 0
             return [f"--image-size must exceed {step} along an axis for {len(self.channel_list)} --channels"]
         if any(self.patch_size > size or self.patch_size % 2 for size in self.size):
             return [f"--patch-size must be even and at most --image-size {self.size}, got {self.patch_size}"]
@@ -320,7 +320,7 @@ class TrainConfig:
 
     @property
     def strong_images(self) -> int:
-        """Strong views of an unlabelled image."""
+        """The number of strong views of an unlabelled image."""
         return self.strong_views if self.consistency == "weak-to-strong" else 1
 
     @property
@@ -328,7 +328,7 @@ class TrainConfig:
         return self.steps // 4 if self.warmup < 0 else self.warmup
 
 
-# The settings of the paper and of its authors' code (method, sections 6 to 9). Cropped patches are encoded again.
+# The settings of the paper and of its authors' code (method, sections 6 to 9).
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "consistency": "weak-to-strong",
@@ -358,7 +358,7 @@ DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.f
 
 
 def with_preset(name: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The options of a preset, and those given, which win. An option of the preset that they make useless is left out.
+    """The options of a preset, overridden by those given. Options of the preset that then have no effect are left out.
 
     Raises:
         UserError: no such preset.

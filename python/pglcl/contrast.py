@@ -26,7 +26,7 @@ from pglcl_ext import (
 from pglcl_ext.distributed import gather_rows
 
 APART = 1e3  # nats; no two entropies differ so much
-CROPS_OBSERVED = 8  # of a class and image, to move the coverage threshold by
+CROPS_OBSERVED = 8  # crops of each class and image that move the coverage threshold
 
 
 class Keys(NamedTuple):
@@ -38,7 +38,7 @@ class Keys(NamedTuple):
 
 
 def halved(x: Tensor) -> Tensor:
-    """(B, C, *S) to half the resolution; average pooling does the same, several times slower on a CPU."""
+    """(B, C, *S) at half the resolution. Average pooling gives the same, but takes several times longer on a CPU."""
     for axis in range(2, x.dim()):
         even, odd = (x[(*[slice(None)] * axis, slice(first, None, 2))] for first in (0, 1))
         x = (even + odd) * 0.5
@@ -51,8 +51,8 @@ Rows = TypeVar("Rows", PatchRows, PatchBatch)
 def limit_per_class(
     rows: Rows, count: int, priority: Callable[[Rows], Tensor] | None, generator: torch.Generator
 ) -> Rows:
-    """Rows that qualify, `count` (0: all) of a class: those of the highest priority, or a random sample."""
-    rows = rows.compact()  # the losses leave out the others; projecting them would be for nothing
+    """At most `count` (0: all) qualifying rows of each class: those of the highest priority, or a random sample."""
+    rows = rows.compact()  # the losses would leave out the other rows after they were projected
     if not count:
         return rows
     if priority is None:
@@ -61,17 +61,18 @@ def limit_per_class(
 
 
 class PatchContrast(nn.Module):
-    """Guided patches, keys of the teacher queued by class, and one of the two losses.
+    """One of the two contrastive losses, on guided patches and on the teacher's keys, which are queued by class.
 
-    Anchors are the student's patches, keys the teacher's, their classes given by annotation or pseudo-label. An anchor
-    is worth most where the student is unsure and the annotation, or the teacher, is sure. Patches are compared by the
-    entropy of the teacher's prediction inside them, and by whether their class fills them: of a second descriptor, 0
-    or APART, a difference exceeds every bound, so such a pair of one class is neither positive nor negative.
+    Anchors are patches of the student, keys are patches of the teacher. Annotations or pseudo-labels give their
+    classes. An anchor is worth most where the student is unsure and the annotation, or the teacher, is sure. Two
+    descriptors guide the patches: the entropy of the teacher's prediction in the patch, and whether the patch is mixed,
+    that is, whether its class leaves part of it unfilled. The second descriptor is 0 or APART. A difference of APART
+    exceeds every bound, so a mixed patch and a filled one of the same class are neither positives nor negatives.
 
     Args:
         config: the options of the run.
         num_classes: K.
-        process_group: of the ranks that share their keys, or None.
+        process_group: the ranks that share their keys; None: this process alone.
     """
 
     def __init__(self, config: TrainConfig, num_classes: int, process_group: Any = None) -> None:
@@ -93,7 +94,7 @@ class PatchContrast(nn.Module):
             )
             return
         bounds: dict[str, Any] = {}
-        # Disparity is the mean over descriptors: beside a second one, the first counts half.
+        # Disparity is the mean over the descriptors, so each of two counts half.
         unit, dims = math.log(num_classes) / (1 + self.told_apart), 1 + self.told_apart
         if self.told_apart:
             bounds["max_positive_disparity"] = APART / 4
@@ -108,7 +109,7 @@ class PatchContrast(nn.Module):
                 descriptor_dim=dims,
                 process_group=process_group,
             )
-        # Queues of all ranks hold the keys of all ranks; without one, the loss gathers them.
+        # The queue of each rank holds the keys of all ranks. Without a queue, the loss gathers the keys.
         group = None if config.queue_length else process_group
         self.infonce = PatchContrastLoss(config.temperature, normalize=False, group=group, **bounds)
 
@@ -124,11 +125,15 @@ class PatchContrast(nn.Module):
         """The contrastive loss of the student's patches against the queue, or against `keys` without one.
 
         Args:
+            student: the network that projects the anchors.
             views: what the student saw; with the teacher's prediction.
             prediction: (B, K, *S), the student's probabilities.
-            features: of the student, (B, F, *S / 2); gradients flow to them.
+            features: (B, F, *S / 2), the student's; gradients flow to them.
             keys: those of this step, from :meth:`teacher_keys`.
-            generator: of a random sample of anchors and of hard negatives.
+            generator: draws random anchors and hard negatives.
+
+        Returns:
+            The loss, a scalar.
         """
         config = self.config
         unsure = {"student": prediction, "teacher": views.prediction, "random": None}[config.anchor_order]
@@ -164,7 +169,7 @@ class PatchContrast(nn.Module):
         return views.certainty
 
     def _descriptors(self, batch: PatchBatch, apart: float) -> Tensor:
-        """(N, 1): entropy; (N, 2): and `apart` where the patch is mixed."""
+        """(N, 1): the entropy; or (N, 2): the entropy, and `apart` for a mixed patch, 0 for another."""
         if not self.told_apart:
             return batch.entropy[:, None]
         return torch.stack([batch.entropy, apart * self._mixed(batch)], dim=1)
@@ -176,15 +181,20 @@ class PatchContrast(nn.Module):
     def teacher_keys(
         self, teacher: SegmentationNetwork, seen: ViewBatch, features: Tensor, generator: torch.Generator
     ) -> Keys:
-        """Keys of the teacher's patches, which are queued.
+        """Makes keys of the teacher's patches and queues them.
 
         Args:
+            teacher: the network that projects the keys.
             seen: what the teacher saw.
-            features: of the teacher, (B, F, *S / 2).
+            features: (B, F, *S / 2), the teacher's.
+            generator: draws a random sample of keys.
+
+        Returns:
+            The keys of this step.
         """
         weights = seen.class_weights(self.num_classes)
         batch = self.patches(teacher, seen, weights, features, self.config.keys_per_class, generator)
-        # Of the other sign than that of anchors, mixed patches differ from all of their class, of each other the most.
+        # With the sign opposite to that of anchors, a mixed key differs from all anchors of its class, mixed or not.
         apart = -APART if self.config.mixed_patches == "leave-out" else APART
         keys = Keys(teacher.projection(batch.embeddings), batch.labels, self._descriptors(batch, apart))
         if self.gaussian is not None:
@@ -205,13 +215,17 @@ class PatchContrast(nn.Module):
         unsure: Tensor | None = None,
         observe: bool = False,
     ) -> PatchBatch:
-        """Class-aware patches with their embeddings, pooled or cropped: those that qualify.
+        """The class-aware patches that qualify, with their embeddings, pooled or cropped.
 
         Args:
+            network: the network that encodes crops.
+            views: what the network saw; with the teacher's prediction.
             weights: (B, K, *S), how much a pixel counts for a class.
-            count: of a class, at most; 0: all.
+            features: (B, F, *S / 2), the network's.
+            count: largest number of patches of a class; 0: all.
+            generator: draws a random sample.
             unsure: (B, K, *S), the prediction whose least certain patches are taken first; None: a random sample.
-            observe: move the threshold by all patches.
+            observe: update the coverage threshold with all patches.
         """
         assert views.prediction is not None
         if self.config.patches == "crop":
@@ -245,7 +259,7 @@ class PatchContrast(nn.Module):
         return rows._replace(labels=rows.labels.masked_fill(self._mixed(rows), -1))
 
     def _move_threshold(self, coverage: Tensor, labels: Tensor) -> None:
-        """Moves it by the patches of all ranks: all then have the same threshold, and one checkpoint holds it."""
+        """Updates the threshold with the patches of all ranks, so that all ranks and the checkpoint have the same."""
         if self.process_group is not None:
             coverage, labels = gather_rows([coverage, labels], self.process_group)
         self.threshold.update(coverage, labels)
@@ -253,7 +267,7 @@ class PatchContrast(nn.Module):
     def _cropped(
         self, network: SegmentationNetwork, weights: Tensor, prediction: Tensor, images: Tensor, observe: bool
     ) -> PatchBatch:
-        """Crops of the images, encoded again: one embedding of each, its mean feature."""
+        """Crops of the images, encoded again. The embedding of a crop is its mean feature."""
         size, deepest = self.config.patch_size, network.stride
         crops = class_patches(
             images,
@@ -279,7 +293,7 @@ class PatchContrast(nn.Module):
 
 
 def _pixel_entropy(prediction: Tensor) -> Tensor:
-    """(B, *S)"""
+    """(B, *S), in nats."""
     entropy: Tensor = torch.special.entr(prediction).sum(dim=1)
     return entropy
 

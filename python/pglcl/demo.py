@@ -1,4 +1,4 @@
-"""Real MRI without a download: the MNI152 template that nilearn ships, cut into slices, a handful of them labelled."""
+"""A demonstration on real MRI, without a download: the MNI152 template of nilearn, cut into slabs, two labelled."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from pglcl.files import check_writable, read_json, replacing, write_json
 from pglcl.report import write_report
 from pglcl.train import Interrupted, Training
 
-# Slabs of the brain stand in for patients.
-SLAB = 6
-NAME = "MNI152 template in slabs (pglcl demo)"  # by which a folder of the demo is known again
+SLAB = 6  # slices; slabs of the brain take the place of patients
+NAME = "MNI152 template in slabs (pglcl demo)"  # marks a folder of the demo
 LABELLED, VALIDATION = (4, 10), (7,)
 CLASSES = {0: "background", 1: "grey matter", 2: "white matter"}
 
 
 def write_template(folder: Path) -> dict[str, list[str]]:
-    """A Decathlon folder of axial slabs, labelled with grey and white matter. Returns the split."""
+    """Writes a Decathlon folder of axial slabs, labelled with grey and white matter. Returns the split."""
     from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
 
     t1 = load_mni152_template(resolution=2)
@@ -37,7 +36,7 @@ def write_template(folder: Path) -> dict[str, list[str]]:
     count = (int(inside[-1]) + 1 - first) // SLAB
     names = [f"slab{slab:02d}" for slab in range(count)]
     training = [{"image": f"imagesTr/{n}.nii.gz", "label": f"labelsTr/{n}.nii.gz"} for n in names]
-    # The first: a folder whose demo was killed is known again.
+    # Written first, so that the folder of a demo that was killed is recognised.
     write_json(folder / "dataset.json", {"name": NAME, "labels": CLASSES, "training": training})
     for slab, name in enumerate(names):
         rows = slice(first + slab * SLAB, first + (slab + 1) * SLAB)
@@ -52,7 +51,7 @@ def write_template(folder: Path) -> dict[str, list[str]]:
 
 
 def check_folder(output: Path) -> None:
-    """Raises UserError for a folder with files in it that no earlier demo wrote: nothing of theirs is replaced."""
+    """Raises UserError for a folder that holds files and was not written by an earlier demo."""
     own = output / "data" / "dataset.json"
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: must be a folder, is a file")
@@ -68,7 +67,12 @@ def check_folder(output: Path) -> None:
 
 
 def run_demo(output: Path, steps: int, *, quiet: bool = False) -> None:
-    """Trains twice and writes a report; a folder of an earlier demo is renewed.
+    """Trains without and with contrast, and writes a report. The folder of an earlier demo is used again.
+
+    Args:
+        output: the folder of the data and of the two runs.
+        steps: of each run.
+        quiet: print nothing.
 
     Raises:
         UserError: `output` holds files that no demo wrote, or runs of other options.
@@ -78,8 +82,8 @@ def run_demo(output: Path, steps: int, *, quiet: bool = False) -> None:
     start = time.perf_counter()
     console.print(
         "The MNI152 T1 template (an average of 152 brains, shipped with nilearn), cut into slabs of six slices; two "
-        "slabs are labelled with grey and white matter, the others are raw or kept for the test. One average brain is "
-        "a demonstration, not a benchmark."
+        "slabs are labelled with grey and white matter, the others are unlabelled or kept for validation and test. One "
+        "average brain is a demonstration, not a benchmark."
     )
     data = output / "data"
     split = write_template(data)

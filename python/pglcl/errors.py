@@ -1,4 +1,4 @@
-"""What a user can mend: printed as one line each, without a traceback."""
+"""Errors that a user can mend: each is printed as one line, without a traceback."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ class UserError(Exception):
 
     Args:
         lines: what is printed.
-        everywhere: of a training on several processes: the others raise the same, so that one line is enough.
+        everywhere: in a training on several processes: all raise the same error, so only one of them prints it.
     """
 
     def __init__(self, *lines: str, everywhere: bool = False) -> None:
@@ -18,11 +18,11 @@ class UserError(Exception):
 
 
 class WriteError(UserError):
-    """A file that cannot be written: the next one will not be either."""
+    """A file cannot be written. Neither can the next one, so commands stop here."""
 
 
 def explained(error: BaseException) -> tuple[str, ...] | None:
-    """The lines for an error that is none of the program's own: input, disk, memory. None for a bug."""
+    """The lines that explain an error of the input, the disk or the memory; None for a bug of the program."""
     if isinstance(error, UserError):
         return error.lines
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
@@ -35,6 +35,6 @@ def explained(error: BaseException) -> tuple[str, ...] | None:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """PyTorch reports memory that is not there as a RuntimeError."""
+    """Whether PyTorch lacked memory, which it reports as a RuntimeError."""
     words = ("can't allocate memory", "not enough memory", "out of memory")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

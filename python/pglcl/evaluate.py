@@ -1,4 +1,4 @@
-"""Dice, HD95 and average surface distance per class and volume; tables with bootstrap intervals."""
+"""Scores per class and volume: Dice, HD95 and average surface distance; tables with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ from pglcl.training_data import files_behind, files_of, files_of_cases
 from pglcl.volumes import read_label
 
 METRICS = ("dice", "hd95", "asd")
-# A row of the summary: class, its index and label value, counts, and of every metric its mean, deviation and interval.
+# A row of the summary: a class, its index and label value, counts; for every metric the mean, deviation and interval.
 Row = dict[str, Any]
 
 
 @dataclass
 class Score:
-    """One class of one volume.
+    """The scores of one class of one volume.
 
-    class_index: of the network's classes, from 1 on. label_value: what files have where that class is (of merged
-    classes, what masks get). status: ok; absent (not in the truth, no score), missed (in the truth, not predicted).
+    class_index: the network's number of the class, from 1 on. label_value: its value in label files; for merged
+    classes, the value that masks get. dice: a share. hd95, asd: in the unit of the spacing. status: ok; absent (not in
+    the truth, scores are NaN); missed (in the truth, not predicted). false_positive_voxels: of an absent class.
     stray_components: pieces of the prediction that touch no voxel of the truth.
     """
 
@@ -69,19 +70,19 @@ def score_volume(
 ) -> list[Score]:
     """Scores of the classes from 1 on.
 
-    A class that the truth lacks has no score (MONAI's convention: NaN, left out of means) and is counted as absent. A
-    class that is there and was not predicted has Dice 0 and, as distances, the diagonal of the volume: the worst that
-    could be.
+    A class that the truth lacks has no score (NaN, which means leave out, as in MONAI) and is counted as absent. A
+    class that the truth has and the prediction lacks gets the worst possible scores: Dice 0, and the diagonal of the
+    volume for each distance.
 
     Args:
         prediction: (X, Y, Z) whole numbers.
         truth: (X, Y, Z) whole numbers.
         num_classes: K, with background.
-        spacing: of the three axes; it gives the unit of the distances.
-        patient: whom the volume is of.
+        spacing: voxel size along each axis; distances have its unit.
+        patient: the name of the patient.
         case: the name of the volume.
-        values: what files have for each class; by default its number.
-        distances: whether HD95 and ASD are computed, which takes most of the time.
+        values: the label value of each class in files; default: its number.
+        distances: whether to compute HD95, ASD and stray components, which takes most of the time.
     """
     diagonal = math.sqrt(sum((n * s) ** 2 for n, s in zip(truth.shape, spacing)))
     scores = []
@@ -109,10 +110,10 @@ def score_volume(
 
 
 def _around(p: Tensor, t: Tensor, spacing: Sequence[float]) -> tuple[np.ndarray, np.ndarray, list[float]]:
-    """The box around two masks (X, Y, Z), one voxel wider, and the spacing of the axes that are left.
+    """Cuts two masks (X, Y, Z) to the box around both, one voxel wider. Returns them and the spacing of their axes.
 
-    Distances are the same as in the whole volume, for less memory. An axis of a single voxel is left out: every pixel
-    of an image would otherwise lie on a surface.
+    Distances are the same as in the whole volume, and take less memory. An axis of a single voxel is dropped:
+    otherwise every pixel of an image would lie on a surface.
     """
     either = p | t
     box, kept = [], []
@@ -128,21 +129,22 @@ def _around(p: Tensor, t: Tensor, spacing: Sequence[float]) -> tuple[np.ndarray,
 
 
 def surface_distances(p: np.ndarray, t: np.ndarray, spacing: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """How far each surface voxel of `p` is from the surface of `t`, and the other way round, float64.
+    """The distance of each surface voxel of `p` from the surface of `t`, and of each of `t` from `p`, float64.
 
-    A surface is made of the voxels of a mask of which a face touches another voxel, or the end of the volume. Both
-    HD95 and the average distance come from these numbers; MONAI gives the same ones for 40 bytes a voxel instead of 12.
+    The surface of a mask consists of its voxels that share a face with a voxel outside it, or with the border of the
+    volume. HD95 and the average distance are computed from these distances. MONAI computes the same ones, but takes 40
+    bytes a voxel instead of 12.
 
     Args:
-        p, t: bool, of the same shape; neither is empty.
-        spacing: of each axis.
+        p, t: masks, bool, of the same shape; neither is empty.
+        spacing: voxel size along each axis.
     """
     of_p, of_t = (mask & ~ndimage.binary_erosion(mask) for mask in (p, t))
     return _distances(of_p, of_t, spacing), _distances(of_t, of_p, spacing)
 
 
 def _distances(start: np.ndarray, end: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """(N,): of each voxel of `start` from the nearest of `end`."""
+    """(N,): the distance of each voxel of `start` from the nearest voxel of `end`."""
     nearest = ndimage.distance_transform_edt(~end, sampling=spacing, return_distances=False, return_indices=True)
     places = np.nonzero(start)
     squares = np.zeros(len(places[0]))
@@ -153,7 +155,7 @@ def _distances(start: np.ndarray, end: np.ndarray, spacing: Sequence[float]) -> 
 
 
 def patient_means(scores: Sequence[Score], metric: str, class_index: int | None = None) -> dict[str, float]:
-    """The mean over a patient's volumes (and classes, without `class_index`), without those that have no score."""
+    """Each patient's mean over volumes (and over classes, if `class_index` is None). A missing score is left out."""
     values: dict[str, list[float]] = {}
     for score in scores:
         value = getattr(score, metric)
@@ -163,7 +165,7 @@ def patient_means(scores: Sequence[Score], metric: str, class_index: int | None 
 
 
 def bootstrap_interval(values: Sequence[float], *, draws: int = 10000, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean, patients drawn with replacement."""
+    """The 95 % interval of the mean of `values`, which are drawn with replacement; NaN if there are none."""
     if len(values) == 0:
         return math.nan, math.nan
     data, random = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
@@ -173,7 +175,7 @@ def bootstrap_interval(values: Sequence[float], *, draws: int = 10000, seed: int
 
 
 def summarise(scores: Sequence[Score], class_names: dict[int, str], unit: str) -> list[Row]:
-    """A row per class and one for their mean: mean, deviation and interval over patients of each metric."""
+    """A row per class and one for their mean. For each metric: mean, deviation and interval over patients."""
     rows = []
     classes = dict(sorted((score.class_index, score.label_value) for score in scores))
     for k in [*classes, None]:
@@ -204,7 +206,7 @@ def _cell(value: float, digits: int) -> str:
 
 
 def table(rows: Sequence[Row], *, title: str = "") -> str:
-    """Markdown. What has no value is a dash."""
+    """The rows as a Markdown table. A dash stands for a missing value."""
     unit = rows[0]["unit"] if rows else ""
     distances = [f"HD95 [{unit}]", "95 %", "median", f"ASD [{unit}]"]
     head = ["class", "Dice", "95 %", *distances, "absent", "missed", "stray pieces"]
@@ -225,6 +227,7 @@ def table(rows: Sequence[Row], *, title: str = "") -> str:
 
 
 def scores_csv(scores: Sequence[Score], class_names: dict[int, str], unit: str) -> str:
+    """The scores as CSV, a row for each; `unit`, of the distances, is part of their columns' names."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     head = [
@@ -250,7 +253,7 @@ def scores_csv(scores: Sequence[Score], class_names: dict[int, str], unit: str) 
 
 
 def without_nan(value: Any) -> Any:
-    """The same lists and dictionaries with None for NaN and infinity, as JSON asks for."""
+    """The same lists and dictionaries with None in place of NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {name: without_nan(v) for name, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -272,7 +275,7 @@ def _score(predictor: Predictor, case: Case, *, distances: bool = True, report: 
 
 
 def predicted_and_true(predictor: Predictor, case: Case) -> tuple[Tensor, Tensor]:
-    """The masks (X, Y, Z) of a labelled case; -1 in both where the truth is to be ignored."""
+    """The predicted and the true mask (X, Y, Z) of a labelled case; both are -1 where the truth is to be ignored."""
     return _predicted(predictor, case, None)[:2]
 
 
@@ -289,25 +292,25 @@ def _predicted(predictor: Predictor, case: Case, report: Report | None) -> tuple
     return mask, truth, spacing
 
 
-# --- what scores belong to ------------------------------------------------------------------------------------------
+# --- the subject of scores ------------------------------------------------------------------------------------------
 
 PARTS = ("labelled", "unlabelled", "validation", "test")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What was asked to be scored: a model, patients and their files, and how.
+    """What is scored: a model, patients, their files, and the way of scoring.
 
-    Scores say what they belong to, and are shown only beside the same.
+    Score files hold their subject. A report shows them only if it is about the same subject.
 
     Attributes:
         run: the name of the run's folder. id: of the run; empty where it has none.
         model: SHA-256 of the weights.
-        step: that the weights are of. steps: of the whole run.
+        step: the step of the weights. steps: of the whole run.
         part: of the run's split, or "all".
         data: the folder that was scored.
         files: SHA-256 of every image and label file, by case.
-        patients: that are scored. missing: that the split names and `data` has not.
+        patients: those that are scored. missing: those that the split names and `data` lacks.
         tta, postprocess: as :class:`pglcl.predict.Predictor` takes them.
     """
 
@@ -329,7 +332,7 @@ class Subject:
         return self.step >= self.steps
 
     def differences(self, other: Subject) -> list[str]:
-        """How the scores of `other` differ from those of this; empty where they may be shown."""
+        """How `other` differs from this subject; empty if its scores may be shown for this one."""
         names = {
             "model": "other weights",
             "part": f"the part {other.part!r}",
@@ -344,7 +347,7 @@ class Subject:
         return found
 
     def title(self) -> str:
-        """One line for people; an unfinished run and missing patients are named."""
+        """One line for people. It tells of an unfinished run and of missing patients."""
         text = f"{self.run}, {self.part}: {len(self.files)} volumes of {len(self.patients)} patients, step {self.step}"
         if not self.finished:
             text += f" of {self.steps}: UNFINISHED"
@@ -354,7 +357,7 @@ class Subject:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of an image: of its file, or of the names and hashes of its files where they are several."""
+    """SHA-256 of an image: of its file; if it has several files, of their names and hashes."""
     files = sorted(files_of(path))
     hashes = [str(fingerprint(file)["sha256"]) for file in files]
     if files == [path]:
@@ -364,7 +367,11 @@ def file_hash(path: Path) -> str:
 
 
 def read_split(run: Path) -> dict[str, list[str]]:
-    """The patients of each part, as the run wrote them."""
+    """The patients of each part, from the run's split.json.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
     path = run / "split.json"
     content = read_json(path)
     lists = [content.get(part) if isinstance(content, dict) else None for part in PARTS]
@@ -377,7 +384,7 @@ def _split_of(run: Path, model: TrainedModel) -> dict[str, list[str]]:
     """The patients of each part.
 
     Raises:
-        UserError: split.json is not the split that the model was trained with, so that its test may not be one.
+        UserError: split.json is not the split of the training, so the model may have seen its test patients.
     """
     split = read_split(run)
     lines = split_differences(run / "split.json", split, model.split) if model.split else []
@@ -394,10 +401,10 @@ def subject_of(
     *,
     allow_missing: bool = False,
 ) -> tuple[Subject, list[Case]]:
-    """What is to be scored, and its cases.
+    """The subject of an evaluation, and its cases.
 
     Raises:
-        UserError: no case to score, or patients of the split that `folder` does not have, unless `allow_missing`.
+        UserError: an unknown part, or no case to score; without `allow_missing`, a patient that `folder` lacks.
     """
     if part not in (*PARTS, "all"):
         raise UserError(f"--part must be {', '.join(PARTS)} or all, got {part}")
@@ -440,7 +447,7 @@ def _id_of(run: Path) -> str:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores with what they belong to. unit: of the distances, mm or voxel. files: where they are kept, CSV first."""
+    """Scores and their subject. unit: of distances: mm, pixel or voxel. files: those that hold them, the CSV first."""
 
     subject: Subject
     scores: list[Score]
@@ -458,7 +465,7 @@ class Evaluation:
         return table(self.summary, title=self.subject.title())
 
     def save(self, files: Sequence[Path]) -> Evaluation:
-        """Writes the CSV, Markdown and JSON file."""
+        """Writes the CSV, the Markdown and the JSON file. Returns the evaluation with their paths."""
         as_csv, as_text, as_json = files
         write_text(as_csv, scores_csv(self.scores, self.class_names, self.unit))
         write_text(as_text, self.table() + "\n")
@@ -478,13 +485,13 @@ FORMAT = "pglcl scores 2"
 
 
 def score_files(folder: Path, part: str, weights: str = "last") -> tuple[Path, Path, Path]:
-    """CSV, Markdown and JSON."""
+    """The paths of the CSV, the Markdown and the JSON file."""
     name = f"scores_{part}" + ("" if weights == "last" else f"_{weights}")
     return folder / f"{name}.csv", folder / f"{name}.md", folder / f"{name}.json"
 
 
 def read_scores(path: Path) -> Evaluation | None:
-    """Scores as :meth:`Evaluation.save` wrote them; None for a file that is missing, damaged or another's."""
+    """Scores as :meth:`Evaluation.save` wrote them; None if the file is missing, damaged or of another kind."""
     try:
         content = read_json(path)
         if content["format"] != FORMAT:
@@ -506,7 +513,7 @@ def _score_of(row: dict[str, Any]) -> Score:
 
 
 def may_renew(files: Sequence[Path], subject: Subject) -> Callable[[Path], bool]:
-    """Whether score files are earlier ones of the same run and data: these are renewed without --overwrite."""
+    """A test for files that may be replaced without --overwrite: earlier scores of the same run and data."""
     old = read_scores(files[-1])
     same_data = old is not None and (old.subject.data == subject.data or old.subject.files == subject.files)
     same_run = old is not None and (old.subject.id or old.subject.run) == (subject.id or subject.run)
@@ -536,14 +543,14 @@ def evaluate_run(
         part: of the run's split: labelled, unlabelled, validation or test; or "all", every labelled volume.
         device: as for training.
         output: the folder of the score files; default: the run.
-        allow_missing: score the patients that `root` has, though the split names others.
+        allow_missing: score the patients that `root` has, even if the split names others.
         tta, postprocess: as :class:`pglcl.predict.Predictor` takes them.
         weights: as :func:`pglcl.model.load_model` takes them; the files of "best" end in _best.
-        overwrite: replace files that are no earlier scores of this run and data.
+        overwrite: replace files even if they are not earlier scores of this run and data.
         quiet: show no progress.
 
     Raises:
-        UserError: nothing to score, patients missing, files in the way, data that does not fit the model.
+        UserError: nothing to score, patients missing, files in the way, or data that do not fit the model.
     """
     predictor = Predictor([load_model(run, device, weights)], tta=tta, postprocess=postprocess)
     folder = open_folder(root)
@@ -553,14 +560,14 @@ def evaluate_run(
     read = files_behind(folder, folder.cases)
     check_outputs(files, inputs=read, overwrite=overwrite, renewed=may_renew(files, subject))
     found = score_cases(predictor, subject, cases, distance_unit(folder), quiet=quiet)
-    before.only(files_of_cases(cases)).check()  # scores are of the files whose hashes stand beside them
+    before.only(files_of_cases(cases)).check()  # so that the hashes in the score files are those of the files scored
     return found.save(files)
 
 
 def score_cases(
     predictor: Predictor, subject: Subject, cases: Sequence[Case], unit: str, *, quiet: bool = True
 ) -> Evaluation:
-    """Scores without saving them."""
+    """Scores cases, without saving the scores."""
     scores: list[Score] = []
     with Volumes("scoring", len(cases), quiet=quiet) as progress:
         for case in cases:

@@ -38,6 +38,8 @@ class Logits(nn.Module):
 def export_run(run: Path, kind: str, output: Path | None = None, *, overwrite: bool = False) -> tuple[Path, float]:
     """Writes the network of `run`, reads it back, and compares its logits.
 
+    The exported network takes any size of batch, and images whose sides are multiples of the network's stride.
+
     Args:
         run: the folder that training wrote.
         kind: "torchscript" or "onnx".
@@ -45,8 +47,7 @@ def export_run(run: Path, kind: str, output: Path | None = None, *, overwrite: b
         overwrite: replace `output` if it exists.
 
     Returns:
-        The file, and the largest difference of a logit, as a share of the largest logit. Batch and sides of the image
-        may differ from those of training; sides must be multiples of the network's stride.
+        The file, and the largest difference of a logit, as a share of the largest logit.
 
     Raises:
         UserError: an unknown format, a missing package, a file in the way, or logits that are not the same.
@@ -64,7 +65,7 @@ def export_run(run: Path, kind: str, output: Path | None = None, *, overwrite: b
     save, load = {"torchscript": (_save_script, _load_script), "onnx": (_save_onnx, _load_onnx)}[kind]
     with replacing(path) as partial:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what the exporters say to their own developers
+            warnings.simplefilter("ignore")  # the exporters' warnings to their own developers
             save(network, _example(model, 2), partial, description(model))
         difference = _compare(model, network, load(partial))
         if not difference <= TOLERANCE:
@@ -73,7 +74,7 @@ def export_run(run: Path, kind: str, output: Path | None = None, *, overwrite: b
 
 
 def description(model: TrainedModel) -> dict[str, Any]:
-    """What a program that runs the network has to know; kept in the file as "pglcl"."""
+    """What a program that runs the network must know; the exported file holds it as "pglcl"."""
     config = model.config
     return {
         "classes": [
@@ -115,7 +116,7 @@ def _compare(model: TrainedModel, network: nn.Module, exported: Callable[[Tensor
 @torch.no_grad()
 def _save_script(network: nn.Module, example: Tensor, path: Path, about: dict[str, Any]) -> None:
     script = torch.jit.trace(network, example, check_trace=False)
-    with path.open("wb") as file:  # by its name torch opens no file whose name is not UTF-8
+    with path.open("wb") as file:  # torch itself cannot open a file whose name is not UTF-8
         torch.jit.save(script, file, _extra_files={"pglcl": json.dumps(about)})
 
 

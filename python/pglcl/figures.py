@@ -1,4 +1,4 @@
-"""The pictures of the report. No text of the user's is drawn: names stand in the page, beside the picture."""
+"""The pictures of the report. No text from the user is drawn into them: names stand in the page, beside them."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-# Told apart by most who see colours differently (Okabe and Ito).
+# Colours that most colour-blind people can tell apart (Okabe and Ito).
 COLOURS = ["#999999", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F0E442"]
 CURVES = {"segmentation": "segmentation loss", "contrast": "contrastive loss", "validation_dice": "validation Dice"}
-STRIP = 0.42  # inches, for the scale below a panel
-MANY_POINTS = 40  # from here on a curve is shown with its running mean
+STRIP = 0.42  # inches: height of the scale below a panel
+MANY_POINTS = 40  # a curve of more points is shown with its running mean
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG as a data URL. caption: what stands below it. text: what is read aloud instead of it."""
+    """A PNG as a data URL. caption: the text below it. text: the text that screen readers read."""
 
     url: str
     caption: str
@@ -49,7 +49,7 @@ class Picture:
 
 
 def picture(figure: Figure, caption: str, text: str = "") -> Picture:
-    """Draws a figure, all of its canvas, and closes it."""
+    """Draws the whole canvas of a figure, and closes it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120, facecolor="white")
     plt.close(figure)
@@ -62,9 +62,9 @@ def colour(k: int) -> str:
 
 
 def panel(ratio: float, *, strip: bool) -> tuple[Figure, Axes]:
-    """An image, height by width as `ratio`, above a strip for its scale.
+    """An empty panel for an image of `ratio`, height by width; `strip`: with a strip for a scale below it.
 
-    Panels that stand side by side have the same ratio, and all or none of them the strip: they are of one size.
+    Panels side by side need the same `ratio` and the same `strip`, to be of one size.
     """
     ratio = min(max(ratio, 0.4), 2.5)
     width, below = 3.0, STRIP if strip else 0.0
@@ -112,8 +112,8 @@ class Shown:
     """A test volume with its truth and its prediction.
 
     Attributes:
-        mask: (X, Y, Z), as it is predicted. plain: before post-processing. entropy: nats.
-        slice: the index along `axis` that is shown: that with most foreground.
+        mask, plain: (X, Y, Z), the prediction after and before post-processing. entropy: (X, Y, Z), in nats.
+        slice: the index along `axis` of the slice that is shown, the one with the most foreground.
     """
 
     def __init__(self, predictor: Predictor, case: Case) -> None:
@@ -123,13 +123,13 @@ class Shown:
         self.plain = prediction.plain_mask()
         self.mask = prediction.change(self.plain)
         self.entropy = prediction.entropy()
-        del prediction  # it holds probabilities
+        del prediction  # frees its probabilities
         self.image = torch.from_numpy(read_volume(case.images).data[0])
         self.truth = torch.from_numpy(read_label(case.label, case.images[0], self.model.labels))
         self.axis = 2 if self.model.slice_axis is None else self.model.slice_axis
         self.slice = _fullest((self.truth > 0), self.axis)
         first, second = (s for axis, s in enumerate(self.prepared.spacing) if axis != self.axis)
-        self.upright = self.prepared.source.unit != "mm"  # a picture: rows run down already
+        self.upright = self.prepared.source.unit != "mm"  # a picture, whose rows already run from top to bottom
         self.aspect = first / second if self.upright else second / first  # of a pixel: height by width
 
     def dice(self, mask: Tensor) -> float:
@@ -142,7 +142,7 @@ class Shown:
         return float(np.mean(values)) if values else math.nan
 
     def plane(self, x: Tensor, index: int) -> np.ndarray:
-        """As radiologists look at it: first axis to the right, second up. A picture as it is."""
+        """A slice as radiologists view it: first axis to the right, second axis up. A picture stays as it is."""
         array: np.ndarray = x.select(self.axis, index).numpy()
         return array if self.upright else array.T[::-1]
 
@@ -190,7 +190,7 @@ class Shown:
         return [*pictures, picture(figure, "entropy [nats]")]
 
     def islands(self) -> list[Picture]:
-        """Outlines of truth (white, dashed) and prediction, before and after the largest component alone is kept."""
+        """Outlines of truth (white, dashed) and prediction, with all components and with only the largest ones."""
         largest = keep_largest(self.plain, range(1, self.model.num_classes))
         stray = self.plain != largest
         index = (
@@ -272,14 +272,14 @@ def _fullest(mask: Tensor, axis: int) -> int:
 
 
 def _patch_labels(share: Tensor) -> Tensor:
-    """(N,) class of each patch of shares (K, gy, gx): a patch counts for what is not background."""
+    """(N,): the class of each patch, of shares (K, gy, gx). A tenth of foreground outweighs any background."""
     present = share.clone()
     present[0] = torch.where(share[1:].amax(dim=0) > 0.1, 0, share[0])
     return present.argmax(dim=0).flatten()
 
 
 def _window(boxed: Iterable[int], rows: int, columns: int, patch: int) -> list[tuple[int, int]]:
-    """Pixels around the boxes along x and y: patches are small in a whole image."""
+    """The range of pixels to show along x and y: around the boxes, which are small in a whole image."""
     boxed = list(boxed)
     window = []
     for places, count in (([j % columns for j in boxed], columns), ([j // columns for j in boxed], rows)):
@@ -315,7 +315,7 @@ def _case_embeddings(model: TrainedModel, case: Case) -> tuple[Tensor, Tensor]:
     assert prepared.label is not None
     if config.spatial_dims == 2:
         images, target = prepared.image.movedim(-1, 0), prepared.label.movedim(-1, 0)
-        z = int((target > 0).flatten(1).sum(dim=1).argmax())  # slices around that with most foreground
+        z = int((target > 0).flatten(1).sum(dim=1).argmax())  # the slice with the most foreground
         near = slice(max(0, z - 8), z + 8)
         images, target = images[near], target[near]
     else:

@@ -1,4 +1,4 @@
-"""Files are written to a temporary name beside their own and renamed: whole, or not at all."""
+"""Reads and writes files. Each is written whole or not at all: under a temporary name beside its own, then renamed."""
 
 from __future__ import annotations
 
@@ -27,15 +27,19 @@ DIGEST = 64  # hexadecimal digits
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name with the suffix of `path`, which takes its place when the block ends well."""
-    # Only the end of a long name: with what is put before it, the whole would be longer than file systems allow.
+    """Gives a temporary name with the suffix of `path`. Its file replaces `path` when the block ends without an error.
+
+    Raises:
+        WriteError: the system refuses to write.
+    """
+    # Only the end of a long name: together with the prefix, it could be longer than file systems allow.
     partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name[-40:]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_orphans_once(path.parent)
         with open(partial, "wb") as held:
             with contextlib.suppress(OSError):  # some file systems have no locks
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until its writer has ended, however it ends
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the writer ends, in whatever way
             yield partial
             os.replace(partial, path)
     except OSError as error:
@@ -46,7 +50,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_orphans(folder: Path) -> None:
-    """Removes what a killed process left behind. A temporary file whose writer lives is locked, and stays."""
+    """Removes the temporary files of killed processes. A file whose writer still runs is locked, and stays."""
     with contextlib.suppress(OSError):
         for partial in folder.glob(f"{PARTIAL}[0-9]*-*"):
             with contextlib.suppress(OSError, UserError), opened(partial) as file:
@@ -61,22 +65,22 @@ def _remove_orphans_once(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as partial:
-        # A file name may hold bytes that are no text; they are spelled out.
+        # The text may contain a file name with bytes that are no text; these are escaped.
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Raises ValueError for NaN and infinity, which JSON does not have: the caller writes None for them."""
+    """Writes a JSON file. Raises ValueError for NaN and infinity, which JSON lacks: the caller must pass None."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """A file to read from. Anything else of its name is refused: a named pipe would wait for ever, a device never end.
+    """Opens a file for reading, and nothing else: reading a named pipe may wait for ever, a device may never end.
 
     Raises:
         OSError: as for open.
-        UserError: there is no file, but something else.
+        UserError: `path` is not a file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -88,7 +92,7 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def require_file(path: Path, status: os.stat_result | None = None) -> None:
-    """Raises UserError for what is there and is no file, and OSError where nothing is; a link counts as its target."""
+    """Raises UserError if `path` is not a file, and OSError if nothing is there. A link counts as its target."""
     mode = (status or path.stat()).st_mode
     kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}
     if not stat.S_ISREG(mode):
@@ -120,7 +124,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 class _HashedFile:
-    """Counts what is written into a hash."""
+    """A file that hashes what is written to it."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.hash = file, hashlib.sha256()
@@ -134,15 +138,15 @@ class _HashedFile:
 
 
 def save_tensors(path: Path, state: dict[str, Any]) -> None:
-    """What :func:`load_tensors` reads back: the file of torch.save, and the hash of its bytes at the end.
+    """Writes a file for :func:`load_tensors`: that of torch.save, followed by the hash of its bytes.
 
-    Flushed to the disk before it takes the name.
+    It is flushed to the disk before it gets its name.
     """
     with replacing(path) as partial, open(partial, "wb") as file:
         hashed = _HashedFile(file)
         try:
-            torch.save(state, hashed)  # type: ignore[arg-type]  # it asks for no more than write and flush
-        except RuntimeError as error:  # what torch makes of a full disk
+            torch.save(state, hashed)  # type: ignore[arg-type]  # it needs only write and flush
+        except RuntimeError as error:  # raised by torch when the disk is full
             raise OSError(str(error).splitlines()[0]) from error
         file.write(MARK + hashed.hash.hexdigest().encode())
         file.flush()
@@ -164,7 +168,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a checkpoint of pglcl as it was written: the hash of its content does not fit")
     try:
         state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and pickle raise all sorts for a file that is none of theirs
+    except Exception as error:  # torch and pickle raise many kinds of errors for the files of others
         raise UserError(f"{path}: not a checkpoint of pglcl: {str(error).splitlines()[0]}") from error
     if not isinstance(state, dict):
         raise UserError(f"{path}: not a checkpoint of pglcl: holds {type(state).__name__}")
@@ -172,7 +176,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    """Size in bytes, time of the last change, SHA-256 of the content: how a file is known again."""
+    """What identifies a file: size in bytes, time of the last change, SHA-256 of the content."""
     digest = hashlib.sha256()
     try:
         with opened(path) as file:
@@ -185,7 +189,7 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 
 def _date(seconds: float) -> str:
-    """ISO 8601, UTC; the seconds themselves where a broken clock, or copying, left a year beyond 9999 or before 1."""
+    """ISO 8601, UTC. For a year after 9999 or before 1, which a broken clock or copying may leave: the seconds."""
     try:
         return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).isoformat(timespec="seconds")
     except (OverflowError, ValueError, OSError):
@@ -195,16 +199,18 @@ def _date(seconds: float) -> str:
 class Unchanged:
     """Files that are read more than once, and must be the same each time.
 
+    A change of the content also changes the size or a time of the file. Nobody can set back the time of the inode. The
+    number of the inode is not compared, since it may change on network drives.
+
     Args:
-        files: they are known again by what a change of their content changes, too: size and times, of which
-            nobody can set back that of the inode. The inode itself is not the same twice on some network drives.
+        files: the paths, which may be missing.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._states = {file: _state(file) for file in files}
 
     def only(self, files: Iterable[Path]) -> Unchanged:
-        """Those of `files`, as they were when this was made."""
+        """The same check for `files` alone. A file that this one does not hold counts as it is now."""
         chosen = Unchanged(())
         chosen._states = {file: self._states[file] if file in self._states else _state(file) for file in files}
         return chosen
@@ -213,7 +219,7 @@ class Unchanged:
         """Raises UserError for the files that have changed since.
 
         Args:
-            hash_of: SHA-256 of the content of each, by which one that was only touched or copied is still the same.
+            hash_of: the SHA-256 that a file should have; so a file that was only touched or copied is unchanged.
         """
         lines = []
         for file, before in self._states.items():
@@ -237,12 +243,12 @@ def _state(file: Path) -> tuple[int, ...] | None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises WriteError for a folder that cannot be written to, before time is spent on what goes there."""
+    """Raises WriteError for a folder that cannot be written to, before time is spent on its files."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix=f"{PARTIAL}{os.getpid()}-", dir=folder)
         os.close(descriptor)
-        with contextlib.suppress(FileNotFoundError):  # another process took it for an orphan
+        with contextlib.suppress(FileNotFoundError):  # another process removed it as an orphan
             os.unlink(name)
     except OSError as error:
         raise WriteError(f"{folder}: cannot be written: {error.strerror or error}") from error

@@ -90,12 +90,12 @@ def write_report(
     overwrite: bool = False,
     quiet: bool = True,
 ) -> Path:
-    """The report of a run on its test volumes, which are scored first where that was not done.
+    """Writes the report of a run on its test volumes, which are scored first if they are not yet.
 
     Args:
         run: the folder that training wrote.
         data: the data folder; default: that of the run.
-        output: the HTML file; default: report.html in the run, where an earlier report is renewed.
+        output: the HTML file; default: report.html in the run, which replaces an earlier report.
         device: as for training.
         overwrite: replace `output` if it exists.
         quiet: show no progress.
@@ -123,12 +123,12 @@ def write_report(
 
 
 def _files_of(run: Path) -> list[Path]:
-    """Everything in the run but its report: none of it may become the page."""
+    """The files of the run except its report, which the page must not replace."""
     return [file for file in run.iterdir() if file.name != "report.html"]
 
 
 def _is_report(path: Path) -> bool:
-    """Whether an earlier report is there."""
+    """Whether `path` is an earlier report."""
     try:
         with opened(path) as file:
             return GENERATOR.encode() in file.read(1000)
@@ -146,14 +146,14 @@ def _scores(
     *,
     quiet: bool,
 ) -> Evaluation:
-    """Those that the run keeps, where they belong to what is shown; new ones otherwise."""
+    """The scores that the run keeps, if they are of the same subject; otherwise new ones."""
     files = score_files(run, subject.part)
     kept = read_scores(files[-1])
     if kept is not None and not subject.differences(kept.subject):
         return kept
     found = score_cases(predictor, subject, cases, unit, quiet=quiet)
     before.check()
-    with contextlib.suppress(UserError):  # scores of other data, or another's files, stay as they are
+    with contextlib.suppress(UserError):  # scores of other data, and files of other programs, stay as they are
         check_outputs(files, renewed=may_renew(files, subject))
         return found.save(files)
     return found
@@ -185,20 +185,20 @@ def _page(run: Path, predictor: Predictor, folder: DataFolder, cases: Sequence[C
         _split_lists(run),
         f"<h2>The {_text(named)} test volume{'s' if len(ranked) > 1 else ''}</h2>",
         _legend(model),
-        "<p class=note>The slice with most foreground of each: image, truth, prediction, and the entropy of the "
+        "<p class=note>The slice with the most foreground: image, truth, prediction, and the entropy of the "
         "prediction in nats.</p>",
         *(
             f"<h3>{_text(kind)}: {_text(case.name)}</h3>{_pictures(views[case.name].overlay())}"
             for kind, case in _chosen(ranked).items()
         ),
         "<h2>Outlines and stray pieces of the worst volumes</h2>",
-        "<p class=note>White and dashed: truth. Coloured: prediction, as it is and with the largest piece of every "
-        "class alone (--postprocess largest-component). Red: pieces that are then removed. The slice with most of "
-        "them, or else with most errors.</p>",
+        "<p class=note>Dashed white: truth. Coloured: prediction, as it is and with only the largest piece of every "
+        "class (--postprocess largest-component). Red: the pieces that this removes. The slice with the most of them "
+        "is shown; without any, the slice with the most errors.</p>",
         *(f"<h3>{_text(view.case.name)}</h3>{_pictures(view.islands(), 'two')}" for view in worst),
-        "<h2>Entropy, disparity, and the patches that are chosen by it</h2>",
+        "<h2>Entropy, disparity, and the patches that they choose</h2>",
         "<p class=note>Average entropy of the patches; disparity of all patches from one anchor (white). Solid: "
-        "positives, same class and similar entropy. Dashed: negatives, another class.</p>",
+        "positives, of the same class and similar entropy. Dashed: negatives, of another class.</p>",
         f"<h3>{_text(middle.case.name)}</h3>",
         _pictures(middle.disparity(), "three"),
         "<h2>Embeddings of patches</h2>",
@@ -232,7 +232,7 @@ def _warnings(run: Path, folder: DataFolder, subject: Subject) -> list[str]:
     with contextlib.suppress(UserError):
         own = data_of(run)
         if own.resolve() != folder.root.resolve():
-            found.append(f"Scores and images are of {folder.root}; the run was trained on {own}.")
+            found.append(f"Scores and images come from {folder.root}; the run was trained on {own}.")
     return [_warning(text) for text in found]
 
 
@@ -275,9 +275,9 @@ def _score_table(found: Evaluation) -> str:
         counts = "".join(f"<td>{row[name]}" for name in ("absent", "missed", "stray"))
         body.append(f"<tr{kind}><th scope=row>{_text(row['class'])}{cells}{counts}")
     note = (
-        "Mean ± deviation over patients; below, the 95 % bootstrap interval of the mean. Absent: not in the truth, no "
-        "score. Missed: there, not predicted, scored as the worst that could be. Stray pieces: components of the "
-        "prediction that touch no voxel of the truth."
+        "Mean ± deviation over patients; below, the 95 % bootstrap interval of the mean. Absent: not in the truth, so "
+        "without a score. Missed: in the truth, but not predicted; scored with the worst possible values. Stray "
+        "pieces: components of the prediction that touch no voxel of the truth."
     )
     dice, hd95, asd = names.values()
     head = ["class", dice, hd95, "median HD95", asd, "absent", "missed", "stray pieces"]
@@ -324,7 +324,7 @@ def _legend(model: TrainedModel, *, background: bool = False) -> str:
 
 
 def _pictures(pictures: Sequence[Picture], columns: str = "") -> str:
-    """Side by side where there is room."""
+    """Pictures side by side where there is room."""
     figures = "".join(
         f"<figure><img alt='{_text(p.text)}' src='{p.url}'><figcaption>{_text(p.caption)}</figcaption></figure>"
         for p in pictures
@@ -333,7 +333,7 @@ def _pictures(pictures: Sequence[Picture], columns: str = "") -> str:
 
 
 def _metric_rows(run: Path) -> tuple[list[dict[str, Any]], str]:
-    """Rows with a step and numbers; what is wrong with the file, if anything."""
+    """The rows of metrics.jsonl that have a step, and their numbers; and what is wrong with the file, or nothing."""
     path = run / "metrics.jsonl"
     try:
         found = read_metrics(run)

@@ -1,4 +1,4 @@
-"""A training run: the loop, and who does what in it."""
+"""A training run: its order of events, its loop, and what each rank does."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LOG_EVERY = 10  # steps; reading a loss waits for the device
 
 
 class Interrupted(Exception):
-    """Ctrl-C or a polite kill, after the checkpoint was written."""
+    """A signal stopped the training (Ctrl-C, SIGTERM). The checkpoint is written."""
 
 
 class Training:
@@ -60,20 +60,20 @@ class Training:
     ) -> None:
         self.root, self.output, self.config, self.resume = root, output, config, resume
         self.folder = RunFolder(output, root, config)
-        self.lock: FolderLock | None = None  # of the first rank
+        self.lock: FolderLock | None = None  # held by the first rank alone
         self.device = device_of_rank(choose_device(config.device))
         self.profile = Profile(self.device, profile)
         self.speaks = own_rank() == 0  # known before the ranks meet
         self.progress = Progress(config.steps, quiet=quiet or not self.speaks)
         self.stop = StopRequest()
-        self.validation = Unchanged(())  # the files that are read again at each validation, of the first rank
+        self.validation = Unchanged(())  # on the first rank: the files that each validation reads again
 
     def run(self) -> None:
         """Trains to the last step.
 
         Raises:
-            UserError: what a user can mend.
-            Interrupted: on a signal, after a checkpoint.
+            UserError: an error that a user can mend.
+            Interrupted: a signal asked to stop; the checkpoint is written.
         """
         with launched_ranks(self.device) as ranks:
             self._run(ranks)
@@ -89,7 +89,7 @@ class Training:
 
     def _run_in_folder(self, ranks: Ranks) -> None:
         folder, progress = self.folder, self.progress
-        # The first rank alone looks into the folder, or another would find what it has just written.
+        # Only the first rank looks into the folder: the others could find what it has just written.
         folder.config, folder.record = ranks.from_first((folder.config, folder.record))
         state = None
         with ranks.together():
@@ -100,7 +100,7 @@ class Training:
             if ranks.is_first and folder.record is not None:
                 state = folder.resume(self.root, files)
         if ranks.from_first(state is not None and state["step"] == folder.config.steps and folder.model.exists()):
-            progress.say(f"{self.output}: this run has ended; nothing to resume. More --steps would go on with it")
+            progress.say(f"{self.output}: this run is finished; nothing to resume. A larger --steps would continue it")
             return
         state = self._state_of_all(ranks, state)
         with ranks.together():
@@ -113,7 +113,7 @@ class Training:
                     folder.check_initial(initial)
                 for note in folder.notes():
                     progress.say(note)
-            read.check()  # now that all was read, and known by its hash
+            read.check()  # all files are read and hashed by now
             if ranks.is_first:
                 self.validation = read.only(files_of_cases(data.validation))
         self.config = folder.config = ranks.from_first(folder.config)
@@ -121,12 +121,12 @@ class Training:
         learner = Learner(self.config, data, ranks, self.profile)
         if initial is not None:
             learner.start_from(initial)
-            progress.say(f"{self.config.init}: its weights of step {initial.step} are the first ones")
+            progress.say(f"{self.config.init}: the training starts from its weights of step {initial.step}")
         first = 0 if state is None else self._restore(learner, state)
         if ranks.is_first:
             folder.go_on(first)
             if state is None:
-                folder.save_checkpoint(learner.state(0))  # from now on there is always one that loads
+                folder.save_checkpoint(learner.state(0))  # from now on, there is always a checkpoint that loads
         if first < self.config.steps:
             self._train(learner, first)
         self._save_models(learner)
@@ -134,7 +134,7 @@ class Training:
             self._show_profile(self.config.steps - max(first, self.config.warmup_steps))
 
     def _state_of_all(self, ranks: Ranks, state: dict[str, Any] | None) -> dict[str, Any] | None:
-        """The first rank's state, which the others read from its file."""
+        """The state of the first rank. The others read it from the checkpoint."""
         exists = ranks.from_first(state is not None)
         with ranks.together():
             if exists and state is None:
@@ -150,7 +150,7 @@ class Training:
             raise UserError(f"{self.folder.checkpoint}: does not fit this run: {reason}") from error
 
     def _train(self, learner: Learner, first: int) -> None:
-        """The steps from `first` on."""
+        """Trains from step `first` on."""
         config, data, ranks, progress = self.config, learner.data, learner.ranks, self.progress
         batches = StepBatches(data.labelled, data.unlabelled, config, ranks.rank, semi=config.semi)
         with ranks.together():
@@ -172,13 +172,13 @@ class Training:
                 log.close()
 
     def _after_step(self, learner: Learner, done: int, losses: dict[str, Tensor], log: MetricsLog | None) -> None:
-        """What is due when `done` steps are done: a line of the log, a validation, a checkpoint, the end."""
+        """Does what is due after `done` steps: a line of the log, a validation, a checkpoint, a stop."""
         config, ranks = self.config, learner.ranks
         last = done == config.steps
         if done % LOG_EVERY == 0 or last:
             numbers = {name: float(value) for name, value in losses.items()}
             if not all(math.isfinite(v) for v in numbers.values()):
-                raise UserError(f"step {done}: a loss is not a number: {numbers}. Try a smaller --learning-rate")
+                raise UserError(f"step {done}: a loss is not finite: {numbers}. Try a smaller --learning-rate")
             self.progress.step(done, numbers)
             if self.lock:
                 self.lock.check()
@@ -196,7 +196,7 @@ class Training:
                 log.write({"step": done, "validation_dice": dice})
         if done % LOG_EVERY == 0:
             self.stop.look_at_parent()
-        # Ranks stop together; they ask each other now and then only.
+        # Ranks stop together. They have to wait for each other to agree on it, so they do it every LOG_EVERY steps.
         stopping = self.stop.asked if ranks.size == 1 else done % LOG_EVERY == 0 and ranks.is_any(self.stop.asked)
         if ranks.is_first and (done % config.checkpoint_every == 0 or last or stopping):
             self.folder.save_checkpoint(learner.state(done))
@@ -204,12 +204,12 @@ class Training:
             raise Interrupted(f"stopped after step {done}; --resume goes on from there")
 
     def _check_validation(self, ranks: Ranks) -> None:
-        """Raises UserError when validation volumes are no longer those that the run began with."""
+        """Raises UserError when a validation volume has changed since the run began."""
         with ranks.together():
             self.validation.check(self.folder.hash_of)
 
     def _save_models(self, learner: Learner) -> None:
-        """The last model and the best one, each with the classes whose masks keep their largest component."""
+        """Saves the last model and the best one, each with the classes whose masks keep only the largest component."""
         last = learner.model(self.config.steps)
         models = [last]
         if learner.best["step"] and learner.best["step"] != last.step:
@@ -226,11 +226,11 @@ class Training:
             best = f"step {learner.best['step']:.0f}, a validation Dice of {100 * learner.best['dice']:.1f} %"
             self.progress.say(f"best.pt: {best}; model.pt: step {last.step}, the last")
         if last.organs is None:
-            self.progress.say("masks are kept as predicted: no validation patients say that islands may be removed")
+            self.progress.say("masks are kept as predicted: no validation patients show that islands may be removed")
         else:
             names = ", ".join(last.class_names[label] for label in last.organs) or "no class"
             self.progress.say(
-                f"masks keep the largest component of {names}, as validation patients score no worse then"
+                f"masks keep only the largest component of {names}: this lowers no score of validation patients"
             )
 
     def _show_profile(self, steps: int) -> None:
