@@ -110,12 +110,18 @@ def _for_each(op: Any) -> Callable[..., Any]:
     """A rule for torch.vmap: one call for each element of the batch."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        size = info.batch_size
+        if size == 0:  # zeros in the place of one element say what the results of none look like
+            arguments = tuple(
+                a.new_zeros((*a.shape[:d], 1, *a.shape[d + 1 :])) if isinstance(d, int) else a
+                for a, d in zip(arguments, in_dims)
+            )
         results = []
-        for i in range(info.batch_size):
+        for i in range(max(size, 1)):
             results.append(op(*(a.select(d, i) if isinstance(d, int) else a for a, d in zip(arguments, in_dims))))
         if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        stacked = tuple(torch.stack(parts) for parts in zip(*results))
+            return torch.stack(results)[:size], 0
+        stacked = tuple(torch.stack(parts)[:size] for parts in zip(*results))
         return stacked, (0,) * len(stacked)
 
     return rule

@@ -36,7 +36,7 @@ LONGEST = 2**63  # of int64
 
 def check_number(name: str, value: Any) -> float:
     """`value` as Python's own number; a tensor is refused, since no gradient would flow to it."""
-    if type(value) is float or type(value) is int:
+    if type(value) is float or (type(value) is int and abs(value) <= LARGEST):
         return value
     if isinstance(value, Tensor):
         raise TypeError(
@@ -47,7 +47,10 @@ def check_number(name: str, value: Any) -> float:
         return value  # type: ignore[return-value]
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} must be a number that a float has room for, got {value}") from error
 
 
 def check_positive(name: str, value: Any, *, or_zero: bool = False) -> float:
@@ -104,6 +107,9 @@ def dtype_name(t: Tensor) -> str:
 def check_tensor(name: str, t: Any) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.layout is not torch.strided or t.is_nested:
+        kind = "nested" if t.is_nested else str(t.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a dense tensor, got a {kind} one")
 
 
 def check_floating(name: str, t: Any) -> None:

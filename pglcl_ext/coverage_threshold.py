@@ -11,6 +11,11 @@ from pglcl_ext.patch_embeddings import PatchBatch, PatchRows
 __all__ = ["CoverageThreshold"]
 
 
+def _below_one(like: Tensor) -> float:
+    """The largest threshold, which a coverage of 1 exceeds."""
+    return 1 - torch.finfo(like.dtype).eps
+
+
 class CoverageThreshold(nn.Module):
     r"""Per-class coverage above which a patch qualifies, moved until a target share of the patches does.
 
@@ -57,6 +62,7 @@ class CoverageThreshold(nn.Module):
         self.gain = gain
         self.ignore_index = ignore_index
         self.register_buffer("value", torch.full((num_classes,), float(initial)))
+        self.value.clamp_(max=_below_one(self.value))
         self.register_buffer("updates", torch.zeros(num_classes, dtype=torch.int64))
 
     @torch.no_grad()
@@ -88,7 +94,7 @@ class CoverageThreshold(nn.Module):
         self.updates.add_((present > 0).long())
         share = qualified / present.clamp(min=1)
         step = self.gain / self.updates.clamp(min=1).to(self.value.dtype) ** (2 / 3)
-        moved = (self.value + step * (share - self.target)).clamp(0, 1 - torch.finfo(self.value.dtype).eps)
+        moved = (self.value + step * (share - self.target)).clamp(0, _below_one(self.value))
         self.value.copy_(torch.where(present > 0, moved, self.value))
 
     def coverage_and_classes(self, batch: PatchRows | PatchBatch) -> tuple[Tensor, Tensor]:

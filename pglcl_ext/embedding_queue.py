@@ -16,6 +16,7 @@ from pglcl_ext._checks import (
     check_labels,
     dtype_name,
 )
+from pglcl_ext._precision import without_autocast
 from pglcl_ext.distributed import SharedGroup, gather_rows
 
 __all__ = ["EmbeddingQueue", "QueuedKeys"]
@@ -188,13 +189,19 @@ class EmbeddingQueue(nn.Module):
         """Mean and biased covariance of the keys of each class (method, section 6).
 
         Args:
-            dtype: dtype of the computation and the result: float32 or wider; by default that of the queue.
+            dtype: dtype of the computation and the result, float32 or float64, also under autocast; by default that of
+                the queue, or float32 where that is narrower.
 
         Returns:
             (K, D) and (K, D, D). Deviations are squared after the mean is taken off, so that one key has a covariance
             of exactly 0 and far-off keys lose nothing. 0 for a class without keys.
+
+        Raises:
+            TypeError: another dtype.
         """
         dtype = dtype or torch.promote_types(self.storage.dtype, torch.float32)
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
         keys, filled = self.class_keys()
         keys, weight = keys.to(dtype), filled[:, :, None].to(dtype)
         count = self.counts.clamp(min=1).to(dtype)[:, None]
@@ -202,7 +209,8 @@ class EmbeddingQueue(nn.Module):
         origin = keys[:, :1]
         mean = ((keys - origin) * weight).sum(dim=1) / count
         deviation = (keys - origin - mean[:, None]) * weight
-        covariance = deviation.mT @ deviation / count[:, :, None]
+        with without_autocast(keys):
+            covariance = deviation.mT @ deviation / count[:, :, None]
         return (origin.squeeze(1) + mean) * (self.counts > 0)[:, None], covariance
 
     def extra_repr(self) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pglcl_ext._arguments import GaussianArguments
 from pglcl_ext._autograd import OpFunction, in_functorch, in_graph, is_traced, register
 from pglcl_ext._checks import (
     REDUCTIONS,
+    check_embeddings,
     check_gaussian,
     check_integer,
     check_known_labels,
@@ -21,6 +21,7 @@ from pglcl_ext._checks import (
     check_tensor,
 )
 from pglcl_ext._library import ops
+from pglcl_ext._precision import unit_rows
 from pglcl_ext.embedding_queue import EmbeddingQueue
 from pglcl_ext.hard_negatives import hard_negative_statistics
 from pglcl_ext.semantic_disparity import accumulate_dtype
@@ -120,7 +121,7 @@ class GaussianContrastLoss(nn.Module):
         embedding_dim: D.
         queue_length: keys kept of each class.
         hard_negatives: take the negatives' statistics from :func:`hard_negative_statistics`.
-        normalize: divide anchors and keys by their L2 norm first.
+        normalize: divide anchors and keys by their L2 norm first. A row of zeros stays as it is.
         temperature, covariance_scale, negative_weight, ignore_index, reduction: as in :func:`gaussian_contrast_loss`.
         process_group: keys of all its ranks are queued on each, see :class:`EmbeddingQueue`.
 
@@ -161,8 +162,7 @@ class GaussianContrastLoss(nn.Module):
 
     def forward(self, embeddings: Tensor, labels: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """The loss of `embeddings` (N, D) with `labels` (N,); `generator` draws the hard negatives."""
-        if self.normalize and embeddings.dim() == 2:
-            embeddings = F.normalize(embeddings, dim=-1)
+        embeddings = self._normalized(embeddings, "N")
         if self.hard_negatives:
             means, covariances = hard_negative_statistics(embeddings, labels, self.queue, generator=generator)
         else:
@@ -183,7 +183,11 @@ class GaussianContrastLoss(nn.Module):
     @torch.no_grad()
     def enqueue(self, embeddings: Tensor, labels: Tensor) -> None:
         """Queues keys (M, D) with their labels (M,)."""
-        self.queue.enqueue(F.normalize(embeddings, dim=-1) if self.normalize else embeddings, labels)
+        self.queue.enqueue(self._normalized(embeddings, "M"), labels)
+
+    def _normalized(self, embeddings: Tensor, rows: str) -> Tensor:
+        check_embeddings("embeddings", embeddings, rows)
+        return unit_rows(embeddings) if self.normalize else embeddings
 
     def extra_repr(self) -> str:
         names = "temperature covariance_scale negative_weight hard_negatives normalize ignore_index reduction"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pglcl_ext._checks import check_device, check_embeddings, check_integer, check_labels
+from pglcl_ext._precision import without_autocast
 from pglcl_ext.embedding_queue import EmbeddingQueue
 
 __all__ = ["hard_negative_statistics"]
@@ -59,7 +60,7 @@ def hard_negative_statistics(
     num_samples = check_integer("num_samples", num_samples, least=2)
     if generator is not None and torch.compiler.is_compiling():
         raise ValueError("generator must be None in a compiled function, which draws from the default one")
-    with torch.no_grad(), torch.autocast(anchors.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(anchors):
         return _pairwise_statistics(anchors.detach().double(), labels, queue, num_samples, generator)
 
 

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pglcl_ext._arguments import BoundsArguments, Choice, ContrastArguments, ContrastNumbers, ContrastOutputs, Side
@@ -17,6 +16,7 @@ from pglcl_ext._checks import (
     check_choice,
     check_choice_of_pairs,
     check_contrast,
+    check_embeddings,
     check_integer,
     check_keys_come_together,
     check_number,
@@ -24,6 +24,7 @@ from pglcl_ext._checks import (
     check_reduction,
 )
 from pglcl_ext._library import allow_tf32, ops
+from pglcl_ext._precision import unit_rows
 from pglcl_ext.distributed import GATHERS, SharedGroup, all_keys_contrast, first_row, gather_rows, ring_contrast
 from pglcl_ext.semantic_disparity import accumulate_dtype, disparity_bounds
 
@@ -199,7 +200,7 @@ def _promoted(anchors: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor | No
     """Under autocast, anchors and keys of different dtypes in the wider one."""
     if not isinstance(keys, Tensor) or not isinstance(anchors, Tensor) or keys.dtype == anchors.dtype:
         return anchors, keys
-    if not torch.is_autocast_enabled(anchors.device.type):
+    if anchors.device.type == "meta" or not torch.is_autocast_enabled(anchors.device.type):
         return anchors, keys
     wide = torch.promote_types(anchors.dtype, keys.dtype)
     return anchors.to(wide), keys.to(wide)
@@ -256,14 +257,16 @@ class PatchContrastLoss(nn.Module):
 
     Args:
         temperature: tau > 0.
-        normalize: divide embeddings and keys by their L2 norm first, so that logits are cosines over tau.
+        normalize: divide embeddings and keys by their L2 norm first, so that logits are cosines over tau. A row of
+            zeros stays as it is.
         max_positive_disparity, min_negative_disparity: as in :func:`patch_contrast_loss`, but numbers.
         num_positives, num_negatives, negative_weight, ignore_index: as in :func:`patch_contrast_loss`.
         reduction, group, gather: as in :func:`patch_contrast_loss`.
 
     Attributes:
-        num_valid: int64 scalar tensor, the number of anchors that the last call counted; None before the first. A loss
-            of 0 over 0 anchors says something else than a loss of 0 over many. Reading it on a GPU synchronises.
+        num_valid: int64 scalar tensor, the number of anchors that the last call counted; None before the first, and
+            after a call within a transform of ``torch.func``. A loss of 0 over 0 anchors says something else than a
+            loss of 0 over many. Reading it on a GPU synchronises.
     """
 
     num_valid: Tensor | None
@@ -297,7 +300,7 @@ class PatchContrastLoss(nn.Module):
         self.num_positives = num_positives
         self.num_negatives = num_negatives
         self.negative_weight = negative_weight
-        self.ignore_index = ignore_index
+        self.ignore_index = check_integer("ignore_index", ignore_index)
         self.reduction = reduction
         self._group = SharedGroup(group)
         self.gather = gather
@@ -320,9 +323,12 @@ class PatchContrastLoss(nn.Module):
         negative_mask: Tensor | None = None,
     ) -> Tensor:
         """The loss of `embeddings` (N, D); arguments, result and errors are those of :func:`patch_contrast_loss`."""
+        check_embeddings("embeddings", embeddings, "N")
+        if keys is not None:
+            check_embeddings("keys", keys, "M")
         if self.normalize:
-            embeddings = F.normalize(embeddings, dim=-1) if embeddings.dim() == 2 else embeddings
-            keys = F.normalize(keys, dim=-1) if keys is not None and keys.dim() == 2 else keys
+            embeddings = unit_rows(embeddings)
+            keys = None if keys is None else unit_rows(keys)
         loss, num_valid = patch_contrast(
             embeddings,
             labels,
@@ -344,7 +350,8 @@ class PatchContrastLoss(nn.Module):
             gather=self.gather,
         )
         if not torch.compiler.is_exporting():  # an exported program changes no attribute
-            self.num_valid = num_valid
+            # What a transform of torch.func counts has no meaning outside it.
+            self.num_valid = None if in_functorch() else num_valid
         return loss
 
     def extra_repr(self) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pglcl_ext._checks import check_coverage, check_image, check_integer, check_same_space
+from pglcl_ext._precision import without_autocast
 from pglcl_ext.patch_statistics import patch_grid_arguments, patch_statistics
 
 __all__ = ["PatchBatch", "PatchRows", "patch_embeddings"]
@@ -84,6 +85,21 @@ def _limited(labels: Tensor, per_class: int, priority: Tensor, ignore_index: int
     return torch.where(keep, labels, ignore_index)
 
 
+# Weights are multiplied by this before they are summed, so that the sums keep their digits where a class has hardly any
+# probability. It is a power of two, which changes no digit of others.
+RAISE = 2.0**40
+
+
+def _quotient(sums: Tensor, mass: Tensor) -> Tensor:
+    """sums / mass, 0 where no mass is."""
+    return torch.where(mass > 0, sums / torch.where(mass > 0, mass, 1), 0)
+
+
+def _patch_sums(x: Tensor, patch: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """(B, C, *g)"""
+    return _windows(x, patch, stride).flatten(-len(patch)).sum(dim=-1)
+
+
 def _windows(x: Tensor, patch: Sequence[int], stride: Sequence[int]) -> Tensor:
     """(B, C, *g, *P) as a view."""
     dims = len(patch)
@@ -138,7 +154,8 @@ def patch_embeddings(
         ignore_index: label of rows that do not qualify.
 
     Returns:
-        :class:`PatchBatch` with N = B * cells * K rows, ordered by image, cell, class; or those selected.
+        :class:`PatchBatch` with N = B * cells * K rows, ordered by image, cell, class; or those selected. Numbers have
+        the dtype of `features`; sums are kept in float32 or wider, also under autocast.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -147,10 +164,13 @@ def patch_embeddings(
     check_image("features", features, "D")
     check_image("weights", weights, "K")
     check_same_space("weights", weights, "features", features)
+    if weights.shape[1] < 2:
+        raise ValueError(f"weights must have at least two classes (dimension 1), got {tuple(weights.shape)}")
     patch, step = patch_grid_arguments(weights, patch_size, stride)
     check_coverage(coverage, weights.shape[1], weights)
     check_integer("ignore_index", ignore_index)
-    weights = weights.detach().to(features.dtype)
+    wide = torch.promote_types(features.dtype, torch.float32)
+    weights = weights.detach().to(wide)
     statistics = patch_statistics(weights, patch, step, probabilities=True)
     share = statistics.confidence
     if prediction is None:
@@ -158,13 +178,12 @@ def patch_embeddings(
     else:
         check_image("prediction", prediction, "K'")
         check_same_space("prediction", prediction, "features", features)
-        p = prediction.detach()
-        h = -torch.special.xlogy(p, p).sum(dim=1, keepdim=True).to(features.dtype)
-        inside = _windows(weights * h, patch, step).flatten(-len(patch)).mean(dim=-1)
-        entropy = torch.where(share > 0, inside / torch.where(share > 0, share, 1), 0)
+        p = prediction.detach().to(wide)
+        h = -torch.special.xlogy(p, p).sum(dim=1, keepdim=True)
+        entropy = _quotient(_patch_sums(weights * RAISE * h, patch, step), _patch_sums(weights * RAISE, patch, step))
 
     batch, k, *cells = share.shape
-    rows, entropy = share.movedim(1, -1).reshape(-1, k), entropy.movedim(1, -1).reshape(-1)
+    rows = share.movedim(1, -1).reshape(-1, k)
     threshold: Any = 0.0 if coverage is None else coverage
     present = (rows > threshold) & (rows > 0)
     classes = torch.arange(k, device=share.device).expand_as(rows)
@@ -172,12 +191,12 @@ def patch_embeddings(
     index = torch.stack(torch.meshgrid(*ranges, indexing="ij"), dim=-1).reshape(-1, 1 + len(cells))
     found = PatchRows(
         torch.where(present, classes, ignore_index).flatten(),
-        entropy,
-        rows.flatten(),
+        entropy.movedim(1, -1).flatten().to(features.dtype),
+        rows.flatten().to(features.dtype),
         index.repeat_interleave(k, dim=0),
     )
     if select is None:
-        embeddings = _weighted_means(features, weights, patch, step, share)
+        embeddings = _weighted_means(features, weights, patch, step)
         return PatchBatch(embeddings.reshape(-1, features.shape[1]), *found)
     chosen = select(found)
     known = chosen.labels != ignore_index
@@ -193,19 +212,19 @@ def _means_of_rows(
     for d, size in enumerate(x.shape[2:]):
         pixel = pixel * size + rows.index[:, 1 + d, None] * step[d] + offsets[:, d]
     image, label = rows.index[:, :1], torch.where(known, rows.labels, 0)[:, None]
-    w = weights.flatten(2)[image, label, pixel]
+    w = torch.where(known[:, None], weights.flatten(2)[image, label, pixel] * RAISE, 0)
     inside = x.flatten(2).movedim(1, -1)[image, pixel]  # (N, pixels, channels)
-    mass = torch.where(known, w.sum(dim=1), 1)
-    return torch.where(known[:, None], (inside * w[..., None]).sum(dim=1) / mass[:, None], 0)
+    sums = (inside * w[..., None]).sum(dim=1)
+    return torch.where(known[:, None], _quotient(sums, w.sum(dim=1, keepdim=True)), 0).to(x.dtype)
 
 
-def _weighted_means(x: Tensor, weights: Tensor, patch: list[int], step: list[int], share: Tensor) -> Tensor:
+def _weighted_means(x: Tensor, weights: Tensor, patch: list[int], step: list[int]) -> Tensor:
     """sum w_k x / sum w_k over the patches, (B, *g, K, channels); 0 where no weight is."""
     dims = len(patch)
     g, q = string.ascii_uppercase[:dims], string.ascii_uppercase[dims : 2 * dims]
-    sums = torch.einsum(f"bd{g}{q},bk{g}{q}->b{g}kd", _windows(x, patch, step), _windows(weights, patch, step))
-    size = 1
-    for extent in patch:
-        size *= extent
-    mass = share.movedim(1, -1).unsqueeze(-1) * size
-    return torch.where(mass > 0, sums / torch.where(mass > 0, mass, 1), 0).to(x.dtype)
+    w = weights * RAISE
+    with without_autocast(x):  # 16 bits have no room for sums over a patch
+        sums = torch.einsum(
+            f"bd{g}{q},bk{g}{q}->b{g}kd", _windows(x.to(w.dtype), patch, step), _windows(w, patch, step)
+        )
+    return _quotient(sums, _patch_sums(w, patch, step).movedim(1, -1).unsqueeze(-1)).to(x.dtype)

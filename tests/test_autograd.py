@@ -38,7 +38,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
     ),
     "gaussian_contrast_loss": (lambda z: gaussian_contrast_loss(z, *GAUSSIAN), ANCHORS),
     "patch_statistics": (
-        lambda x: sum((t.square().sum() for t in patch_statistics(x, 4)), torch.zeros(())),
+        lambda x: sum(((t * t).sum() for t in patch_statistics(x, 4)), torch.zeros(())),
         torch.linspace(-2, 2, 2 * 3 * 9 * 8, dtype=torch.float64).sin().view(2, 3, 9, 8),
     ),
     "semantic_disparity": (lambda a: semantic_disparity(a, a * a).sum(), torch.rand(7, 2, dtype=torch.float64)),
@@ -80,6 +80,14 @@ def test_forward_mode_and_second_derivatives_are_refused_by_name(name: str) -> N
                 function(dual)
     with pytest.raises(NotImplementedError, match=f"{name.split()[0]} cannot be differentiated twice"):
         torch.func.grad(lambda x: torch.func.grad(function)(x).sum())(x)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_batch_of_no_problems(name: str) -> None:
+    function, x = FUNCTIONS[name]
+    none = x.new_zeros(0, *x.shape)
+    assert torch.vmap(function)(none).shape == (0,)
+    assert torch.vmap(torch.func.grad(function))(none).shape == none.shape
 
 
 class Scheduled(nn.Module):

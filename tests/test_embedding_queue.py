@@ -88,6 +88,19 @@ def test_equal_keys_have_no_spread(count: int, device: torch.device) -> None:
     assert torch.all(covariances[0] == 0)
 
 
+def test_statistics_are_kept_in_32_bits_under_autocast(device: torch.device) -> None:
+    module = GaussianContrastLoss(2, 8, queue_length=32).to(device)
+    module.enqueue(torch.randn(50, 8, device=device), torch.arange(50, device=device) % 2)
+    z, y = torch.randn(6, 8, device=device), torch.arange(6, device=device) % 2
+    expected, loss = module.queue.statistics(), module(z, y)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(module.queue.statistics(), expected))
+        assert torch.equal(module(z, y), loss)
+    for dtype in (torch.float16, torch.int64):
+        with pytest.raises(TypeError, match=r"dtype must be torch\.float32 or torch\.float64, got"):
+            module.queue.statistics(dtype)
+
+
 def test_carries_no_gradient() -> None:
     queue = EmbeddingQueue(2, 3, 4)
     z = torch.randn(6, 3, requires_grad=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -15,12 +17,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pglcl_ext import PatchContrastLoss, patch_contrast_loss, reference
+from pglcl_ext import GaussianContrastLoss, PatchContrastLoss, patch_contrast_loss, reference
 from pglcl_ext._arguments import Choice, ContrastArguments, ContrastNumbers, Side
 from pglcl_ext._checks import REDUCTIONS
 from pglcl_ext._library import ops
 from tests.conftest import DEVICES
-from tests.problems import DTYPES, ContrastProblem, assert_matches_reference, embeddings
+from tests.problems import DTYPES, TOLERANCE, ContrastProblem, assert_matches_reference, embeddings
 
 OPTIONS = {
     "plain": {},
@@ -642,6 +644,12 @@ def test_module_refuses_bad_options_at_once() -> None:
         PatchContrastLoss(num_positives=1, max_positive_disparity=0.5)
     with pytest.raises(ValueError, match="reduction"):
         PatchContrastLoss(reduction="max")
+    with pytest.raises(TypeError, match="ignore_index must be an int, got NoneType"):
+        PatchContrastLoss(ignore_index=None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="max_positive_disparity must be a number that a float has room for, got 1000"):
+        PatchContrastLoss(max_positive_disparity=10**400)
+    with pytest.raises(ValueError, match="temperature must be a number that a float has room for, got 1000"):
+        PatchContrastLoss(Fraction(10**400))  # type: ignore[arg-type]
 
 
 def test_module_normalises(device: torch.device) -> None:
@@ -649,6 +657,84 @@ def test_module_normalises(device: torch.device) -> None:
     expected = patch_contrast_loss(F.normalize(z, dim=1), y, temperature=0.1)
     torch.testing.assert_close(PatchContrastLoss()(z, y), expected)
     assert "temperature=0.1" in repr(PatchContrastLoss())
+
+
+# Rows whose squares leave the range of their dtype, upwards or downwards.
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        (torch.float64, 1e200),
+        (torch.float64, 1e-200),
+        (torch.float32, 1e25),
+        (torch.float32, 1e-25),
+        (torch.bfloat16, 1e25),
+        (torch.bfloat16, 1e-25),
+        (torch.float16, 6e3),
+        (torch.float16, 1e-4),
+    ],
+)
+def test_module_normalises_rows_of_any_size(dtype: torch.dtype, size: float, device: torch.device) -> None:
+    z = (torch.randn(12, 40, device=device, dtype=torch.float64) * size).to(dtype).requires_grad_()
+    y = torch.arange(12, device=device) % 3
+    exact = z.detach().double().requires_grad_()
+    scaled = exact / exact.detach().abs().amax(dim=1, keepdim=True)
+    expected = reference.patch_contrast_loss(scaled / scaled.norm(dim=1, keepdim=True), y)
+    loss = PatchContrastLoss()(z, y)
+    tolerance = 3 * TOLERANCE[dtype]
+    torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
+    (got,), (want,) = torch.autograd.grad(loss, z), torch.autograd.grad(expected, exact)
+    want = want.to(dtype)  # which has no room for it, or has
+    torch.testing.assert_close(got, want, rtol=0, atol=tolerance * float(want[want.isfinite()].abs().max()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_of_zeros_stays_as_it_is(dtype: torch.dtype, device: torch.device) -> None:
+    z = torch.randn(6, 4, device=device).to(dtype)
+    z[0] = 0
+    z.requires_grad_()
+    y = torch.arange(6, device=device) % 2
+    loss = PatchContrastLoss()(z, y)
+    unit = F.normalize(z.detach().double(), dim=1).to(dtype).requires_grad_()
+    expected = patch_contrast_loss(unit, y)
+    torch.testing.assert_close(loss, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    (got,), (of_unit,) = torch.autograd.grad(loss, z), torch.autograd.grad(expected, unit)
+    assert got.isfinite().all()
+    assert 0 < float(got[0].abs().max()) <= 2 * float(of_unit.abs().max())
+
+
+def test_module_takes_rows_without_entries(device: torch.device) -> None:
+    z = torch.zeros(4, 0, device=device, requires_grad=True)
+    loss = PatchContrastLoss()(z, torch.tensor([0, 0, 1, 1], device=device))
+    torch.testing.assert_close(loss, torch.full((), math.log(3), device=device))
+    assert torch.autograd.grad(loss, z)[0].shape == (4, 0)
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "message"),
+    [
+        ([[1.0]], "embeddings must be a tensor, got list"),
+        (torch.ones(2, 3).long(), "embeddings must be float64, float32, bfloat16 or float16, got int64"),
+        (torch.ones(2, 3).to_sparse(), "embeddings must be a dense tensor, got a sparse_coo one"),
+        (torch.nested.nested_tensor([torch.ones(3)], layout=torch.jagged), "embeddings must be a dense tensor, got a"),
+    ],
+)
+def test_modules_refuse_embeddings_by_name(embeddings: Any, message: str) -> None:
+    gaussian = GaussianContrastLoss(2, 3)
+    y = torch.zeros(2).long()
+    for call in (PatchContrastLoss(), gaussian, gaussian.enqueue, PatchContrastLoss(normalize=False)):
+        with pytest.raises(TypeError, match=message):
+            call(embeddings, y)
+
+
+def test_transforms_leave_nothing_of_theirs_in_the_module() -> None:
+    module, y = PatchContrastLoss(), torch.arange(6) % 2
+    z = torch.randn(3, 6, 4)
+    module(z[0], y)
+    assert module.num_valid == 6
+    torch.vmap(lambda t: module(t, y))(z)
+    assert copy.deepcopy(module).num_valid is None
+    torch.func.grad(lambda t: module(t, y))(z[0])
+    assert copy.deepcopy(module).num_valid is None
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------

@@ -217,6 +217,7 @@ def test_coverage_is_that_of_the_statistics() -> None:
         ("weights must have the batch and space of features", {"weights": torch.zeros(2, 3, 8, 9)}),
         ("weights must have the batch and space of features", {"weights": torch.zeros(1, 3, 8, 8)}),
         ("prediction must have the batch", {"prediction": torch.zeros(2, 3, 4, 4)}),
+        ("weights must have at least two classes", {"weights": torch.ones(2, 1, 8, 8)}),
         ("patch_size must not exceed the image", {"patch_size": 9}),
         ("coverage must be a number or have shape", {"coverage": torch.zeros(4)}),
         ("coverage must be a number, got str", {"coverage": "0.1"}),
@@ -234,3 +235,37 @@ def test_bad_input(message: str, change: dict) -> None:
     call = {"features": torch.zeros(2, 4, 8, 8), "weights": torch.ones(2, 3, 8, 8), "patch_size": 4, **change}
     with pytest.raises((ValueError, TypeError), match=message):
         patch_embeddings(**call)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("select", [None, lambda rows: rows])
+def test_sums_over_large_patches_have_room(autocast: bool, select, device: torch.device) -> None:
+    features = torch.full((1, 3, 64, 64, 64), 300.0, device=device)
+    weights = torch.full((1, 2, 64, 64, 64), 0.5, device=device)
+    if not autocast:
+        features, weights = features.half(), weights.half()
+    with torch.autocast(device.type, torch.float16, enabled=autocast):
+        batch = patch_embeddings(features, weights, 64, prediction=weights, select=select)
+    assert torch.all(batch.embeddings == 300)
+    assert torch.all(batch.coverage == 0.5)
+    torch.testing.assert_close(batch.entropy.double(), batch.entropy.new_full((2,), math.log(2)).double())
+
+
+def test_pools_in_32_bits_under_autocast(device: torch.device) -> None:
+    features, weights = torch.randn(1, 3, 8, 8, device=device), torch.rand(1, 2, 8, 8, device=device)
+    expected = patch_embeddings(features, weights, 4)
+    with torch.autocast(device.type, torch.bfloat16):
+        for a, b in zip(patch_embeddings(features, weights, 4), expected):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("select", [None, lambda rows: rows])
+def test_a_class_of_hardly_any_weight(select, device: torch.device) -> None:
+    features = torch.rand(1, 3, 4, 4, device=device)
+    hardly = torch.rand(1, 1, 4, 4, device=device) * 1e-41
+    weights, prediction = torch.cat([1 - hardly, hardly], dim=1), torch.rand(1, 2, 4, 4, device=device) / 2
+    got = patch_embeddings(features, weights, 4, prediction=prediction, select=select)
+    want = patch_embeddings(features.double(), weights.double(), 4, prediction=prediction.double())
+    assert got.labels.tolist() == [0, 1]
+    torch.testing.assert_close(got.embeddings.double(), want.embeddings, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.entropy.double(), want.entropy, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,33 @@
+"""What keeps numbers within the range and the digits that they need."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["unit_rows", "without_autocast"]
+
+
+def without_autocast(like: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Where products keep the dtype of their factors, on the device of a tensor."""
+    if like.device.type == "meta":  # which has no autocast to turn off
+        return contextlib.nullcontext()
+    return torch.autocast(like.device.type, enabled=False)
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """The rows of x, (N, D), divided by their L2 norm; a row of zeros stays as it is.
+
+    A norm is the root of a sum of squares, which leaves the range of a dtype long before the row does. So each row is
+    divided by its largest entry first, and computed in float32 or wider. The largest entry is then 1 and the norm at
+    least that, but for a row of zeros, which a norm of 1 gives a gradient of its own size.
+    """
+    if x.shape[1] == 0:  # an empty row has no largest entry
+        return x
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    largest = torch.linalg.vector_norm(wide.detach(), math.inf, dim=1, keepdim=True)
+    return F.normalize(wide / torch.where(largest > 0, largest, 1), dim=1, eps=1.0).to(x.dtype)
