@@ -38,7 +38,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
     ),
     "gaussian_contrast_loss": (lambda z: gaussian_contrast_loss(z, *GAUSSIAN), ANCHORS),
     "patch_statistics": (
-        lambda x: sum((t.square().sum() for t in patch_statistics(x, 4)), torch.zeros((), dtype=torch.float64)),
+        lambda x: torch.stack([t.square().sum() for t in patch_statistics(x, 4)]).sum(),
         torch.linspace(-2, 2, 2 * 3 * 9 * 8, dtype=torch.float64).sin().view(2, 3, 9, 8),
     ),
     "semantic_disparity": (lambda a: semantic_disparity(a, a * a).sum(), torch.rand(7, 2, dtype=torch.float64)),
