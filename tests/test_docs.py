@@ -12,6 +12,16 @@ import torch
 
 from tests.conftest import ROOT
 
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "NOTES.md"]
+OTHERS = {
+    "--help",
+    "--nnodes",
+    "--nproc-per-node",
+    "--rdzv-backend",
+    "--rdzv-endpoint",
+}  # of every program, of torchrun
+GONE = {"--hard-anchors"}  # the changelog has its new name
+
 
 def run_page(name: str) -> dict[str, Any]:
     """The names that the Python blocks of a page leave behind, run one after the other."""
@@ -74,7 +84,48 @@ def test_every_page_is_in_the_index() -> None:
 
 
 def test_links_of_the_first_pages_lead_somewhere() -> None:
-    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "NOTES.md"]:
+    for page in PAGES:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def options_of_pglcl() -> set[str]:
+    from pglcl.cli import app
+    from typer.main import get_command
+
+    group: Any = get_command(app)
+    parameters = [*group.params, *(p for command in group.commands.values() for p in command.params)]
+    return {option for p in parameters for option in (*p.opts, *p.secondary_opts)}
+
+
+def options_of_scripts() -> set[str]:
+    """Of the parsers of benchmarks and tests, and of what the Makefile calls."""
+    files = [path for name in ("benchmarks", "tests") for path in (ROOT / name).rglob("*.py")]
+    added = r"add(?:_argument|option)\(\s*\"(--[a-z-]+)\""
+    found = {option for path in files for option in re.findall(added, path.read_text(encoding="utf-8"))}
+    return found | set(re.findall(r"--[a-z][a-z-]+", (ROOT / "Makefile").read_text(encoding="utf-8")))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("typer") is None, reason="the command line is not installed")
+def test_options_that_the_pages_name_exist() -> None:
+    known = options_of_pglcl() | options_of_scripts() | OTHERS | GONE
+    for page in PAGES:
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", page.read_text(encoding="utf-8")))
+        assert named <= known, f"{page.name}: {sorted(named - known)}"
+
+
+def test_make_targets_that_the_pages_name_exist() -> None:
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    for page in PAGES:
+        for code in re.findall(r"`(?:\w+=\S+ )*make ([^`]+)`", page.read_text(encoding="utf-8")):
+            named = {word for word in code.split() if "=" not in word}
+            assert named <= targets, f"{page.name}: make {code}"
+
+
+def test_files_of_the_sources_that_the_pages_name_exist() -> None:
+    folders = "benchmarks|csrc|docs|pglcl_ext|python|tests|tools"
+    for page in PAGES:
+        for path in re.findall(rf"`((?:{folders})/[\w./-]+)(?:::\w+)?`", page.read_text(encoding="utf-8")):
+            if "my_op" not in path:  # an example
+                assert (ROOT / path).exists(), f"{page.name}: {path}"
