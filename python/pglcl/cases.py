@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,11 @@ class Split:
     test: tuple[str, ...]
 
     def as_dict(self) -> dict[str, list[str]]:
-        return {name: list(getattr(self, name)) for name in ("labelled", "unlabelled", "validation", "test")}
+        """The patients of each part, as lists, for JSON."""
+        return {name: list(getattr(self, name)) for name in PARTS}
+
+
+PARTS = tuple(field.name for field in fields(Split))
 
 
 def split_patients(data: DataFolder, config: TrainConfig) -> Split:
@@ -155,21 +159,20 @@ def _split_from_file(data: DataFolder, config: TrainConfig) -> Split:
     content = read_json(path)
     if isinstance(content, list) and content:
         return _split_of_folds(data, config, path, content)
-    parts = ("labelled", "unlabelled", "validation", "test")
-    if not isinstance(content, dict) or set(content) - set(parts) or "labelled" not in content:
-        raise UserError(f"{path}: must be an object with the lists {', '.join(parts)}")
+    if not isinstance(content, dict) or set(content) - set(PARTS) or "labelled" not in content:
+        raise UserError(f"{path}: must be an object with the lists {', '.join(PARTS)}")
     for part in content:
         if not isinstance(content[part], list) or not all(isinstance(p, str) for p in content[part]):
             raise UserError(f"{path}: {part} must be a list of patients' names")
     seen: dict[str, str] = {}
-    for part in parts:
+    for part in PARTS:
         for patient in content.get(part, []):
             if patient not in data.patients:
                 raise UserError(f"{path}: {part} has {patient!r}, which is no patient of {data.root}")
             if patient in seen:
                 raise UserError(f"{path}: {patient!r} is in {seen[patient]} and in {part}")
             seen[patient] = part
-    split = Split(*(tuple(content.get(part, [])) for part in parts))
+    split = Split(*(tuple(content.get(part, [])) for part in PARTS))
     with_label = {case.patient for case in data.cases if case.label is not None}
     for part in ("labelled", "validation", "test"):
         missing = [p for p in getattr(split, part) if p not in with_label]

@@ -16,7 +16,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from pglcl.cases import cases_of, distance_unit
+from pglcl.cases import PARTS, cases_of, distance_unit
 from pglcl.errors import UserError
 from pglcl.files import Unchanged, fingerprint, read_json, write_json, write_text
 from pglcl.labels import IGNORE
@@ -293,8 +293,6 @@ def _predicted(predictor: Predictor, case: Case, report: Report | None) -> tuple
 
 
 # --- the subject of scores ------------------------------------------------------------------------------------------
-
-PARTS = ("labelled", "unlabelled", "validation", "test")
 
 
 @dataclass(frozen=True)

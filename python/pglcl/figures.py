@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pglcl.bases import one_hot
+from pglcl.evaluate import score_volume
 from pglcl.labels import IGNORE
 from pglcl.layouts import Case
 from pglcl.model import TrainedModel
@@ -134,11 +135,9 @@ class Shown:
 
     def dice(self, mask: Tensor) -> float:
         """The mean over the classes that the truth has."""
-        values = []
-        for k in range(1, self.model.num_classes):
-            p, t = (mask == k) & (self.truth != IGNORE), self.truth == k
-            if t.any():
-                values.append(2 * float((p & t).sum()) / float(p.sum() + t.sum()))
+        known = torch.where(self.truth == IGNORE, IGNORE, mask.int())
+        found = score_volume(known, self.truth, self.model.num_classes, (1, 1, 1), patient="", case="", distances=False)
+        values = [score.dice for score in found if not math.isnan(score.dice)]
         return float(np.mean(values)) if values else math.nan
 
     def plane(self, x: Tensor, index: int) -> np.ndarray:

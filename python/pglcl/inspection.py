@@ -1,4 +1,4 @@
-"""What is in every case, what is wrong with it, and what follows for a training: labels, intensities, sizes."""
+"""Inspects the cases of a data folder: what they hold, what is wrong with them, and which options follow."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from pglcl.volumes import read_label_values, read_volume, resized_shape
 
 @dataclass
 class CaseReport:
-    """What was found in one case; problems stop a training, notes do not.
+    """What was found in one case. Problems stop a training, notes do not.
 
-    shape and spacing in canonical axes; orientation, such as RAS, of those of the file. unit: of the spacing.
-    label_voxels: of each value.
+    shape, spacing: in canonical axes. orientation: of the file's axes, such as RAS. unit: of the spacing. axes: of the
+    file, 2 or 3. dtype: of the file. label_voxels: number of voxels of each value of the label.
     """
 
     case: Case
@@ -65,11 +65,12 @@ class CaseReport:
 
 
 def inspect_case(case: Case, labels: LabelMap | None = None) -> CaseReport:
-    """Reads all of a case; its label too, if it has one.
+    """Reads a whole case, with its label if it has one.
 
     Args:
-        labels: what its values mean, where that is known: other values are a problem, and its classes from 1 on are
-            foreground. Else every value but 0 is.
+        case: the files.
+        labels: the meaning of label values, if it is known. Then other values are a problem, and classes from 1 on are
+            foreground. Otherwise every value except 0 is foreground.
     """
     report = CaseReport(case)
     data, values = None, None
@@ -104,7 +105,7 @@ def inspect_case(case: Case, labels: LabelMap | None = None) -> CaseReport:
 
 
 def inspect_cases(cases: Iterable[Case], labels: LabelMap | None = None) -> list[CaseReport]:
-    """A report of each case. It names a number of channels that differs from the other cases."""
+    """A report of each case. A number of channels that differs from that of most cases is a problem."""
     reports = [inspect_case(case, labels) for case in cases]
     channels = Counter(r.channels for r in reports if r.channels)
     if len(channels) > 1:
@@ -116,6 +117,7 @@ def inspect_cases(cases: Iterable[Case], labels: LabelMap | None = None) -> list
 
 
 def inspect_folder(data: DataFolder, labels: LabelMap | None = None) -> list[CaseReport]:
+    """A report of each case of a data folder; `labels`: by default those that the folder declares."""
     return inspect_cases(data.cases, labels or data.labels)
 
 
@@ -124,10 +126,10 @@ def inspect_folder(data: DataFolder, labels: LabelMap | None = None) -> list[Cas
 
 @dataclass(frozen=True)
 class Survey:
-    """What a training has to know of its data before it prepares it.
+    """What a training must know of its data before it prepares them.
 
-    labels, intensity: part of the model. channels of the images. slice_axis of 2-D training, None in 3-D. needed: bytes
-    of the prepared volumes. notes: what to say at the start.
+    labels, intensity: part of the model. channels: of the images. slice_axis: of 2-D training, None in 3-D. needed:
+    bytes of the prepared volumes. notes: lines to print at the start.
     """
 
     labels: LabelMap
@@ -139,7 +141,7 @@ class Survey:
 
 
 def declared_labels(data: DataFolder, config: TrainConfig) -> LabelMap | None:
-    """The classes of `--labels`, `--num-classes` or the description of the data; None where all three are silent."""
+    """The classes of `--labels`, `--num-classes` or the description of the data; None if none of them gives any."""
     if config.labels:
         return parse_labels(config.labels)
     if config.num_classes:
@@ -149,7 +151,7 @@ def declared_labels(data: DataFolder, config: TrainConfig) -> LabelMap | None:
 
 
 def labels_of(data: DataFolder, reports: Iterable[CaseReport], declared: LabelMap | None) -> LabelMap:
-    """The declared classes; without them, a class for every value that was found."""
+    """The declared classes; without any, a class for every value that was found."""
     found = {value for report in reports for value in report.label_voxels}
     return declared or LabelMap.of_values(found, data.class_names)
 
@@ -157,12 +159,18 @@ def labels_of(data: DataFolder, reports: Iterable[CaseReport], declared: LabelMa
 def survey(
     data: DataFolder, config: TrainConfig, split: Split | None = None, *, say: Callable[[str], None] | None = None
 ) -> Survey:
-    """Reads every volume that a training, its validation and its test will meet, once, before an hour is spent.
+    """Reads every volume of training, validation and test once, before a training spends hours.
 
     Labels of unlabelled patients are not read.
 
+    Args:
+        data: the data folder.
+        config: the options of the run.
+        split: the patients of each part; by default the options decide.
+        say: prints a line.
+
     Raises:
-        UserError: everything that is wrong with them, a line each; nothing to learn from; more memory than there is.
+        UserError: a line for each problem of the volumes; or there is nothing to learn from, or too little memory.
     """
     split = split or split_patients(data, config)
     declared = declared_labels(data, config)
@@ -216,7 +224,7 @@ def _missing_classes(data: DataFolder, labels: LabelMap, labelled: Sequence[Case
 
 
 def prepared_bytes(reports: Sequence[CaseReport], config: TrainConfig, slice_axis: int | None, num_classes: int) -> int:
-    """What :func:`pglcl.prepare.prepare` will keep of these cases: float32 images, labels of one or two bytes."""
+    """The bytes that :func:`pglcl.prepare.prepare` will keep: float32 images, labels of one or two bytes a voxel."""
     total = 0
     for report in reports:
         shape = resized_shape(
@@ -228,7 +236,7 @@ def prepared_bytes(reports: Sequence[CaseReport], config: TrainConfig, slice_axi
     return total
 
 
-# --- the story of a folder ------------------------------------------------------------------------------------------
+# --- what pglcl inspect shows ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -241,7 +249,7 @@ class Proposal:
 
 
 def class_table(data: DataFolder, reports: Sequence[CaseReport], labels: LabelMap) -> list[dict[str, Any]]:
-    """Of each class: its value, name, voxels, share of all voxels, and the patients whose labels have it."""
+    """A row for each class: values, name, voxels, share of all voxels, and number of patients whose labels have it."""
     counts = {r.case.name: labels.class_counts(r.label_voxels) for r in reports if r.label_voxels}
     total = sum(sum(c) for c in counts.values()) or 1
     rows = []
@@ -256,7 +264,7 @@ def class_table(data: DataFolder, reports: Sequence[CaseReport], labels: LabelMa
 
 
 def warnings_of(data: DataFolder, reports: Sequence[CaseReport], labels: LabelMap) -> list[str]:
-    """What a training can live with and its user should know."""
+    """Lines that do not stop a training but that its user should know."""
     lines = list(data.notes)
     with_label = [r for r in reports if r.label_voxels]
     blank = [r for r in with_label if not sum(labels.class_counts(r.label_voxels)[1:])]
@@ -267,12 +275,12 @@ def warnings_of(data: DataFolder, reports: Sequence[CaseReport], labels: LabelMa
         if row["patients"] == 0:
             lines.append(f"{what}: no labelled volume has it")
         elif row["patients"] == 1 and len({r.case.patient for r in with_label}) > 1:
-            lines.append(f"{what}: one labelled patient alone has it")
+            lines.append(f"{what}: only one labelled patient has it")
     return lines
 
 
 def propose(data: DataFolder, reports: Sequence[CaseReport]) -> list[Proposal]:
-    """Options for `pglcl train`, from what was measured; none where no case could be read."""
+    """Options for `pglcl train` that follow from the measurements; none if no case could be read."""
     good = [r for r in reports if r.measured and r.shape]
     if not good:
         return []
@@ -320,11 +328,12 @@ def _flat(good: Sequence[CaseReport], shape: np.ndarray, spacing: np.ndarray) ->
 
 
 def _multiple(n: float) -> int:
-    """The multiple of 16, which the default network asks for, nearest to a number of voxels."""
+    """The multiple of 16 nearest to a number of voxels, at least 16. The default network needs such sizes."""
     return max(16, 16 * round(n / 16))
 
 
 def modality_guess(data: DataFolder, reports: Sequence[CaseReport]) -> str:
+    """The modality in words: that of the description, or a guess from the intensities."""
     if data.modalities:
         return ", ".join(data.modalities)
     measured = [r.measured for r in reports if r.measured]

@@ -1,4 +1,4 @@
-"""From the numbers of a file to those that a network sees. What was measured for it is part of the model."""
+"""Normalises intensities: from the numbers of a file to those that the network sees. The model keeps the constants."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pglcl.errors import UserError
 
-AIR = -1024.0  # HU; what lies below (-2048, -3024) is the padding beside a scanner's round field
+AIR = -1024.0  # HU; lower values (-2048, -3024) are padding outside the scanner's round field of view
 HOUNSFIELD = -500.0  # an image of whole numbers that reaches below this is a CT
-# Mean and deviation of red, green, blue over ImageNet, of 0..1.
+# Mean and deviation of red, green and blue over ImageNet, for values from 0 to 1.
 RGB_MEAN, RGB_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 KINDS = ("percentile", "zscore", "ct", "window", "rgb", "none")
 
@@ -25,9 +25,9 @@ KINDS = ("percentile", "zscore", "ct", "window", "rgb", "none")
 class Channel:
     """How one channel is normalised.
 
-    percentile: of each volume by itself, clipped to its percentiles 0.5 and 99.5, then mean 0 and deviation 1. zscore:
-    the same without clipping. ct, window, rgb: clipped to [low, high], then (x - mean) / std, the same for all volumes.
-    none: as it is.
+    percentile: each volume is clipped to its own percentiles 0.5 and 99.5, then brought to mean 0 and deviation 1.
+    zscore: the same without clipping. ct, window, rgb: clipped to [low, high], then (x - mean) / std, the same for all
+    volumes. none: unchanged.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Channel:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
 
     def __call__(self, image: Tensor) -> Tensor:
-        """(1, X, Y, Z) float32."""
+        """Normalises (1, X, Y, Z); the result is float32."""
         set_track_meta(False)
         if self.kind == "percentile":
             clip = ScaleIntensityRangePercentiles(0.5, 99.5, 0.0, 1.0, clip=True, channel_wise=True)
@@ -66,7 +66,7 @@ class Intensity:
     reason: str
 
     def __call__(self, image: Tensor) -> Tensor:
-        """(C, X, Y, Z) to the same in float32."""
+        """Normalises (C, X, Y, Z); the result is float32."""
         return torch.cat([channel(image[c : c + 1]) for c, channel in enumerate(self.channels)])
 
     def describe(self) -> str:
@@ -75,7 +75,7 @@ class Intensity:
         return f"{words}; {self.reason}"
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`from_state` reads back; plain lists and numbers, for JSON and checkpoints."""
+        """Plain lists and numbers, for JSON and checkpoints; :meth:`from_state` reads them back."""
         return {"channels": [asdict(channel) for channel in self.channels], "reason": self.reason}
 
     @classmethod
@@ -85,7 +85,7 @@ class Intensity:
 
 @dataclass
 class Measured:
-    """What one case tells of its intensities.
+    """What was measured of the intensities of one case.
 
     low, high: of each channel. whole: whether a channel's values are all whole numbers. eight_bits: whether the file
     has unsigned bytes. foreground: (C, n) float32, a sample of the labelled foreground, where there is a label.
@@ -105,13 +105,16 @@ class Measured:
 def choose_intensity(
     normalise: str, window: tuple[float, float] | None, modalities: Sequence[str], measured: Sequence[Measured]
 ) -> Intensity:
-    """What `--normalise` and `--window` ask for; with auto, what the description of the data and its values suggest.
+    """The normalisation that `--normalise` and `--window` ask for. auto follows the description and the values.
 
     Args:
         normalise: auto, percentile, zscore, ct, rgb or none.
         window: level and width, or None.
         modalities: of each channel, from dataset.json; empty where unknown.
-        measured: of every training case.
+        measured: the intensities of every training case.
+
+    Raises:
+        UserError: the images or their labels do not fit the normalisation.
     """
     count = len(measured[0].low)
     if window:
@@ -172,11 +175,17 @@ def _fit(kind: str, c: int, measured: Sequence[Measured]) -> Channel:
     return Channel("ct", low, high, float(values.mean()), std)
 
 
-SAMPLES = 100_000  # foreground voxels of a volume that percentiles are measured on
+SAMPLES = 100_000  # largest number of foreground voxels of a volume that are kept to measure percentiles
 
 
 def measure(data: np.ndarray, dtype: np.dtype, foreground: np.ndarray | None) -> Measured:
-    """Of a volume (C, X, Y, Z) float32 from a file of `dtype`, and its foreground (X, Y, Z) bool where it is known."""
+    """Measures the intensities of a volume.
+
+    Args:
+        data: (C, X, Y, Z) float32.
+        dtype: of the file.
+        foreground: (X, Y, Z) bool, if it is known.
+    """
     flat = data.reshape(len(data), -1)
     low, high = flat.min(axis=1), flat.max(axis=1)
     whole = [dtype.kind in "iub" or bool((channel == np.rint(channel)).all()) for channel in flat]

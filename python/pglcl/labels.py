@@ -1,4 +1,4 @@
-"""Which values of label files make which class, and back: files keep the values that they have."""
+"""Translates the values of label files into classes, and classes back into values."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import numpy as np
 
 from pglcl.errors import UserError
 
-IGNORE = -1  # the class of voxels that count nowhere
-MOST_CLASSES = 256  # TotalSegmentator has 118; more is an image that was taken for a label
+IGNORE = -1  # the class of voxels that are left out of losses and scores
+MOST_CLASSES = 256  # TotalSegmentator has 118; a file with more values is an image, not a label
 WHOLE = 1e-3  # how far a label of a float file may lie from a whole number
 SHOWN = 8  # values that a message lists
 
 
 @dataclass(frozen=True)
 class LabelMap:
-    """Class k is every voxel whose value is in values[k]; class 0 is the background.
+    """Class k consists of the voxels whose value is in values[k]; class 0 is the background.
 
-    values: of each class, the first of them is written where the class is predicted. names: of each class. ignore:
-    values that count nowhere. rest: the class of every other value, or None where another value is an error.
+    values: of each class; masks get the first one. names: of each class. ignore: values of voxels that are left out.
+    rest: the class of all other values; None: other values are an error.
     """
 
     values: tuple[tuple[int, ...], ...]
@@ -39,7 +39,11 @@ class LabelMap:
         return dict(enumerate(self.names))
 
     def encode(self, data: np.ndarray, path: Path) -> np.ndarray:
-        """Classes of whole-numbered values, as int8 (int16 from 128 classes on); :data:`IGNORE` for those ignored.
+        """The classes of whole-numbered values, int8 (int16 from 128 classes on); :data:`IGNORE` where ignored.
+
+        Args:
+            data: values in an integer type, of any shape.
+            path: the label file, for messages.
 
         Raises:
             UserError: values outside the map, each with its number of voxels.
@@ -56,7 +60,7 @@ class LabelMap:
         return classes
 
     def check(self, counts: Mapping[int, int], path: Path) -> None:
-        """Refuses values outside the map; counts: voxels of each value of a file."""
+        """Raises UserError for values outside the map; `counts`: voxels of each value of the file `path`."""
         known = {*self.ignore, *(value for values in self.values for value in values)}
         foreign = {value: n for value, n in counts.items() if value not in known}
         if foreign and self.rest is None:
@@ -77,13 +81,13 @@ class LabelMap:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of masks: the smallest unsigned type that holds all values, signed where one is negative."""
+        """The type of masks: the smallest that holds all values, unsigned unless one is negative."""
         least, most = (f(values[0] for values in self.values) for f in (min, max))
         kinds = (np.uint8, np.uint16, np.uint32) if least >= 0 else (np.int16, np.int32)
         return np.dtype(next(k for k in kinds if np.iinfo(k).min <= least and most <= np.iinfo(k).max))
 
     def describe(self) -> str:
-        """As `--labels` writes it."""
+        """The map as `--labels` takes it."""
         parts = []
         for k, values in enumerate(self.values):
             text = "+".join([str(v) for v in values] + (["*"] if self.rest == k else []))
@@ -91,7 +95,7 @@ class LabelMap:
         return ",".join(parts + [f"{v}=ignore" for v in self.ignore])
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`from_state` reads back; plain lists and numbers, for JSON and checkpoints."""
+        """Plain lists and numbers, for JSON and checkpoints; :meth:`from_state` reads them back."""
         return {
             "values": [list(v) for v in self.values],
             "names": list(self.names),
@@ -110,7 +114,7 @@ class LabelMap:
     def of_values(
         cls, values: Iterable[int], names: Mapping[int, str] | None = None, ignore: Iterable[int] = ()
     ) -> LabelMap:
-        """A class for each value, in their order; 0 is the background, whether it occurs or not."""
+        """A class for each value, in ascending order. 0 is the background, even if it is not among `values`."""
         ignore = tuple(sorted(set(ignore)))
         each = sorted({0, *values} - set(ignore))
         names = names or {}
@@ -129,9 +133,12 @@ def _outside(foreign: Mapping[int, int]) -> str:
 
 
 def parse_labels(text: str) -> LabelMap:
-    """`--labels`: classes with commas between, background first; + between values, - for runs, a name after =.
+    """Reads `--labels`: classes separated by commas, background first; + joins values, - makes a range, = gives a name.
 
     `0,85=RV,170`; `0,1+2=kidney`; `0+*,10-14=lung` (every other value is background); `0,1,255=ignore`.
+
+    Raises:
+        UserError: anything else, a value or a name that occurs twice, or fewer than two classes.
     """
     values: list[tuple[int, ...]] = []
     names: list[str] = []
@@ -175,10 +182,10 @@ def parse_labels(text: str) -> LabelMap:
 
 
 def whole_numbers(data: np.ndarray, path: Path) -> np.ndarray:
-    """Label values as whole numbers, in an integer type; floats may be off by :data:`WHOLE`.
+    """Label values as whole numbers, in an integer type. Floats may differ from whole numbers by :data:`WHOLE`.
 
     Raises:
-        UserError: other values, with the digits that tell them from whole ones.
+        UserError: other values; the message shows them with all digits.
     """
     if data.dtype.kind in "iu":
         return data
@@ -203,7 +210,7 @@ def value_counts(data: np.ndarray, path: Path) -> dict[int, int]:
     """Voxels of each value of a label.
 
     Raises:
-        UserError: more values than a label can have: the file is probably an image.
+        UserError: more values than a label can have, so the file is probably an image.
     """
     counts = count_values(data)
     if len(counts) > MOST_CLASSES:
@@ -216,7 +223,7 @@ def value_counts(data: np.ndarray, path: Path) -> dict[int, int]:
 
 
 def count_values(data: np.ndarray) -> dict[int, int]:
-    """Voxels of each value of an integer array, by value; a plane at a time, so that it takes no memory to speak of."""
+    """Voxels of each value of an integer array, sorted by value. It counts plane by plane, to save memory."""
     counts: dict[int, int] = {}
     for part in _parts(data):
         for value, n in zip(*np.unique(data[part], return_counts=True)):
@@ -225,7 +232,7 @@ def count_values(data: np.ndarray) -> dict[int, int]:
 
 
 def _parts(data: np.ndarray) -> list[tuple[slice | int, ...]]:
-    """Indices of the planes of an array, along the axis on which they lie closest in memory."""
+    """Indices of the planes of an array, across the axis of the largest stride: each plane is compact in memory."""
     if data.ndim < 3:
         return [(slice(None),) * data.ndim]
     axis = int(np.argmax(np.abs(data.strides)))

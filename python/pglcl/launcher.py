@@ -1,6 +1,6 @@
-"""Several processes that train together on one machine, started and ended as one.
+"""Starts and ends several processes that train together on one machine.
 
-torchrun does the same and more, on many machines; when a process ends in an error it prints forty lines of its own.
+torchrun also works on many machines, but prints forty lines of its own when a process fails.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PARENT = "PGLCL_PARENT"  # the environment variable that names the process whose end is the end of all
-GRACE = 20.0  # seconds for the others to end, after one has ended in an error
+PARENT = "PGLCL_PARENT"  # the environment variable with the launching process; when that one ends, all others stop
+GRACE = 20.0  # seconds that the others get to end after one has failed
 
 
 def launch(processes: int, arguments: Sequence[str]) -> int:
-    """Runs ``pglcl`` with `arguments` in that many processes; returns the first exit code that is not 0.
+    """Runs ``pglcl`` with `arguments` in several processes.
 
-    Signals that ask to stop are passed on.
+    Signals that ask to stop are passed on to them.
+
+    Returns:
+        The first exit code that is not 0; 0 if all processes succeed.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -46,7 +49,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
         for rank in range(processes):
             own = {name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
             command = [sys.executable, "-m", "pglcl", *arguments]
-            # A session of its own: Ctrl-C in the terminal would else reach it twice.
+            # A session of its own; otherwise Ctrl-C in the terminal would reach it twice.
             children.append(subprocess.Popen(command, env={**os.environ, **own}, start_new_session=True))
         return _wait(children)
     finally:
@@ -58,7 +61,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
 
 
 def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
-    """The first exit code that is not 0; a signal counts as a shell counts it, 128 and its number."""
+    """The first exit code that is not 0. A signal counts as in a shell: 128 plus its number."""
     code, until = 0, float("inf")
     while any(child.poll() is None for child in children) and time.monotonic() < until:
         time.sleep(0.05)
@@ -70,13 +73,13 @@ def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
 
 
 def own_rank() -> int:
-    """Of this process among those that a launcher started; 0 for one that runs alone."""
+    """The rank of this process among those that a launcher started; 0 for a process that runs alone."""
     size, rank = (os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK"))
     return int(rank) if rank.isdecimal() and size.isdecimal() and int(size) > 1 else 0
 
 
 def tell_launcher(lines: Sequence[str]) -> None:
-    """Leaves `lines` where torchrun looks for what its summary, the last that it prints, says of this process."""
+    """Writes `lines` to the file from which torchrun takes the error of this process for its final summary."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         text = "\n".join(lines)
@@ -86,5 +89,5 @@ def tell_launcher(lines: Sequence[str]) -> None:
 
 
 def parent_has_ended() -> bool:
-    """Whether the process that launched this one was killed."""
+    """Whether the process that launched this one has ended."""
     return PARENT in os.environ and os.getppid() != int(os.environ[PARENT])

@@ -1,4 +1,4 @@
-"""How data folders are laid out: which files are the channels, the label and the patient of a case."""
+"""The layouts of data folders: which files are the channels and the label of a case, and who is its patient."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ NUMBERED = re.compile(r"(.+)_([0-9]{4})", re.DOTALL)
 
 @dataclass(frozen=True)
 class Case:
-    """One volume. images: one file (or DICOM folder) each channel, or one file with channels along its fourth axis.
+    """One volume.
 
-    label: its label file, which for HDF5 is the image's own file; or None.
+    images: a file (or DICOM folder) for each channel, or one file with channels along its fourth axis. label: its label
+    file, or None; for HDF5, label and image are one file.
     """
 
     name: str
@@ -47,10 +48,10 @@ class Case:
 class DataFolder:
     """The cases of a folder, sorted by name.
 
-    layout: acdc, decathlon, nnunet, kits, ssl4mis, plain or list. labels: what the description says of label values,
-    or None where they are to be found in the files. class_names: of values, where the layout knows them.
+    layout: acdc, decathlon, nnunet, kits, ssl4mis, plain or list. labels: the classes that the layout or a description
+    declares; None if they follow from the values in the files. class_names: of values, where the layout knows them.
     modalities: of each channel, from dataset.json. parts: patients of train, validation and test, where the folder has
-    lists of them. notes: what a user should know of how the folder was read.
+    lists of them. notes: what a user should know about how the folder was read.
     """
 
     root: Path
@@ -76,16 +77,16 @@ class DataFolder:
 
 
 def group_files(files: Iterable[Path], labels: Collection[str] = ()) -> dict[str, tuple[Path, ...]]:
-    """The one rule by which files become cases, in data folders and for `predict` alike.
+    """Groups files into cases, by one rule for data folders and for `predict`.
 
-    A name that ends in `_` and four digits is a channel of the case before them where some file's number is 0000. Then
-    every file has a number, the numbers of a case are 0000, 0001, ... without a gap, and every case has the same ones.
-    Other numbers (`scan_2015`, `case_0001` where there is no `case_0000`) belong to the name.
+    If a name ends in `_0000`, every name must end in `_` and four digits, the number of a channel; the part before them
+    names the case. The channels of a case are numbered 0000, 0001, ... without a gap, and are the same for every case.
+    Otherwise, such numbers (`scan_2015`, `case_0001` without a `case_0000`) belong to the name.
 
     Args:
         files: images, in any order. Hidden files (`._*`, `.partial-*`) and unknown suffixes are refused.
-        labels: names of the label files, if there are any. Where they are those of single files (`case_0003`), each
-            file is a case, whatever its number.
+        labels: names of the label files, if there are any. If they name single files (`case_0003`), each file is a
+            case, whatever its number.
 
     Returns:
         The files of each case in the order of their channels, by name.
@@ -137,7 +138,7 @@ def _unique_names(files: list[Path]) -> dict[str, Path]:
 
 
 def _labels_name_files(numbers: dict[str, dict[int, Path]], labels: Collection[str]) -> bool:
-    """Whether the labels are those of single files, so that `case_0003` is a case and not a channel."""
+    """Whether labels name single files, so that `case_0003` is a case and not a channel."""
     single = [label for label in labels if (m := NUMBERED.fullmatch(label)) and int(m[2]) in numbers.get(m[1], {})]
     whole = [label for label in labels if label in numbers]
     if not single:
@@ -150,7 +151,7 @@ def _labels_name_files(numbers: dict[str, dict[int, Path]], labels: Collection[s
     more = sorted(max(channels) for channels in numbers.values())[-1]
     if more and all(label.endswith("_0000") for label in single):
         raise UserError(
-            f"label {single[0]}: is it of a case of its own, or of the case {single[0][:-5]} with the channels 0000 to "
+            f"label {single[0]}: is it of a case of its own, or of the case {single[0][:-5]}, with channels 0000 to "
             f"{more:04d}? The label of a case with channels must have no number: {single[0][:-5]}"
         )
     return True
@@ -206,7 +207,7 @@ def open_folder(root: Path) -> DataFolder:
 
 
 def _layout_of(root: Path) -> Any:
-    list_folder(root)  # or it cannot be read, and says so
+    list_folder(root)  # raises UserError for a folder that cannot be read
     if _is_there(root / "dataset.json"):
         content = read_json(root / "dataset.json")
         v2 = isinstance(content, dict) and ("channel_names" in content or "file_ending" in content)
@@ -224,14 +225,14 @@ def _is_there(path: Path, *, folder: bool = False) -> bool:
     """Whether a file or folder is there.
 
     Raises:
-        UserError: there is something else of its name, such as a link that leads nowhere. Left out without a word, it
-            would change what the folder holds.
+        UserError: something else has the name, such as a link to nothing. If it were silently left out, the folder
+            would seem to hold other data.
     """
     kind = "folder" if folder else "file"
     if not os.path.lexists(path):
         return False
     if not (path.is_dir() if folder else path.is_file()):
-        what = f"is a link to {os.readlink(path)}, where none is" if path.is_symlink() else "is something else"
+        what = f"is a link to {os.readlink(path)}, where no {kind} is" if path.is_symlink() else "is something else"
         raise UserError(f"{path}: must be a {kind}, {what}")
     return True
 
@@ -242,14 +243,14 @@ def _children(root: Path, name: str = "") -> list[Path]:
 
 
 def _files_below(root: Path, above: tuple[Path, ...] = ()) -> list[Path]:
-    """Every file of a known suffix, at any depth; hidden folders are left out, and links to a folder `above`."""
+    """Every file of a known suffix, at any depth. Hidden folders and links to a folder `above` are left out."""
     here = root.resolve()
     if here in above:
         return []
     found = list_folder(root)
     files = [path for path in found if is_input_file(path)]
     for path in found:
-        if path.is_symlink() and not path.exists():  # a patient's folder that was moved, say
+        if path.is_symlink() and not path.exists():  # for example to a patient's folder that was moved
             raise UserError(f"{path}: is a link to {os.readlink(path)}, where nothing is")
     below = [path for folder in found if folder.is_dir() for path in _files_below(folder, (*above, here))]
     return files + below
@@ -277,7 +278,7 @@ def _plain(root: Path) -> DataFolder:
 
 
 def _pair(images: Path, labels: Path, channels: int = 0) -> list[Case]:
-    """Cases of a folder of images and one of labels of the same names; channels: how many each must have, if known."""
+    """Cases of a folder of images and a folder of labels with the same names; `channels` of each case, 0: unknown."""
     by_name = _unique_names(inputs_in(labels)) if _is_there(labels, folder=True) else {}
     files = inputs_in(images)
     if channels:
@@ -289,7 +290,7 @@ def _pair(images: Path, labels: Path, channels: int = 0) -> list[Case]:
 
 
 def _require_numbers(files: Iterable[Path], channels: int) -> None:
-    """nnU-Net's names: each ends in the number of its channel, and there are as many as dataset.json names."""
+    """Checks nnU-Net's names: each ends in the number of one of the channels that dataset.json names."""
     problems = []
     for path in files:
         match = NUMBERED.fullmatch(stem(path))
@@ -340,7 +341,7 @@ def _decathlon(root: Path) -> DataFolder:
 
 
 def _decathlon_images(image: Path) -> tuple[Path, ...]:
-    """The file that is named; or, in folders of nnU-Net's first version, its channels `name_0000`, `name_0001`, ..."""
+    """The named file; or, in folders of nnU-Net's first version, its channels `name_0000`, `name_0001`, ..."""
     if image.exists() or not image.parent.is_dir():
         return (image,)
     name = stem(image)
@@ -385,9 +386,9 @@ def _nnunet(root: Path) -> DataFolder:
 
 
 def _channels_inside(case: Case) -> int:
-    """Channels of a case's files: nnU-Net keeps a colour picture in one file, `name_0000.png`, and names its colours.
+    """The number of channels in a case's files; 0 if one cannot be read, which is reported when all files are read.
 
-    0 where a file cannot be read, which is said when all files are.
+    nnU-Net keeps a colour picture in one file, `name_0000.png`, but counts each colour as a channel.
     """
     try:
         return sum(read_source(path).channels for path in case.images)
@@ -420,7 +421,7 @@ def _nnunet_labels(content: Mapping[str, Any], file: Path, notes: list[str]) -> 
 
 
 def _named_values(labels: Mapping[str, Any], file: Path, ignore: Any = None) -> LabelMap | None:
-    """Labels name → value; None where there are none."""
+    """The map of `labels`, which give a value for each name; None without any."""
     values: dict[int, str] = {}
     for name, value in [*labels.items(), *([] if ignore is None else [("ignore", ignore)])]:
         if isinstance(value, bool) or not re.fullmatch(r"\d{1,9}", str(value)):
@@ -440,7 +441,7 @@ def _named_values(labels: Mapping[str, Any], file: Path, ignore: Any = None) -> 
 
 
 def _ssl4mis(root: Path) -> DataFolder:
-    """Volumes of `data/`, and those slices of `data/slices/` whose volume is not there; patients of its list files."""
+    """Volumes of `data/`, and slices of `data/slices/` whose volume is not there; list files give the parts."""
     volumes = _unique_names([p for p in _children(root, "data") if suffix_of(p) == ".h5" and is_input_file(p)])
     slices = _unique_names([p for p in _children(root, "data/slices") if suffix_of(p) == ".h5" and is_input_file(p)])
     alone = {name: path for name, path in slices.items() if re.sub(r"_slice_?\d+$", "", name) not in volumes}
@@ -462,7 +463,7 @@ def _ssl4mis(root: Path) -> DataFolder:
 
 
 def _ssl4mis_patient(name: str) -> str:
-    """`patient001_frame01_slice_3` is of patient001."""
+    """The patient of a file name: patient001 for `patient001_frame01_slice_3`."""
     return re.sub(r"(_frame_?\d+)?(_slice_?\d+)?$", "", name)
 
 
@@ -481,7 +482,7 @@ def _check_parts(data: DataFolder) -> None:
     for part, patients in data.parts.items():
         missing = sorted(set(patients) - set(data.patients))
         if missing:
-            raise UserError(f"{data.root}: the list of {part} has {missing[0]!r}, of which there is no file")
+            raise UserError(f"{data.root}: the list of {part} has {missing[0]!r}, which has no file")
         for patient in patients:
             if seen.setdefault(patient, part) != part:
                 raise UserError(f"{data.root}: the lists of {seen[patient]} and {part} share the patient {patient!r}")
@@ -491,7 +492,7 @@ def _check_parts(data: DataFolder) -> None:
 
 
 def _list(file: Path) -> DataFolder:
-    """A CSV or JSON list: image, and if they are there label, patient, name, and channel... for further channels."""
+    """Reads a CSV or JSON list. Each row has image, and may have label, patient, name, and channel... for channels."""
     content: Any = _csv_rows(file) if file.suffix.lower() == ".csv" else read_json(file)
     labels = None
     if isinstance(content, dict) and isinstance(content.get("cases"), list):
@@ -520,7 +521,7 @@ def _list(file: Path) -> DataFolder:
 
 
 def _wrong_labels(file: Path, cases: Iterable[Case]) -> list[str]:
-    """Lines for labels that are images, and for those of two patients: a slip of who wrote the list."""
+    """Lines for labels that are also images, and for labels of two patients: mistakes in the list."""
     images = {path.resolve() for case in cases for path in case.images if suffix_of(path) not in HDF5}
     patients: dict[Path, str] = {}
     lines = []
@@ -551,20 +552,20 @@ def _listed_case(file: Path, row: Mapping[str, Any]) -> Case:
     if missing:
         raise UserError(f"{missing[0]}: not found")
     match = NUMBERED.fullmatch(stem(paths[0])) if len(paths) > 1 else None
-    # Folders too, since files of a list often have one name each case: patient1/t1.nii.gz.
+    # The name has the folders, too, since files often have the same name in every case: patient1/t1.nii.gz.
     folders = [part for part in Path(flat[0]).parts[:-1] if part not in ("/", ".", "..")]
     name = row.get("name") or "_".join([*folders, match[1] if match else stem(paths[0])])
     if "/" in name or is_hidden(Path(name)):
-        raise UserError(f"the name {name!r} must be fit for a file")
+        raise UserError(f"the name {name!r} must be fit for a file: no / in it, and no dot before it")
     return Case(name, row.get("patient") or name, paths, label)
 
 
 def _csv_rows(file: Path) -> list[dict[str, Any]]:
-    """Columns are separated by commas, or, as spreadsheets of many countries write them, semicolons or tabs."""
+    """The rows of a CSV file. Spreadsheets of many countries separate columns by semicolons or tabs, not commas."""
     try:
         with file.open(newline="", encoding="utf-8-sig") as text:
             header = text.readline()
-            separator = max(",;\t", key=header.count)  # the first of them where there is one column
+            separator = max(",;\t", key=header.count)  # the comma if there is one column
             text.seek(0)
             reader = csv.DictReader(text, strict=True, restkey="more than the header", delimiter=separator)
             return [{str(k).strip(): v.strip() if isinstance(v, str) else v for k, v in row.items()} for row in reader]
@@ -572,11 +573,15 @@ def _csv_rows(file: Path) -> list[dict[str, Any]]:
         raise UserError(f"{file}: not readable as CSV: {error}") from error
 
 
-# --- what predict is given ------------------------------------------------------------------------------------------
+# --- inputs of predict ----------------------------------------------------------------------------------------------
 
 
 def group_inputs(paths: Iterable[Path]) -> list[Case]:
-    """What `predict` was given, files and folders of files, as cases without labels; see :func:`group_files`."""
+    """The inputs of `predict`, files and folders of files, as cases without labels.
+
+    Raises:
+        UserError: a folder without images, or as for :func:`group_files`.
+    """
     files: list[Path] = []
     for path in paths:
         if not path.is_dir() or is_dicom_folder(path):

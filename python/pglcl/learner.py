@@ -1,4 +1,4 @@
-"""What is learned: student, teacher, contrast and optimiser, one step at a time."""
+"""The learner: student, teacher, contrast and optimiser, and one training step of them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from pglcl.training_data import TrainingData
 
 
 class Learner:
-    """Student, teacher, contrast and optimiser: what a checkpoint holds, and one step of it.
+    """Student, teacher, contrast and optimiser: the content of a checkpoint, and one training step.
 
     Args:
         config: the options of the run.
-        data: for its number of channels and classes.
-        ranks: that train together.
-        profile: of the sections of a step.
+        data: the prepared volumes.
+        ranks: the processes that train together.
+        profile: measures the sections of a step.
     """
 
     def __init__(self, config: TrainConfig, data: TrainingData, ranks: Ranks, profile: Profile) -> None:
@@ -52,7 +52,7 @@ class Learner:
             self.loss = averaging(self.loss, config)
 
     def start_from(self, model: TrainedModel) -> None:
-        """Student and teacher get the weights of another run, which :func:`initial_model` has compared."""
+        """Gives student and teacher the weights of another run. :func:`initial_model` has checked that they fit."""
         for network in (self.student, self.teacher):
             network.load_state_dict(model.network.state_dict())
 
@@ -61,7 +61,7 @@ class Learner:
         config, ranks = self.config, self.ranks
         for options in self.optimizer.param_groups:
             options["lr"] = config.learning_rate * (1 - step / config.steps) ** 0.9
-        # Every random draw of a step comes from this: a resumed run draws the same.
+        # Every random draw of a step comes from this generator, so a resumed run draws the same.
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step * 101 + ranks.rank)
         self.optimizer.zero_grad(set_to_none=True)
         loss: Tensor
@@ -91,7 +91,7 @@ class Learner:
         return state if self.contrast is None else {**state, "contrast": self.contrast.state_dict()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Raises KeyError, RuntimeError or ValueError for a state of another network."""
+        """Takes over a state. Raises KeyError, RuntimeError or ValueError for that of another network."""
         optimizer = state["optimizer"]
         if state["step"] and len(optimizer["state"]) != len(self.parameters):
             raise ValueError(f"its optimiser knows {len(optimizer['state'])} of {len(self.parameters)} parameters")
@@ -104,7 +104,7 @@ class Learner:
 
 
 def validation_dice(learner: Learner, step: int) -> float:
-    """Mean Dice of the teacher on the validation patients, NaN without any; each rank takes its share of them."""
+    """The teacher's mean Dice on the validation patients; NaN without any. Each rank scores a share of them."""
     ranks = learner.ranks
     scores: list[Score] = []
     for case in learner.data.validation[ranks.rank :: ranks.size]:

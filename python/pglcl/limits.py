@@ -1,4 +1,4 @@
-"""What a machine can give, compared with what a training asks for, before it begins."""
+"""Compares what a training needs with what the machine has, before the training begins."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pglcl.memory import available_memory, in_words
 from pglcl.model import network_for
 
 WORKERS_PER_CORE = 8
-THREADS = 64  # at most, or the number of cores where that is more
+THREADS = 64  # largest number of threads on a machine with fewer cores
 SHARED_MEMORY = Path("/dev/shm")
 
 
 def check_threads(threads: int) -> None:
-    """Raises UserError for a number of CPU threads that OpenMP may not survive; 0 is PyTorch's choice."""
+    """Raises UserError for a number of CPU threads with which OpenMP may crash; 0 is PyTorch's choice."""
     most = max(THREADS, os.cpu_count() or 1)
     if not 0 <= threads <= most:
         raise UserError(f"--threads must be 0 to {most}, got {threads}", everywhere=True)
@@ -46,9 +46,9 @@ def check_memory(
 
     Args:
         config: its options.
-        device: that it computes on.
-        channels, num_classes: of the data; by default the least, for a look before the data are read.
-        prepared: bytes of the prepared volumes, which are kept beside the network on the CPU, or in `--cache`.
+        device: where it computes.
+        channels, num_classes: of the data; the default is the smallest, for a check before the data are read.
+        prepared: bytes of the prepared volumes, which are kept in the memory of the CPU, or in `--cache`.
     """
     step, has = bytes_of_a_step(config, channels, num_classes), _memory_of(device)
     if step > has:
@@ -69,7 +69,7 @@ def check_memory(
 
 
 def bytes_of_a_step(config: TrainConfig, channels: int = 1, num_classes: int = 2) -> float:
-    """A lower bound: what the student keeps for its backward pass, parameters, their optimiser, and the queue."""
+    """A lower bound: tensors of the student's backward pass, parameters, optimiser and queue."""
     classes = max(num_classes, config.num_classes)
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -81,12 +81,12 @@ def bytes_of_a_step(config: TrainConfig, channels: int = 1, num_classes: int = 2
         with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             network = network_for(config, channels, classes)
             network(torch.empty(config.batch_size, channels, *config.size))
-    except (RuntimeError, OverflowError):  # more numbers than 64 bits count
+    except (RuntimeError, OverflowError):  # more numbers than 64 bits can count
         return float("inf")
     parameters = sum(p.numel() for p in network.parameters())
     activations = sum(storage.nbytes() for storage in kept.values())
     queue = classes * config.queue_length * config.embedding_dim if config.contrast else 0
-    # Activations may be of half the width; student, teacher, gradient and two moments are not.
+    # Activations may take half the bytes; student, teacher, gradient and two moments do not.
     return (0.5 if config.amp else 1.0) * activations + 4.0 * (5 * parameters + queue)
 
 
@@ -94,11 +94,12 @@ def most_workers(batches: StepBatches, asked: int, ranks: int = 1) -> int:
     """The largest number of workers whose batches fit into shared memory, through which they reach the training.
 
     Args:
-        asked: number of workers that the user asks for; -1 leaves it open.
-        ranks: training processes on this machine, each with that many workers.
+        batches: of the run.
+        asked: the number of workers that the user asks for; -1: none.
+        ranks: number of training processes on this machine, each with that many workers.
 
     Raises:
-        UserError: `asked` is larger. Without room a worker waits or is killed, and with it the training.
+        UserError: `asked` is larger. Without room, a worker would hang or be killed, and the training would stop.
     """
     if not SHARED_MEMORY.is_dir():
         return max(asked, 64)

@@ -1,4 +1,4 @@
-"""One process at a time writes to a folder."""
+"""A lock that lets only one process at a time write to a folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _held: set[int] = set()  # file descriptors
 
 
 def _release_in_child() -> None:
-    """A lock belongs to the open file, which a fork shares: processes that prepare batches must not keep it."""
+    """Closes the lock files. A fork shares them, but processes that prepare batches must not keep the locks."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()
@@ -29,9 +29,9 @@ os.register_at_fork(after_in_child=_release_in_child)
 
 
 class FolderLock:
-    """Holds a folder, which is made where it is missing, until the block or the process ends, however it ends.
+    """Locks a folder until the block or the process ends, in whatever way. A missing folder is made.
 
-    The lock is the kernel's (``flock`` on ``.lock``): nothing is left to clean up after ``kill -9``.
+    The lock is the kernel's (``flock`` on ``.lock``), so nothing is left to clean up after ``kill -9``.
 
     Raises:
         UserError: another process holds it; the line says which.
@@ -45,7 +45,7 @@ class FolderLock:
     def __enter__(self) -> FolderLock:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # A link could lead to a file of others, whose content would be lost.
+            # O_NOFOLLOW: a link could lead to another file, whose content would be lost.
             self.descriptor = os.open(
                 self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644
             )
@@ -77,7 +77,7 @@ class FolderLock:
             os.close(self.descriptor)
 
     def check(self) -> None:
-        """Raises UserError when the folder was removed or renamed: files would land in another of its name."""
+        """Raises UserError when the folder was removed or renamed: files would go to a new folder of its name."""
         try:
             same = os.path.samestat(os.stat(self.path), os.fstat(self.descriptor))
         except OSError:
@@ -86,7 +86,7 @@ class FolderLock:
             raise UserError(f"{self.folder}: was removed or renamed while the run wrote to it")
 
     def _is_ours(self) -> bool:
-        """Whether the file is empty or names an owner; a `.lock` of another program keeps what it holds."""
+        """Whether the file is empty or names an owner. A `.lock` of another program is not written to."""
         status = os.fstat(self.descriptor)
         return stat.S_ISREG(status.st_mode) and (status.st_size == 0 or self._owner() != UNKNOWN)
 

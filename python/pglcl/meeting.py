@@ -1,4 +1,4 @@
-"""How the processes of a run find each other, and what is said when one of them does not come or is lost."""
+"""How the processes of a run find each other, and the errors when one of them does not come or is lost."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch.distributed as dist
 
 from pglcl.errors import UserError
 
-MEETING = "PGLCL_MEETING_SECONDS"  # the environment variable for another time than this
-MEETING_SECONDS = 120  # that ranks wait for each other at their start
-WORKING = datetime.timedelta(minutes=30)  # that a rank waits for one that works, on its share of the volumes say
+MEETING = "PGLCL_MEETING_SECONDS"  # the environment variable that replaces the next constant
+MEETING_SECONDS = 120  # how long ranks wait for each other at their start
+WORKING = datetime.timedelta(minutes=30)  # how long a rank waits for one that works, for example on volumes
 
 
 def form_group(backend: str, rank: int, size: int) -> None:
-    """Makes the process group of all ranks, which wait for each other a short time only.
+    """Makes the process group of all ranks, which wait for each other only a short time.
 
     Raises:
         UserError: one of them did not come.
@@ -29,19 +29,19 @@ def form_group(backend: str, rank: int, size: int) -> None:
     store = _meet(rank, size, seconds)
     patience = datetime.timedelta(seconds=seconds)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
-    # From here on a rank may work long before the next one hears of it.
+    # From here on, a rank may work for a long time before the others hear from it.
     group = dist.group.WORLD
     assert group is not None
     group.set_timeout(WORKING)
 
 
 def _meet(rank: int, size: int, seconds: int) -> Any:
-    """The store through which all ranks have said that they are there."""
+    """The store in which all ranks have announced themselves."""
     host, port = os.environ.get("MASTER_ADDR", ""), number_from_environment("MASTER_PORT", least=1, most=65535)
     if not host:
         raise UserError("MASTER_ADDR must be the address of rank 0, got nothing; torchrun and --processes set it")
     again = f"a rank that has ended, or never began, cannot come; {MEETING}=600 would wait for ten minutes"
-    keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # or torchrun does
+    keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # otherwise torchrun keeps it
     if not keeps_store and (reason := _unreachable(host, port, seconds)):
         raise UserError(f"rank 0 does not answer at {host}:{port} after {seconds} seconds ({reason}): {again}")
     patience = datetime.timedelta(seconds=seconds)
@@ -75,10 +75,10 @@ def _unreachable(host: str, port: int, seconds: float) -> str:
 
 
 def number_from_environment(name: str, default: int | None = None, *, least: int = 0, most: int = 1 << 31) -> int:
-    """A whole number from the environment, where a launcher leaves it.
+    """A whole number from an environment variable that a launcher sets.
 
     Raises:
-        UserError: it is none, or out of range; or is missing where there is no `default`.
+        UserError: it is no whole number, or out of range; or it is missing and there is no `default`.
     """
     text = os.environ.get(name, "") or ("" if default is None else str(default))
     if not text.isascii() or not text.isdigit() or not least <= int(text) <= most:
@@ -88,11 +88,11 @@ def number_from_environment(name: str, default: int | None = None, *, least: int
 
 @contextlib.contextmanager
 def lost_ranks_explained() -> Iterator[None]:
-    """Turns what torch.distributed raises when another rank has ended into a :class:`UserError`."""
+    """Turns the error of torch.distributed when another rank has ended into a :class:`UserError`."""
     try:
         yield
     except RuntimeError as error:
-        # gloo has no type of its own for this
+        # gloo raises a plain RuntimeError
         if not isinstance(error, dist.DistError) and "gloo/" not in str(error):
             raise
         raise UserError(

@@ -1,4 +1,4 @@
-"""How much memory there is, and refusals before it is exceeded."""
+"""Measures the free memory, and refuses what would exceed it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pglcl.errors import UserError
 
-# How much smaller than its content a file can be: deflate's limit is 1032 to 1.
+# Deflate compresses at most 1032 to 1.
 DEFLATE_LIMIT = 1032
 CGROUPS = (  # (limit, used) of a container: version 2, version 1
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
@@ -16,7 +16,7 @@ CGROUPS = (  # (limit, used) of a container: version 2, version 1
 
 
 def available_memory() -> int:
-    """Bytes that this process can still have: of the machine, or of its container where that has less."""
+    """Bytes that this process can still get, from the machine and from its container, whichever has less."""
     free = [_machine()]
     for limit, used in CGROUPS:
         try:
@@ -46,10 +46,14 @@ def in_words(size: float) -> str:
 
 
 def require_memory(size: int, what: str) -> None:
-    """Refuses what would need more memory than there is.
+    """Refuses to take more memory than there is.
+
+    Args:
+        size: bytes.
+        what: the beginning of the message: a file or option, and what it asks for.
 
     Raises:
-        UserError: `what` (a file or option, and what it asks for) with both numbers.
+        UserError: `size` exceeds the free memory; the message has both numbers.
     """
     there = available_memory()
     if size > there:
@@ -57,8 +61,13 @@ def require_memory(size: int, what: str) -> None:
 
 
 def check_claim(path: Path, claimed: int, there: int | None = None) -> None:
-    """Compares what a header claims, in bytes, with the memory and, where they are raw or deflated, with the bytes that
-    are there; before anything is allocated."""
+    """Refuses a header that claims more voxels than the memory or the file can hold, before anything is allocated.
+
+    Args:
+        path: the file.
+        claimed: bytes of voxels by the header.
+        there: bytes of the file, if its voxels are raw or deflated.
+    """
     if there is not None and claimed > DEFLATE_LIMIT * (there + 1024):
         raise UserError(
             f"{path}: truncated or damaged: its header claims {in_words(claimed)} of voxels, the file has "

@@ -1,4 +1,4 @@
-"""The network, one of MONAI's: its features beside its logits, and the projection in which patches are compared."""
+"""The network, one of MONAI's, with its features and the projection in which patches are compared; trained models."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from pglcl.labels import LabelMap
 
 
 class Projection(nn.Module):
-    """Two layers to the L2-normalised embedding.
+    """Two layers that give an L2-normalised embedding.
 
-    LayerNorm, not BatchNorm: a batch may hold one patch, or none.
+    They have LayerNorm instead of BatchNorm, since a batch may hold one patch, or none.
     """
 
     def __init__(self, features: int, embedding_dim: int) -> None:
@@ -45,11 +45,11 @@ class Architecture:
     """One of MONAI's networks.
 
     Attributes:
-        build: from spatial_dims, the numbers of input and output channels, and the channels of each level, from the
-            outside in.
-        features: the name of the module whose output is compared by the contrast, for the number of levels; it is at
-            half the resolution.
-        feature_channels: of that output, for the channels of each level.
+        build: makes the network from spatial_dims, the numbers of input and output channels, and the channels of each
+            level, from the outside in.
+        features: gives, for the number of levels, the name of the module whose output the contrast compares. That
+            output has half the resolution.
+        feature_channels: gives, for the channels of each level, the channels of that output.
     """
 
     build: Callable[[int, int, int, list[int]], nn.Module]
@@ -78,7 +78,7 @@ def _segresnet(dims: int, images: int, classes: int, channels: list[int]) -> nn.
 
 
 ARCHITECTURES = {
-    # Skip connection and decoder side by side. Of two levels the second is the bottom, which keeps its own width.
+    # The features are skip connection and decoder. With two levels, the second is the bottom, which keeps its width.
     "unet": Architecture(_unet, lambda levels: "model.1", lambda c: c[0] + c[1 if len(c) == 2 else 0]),
     "basicunet": Architecture(_basic_unet, lambda levels: "upcat_2", lambda c: c[1]),
     "dynunet": Architecture(_dynunet, lambda levels: f"upsamples.{levels - 3}", lambda c: c[1]),
@@ -89,19 +89,19 @@ ARCHITECTURES = {
 
 
 class SegmentationNetwork(nn.Module):
-    """One of MONAI's networks, the features that it makes at half the resolution, and their projection.
+    """One of MONAI's networks, with its features at half the resolution and their projection.
 
     Args:
         spatial_dims: 2 or 3.
         in_channels: of the images.
         num_classes: K, with background.
-        channels: from the outside in.
+        channels: of each level, from the outside in.
         embedding_dim: of the projection.
         network: one of :data:`ARCHITECTURES`.
 
     Attributes:
-        unet: MONAI's network; each of them is an encoder and a decoder with skip connections.
-        stride: the sides of an image are multiples of it.
+        unet: MONAI's network, an encoder and a decoder with skip connections.
+        stride: the sides of an image must be multiples of it.
         feature_stride, feature_channels: of the features.
     """
 
@@ -131,7 +131,7 @@ class SegmentationNetwork(nn.Module):
         self.feature_channels = architecture.feature_channels(channels)
         self.unet = architecture.build(spatial_dims, in_channels, num_classes, channels)
         self.features = architecture.features(len(channels))
-        self.unet.get_submodule(self.features)  # fails here, and not in the first step
+        self.unet.get_submodule(self.features)  # a wrong name fails here, not in the first step
         self.projection = Projection(self.feature_channels, embedding_dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,7 +143,9 @@ class SegmentationNetwork(nn.Module):
         """Logits (B, K, *S) and features (B, feature_channels, *S / 2).
 
         Args:
-            kept: (B, feature_channels, 1, ...), what the logits see of each feature channel; all by default.
+            x: (B, C, *S).
+            kept: (B, feature_channels, 1, ...), factors of the feature channels from which logits are computed;
+                default: 1. The features that are returned do not change.
         """
         seen: list[Tensor] = []
 
@@ -168,7 +170,7 @@ def network_for(config: TrainConfig, in_channels: int, num_classes: int) -> Segm
 
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, decay: float, step: int) -> None:
-    """Moves the teacher's weights to their exponential moving average; in early steps, to the plain mean so far."""
+    """Moves the teacher's weights to the exponential moving average of the student's; at first, to their plain mean."""
     keep = min(decay, 1 - 1 / (step + 1))
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - keep)
     for held, new in zip(teacher.buffers(), student.buffers()):
@@ -177,11 +179,11 @@ def update_teacher(teacher: nn.Module, student: nn.Module, decay: float, step: i
 
 @dataclass
 class TrainedModel:
-    """A network with what it needs to know of the data: its own part of a run.
+    """A network, and what it needs to know of the data.
 
-    step: that the weights are of. organs: the classes whose masks keep their largest component, as the validation
-    patients said; None before they were asked, or where there are none. split: the patients of each part of the run
-    that it was read from.
+    step: the step of the weights. organs: the classes whose masks keep only their largest component, chosen on the
+    validation patients; None before that choice, or without such patients. split: the patients of each part, for a
+    model that was read from a run.
     """
 
     network: SegmentationNetwork
@@ -206,6 +208,7 @@ class TrainedModel:
         return self.labels.class_names
 
     def state(self) -> dict[str, Any]:
+        """Tensors, lists and numbers for a file; :func:`load_model` reads them back."""
         return {
             "network": {name: t.cpu() for name, t in self.network.state_dict().items()},
             "arguments": self.network.arguments,
@@ -222,11 +225,16 @@ WEIGHTS = ("last", "best")
 
 
 def load_model(run: Path, device: str = "auto", weights: str = "last") -> TrainedModel:
-    """The teacher of a run.
+    """Loads the teacher of a run.
 
     Args:
-        weights: "last": of its end, or of its last checkpoint when it has not ended; "best": of the step that the
-            validation patients scored best.
+        run: the folder that training wrote.
+        device: as for training.
+        weights: "last": of the end of the run, or of its last checkpoint if it has not ended; "best": of the step with
+            the best validation Dice.
+
+    Raises:
+        UserError: the model is missing, damaged, or from another run; or the device is not available.
     """
     if weights not in WEIGHTS:
         raise UserError(f"--weights must be {' or '.join(WEIGHTS)}, got {weights}")
@@ -282,11 +290,11 @@ def initial_model(config: TrainConfig, channels: int, labels: LabelMap) -> Train
 
     Args:
         config: the options of the run that starts from it.
-        channels: of the images of that run.
+        channels: of that run's images.
         labels: of that run.
 
     Raises:
-        UserError: a line for everything in which the two differ and weights depend on it.
+        UserError: a line for each difference between the two that weights depend on.
     """
     if not config.init:
         return None
@@ -300,7 +308,7 @@ def initial_model(config: TrainConfig, channels: int, labels: LabelMap) -> Train
         "channels of the images": (theirs["in_channels"], channels),
         "classes": (_listed(model.labels.names), _listed(labels.names)),
     }
-    lines = [f"{name}: the run has {old}, asked for is {new}" for name, (old, new) in compared.items() if old != new]
+    lines = [f"{name}: the run has {old}, got {new}" for name, (old, new) in compared.items() if old != new]
     if lines:
         raise UserError(f"--init {config.init}: its weights do not fit this run:", *lines)
     return model
@@ -311,6 +319,7 @@ def _listed(values: Sequence[Any]) -> str:
 
 
 def choose_device(name: str) -> torch.device:
+    """The device of `--device`; "auto" is a GPU where there is one. Raises UserError if it is not available."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,4 +1,4 @@
-"""Which classes are single organs, of which the largest component is kept: in pseudo-labels, and in masks."""
+"""Chooses the classes of which only the largest component is kept: in pseudo-labels, and in masks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pglcl.training_data import TrainingData
 
 
 def organs_of_pseudo_labels(config: TrainConfig, data: TrainingData) -> list[int]:
-    """The classes of which a pseudo-label keeps the largest component."""
+    """The classes of which a pseudo-label keeps only the largest component."""
     if not config.semi or config.clean_pseudo_labels == "none":
         return []
     if config.clean_pseudo_labels == "largest-component":
@@ -27,15 +27,15 @@ def organs_of_pseudo_labels(config: TrainConfig, data: TrainingData) -> list[int
 
 
 def organs_of_masks(model: TrainedModel, data: TrainingData, ranks: Ranks) -> tuple[int, ...] | None:
-    """The classes whose masks should keep their largest component: nnU-Net's rule, on the validation patients.
+    """The classes whose masks should keep only their largest component, by nnU-Net's rule.
 
-    Their mean Dice is no worse with it, and neither they nor the labelled patients have the class in several pieces.
-    None without validation patients.
+    Such a class is one organ in the labels of the labelled patients, and its mean Dice on the validation patients is no
+    worse with the largest component alone. None without validation patients.
     """
     if not data.validation:
         return None
     k = data.num_classes
-    # Of each class: Dice as predicted and with the largest component, over the volumes that have it.
+    # For each class, the sum of Dice over the volumes that have it: as predicted, and with the largest component alone.
     sums = torch.zeros(2, k, dtype=torch.float64)
     predictor = Predictor([model], postprocess="none")
     for case in data.validation[ranks.rank :: ranks.size]:

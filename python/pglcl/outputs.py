@@ -1,4 +1,4 @@
-"""What a command is about to write, checked before it computes anything: nothing is lost that was there before."""
+"""Checks the files that a command will write before it computes anything, so that no existing file is lost."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def check_outputs(
 ) -> None:
     """Refuses to write over a file that is read, over another output, or over a file that exists.
 
-    Files are told apart by what they are, not by how their paths are spelled: symbolic and hard links, ``..`` and file
-    systems that ignore case lead to the same file.
+    Files are compared by device and inode, not by path: symbolic and hard links, ``..`` and file systems that ignore
+    case may lead to the same file.
 
     Args:
         outputs: the files that will be written.
         inputs: files that the command reads. They are never written over, not even with `overwrite`.
         overwrite: whether files that exist may be replaced.
-        renewed: says of a file that exists whether the command wrote it earlier and may replace it unasked.
+        renewed: tells whether an existing file comes from an earlier call, so that it may be replaced anyway.
 
     Raises:
         UserError: a line for each file that stands in the way, or for a folder that cannot be written to.
@@ -43,7 +43,7 @@ def check_outputs(
         if not _exists(path):
             continue
         if path.is_dir() and not path.is_symlink():
-            problems.append(f"{path}: is a folder; a file is to be written there")
+            problems.append(f"{path}: must be a file, is a folder")
         elif _identity(path) in read:
             problems.append(f"{path}: is read by this command and would be replaced; choose another --output")
         elif not overwrite and (path.is_symlink() or not renewed(path)):
@@ -66,7 +66,7 @@ def check_outside_data(folder: Path, root: Path) -> None:
     try:
         data = open_folder(root)
     except UserError:
-        return  # no data folder (any more), so nothing that could be read as one
+        return  # not a data folder, so nothing there is read as an image
     first = inner.relative_to(outer).parts[:1]
     files = [path for case in data.cases for path in (*case.images, case.label) if path is not None]
     used = {_resolved(path).relative_to(outer).parts[0] for path in files if _resolved(path).is_relative_to(outer)}
@@ -83,12 +83,12 @@ def _resolved(path: Path) -> Path:
 
 
 def _exists(path: Path) -> bool:
-    """Whether a path is taken, be it by a link that leads nowhere."""
+    """Whether a path is taken, even by a link to nothing."""
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except OSError as error:  # the name is too long, the folder is not ours to look into
+    except OSError as error:  # the name is too long, or the folder cannot be searched
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
     return True
 
@@ -111,7 +111,10 @@ def _no_file_above(folder: Path) -> None:
 
 
 def _written_twice(outputs: Sequence[Path]) -> list[str]:
-    """Names that differ in case or in the code of an accent are one file on many file systems."""
+    """A line for each output that would be written twice.
+
+    Names that differ only in case, or in the encoding of an accent, are one file on many file systems.
+    """
     seen: dict[str, Path] = {}
     problems = []
     for path in outputs:

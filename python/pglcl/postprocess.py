@@ -1,4 +1,4 @@
-"""Of each class the largest component is kept: in masks after the network, and in pseudo-labels before it learns."""
+"""Keeps only the largest component of a class: in predicted masks, and in pseudo-labels before they are learned."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from scipy import ndimage
 from torch import Tensor
 
 POSTPROCESS = ("auto", "none", "largest-component")
-ONE_ORGAN = 0.99  # share of a class's voxels in largest components, from which on it counts as one organ
+ONE_ORGAN = 0.99  # a class counts as one organ if its largest components hold this share of its voxels
 
 
 def components(mask: Tensor, label: int) -> int:
-    """How many pieces of one class there are in a mask of any dimensions."""
+    """The number of pieces of one class in a mask of any dimensions."""
     return len(_pieces(mask.numpy(), label)[1])
 
 
 def stray_components(prediction: Tensor, truth: Tensor, label: int) -> int:
-    """How many pieces of a class touch no voxel that is truly of it; masks (X, Y, Z)."""
+    """The number of predicted pieces of a class that touch none of its true voxels; masks (X, Y, Z)."""
     numbers, count = ndimage.label((prediction == label).numpy(), np.ones((3,) * prediction.dim(), dtype=bool))
     met = np.unique(numbers[(truth == label).numpy()])
     return int(count - np.count_nonzero(met))
@@ -29,7 +29,8 @@ def single_organs(masks: Iterable[Tensor], num_classes: int) -> list[int]:
     """The classes from 1 on that are one organ: 99 % of their voxels lie in the largest component of their mask.
 
     Args:
-        masks: slices (X, Y) or volumes (X, Y, Z), of what the network is shown; -1 is of no class.
+        masks: slices (X, Y) or volumes (X, Y, Z), as the network sees them; -1 belongs to no class.
+        num_classes: K, with background.
     """
     inside, every = np.zeros(num_classes, dtype=np.int64), np.zeros(num_classes, dtype=np.int64)
     for mask in masks:
@@ -42,11 +43,15 @@ def single_organs(masks: Iterable[Tensor], num_classes: int) -> list[int]:
 
 
 def clean(pseudo: Tensor, prediction: Tensor, labels: Iterable[int]) -> tuple[Tensor, Tensor]:
-    """Pseudo-labels whose `labels` keep their largest component of each image, and how certain the teacher is of them.
+    """Keeps only the largest component of each of `labels` in every pseudo-label; the rest becomes background.
 
     Args:
         pseudo: (B, *S) int64.
-        prediction: (B, K, *S) probabilities; what a pixel became instead is as certain as its probability here.
+        prediction: (B, K, *S), the teacher's probabilities.
+        labels: classes.
+
+    Returns:
+        The pseudo-labels, and the teacher's probability of each of them (B, *S).
     """
     labels = list(labels)
     kept = pseudo.clone()
@@ -60,8 +65,8 @@ def clean(pseudo: Tensor, prediction: Tensor, labels: Iterable[int]) -> tuple[Te
 def keep_largest(mask: Tensor, labels: Iterable[int]) -> Tensor:
     """A copy of `mask`, of any dimensions, in which each of `labels` keeps its largest component.
 
-    The rest becomes background. Voxels that share a face, an edge or a corner are connected. Of components of the same
-    size the first one stays.
+    The rest becomes background. Voxels that share a face, an edge or a corner are connected. If components have the
+    same size, the first one stays.
     """
     kept = mask.clone()
     for label in labels:
@@ -72,7 +77,7 @@ def keep_largest(mask: Tensor, labels: Iterable[int]) -> Tensor:
 
 
 def _pieces(array: np.ndarray, label: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The box around a class (a view), the sizes of its components, and the number of each voxel's, from 1."""
+    """The box around a class (a view), the sizes of its components, and each voxel's component, counted from 1."""
     own = array == label
     box = ndimage.find_objects(own, max_label=1)[0]
     if box is None:

@@ -1,4 +1,4 @@
-"""Masks, probabilities and entropy maps of volumes, in the geometry of their files."""
+"""Predicts masks, probabilities and entropy maps of volumes, in the geometry of their files."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ Report = Callable[[float], None]
 
 
 class FlipAverage(nn.Module):
-    """A network that sees its input mirrored along every set of axes, and answers with the average.
+    """A network that averages over its input mirrored along every set of axes.
 
-    The answer is the logarithm of the mean probability, so that its softmax is that mean.
+    It returns the logarithm of the mean probability, whose softmax is that mean.
     """
 
     def __init__(self, network: nn.Module, spatial_dims: int) -> None:
@@ -107,9 +107,9 @@ def _window_by_window(
 
 @dataclass(frozen=True)
 class Part:
-    """What one model says of a volume, on its own grid.
+    """The prediction of one model for a volume, on the model's own grid.
 
-    p: probabilities (K, X', Y', Z') in canonical axes. geometry: the way back to the volume.
+    p: probabilities (K, X', Y', Z') in canonical axes. geometry: restores the resolution of the volume.
     """
 
     p: Tensor
@@ -119,7 +119,11 @@ class Part:
 class Prediction:
     """Probabilities of a volume, restored to its own resolution slab by slab.
 
-    A whole volume of probabilities is held only by who asks for it: six classes of 512 x 512 x 300 voxels are 1.9 GB.
+    Only :meth:`probabilities` holds all of them at once: six classes of 512 x 512 x 300 voxels take 1.9 GB.
+
+    Args:
+        parts: one for each model, of the same volume and classes; they are averaged.
+        change: post-processes a mask (X, Y, Z).
     """
 
     def __init__(self, parts: Sequence[Part], change: Callable[[Tensor], Tensor]) -> None:
@@ -128,7 +132,7 @@ class Prediction:
         self.num_classes = len(parts[0].p)
 
     def slabs(self) -> Iterator[tuple[slice, Tensor]]:
-        """Places along the first axis, and the probabilities (K, x, Y, Z) there, which sum to 1."""
+        """Yields places along the first axis and the probabilities (K, x, Y, Z) there, which sum to 1."""
         rows = max(1, SLAB_ELEMENTS // (self.num_classes * self.shape[1] * self.shape[2]))
         for first in range(0, self.shape[0], rows):
             place = slice(first, min(first + rows, self.shape[0]))
@@ -149,7 +153,7 @@ class Prediction:
         return mask
 
     def probabilities(self) -> Tensor:
-        """(K, X, Y, Z) float32; classes lie side by side in memory, as files have them."""
+        """(K, X, Y, Z) float32. The classes of a voxel are adjacent in memory, as in files."""
         whole = torch.empty(*self.shape, self.num_classes)
         for place, p in self.slabs():
             whole[place] = p.movedim(0, -1)
@@ -164,7 +168,7 @@ class Prediction:
 
 
 def restore_rows(part: Part, place: slice) -> Tensor:
-    """(K, x, Y, Z): what ``part.geometry.restore(part.p)`` has at `place` of its first axis."""
+    """The rows `place` of ``part.geometry.restore(part.p)``, (K, x, Y, Z), without the other rows."""
     p, geometry = part.p, part.geometry
     inside = [slice(0, n) for n in geometry.resized[1:]]
     before, after = geometry.resized[0], geometry.shape[0]
@@ -191,10 +195,13 @@ class Predictor:
     """One trained model, or several whose probabilities are averaged.
 
     Args:
-        models: of the same classes and channels. Each sees the volume prepared in its own way.
-        tta: "flips" averages over mirrored images too; refused for a model that never saw one.
-        postprocess: what is done to the masks, one of :data:`POSTPROCESS`. "auto": of the classes that every model
-            says, the largest component is kept.
+        models: with the same classes and channels. Each gets the volume prepared in its own way.
+        tta: "flips" also averages over mirrored images, and is refused for a model trained without such images.
+        postprocess: one of :data:`POSTPROCESS`. "largest-component" keeps only the largest component of each class,
+            "auto" does so for the classes that are among the `organs` of every model.
+
+    Raises:
+        UserError: models that do not fit together, or options that do not fit the models.
     """
 
     def __init__(self, models: Sequence[TrainedModel], *, tta: str = "none", postprocess: str = "auto") -> None:
@@ -248,26 +255,17 @@ class Predictor:
 
     @property
     def organs(self) -> list[int]:
-        """The classes whose masks keep their largest component."""
+        """The classes whose masks keep only their largest component."""
         every = range(1, self.models[0].num_classes)
         if self.postprocess == "auto":
             return [label for label in every if all(label in (model.organs or ()) for model in self.models)]
         return list(every) if self.postprocess == "largest-component" else []
 
 
-def probabilities(network: nn.Module, prepared: Prepared, config: TrainConfig, slice_axis: int | None) -> Tensor:
-    """(K, X, Y, Z) at the volume's own resolution, in canonical axes."""
-    logits = network_output(network, prepared.image, config)
-    if slice_axis is not None:
-        logits = logits.movedim(-1, slice_axis + 1)
-    p = prepared.geometry.restore(logits.softmax(dim=0))
-    return p / p.sum(dim=0, keepdim=True).clamp(min=1e-12)
-
-
 def data_folders(run: Path, inputs: Sequence[Path]) -> list[Path]:
-    """Folders whose images and labels must stay what they are: that of the run, and those that inputs come from."""
+    """The data folders of the run and of the inputs. No output may count as one of their images or labels."""
     found = []
-    with contextlib.suppress(UserError):  # a model without its run
+    with contextlib.suppress(UserError):  # the model was moved out of its run
         found.append(data_of(run))
     folders = [path if path.is_dir() else path.parent for path in inputs]
     return [*found, *dict.fromkeys(f.resolve().parent for f in folders if f.resolve().name.startswith("images"))]
@@ -275,7 +273,11 @@ def data_folders(run: Path, inputs: Sequence[Path]) -> list[Path]:
 
 @dataclass(frozen=True)
 class Writer:
-    """Where the files of a prediction go, and which there are of each case; masks carry the values of `labels`."""
+    """Writes the files of predictions to a folder.
+
+    labels: gives masks their values. probabilities, entropy: whether to write these files, too. overwrite: replace
+    files that exist.
+    """
 
     folder: Path
     labels: LabelMap
@@ -284,15 +286,23 @@ class Writer:
     overwrite: bool = False
 
     def files(self, case: Case) -> list[Path]:
-        """The mask first."""
+        """The files of a case, the mask first."""
         image = case.images[0]
         mask, floats = (result_suffix(image, dtype) for dtype in (self.labels.dtype, np.dtype(np.float32)))
         endings = [mask, *[f"_probabilities{floats}"] * self.probabilities, *[f"_entropy{floats}"] * self.entropy]
         return [self.folder / f"{case.name}{ending}" for ending in endings]
 
     def check(self, cases: Sequence[Case], roots: Sequence[Path] = (), images: Sequence[Path] = ()) -> None:
-        """Raises UserError where a file would be lost, or taken for an image: of the data folders `roots`, or of
-        `images`, what the command was given."""
+        """Refuses outputs that would replace a file, or that would later count as images.
+
+        Args:
+            cases: those to write.
+            roots: data folders.
+            images: the inputs of the command, files and folders.
+
+        Raises:
+            UserError: a line for each file in the way, or for an output folder that holds images.
+        """
         for root in roots:
             check_outside_data(self.folder, root)
         outputs = [path for case in cases for path in self.files(case)]
@@ -300,14 +310,14 @@ class Writer:
         check_outputs(outputs, inputs=read, overwrite=self.overwrite)
         if any(os.path.samefile(path, self.folder) for path in images if path.is_dir() and not is_dicom_folder(path)):
             raise UserError(
-                f"{self.folder}: holds the images; next time its masks would be, too: choose another --output"
+                f"{self.folder}: holds the images; next time, masks would count as images, too: choose another --output"
             )
 
     def write(self, prediction: Prediction, prepared: Prepared) -> list[Path]:
-        """The files of one case, in the axes and geometry of its image."""
+        """Writes the files of one case, in the axes and geometry of its image. Returns their paths."""
         case, source = prepared.case, prepared.source
         paths = self.files(case)
-        self.check([case])  # once more: the batch was checked a while ago
+        self.check([case])  # again, since files may have appeared after the first check
         write_like(self.labels.decode(prediction.mask().numpy()), source, paths[0])
         rest = iter(paths[1:])
         if self.probabilities:

@@ -1,4 +1,4 @@
-"""A case as the network sees it: read, normalised, resized, padded."""
+"""Prepares a case for the network: reads, normalises, resizes and pads it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class Prepared:
 
     image: (C, X, Y, Z) float32, normalised, resized, padded to at least the network's size. label: (X, Y, Z) int8
     (int16 from 128 classes on), -1 where padded or ignored; or None. The slice axis of 2-D training comes last.
-    spacing: mm (or pixels) of the volume before it was resized, in canonical axes. source: of its file, for results.
+    spacing: mm (or pixels) of the volume before it was resized, in canonical axes. source: of its file, needed to write
+    results.
     """
 
     case: Case
@@ -39,7 +40,7 @@ class Prepared:
 
     @cached_property
     def foreground(self) -> Tensor:
-        """Places of voxels of the classes from 1 on, in the flattened label; int32, found once."""
+        """Indices of the voxels of classes from 1 on in the flattened label; int32 (int64 from 2^31 voxels on)."""
         if self.label is None:
             return torch.zeros(0, dtype=torch.int32)
         places = (self.label.reshape(-1) > 0).nonzero()[:, 0]
@@ -53,11 +54,17 @@ def prepare(
     intensity: Intensity,
     labels: LabelMap | None = None,
 ) -> Prepared:
-    """Reads a case; its label file only where `labels`, the map of its values to classes, is given.
+    """Reads and prepares a case.
+
+    Args:
+        case: the files.
+        config: the options of the run.
+        slice_axis: of 2-D training; None in 3-D.
+        intensity: the normalisation.
+        labels: the map of label values to classes; without it, the label file is not read.
 
     Raises:
-        UserError: what is wrong with its files, another number of channels than `intensity` has, or a size that does
-            not fit into memory.
+        UserError: a damaged file, another number of channels than `intensity` has, or a volume too large for memory.
     """
     volume = read_volume(case.images)
     shape, channels = volume.data.shape[1:], len(volume.data)
@@ -78,7 +85,7 @@ def prepare(
     if labels is not None and case.label is not None:
         target = resize_label(torch.from_numpy(read_label(case.label, case.images[0], labels)), resized)
     around = [side for now, then in zip(reversed(resized), reversed(padded)) for side in (0, then - now)]
-    # Padded with the darkest value: what a scanner sees beside the body.
+    # Padded with the darkest value, as if a scanner saw more of the air around the body.
     darkest = image.amin(dim=(1, 2, 3), keepdim=True)
     image = F.pad(image - darkest, around) + darkest
     if target is not None:
@@ -91,7 +98,7 @@ def prepare(
 
 
 def padded_shape(resized: Sequence[int], config: TrainConfig, slice_axis: int | None) -> tuple[int, ...]:
-    """At least the size of the network's input along each axis of a volume."""
+    """`resized`, made at least as large as the network's input along each axis."""
     least = config.size if slice_axis is None else _with_slice_axis(config.size, slice_axis)
     return tuple(max(now, then) for now, then in zip(resized, least))
 
@@ -102,7 +109,10 @@ def _with_slice_axis(size: Sequence[int], slice_axis: int) -> list[int]:
 
 
 def choose_slice_axis(config: TrainConfig, shape: Sequence[int]) -> int | None:
-    """The axis (of canonical ones) with the fewest voxels: slices are thick there."""
+    """The canonical axis across which 2-D training takes slices; None in 3-D.
+
+    By default it is the axis with the fewest voxels of `shape` (X, Y, Z), along which slices are thick.
+    """
     if config.spatial_dims == 3:
         return None
     return config.slice_axis if config.slice_axis >= 0 else int(np.argmin(shape))

@@ -16,7 +16,7 @@ LINE_EVERY = 15.0  # seconds between lines of progress where there is no termina
 
 
 def duration(seconds: float) -> str:
-    """As people say it: 42 s, 3 min 10 s, 2 h 5 min."""
+    """A time for people: 42 s, 3 min 10 s, 2 h 5 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -44,11 +44,11 @@ class _Lines:
 
 
 class Progress:
-    """Step, losses, validation Dice and the time left.
+    """Shows step, losses, validation Dice and the time left.
 
     Args:
         steps: of the run.
-        quiet: nothing at all (ranks other than the first).
+        quiet: show nothing, as on ranks other than the first.
     """
 
     def __init__(self, steps: int, *, quiet: bool = False) -> None:
@@ -100,12 +100,12 @@ class Progress:
 
 
 class Volumes:
-    """Progress over volumes, and within each.
+    """Shows progress over volumes, and within each.
 
     Args:
-        what: is done with them, for example "predicting".
-        count: of volumes.
-        quiet: nothing at all.
+        what: the word for it, such as "predicting".
+        count: number of volumes.
+        quiet: show nothing.
     """
 
     def __init__(self, what: str, count: int, *, quiet: bool = False) -> None:
@@ -134,7 +134,7 @@ class Volumes:
         self.bar.stop()
 
     def start(self, name: str) -> Callable[[float], None]:
-        """Begins the next volume; returns what is to be called with the share of it that is done, 0 to 1."""
+        """Begins the next volume. Returns a function to call with the share of it that is done, 0 to 1."""
         before, self.done = self.done, self.done + 1
 
         def report(share: float) -> None:

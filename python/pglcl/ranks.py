@@ -1,4 +1,4 @@
-"""One rank among many."""
+"""The processes that train together (ranks): how they start, and what they exchange."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from pglcl.meeting import WORKING, form_group, lost_ranks_explained, number_from
 class Ranks:
     """The processes of a run, as one of them sees them.
 
-    group: what torch.distributed calls them, or None for a single process. device: the tensors that are exchanged are
-    there. on_machine: how many of them share this machine.
+    group: their group in torch.distributed, or None for a single process. rank: the number of this process. size: the
+    number of processes. device: holds the tensors that are exchanged. on_machine: the number of ranks on this machine.
     """
 
     group: Any = None
@@ -35,11 +35,11 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank is the one that speaks and writes."""
+        """Whether this rank is the one that prints and writes files."""
         return self.rank == 0
 
     def raise_together(self, lines: Sequence[str]) -> None:
-        """Raises :class:`UserError` on every rank when one of them has `lines` to say, in the order of the ranks."""
+        """Raises :class:`UserError` on every rank if one has `lines`; all raise those of the first such rank."""
         lines = next((lines for lines in self.gather(list(lines)) if lines), [])
         if lines:
             raise UserError(*lines, everywhere=True)
@@ -59,7 +59,7 @@ class Ranks:
         return self.sum([float(flag)])[0] > 0
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
-        """The sum over the ranks of each number."""
+        """The sum of each number over the ranks."""
         if self.group is None:
             return list(numbers)
         # float32 where a device has no float64
@@ -69,7 +69,7 @@ class Ranks:
         return [float(value) for value in total]
 
     def gather(self, value: Any) -> list[Any]:
-        """`value` of each rank."""
+        """The `value` of each rank, in their order."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.size
@@ -86,7 +86,7 @@ class Ranks:
 
 
 def device_of_rank(device: torch.device) -> torch.device:
-    """`device`, or of several GPUs the one of this rank, which becomes the current one.
+    """`device`; under a launcher, the GPU of this rank, which becomes the current one.
 
     Raises:
         UserError: there are fewer GPUs than ranks.
@@ -111,8 +111,8 @@ def launched_ranks(device: torch.device) -> Iterator[Ranks]:
     if size == 1:
         yield Ranks(device=device)
         return
-    # The optimizer's first step imports this, which then keeps the group that it finds, and with it threads that still
-    # run while the interpreter is taken down, which now and then abort it. Imported before, it finds none.
+    # The optimizer's first step imports this module, which then keeps any process group that exists. Threads of that
+    # group would still run while the interpreter shuts down, and sometimes abort it. At this point there is no group.
     import torch._dynamo  # noqa: F401
 
     rank = number_from_environment("RANK", most=size - 1)
@@ -134,14 +134,14 @@ def launched_ranks(device: torch.device) -> Iterator[Ranks]:
 def averaging(loss: nn.Module, config: TrainConfig) -> nn.Module:
     """The same loss; its gradients are averaged over the ranks while ``backward`` runs.
 
-    With `find_unused_parameters` a rank that has no anchors holds nobody up, and buckets stay as they are first made: a
-    run that is resumed adds up in the same order.
+    With `find_unused_parameters`, no rank has to wait for one that has no anchors. The buckets of gradients also stay
+    as they are first made, so that a resumed run adds up in the same order.
     """
-    # Without a queue, the contrast exchanges keys in its own backward pass: one bucket comes after all of that. A group
-    # of its own keeps the two kinds of messages apart.
+    # Without a queue, the contrast exchanges messages in its backward pass. A single bucket is sent after all of them,
+    # and a group of its own keeps the two kinds of messages apart.
     options: dict[str, Any] = {} if config.queue_length or not config.contrast else {"bucket_cap_mb": 1 << 20}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of a name that newer versions change
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions change a name
         return DistributedDataParallel(
             loss,
             process_group=dist.new_group(timeout=WORKING),

@@ -24,6 +24,8 @@ from pglcl.files import check_writable, read_bytes, write_text
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
+    """The commit of a source folder, and whether files were changed since; None outside of git."""
+
     def git(*arguments: str) -> str:
         result = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
         return result.stdout.strip() if result.returncode == 0 else ""
@@ -46,6 +48,7 @@ def processor() -> str:
 
 
 def environment() -> dict[str, Any]:
+    """The versions and the machine that a run is computed with."""
     import monai
 
     return {
@@ -62,7 +65,7 @@ def environment() -> dict[str, Any]:
 
 
 class Profile:
-    """Seconds of each section of the steps."""
+    """Measures the seconds of each section of a step; does nothing unless `enabled`."""
 
     def __init__(self, device: torch.device, enabled: bool) -> None:
         self.device, self.enabled = device, enabled
@@ -84,17 +87,17 @@ class Profile:
             torch.cuda.synchronize(self.device)
 
     def rows(self, steps: int) -> list[tuple[str, float, float]]:
-        """(section, milliseconds a step, share of the step), of the last `steps` steps."""
+        """(section, milliseconds per step, share of the step), over the last `steps` steps."""
         means = {name: float(np.sum(v[-steps:])) / steps for name, v in self.seconds.items()}
         total = sum(means.values()) or 1.0
         return [(name, 1e3 * seconds, seconds / total) for name, seconds in means.items()]
 
 
 class MetricsLog:
-    """metrics.jsonl and tensorboard; rows of steps that a resumed run takes again are taken out first.
+    """Writes metrics.jsonl and TensorBoard's files. Rows after step `first`, which a resumed run repeats, are removed.
 
     Raises:
-        WriteError: the disk is full, or the like; TensorBoard's thread says so when the next number comes.
+        WriteError: a file cannot be written. A thread writes TensorBoard's files, so their error comes a row later.
     """
 
     def __init__(self, output: Path, first: int) -> None:
@@ -102,7 +105,7 @@ class MetricsLog:
 
         self.path, self.folder = output / "metrics.jsonl", output / "tensorboard"
         kept = [row for row in read_metrics(output) if row["step"] <= first]
-        # Seconds that the run has taken so far, without those of steps that are taken again.
+        # Seconds that the run has taken so far, without those of the steps that are repeated.
         self.start = time.monotonic() - max((row.get("seconds", 0.0) for row in kept), default=0.0)
         write_text(self.path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
         with _written(self.path):
@@ -113,7 +116,7 @@ class MetricsLog:
             self.board = SummaryWriter(str(self.folder), purge_step=first + 1 if first else None)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Adds the seconds of training up to this row to metrics.jsonl."""
+        """Writes a row, and in metrics.jsonl also the seconds of training so far."""
         timed = {**row, "seconds": round(time.monotonic() - self.start, 3)}
         with _written(self.path):
             self.file.write(json.dumps(timed, allow_nan=False) + "\n")
@@ -124,7 +127,7 @@ class MetricsLog:
                     self.board.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
-        """Closes both files. An error is passed over, so that the run ends as it would have."""
+        """Closes both files. Errors are ignored, so that they do not replace the one that ended the run."""
         for closing in (self.file.close, self.board.close):
             with contextlib.suppress(OSError):
                 closing()
@@ -132,7 +135,7 @@ class MetricsLog:
 
 @functools.cache
 def _quieten_the_thread_of_tensorboard() -> None:
-    """Its thread prints no traceback of an OSError, which is raised again with the next number and becomes one line."""
+    """Keeps its thread from printing the traceback of an OSError: the next number raises it again, as one line."""
     before = threading.excepthook
 
     def hook(error: threading.ExceptHookArgs) -> None:
@@ -158,7 +161,7 @@ def read_metrics(output: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl; a last line that a kill cut off is left out.
 
     Raises:
-        UserError: another line is no object of numbers with a whole number as step.
+        UserError: another line is not an object of numbers, or its step is not a whole number.
     """
     path = output / "metrics.jsonl"
     try:

@@ -10,11 +10,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pglcl.cases import distance_unit
+from pglcl.cases import PARTS, distance_unit
 from pglcl.errors import UserError
 from pglcl.evaluate import (
     METRICS,
-    PARTS,
     Evaluation,
     Subject,
     may_renew,
@@ -333,21 +332,13 @@ def _pictures(pictures: Sequence[Picture], columns: str = "") -> str:
 
 
 def _metric_rows(run: Path) -> tuple[list[dict[str, Any]], str]:
-    """The rows of metrics.jsonl that have a step, and their numbers; and what is wrong with the file, or nothing."""
+    """The rows of metrics.jsonl; and what is wrong with the file, or nothing."""
     path = run / "metrics.jsonl"
     try:
-        found = read_metrics(run)
+        rows = read_metrics(run)
     except UserError as error:
         return [], f"{path.name}: cannot be read: {error.lines[0]}"
-    rows = []
-    for row in found:
-        if isinstance(row, dict) and _is_number(row.get("step")):
-            rows.append({name: value for name, value in row.items() if _is_number(value)})
     return rows, "" if rows else f"{path.name}: has no row of a step"
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _facts(model: TrainedModel, subject: Subject, rows: Sequence[dict[str, Any]]) -> str:

@@ -1,8 +1,8 @@
 """The folder of a run: what it holds, and whether a run may go on in it.
 
-config.json, the options; split.json, the patients of each part; run.json, who the run is and what it read;
-environment.json; metrics.jsonl and tensorboard/; checkpoint.pt; best.pt, the teacher that validation patients scored
-best; model.pt, the last one, when the run has ended.
+config.json, the options; split.json, the patients of each part; run.json, the identity of the run and the files that it
+read; environment.json; metrics.jsonl and tensorboard/; checkpoint.pt; best.pt, the teacher with the best validation
+Dice; model.pt, the last teacher, once the run has ended.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pglcl.cases import Split
+from pglcl.cases import PARTS, Split
 from pglcl.config import OPTIONS, TrainConfig, flag
 from pglcl.errors import UserError
 from pglcl.files import (
@@ -35,7 +35,6 @@ from pglcl.files import (
 from pglcl.model import TrainedModel, weights_hash
 from pglcl.record import environment, read_metrics
 
-PARTS = tuple(field.name for field in dataclasses.fields(Split))
 STARTED = ("run.json", "split.json", "environment.json")  # written before config.json
 FILES = (*STARTED, "config.json", "metrics.jsonl", "checkpoint.pt", "best.pt", "model.pt")
 SHOWN = 20  # files that a message names
@@ -43,12 +42,12 @@ SHOWN = 20  # files that a message names
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run is, from its first step to its last.
+    """The properties of a run that stay the same from its first step to its last.
 
-    Its checkpoints hold all of it; a resume compares them with the JSON files.
+    Its checkpoints hold all of them; a resume compares them with the JSON files.
 
-    id: random. split: patients of each part. files: hash of every file that it reads, by its path from the data folder.
-    ranks: processes that train together. threads: of each. initial: hash of the weights of `--init`, or nothing.
+    id: random. split: patients of each part. files: hash of every file that the run reads, by its path from the data
+    folder. ranks: number of processes. threads: of each process. initial: hash of the weights of `--init`, or "".
     """
 
     id: str
@@ -60,17 +59,17 @@ class RunRecord:
 
 
 class RunFolder:
-    """One run's files.
+    """The files of one run.
 
     Args:
         path: of the folder.
-        data: the folder that its volumes are in.
-        config: the options that are asked for.
+        data: the folder of its volumes.
+        config: the options of the command.
 
     Attributes:
-        config: the options of the run: of one that is resumed its own, with those taken over that change no weight, and
-            with more steps if they are asked for.
-        record: None for a run that has not begun.
+        config: the options of the run. A resumed run keeps its own, except for options that change no weights, and for
+            a larger number of steps.
+        record: None before the run has begun.
     """
 
     def __init__(self, path: Path, data: Path, config: TrainConfig) -> None:
@@ -80,18 +79,18 @@ class RunFolder:
 
     @property
     def split(self) -> Split | None:
-        """That of a run which has begun."""
+        """The patients of each part; None before the run has begun."""
         return None if self.record is None else Split(*(tuple(self.record.split[part]) for part in PARTS))
 
     def open(self, *, resume: bool, ranks: int) -> None:
-        """Finds the run that is to be resumed, or that none is there.
+        """Checks that the folder holds a run that can be resumed, or no run.
 
         Args:
-            ranks: processes that train together.
+            resume: whether a run may be there.
+            ranks: number of processes that train together.
 
         Raises:
-            UserError: a run is there and `resume` is not asked for; or it is another than what is asked for; or its
-                files do not belong together.
+            UserError: a run is there without `resume`, or it has other options, or its files do not belong together.
         """
         remove_orphans(self.path)
         _check_files(self.path)
@@ -107,14 +106,14 @@ class RunFolder:
         self._compare_options(saved)
         self.record = read_record(self.path)
         if self.record.ranks != ranks:
-            raise UserError(f"{self.path}: is a run of {self.record.ranks} processes, started are {ranks}")
+            raise UserError(f"{self.path}: is a run of {self.record.ranks} processes, got {ranks}")
         self._compare_split_file(saved)
 
     def begin(
         self, split: Split, root: Path, files: list[Path], ranks: int, initial: TrainedModel | None = None
     ) -> None:
-        """Writes what is known of a run before its first step; `initial` is the model that it starts from."""
-        # From now on as a number, which more steps do not change.
+        """Writes the files of a run before its first step; `initial` is the model that it starts from."""
+        # A share of the steps becomes a number, which a larger --steps does not change.
         self.config = dataclasses.replace(self.config, warmup=self.config.warmup_steps)
         known = {_name(file, root): fingerprint(file) for file in files}
         hashes = {name: print["sha256"] for name, print in known.items()}
@@ -122,21 +121,25 @@ class RunFolder:
         self.record = RunRecord(secrets.token_hex(8), split.as_dict(), hashes, ranks, threads, _hash_of(initial))
         started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         identity = {"id": self.record.id, "started": started, "ranks": ranks, "threads": threads}
-        # The first: what lies beside it is ours.
+        # Written first: it shows that the files beside it are ours.
         write_json(self.path / "run.json", {**identity, "initial": self.record.initial, "files": known})
         write_json(self.path / "split.json", self.record.split)
         write_json(self.path / "environment.json", environment())
-        self._write_options()  # the last: with it, a run is there
+        self._write_options()  # written last: from now on the folder holds a run
 
     def resume(self, root: Path, files: list[Path]) -> dict[str, Any] | None:
-        """The state to go on from, None when the first checkpoint was not reached.
+        """The state to continue from; None before the first checkpoint.
+
+        Args:
+            root: the data folder.
+            files: those that the run reads.
 
         Raises:
-            UserError: a file that the run reads is not the one that it began with, or the checkpoint is not this run's.
+            UserError: one of `files` has changed since the run began, or the checkpoint is not of this run.
         """
         assert self.record is not None
         state = self.load_checkpoint()
-        read_metrics(self.path)  # what is wrong with them is said before anything is written
+        read_metrics(self.path)  # raises for damaged metrics before anything is written
         changed = _changed_files(self.record.files, root, files)
         if changed:
             more = [f"... and {len(changed) - SHOWN} more files"] if len(changed) > SHOWN else []
@@ -144,19 +147,23 @@ class RunFolder:
         return state
 
     def check_initial(self, initial: TrainedModel | None) -> None:
-        """Raises UserError when a run that has no checkpoint yet would start from other weights than it began with."""
+        """Raises UserError when a run without a checkpoint began with other initial weights."""
         assert self.record is not None
         if _hash_of(initial) != self.record.initial:
             raise UserError(f"--init {self.config.init}: its weights are no longer those that {self.path} began with")
 
     def go_on(self, step: int) -> None:
-        """Writes down what has changed, now that nothing is left to refuse and the run goes on after `step` steps."""
+        """Writes changed options, once all checks have passed and the run continues after `step` steps."""
         if step < self.config.steps:
             self.model.unlink(missing_ok=True)  # of fewer steps; the checkpoint holds the same teacher
         self._write_options()
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The run's state, compared with what the run is; None before there is any."""
+        """The state of the last checkpoint, compared with the record; None before the first checkpoint.
+
+        Raises:
+            UserError: the checkpoint is missing, damaged or of another run.
+        """
         assert self.record is not None
         if not self.checkpoint.exists():
             later = [path for path in (self.model, self.path / "metrics.jsonl") if path.exists()]
@@ -168,19 +175,20 @@ class RunFolder:
         return state
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Writes the checkpoint: the state of the learner and the identity of the run."""
         save_tensors(self.checkpoint, {**state, "run": self._identity()})
 
     def save_model(self, model: TrainedModel, path: Path) -> None:
-        """`path`: of this folder, :attr:`model` or :attr:`best`."""
+        """Writes a model to `path`, which is :attr:`model` or :attr:`best`."""
         save_tensors(path, {**model.state(), "run": self._identity()})
 
     def hash_of(self, file: Path) -> str:
-        """SHA-256 of a file that the run began with."""
+        """The SHA-256 that a file had when the run began; "" for a file that the run does not read."""
         assert self.record is not None
         return self.record.files.get(_name(file, self.data), "")
 
     def notes(self) -> list[str]:
-        """What makes a resumed run end with other last digits."""
+        """Lines about everything that may change the last digits of a resumed run."""
         assert self.record is not None
         notes, threads = [], torch.get_num_threads()
         if threads != self.record.threads:
@@ -190,11 +198,14 @@ class RunFolder:
             )
         before = read_object(self.path / "environment.json").get("torch")
         if before != torch.__version__:
-            notes.append(f"the run began with PyTorch {before} and goes on with {torch.__version__}: as above")
+            notes.append(
+                f"the run began with PyTorch {before} and goes on with {torch.__version__}: the last digits of its "
+                "weights may differ"
+            )
         return notes
 
     def _check_nothing_is_lost(self) -> None:
-        """Raises UserError for files that a new run would replace, other than those of a start that was killed."""
+        """Raises UserError for files that a new run would replace, except those of a run killed at its start."""
         replaced: tuple[str, ...] = FILES
         if _is_start_of_a_run(self.path / "run.json"):
             replaced = tuple(name for name in FILES if name not in STARTED)
@@ -213,9 +224,9 @@ class RunFolder:
         write_json(self.path / "config.json", {**dataclasses.asdict(self.config), "data": str(self.data.resolve())})
 
     def _compare_options(self, saved: TrainConfig) -> None:
-        """Refuses changed options that change weights. Takes the others, and the number of steps."""
+        """Refuses changes of options that change weights. Accepts the other options, and more steps."""
         asked = self.config
-        # Where the warm-up is a share of the steps, of those that the run began with.
+        # A warm-up that is a share of the steps keeps the number with which the run began.
         warmup = saved.warmup if asked.warmup < 0 else asked.warmup
         names = [name for name, option in OPTIONS.items() if option.weights and name != "steps"]
         lines = [] if warmup == saved.warmup else [_difference("warmup", saved.warmup, warmup)]
@@ -231,7 +242,7 @@ class RunFolder:
         self.config = dataclasses.replace(saved, steps=asked.steps, **free)
 
     def _compare_split_file(self, saved: TrainConfig) -> None:
-        """Refuses a split file that was edited since the run began. It may be gone: the run has the split."""
+        """Refuses a split file that was edited since the run began. It may be missing, since the run has the split."""
         path = Path(saved.split_file)
         if saved.split_file and path.exists():
             lines = split_differences(path, read_json(path), self.record.split if self.record else {})
@@ -247,7 +258,7 @@ def _check_files(run: Path) -> None:
 
 
 def _is_start_of_a_run(path: Path) -> bool:
-    """Whether this is the run.json of a run, the first file that it writes."""
+    """Whether a file is the run.json of a run, the first file that a run writes."""
     try:
         return {"id", "started", "ranks", "threads", "initial", "files"} == set(read_object(path))
     except UserError:
@@ -281,10 +292,10 @@ def data_of(run: Path) -> Path:
 
 
 def read_record(run: Path) -> RunRecord:
-    """What a run began with.
+    """The record of a run, from run.json and split.json.
 
     Raises:
-        UserError: run.json or split.json is not what a run wrote.
+        UserError: one of them is missing, or is not what a run wrote.
     """
     path = run / "run.json"
     if not path.exists():
@@ -304,7 +315,7 @@ def read_record(run: Path) -> RunRecord:
 
 
 def check_identity(state: dict[str, Any], path: Path, record: RunRecord, config: TrainConfig) -> None:
-    """Raises UserError when a checkpoint is not of this run, or the run's JSON files say other than it."""
+    """Raises UserError when a checkpoint is of another run, or when the run's JSON files contradict it."""
     own = state.get("run")
     if not isinstance(own, dict) or not isinstance(state.get("step"), int):
         raise UserError(f"{path}: not a checkpoint of this version of pglcl: it does not say which run it is of")
@@ -331,7 +342,7 @@ def _hash_of(model: TrainedModel | None) -> str:
 
 
 def _difference(name: str, before: Any, now: Any) -> str:
-    return f"{flag(name)}: the run has {before!r}, asked for is {now!r}"
+    return f"{flag(name)}: the run has {before!r}, got {now!r}"
 
 
 def split_differences(path: Path, now: Any, began: dict[str, list[str]]) -> list[str]:
@@ -347,7 +358,7 @@ def split_differences(path: Path, now: Any, began: dict[str, list[str]]) -> list
 
 
 def _name(file: Path, root: Path) -> str:
-    """The path from the data folder, which may be moved."""
+    """The path of a file from the data folder, which stays the same when that folder is moved."""
     return Path(os.path.relpath(file.absolute(), root.absolute())).as_posix()
 
 

@@ -1,4 +1,4 @@
-"""The loss of one training step: the teacher is asked, the student shown its views, base and contrast added up."""
+"""The loss of a training step: the teacher predicts, the student sees its views, base and contrast are added up."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from pglcl.config import TrainConfig
 from pglcl.contrast import PatchContrast
 from pglcl.model import SegmentationNetwork
 
-CONTRAST_RAMP = 0.3  # share of the steps
+CONTRAST_RAMP = 0.3  # share of the steps in which the weight of the contrast rises, and falls again
 
 
 class StepLoss(nn.Module):
     """The loss of a batch, for one ``backward()``.
 
-    A module, so that :class:`~torch.nn.parallel.DistributedDataParallel` may wrap it: its trained parameters are those
-    of the student.
+    It is a module, so that :class:`~torch.nn.parallel.DistributedDataParallel` can wrap it. Its trained parameters are
+    those of the student.
 
     Args:
         student, teacher: networks of the same architecture. The teacher needs no gradient.
-        contrast: or None.
+        contrast: the contrastive loss, or None.
         config: the options of the run.
-        organs: classes of which a pseudo-label keeps the largest component.
-        section: names a part of the step for the profile.
+        organs: classes of which a pseudo-label keeps only the largest component.
+        section: opens a named section of the step, for the profile.
     """
 
     def __init__(
@@ -48,12 +48,12 @@ class StepLoss(nn.Module):
     def forward(
         self, batch: dict[str, Tensor], step: int, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and what it is made of, detached: segmentation and, if there is one, contrast.
+        """The loss, and its detached parts: segmentation and, if there is one, contrast.
 
         Args:
             batch: of :class:`~pglcl.batches.StepBatches`, on the device.
-            step: which one, from 0.
-            generator: of everything random, on the CPU.
+            step: its number, from 0.
+            generator: draws everything random; on the CPU.
         """
         autocast = torch.autocast(batch["image"].device.type, torch.bfloat16, enabled=self.config.amp)
         semi = "strong" in batch
@@ -93,7 +93,7 @@ class StepLoss(nn.Module):
         return loss + self._contrast_weight(step) * contrast, parts
 
     def _kept_features(self, views: ViewBatch, generator: torch.Generator) -> Tensor | None:
-        """(B, features, 1, ...): what each feature channel is multiplied by; None where every image keeps all."""
+        """(B, features, 1, ...): the factor of each feature channel; None if there are no weak views to lose any."""
         if not views.weak:
             return None
         share = 1 - self.config.feature_dropout
@@ -103,7 +103,10 @@ class StepLoss(nn.Module):
         return kept.view(*kept.shape, *[1] * self.config.spatial_dims).to(views.images.device)
 
     def _ask_teacher(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Probabilities of labelled and unlabelled images, and features. Labelled ones are asked for keys alone."""
+        """Probabilities of labelled and unlabelled images, and features.
+
+        Only the contrast needs those of labelled images. Without it, their probabilities are 0.
+        """
         labelled = batch["image"] if self.contrast is not None else batch["image"][:0]
         images = torch.cat([labelled, batch["weak"]]) if "weak" in batch else labelled
         logits, features = self.teacher.with_features(images)
@@ -113,15 +116,17 @@ class StepLoss(nn.Module):
         return prediction, features
 
     def _contrast_weight(self, step: int) -> float:
-        """Up over the first 30 % of the steps, down to 0 over the last: at first features mean little, at last the
-        outline is what is left to learn."""
+        """The weight of the contrast. It rises over the first 30 % of the steps, since features mean little at first.
+
+        It falls to 0 over the last 30 %, when outlines are what is left to learn.
+        """
         weight, done = self.config.contrast_weight, step / self.config.steps
         if self.config.contrast_schedule == "constant":
             return weight
         return weight * min(1.0, done / CONTRAST_RAMP, (1 - done) / CONTRAST_RAMP)
 
     def _ramp(self, step: int) -> float:
-        """From exp(-5) to 1 over the first third of the semi-supervised steps."""
+        """The trust in the teacher. It rises from exp(-5) to 1 over the first third of the semi-supervised steps."""
         begin = self.config.warmup_steps
         third = max(1.0, (self.config.steps - begin) / 3)
         return math.exp(-5 * (1 - min(1.0, (step - begin) / third)) ** 2)

@@ -1,4 +1,4 @@
-"""A run that is asked to stop ends its step first."""
+"""Requests to stop a run, which then ends its step first."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any
 
 from pglcl.launcher import parent_has_ended
 
-_interrupts: list[int] = []  # those that `remember_interrupts` has seen
+_interrupts: list[int] = []  # signals that came after `remember_interrupts`
 
 
 def remember_interrupts() -> None:
-    """From here on Ctrl-C raises KeyboardInterrupt, as ever, and is remembered: a library that is being imported may
-    catch the exception and go on."""
+    """From now on, Ctrl-C is remembered, and raises KeyboardInterrupt as usual.
+
+    A library that is being imported may catch the exception and go on.
+    """
 
     def interrupt(number: int, frame: Any) -> None:
         _interrupts.append(number)
@@ -25,10 +27,10 @@ def remember_interrupts() -> None:
 
 
 class StopRequest:
-    """The first Ctrl-C, SIGTERM or SIGHUP in the block is noted; the second raises KeyboardInterrupt there and then.
+    """Notes the first Ctrl-C, SIGTERM or SIGHUP in the block. The second raises KeyboardInterrupt at once.
 
     Attributes:
-        asked: whether one came, in the block or lost before it.
+        asked: whether a signal came in the block, or was caught by a library before it.
     """
 
     def __init__(self) -> None:
@@ -36,7 +38,7 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def look_at_parent(self) -> None:
-        """The end of the process that launched this one is a request, too."""
+        """Counts the end of the process that launched this one as a request, too."""
         self.asked = self.asked or parent_has_ended()
 
     def _ask(self, number: int, frame: Any) -> None:

@@ -10,10 +10,12 @@ from pglcl.progress import print_table
 
 
 def tell(found: dict[str, Any], out: Console, *, verbose: bool = False) -> None:
-    """Prints the summary of a data folder; verbose: with a row for every case.
+    """Prints the summary of a data folder.
 
     Args:
-        found: what :func:`pglcl.inspection.summary` returns.
+        found: the result of :func:`pglcl.inspection.summary`.
+        out: where to print.
+        verbose: print a row for every case, too.
     """
     out.print(
         f"{found['data']}: layout {found['layout']}, {found['volumes']} volumes of {found['patients']} patients, "

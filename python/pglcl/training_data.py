@@ -1,4 +1,4 @@
-"""The volumes of a run: checked, read and prepared."""
+"""Checks, reads and prepares the volumes of a run."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from pglcl.progress import Progress
 
 @dataclass
 class TrainingData:
-    """The volumes of a run, read and prepared. Those of the test are not among them.
+    """The volumes of a run, read and prepared; without those of the test.
 
-    survey: what was measured of them, of which labels and intensities are part of the model.
+    survey: what was measured of them. Its labels and intensities become part of the model.
     """
 
     folder: DataFolder
@@ -44,10 +44,16 @@ class TrainingData:
 def load_training_data(
     root: Path, config: TrainConfig, split: Split | None = None, *, progress: Progress | None = None
 ) -> TrainingData:
-    """Reads what training needs, and checks all of it first, so that every problem is named before the training begins.
+    """Reads the volumes of a training. It checks all of them first, so that every problem is named before it begins.
 
     Args:
-        split: that of a run which is resumed; by default what the options say.
+        root: the data folder.
+        config: the options of the run.
+        split: that of a resumed run; by default the options decide.
+        progress: prints notes.
+
+    Raises:
+        UserError: a line for each problem of the data.
     """
     folder = open_folder(root)
     split = split or split_patients(folder, config)
@@ -66,26 +72,26 @@ def load_training_data(
     labelled = [prepared(case, found.labels) for case in cases_of(folder, split.labelled, with_label=True)]
     if config.spatial_dims == 3:
         for one in labelled:
-            one.foreground  # noqa: B018  (found here, once, and not in every process that prepares batches)
+            one.foreground  # noqa: B018  (computed here once, instead of in every process that prepares batches)
     unlabelled = cases_of(folder, split.unlabelled) if config.semi else []
     without = [prepared(dataclasses.replace(case, label=None), None) for case in unlabelled]
     return TrainingData(folder, split, found, labelled, without, cases_of(folder, split.validation, with_label=True))
 
 
 def files_read(folder: DataFolder, split: Split) -> list[Path]:
-    """The files that a training on this split reads. Labels of unlabelled patients and the test are not among them."""
+    """The files that a training on this split reads: not the test, and no labels of unlabelled patients."""
     with_label = cases_of(folder, (*split.labelled, *split.validation), with_label=True)
     without = [dataclasses.replace(case, label=None) for case in cases_of(folder, split.unlabelled)]
     return sorted(files_of_cases([*with_label, *without]))
 
 
 def files_behind(folder: DataFolder, cases: Iterable[Case]) -> list[Path]:
-    """Every file that says something of these cases: images, labels, and lists or descriptions of the folder."""
+    """Every file that these cases come from: images, labels, and lists or descriptions of the folder."""
     return [*folder.descriptions, *files_of_cases(cases)]
 
 
 def files_of_cases(cases: Iterable[Case]) -> set[Path]:
-    """The files of their images and labels."""
+    """The files of the images and labels of these cases."""
     paths = {path for case in cases for path in (*case.images, case.label) if path is not None}
     return {file for path in paths for file in files_of(path)}
 

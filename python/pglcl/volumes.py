@@ -1,4 +1,4 @@
-"""One volume: reading, checking, canonical axes, and the way back to a file of the source's geometry."""
+"""Reads and checks volumes, turns them to canonical axes, and writes results in the geometry of their source."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pglcl.labels import LabelMap, whole_numbers
 from pglcl.memory import require_memory
 
 CANONICAL = np.array([[0, 1], [1, 1], [2, 1]])
-APART = 0.1  # voxels by which the corners of a label, or of a channel, may lie beside those of the image
+APART = 0.1  # voxels: how far the corners of a label, or of a channel, may lie from those of the image
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Volume:
 
 
 def read_volume(paths: Sequence[Path]) -> Volume:
-    """The channels, one file each or along the fourth axis of one.
+    """Reads the channels of a volume: a file for each, or all along the fourth axis of one file.
 
     Raises:
         UserError: unreadable or damaged files, voxels that are NaN or infinite, channels of different geometry.
@@ -56,9 +56,9 @@ def read_volume(paths: Sequence[Path]) -> Volume:
     filled = 0
     for path, checked in zip(paths, sources):
         source, stored = _read_as_checked(path, checked)
-        if not filled:  # now that the first file holds what its header claims
+        if not filled:  # allocated only now, since the first file was found to hold what its header claims
             data = np.empty((channels, *shape), np.float32)
-        with np.errstate(over="ignore"):  # what overflows is infinite, and refused
+        with np.errstate(over="ignore"):  # values that overflow become infinite, and are refused below
             for channel in np.moveaxis(to_canonical_axes(stored, source), -1, 0):
                 data[filled] = channel
                 filled += 1
@@ -69,7 +69,7 @@ def read_volume(paths: Sequence[Path]) -> Volume:
 
 
 def read_label_values(path: Path, image: Path) -> np.ndarray:
-    """(X, Y, Z) in canonical axes: the whole numbers of a label file, in an integer type, checked against its image."""
+    """The whole numbers of a label file (X, Y, Z) in canonical axes, in an integer type; checked against its image."""
     label, of_image = formats.read_source(path, label=True), formats.read_source(image)
     check_same_grid(label, of_image, "its image")
     source, stored = _read_as_checked(path, label, label=True)
@@ -79,7 +79,7 @@ def read_label_values(path: Path, image: Path) -> np.ndarray:
 
 
 def _read_as_checked(path: Path, checked: Source, *, label: bool = False) -> tuple[Source, np.ndarray]:
-    """The voxels of a file whose header was looked at before, and has not changed since."""
+    """The source and voxels of a file. Raises UserError if its header is no longer that of `checked`."""
     source, stored = formats.read(path, label=label)
     same = (source.shape, source.channels) == (checked.shape, checked.channels)
     if not same or not np.array_equal(source.affine, checked.affine):
@@ -88,7 +88,7 @@ def _read_as_checked(path: Path, checked: Source, *, label: bool = False) -> tup
 
 
 def read_label(path: Path, image: Path, labels: LabelMap) -> np.ndarray:
-    """(X, Y, Z) in canonical axes: classes as int8 or int16, -1 where the label is to be ignored."""
+    """The classes of a label file (X, Y, Z) in canonical axes, int8 or int16; -1 where it is to be ignored."""
     return labels.encode(read_label_values(path, image), path)
 
 
@@ -96,7 +96,12 @@ def check_same_grid(source: Source, first: Source, role: str) -> None:
     """Checks that two files have the same voxels at the same places, in canonical axes; their own axes may differ.
 
     Args:
+        source: of the file to check.
+        first: of the file that it must fit.
         role: what `first` is to `source`, for messages.
+
+    Raises:
+        UserError: shapes, units or affines differ.
     """
     must, name = f"{source.path}: must have", first.path.name
     if sorted(source.shape) != sorted(first.shape):
@@ -123,13 +128,13 @@ def orientation_of(source: Source) -> np.ndarray:
 
 
 def to_canonical_axes(data: np.ndarray, source: Source) -> np.ndarray:
-    """(X, Y, Z, ...) in the axes of the file; a view."""
+    """Turns (X, Y, Z, ...) from the axes of the file to canonical ones; a view."""
     turned: np.ndarray = apply_orientation(data, ornt_transform(orientation_of(source), CANONICAL))
     return turned
 
 
 def to_source_axes(data: np.ndarray, source: Source) -> np.ndarray:
-    """(X, Y, Z, ...) from canonical axes back to those of the file; a view."""
+    """Turns (X, Y, Z, ...) from canonical axes back to those of the file; a view."""
     turned: np.ndarray = apply_orientation(data, ornt_transform(CANONICAL, orientation_of(source)))
     return turned
 
@@ -147,20 +152,22 @@ def _file_axes(source: Source) -> np.ndarray:
 
 
 def canonical_shape(source: Source) -> tuple[int, ...]:
+    """(X, Y, Z) of a file in canonical axes."""
     return tuple(source.shape[axis] for axis in _file_axes(source))
 
 
 def canonical_spacing(source: Source) -> tuple[float, ...]:
+    """mm (or pixels) along the canonical axes."""
     return tuple(source.spacing[axis] for axis in _file_axes(source))
 
 
 def write_like(data: np.ndarray, source: Source, path: Path) -> None:
-    """(X, Y, Z) or (X, Y, Z, C) in canonical axes, in the axes and with the geometry of the source.
+    """Writes data in the axes and geometry of a source.
 
     Args:
-        data: a mask in an integer type, or float32.
-        source: of the image that it belongs to.
-        path: its suffix says the format; :func:`pglcl.formats.result_suffix` gives that of the input.
+        data: (X, Y, Z) or (X, Y, Z, C) in canonical axes, a mask in an integer type, or float32.
+        source: of the image that the data belong to.
+        path: its suffix gives the format; :func:`pglcl.formats.result_suffix` tells the one that fits the image.
     """
     with replacing(path) as partial:
         formats.write(to_source_axes(data, source), source, partial)  # a view: writers copy what they must
@@ -168,7 +175,7 @@ def write_like(data: np.ndarray, source: Source, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a volume was resampled, so that the result can be brought back.
+    """How a volume was resampled, so that results can be restored to its resolution.
 
     shape: (X, Y, Z) of the volume. resized: what it was interpolated to. The network sees `resized` padded at the end
     of each axis; a slice axis is never resized.
@@ -178,7 +185,7 @@ class Geometry:
     resized: tuple[int, ...]
 
     def restore(self, x: Tensor) -> Tensor:
-        """(C, X', Y', Z') of the network's size to (C, X, Y, Z)."""
+        """Restores (C, X', Y', Z') of the network's size to (C, X, Y, Z)."""
         x = x[(slice(None), *(slice(0, n) for n in self.resized))]
         if self.shape == self.resized:
             return x
@@ -186,7 +193,7 @@ class Geometry:
 
 
 def _positions(extent: int, now: int) -> Tensor:
-    """Where the voxels of an axis resized from `extent` to `now` come from, nearest."""
+    """(now,): the nearest voxel of an axis of `extent` voxels for each voxel after it is resized to `now`."""
     return ((torch.arange(now) + 0.5) * extent / now).floor().long().clamp(max=extent - 1)
 
 
@@ -198,7 +205,11 @@ def resized_shape(
     size: Sequence[int],
     target: Sequence[float] | None,
 ) -> tuple[int, ...]:
-    """2-D: slices are scaled, aspect kept, to fit `size`; 3-D: resampled to the target spacing, if there is one."""
+    """The shape (X, Y, Z) after resizing.
+
+    In 2-D, slices are scaled to fit `size` and keep their aspect. In 3-D, volumes are resampled to the spacing
+    `target`, if there is one.
+    """
     if slice_axis is not None:
         inside = [n for axis, n in enumerate(shape) if axis != slice_axis]
         scale = min(s / n for s, n in zip(size, inside))
@@ -209,7 +220,7 @@ def resized_shape(
 
 
 def resize_image(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """(C, X, Y, Z), linear; blurred first where it shrinks, so that nothing aliases."""
+    """Resizes (C, X, Y, Z) linearly. Axes that shrink are averaged first, which avoids aliasing."""
     if tuple(x.shape[1:]) == tuple(shape):
         return x
     for axis, (now, then) in enumerate(zip(x.shape[1:], shape)):
@@ -225,7 +236,7 @@ def resize_image(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def resize_label(y: Tensor, shape: Sequence[int]) -> Tensor:
-    """(X, Y, Z), nearest."""
+    """Resizes (X, Y, Z); each voxel gets the value of the nearest one."""
     for axis, then in enumerate(shape):
         if y.shape[axis] != then:
             y = y.index_select(axis, _positions(y.shape[axis], then))

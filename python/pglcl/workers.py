@@ -1,4 +1,4 @@
-"""How many processes prepare batches beside the training."""
+"""Chooses how many processes prepare batches beside the training."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def choose_workers(
 
     Args:
         batches: of the run.
-        network: that will be trained; a copy of it is timed.
-        device: that it computes on.
-        ranks: training processes on this machine, which share its cores.
-        progress: is told what was measured.
+        network: the one to train; a copy of it is timed.
+        device: where it computes.
+        ranks: number of training processes on this machine, which share its cores.
+        progress: prints what was measured.
 
     Raises:
-        UserError: shared memory has no room for the batches of those that are asked for.
+        UserError: shared memory has no room for the batches of the workers that `--workers` asks for.
     """
     most = most_workers(batches, batches.config.workers, ranks)
     if batches.config.workers >= 0:

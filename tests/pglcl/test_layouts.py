@@ -394,7 +394,7 @@ def test_labels_of_one_patient_or_blank_are_warned_of(tmp_path: Path) -> None:
     data = open_folder(root)
     reports = inspect_folder(data)
     labels = labels_of(data, reports, None)
-    assert warnings_of(data, reports, labels) == ["class 2 (label 2, value 2): one labelled patient alone has it"]
+    assert warnings_of(data, reports, labels) == ["class 2 (label 2, value 2): only one labelled patient has it"]
     for i in range(1, 6):
         save(root / "labels" / f"case{i:02d}.nii.gz", np.zeros((30 + i % 3, 26, 5 + i % 2), np.uint8))
     reports = inspect_folder(data)
@@ -449,7 +449,7 @@ def test_parts_of_a_folder_that_lead_nowhere(name: str, tmp_path: Path) -> None:
     if (root / name).exists():
         (root / name).rename(tmp_path / "moved")
     (root / name).symlink_to(tmp_path / "gone")
-    with pytest.raises(UserError, match=f"{name}: must be a (file|folder), is a link to .*, where none is"):
+    with pytest.raises(UserError, match=f"{name}: must be a (file|folder), is a link to .*, where no (file|folder) is"):
         open_folder(root)
 
 

@@ -413,7 +413,7 @@ def test_options_of_the_run_that_are_not_given_stay(copies: tuple[Path, Path], c
     data, run = copies
     arguments = ["train", str(data), "-o", str(run), "--resume", "-q"]
     assert main([*arguments, "--learning-rate", "0.1"]) == 2
-    assert "--learning-rate: the run has 0.002, asked for is 0.1" in capsys.readouterr().err
+    assert "--learning-rate: the run has 0.002, got 0.1" in capsys.readouterr().err
     assert main([*arguments, "--checkpoint-every", "4"]) == 0
     assert json.loads((run / "config.json").read_text())["checkpoint_every"] == 4
 

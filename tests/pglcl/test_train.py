@@ -195,12 +195,12 @@ def test_a_run_starts_from_another(folder: Path, tmp_path: Path) -> None:
 def test_weights_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     run_to_end(folder, tmp_path / "first", method="supervised", steps=1)
     wrong = {
-        "--network: the run has unet, asked for is dynunet": {"network": "dynunet"},
-        "--channels: the run has 4,8,8, asked for is 4,8": {"channels": "4,8"},
-        "--embedding-dim: the run has 8, asked for is 4": {"embedding_dim": 4},
-        "--spatial-dims: the run has 2, asked for is 3": {"spatial_dims": 3, "image_size": "16,16,4", "patch_size": 4},
-        "classes: the run has background,label 1,label 2, asked for is background,one,two": {"labels": "0,1=one,2=two"},
-        "classes: the run has background,label 1,label 2, asked for is background,all": {"labels": "0,1+2=all"},
+        "--network: the run has unet, got dynunet": {"network": "dynunet"},
+        "--channels: the run has 4,8,8, got 4,8": {"channels": "4,8"},
+        "--embedding-dim: the run has 8, got 4": {"embedding_dim": 4},
+        "--spatial-dims: the run has 2, got 3": {"spatial_dims": 3, "image_size": "16,16,4", "patch_size": 4},
+        "classes: the run has background,label 1,label 2, got background,one,two": {"labels": "0,1=one,2=two"},
+        "classes: the run has background,label 1,label 2, got background,all": {"labels": "0,1+2=all"},
     }
     for line, options in wrong.items():
         with pytest.raises(UserError, match=f"do not fit this run:\n{line}"):
@@ -209,7 +209,7 @@ def test_weights_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no trained model there"):
         Training(folder, tmp_path / "b", tiny(init=str(tmp_path / "nowhere")), quiet=True).run()
     two = decathlon(tmp_path / "two")
-    with pytest.raises(UserError, match="channels of the images: the run has 1, asked for is 2"):
+    with pytest.raises(UserError, match="channels of the images: the run has 1, got 2"):
         Training(two, tmp_path / "b", tiny(init=str(tmp_path / "first")), quiet=True).run()
 
 
@@ -308,7 +308,7 @@ def test_another_configuration_is_refused(folder: Path, tmp_path: Path) -> None:
     run_to_end(folder, tmp_path / "run")
     with pytest.raises(UserError, match="holds a run already; add --resume"):
         Training(folder, tmp_path / "run", tiny(), quiet=True).run()
-    with pytest.raises(UserError, match=r"--learning-rate: the run has 0\.002, asked for is 0\.1"):
+    with pytest.raises(UserError, match=r"--learning-rate: the run has 0\.002, got 0\.1"):
         Training(folder, tmp_path / "run", tiny(learning_rate=0.1), resume=True, quiet=True).run()
     Training(folder, tmp_path / "run", tiny(checkpoint_every=7), resume=True, quiet=True).run()  # changes no weight
 
@@ -471,7 +471,7 @@ def test_an_error_of_two_processes_is_one_line(folder: Path, tmp_path: Path) -> 
     lines = refused_by.stderr.strip().splitlines()
     assert [said for said in lines if said.startswith("pglcl")] == [f"pglcl: {line}", "pglcl FAILED"]
     assert lines[-2:] == [f"  traceback : {line}", "=" * 60]
-    with pytest.raises(UserError, match="is a run of 1 processes, started are 2"):
+    with pytest.raises(UserError, match="is a run of 1 processes, got 2"):
         RunFolder(tmp_path / "run", folder, tiny(steps=1, method="supervised")).open(resume=True, ranks=2)
 
 

@@ -1,7 +1,7 @@
-"""What images and labels are kept in: one module each kind of file, chosen by the suffix.
+"""File formats of images and labels: one module for each kind of file, chosen by the suffix.
 
-:func:`read` gives voxels in the axes of the file and a :class:`Source`; :func:`write` puts a result of that geometry
-into a file whose suffix :func:`result_suffix` tells: the format of the input, where it can hold the result.
+:func:`read` gives voxels in the axes of the file, and a :class:`Source`. :func:`write` writes a result in the geometry
+of a source. :func:`result_suffix` tells the suffix of a result: that of the input, if its format can hold the result.
 """
 
 from __future__ import annotations
@@ -21,10 +21,14 @@ __all__ = ["Source", "read", "read_source", "result_suffix", "write"]
 
 
 def read(path: Path, *, label: bool = False) -> tuple[Source, np.ndarray]:
-    """Voxels (X, Y, Z, C) in the dtype and axes of the file; label: as a label is read (JPEG refused, palettes kept).
+    """The source, and voxels (X, Y, Z, C) in the dtype and axes of the file.
+
+    Args:
+        path: a file, or a folder of DICOM slices.
+        label: read it as a label, for which JPEG is refused and the numbers of a palette are kept.
 
     Raises:
-        UserError: whatever is wrong with the file, in one line that names it.
+        UserError: the file is missing, damaged or of a kind that is not read; one line names it and the reason.
     """
     match _reader(path):
         case "nifti":
@@ -38,7 +42,7 @@ def read(path: Path, *, label: bool = False) -> tuple[Source, np.ndarray]:
 
 
 def read_source(path: Path, *, label: bool = False) -> Source:
-    """What the header says; voxels are not read."""
+    """The source of a file, from its header; voxels are not read. Arguments and errors as for :func:`read`."""
     match _reader(path):
         case "nifti":
             return nifti.read_source(path)
@@ -56,17 +60,17 @@ def _reader(path: Path) -> str:
     suffix = suffix_of(path)
     if not suffix:
         raise UserError(f"{path}: must be a folder of DICOM slices, or end in {known_suffixes()}")
-    with contextlib.suppress(OSError):  # which its reader explains, where the file is there to be read
+    with contextlib.suppress(OSError):  # the reader explains why a file cannot be opened
         require_file(path)
     return READERS[suffix]
 
 
 def result_suffix(image: Path, dtype: np.dtype) -> str:
-    """The suffix of a result of `image`: of a mask (an integer dtype), or of probabilities or entropies (floats).
+    """The suffix of a result of `image`: a mask (an integer dtype), or probabilities or entropies (floats).
 
-    NIfTI for NIfTI, DICOM and HDF5; NRRD and MetaImage (.mha) for themselves; masks of pictures as PNG, BMP or TIFF
-    like the picture (PNG for JPEG, and where BMP's 8 bits do not do), their floats as TIFF, and masks of values that 16
-    bits without a sign do not hold.
+    NIfTI, DICOM and HDF5 get NIfTI. NRRD and MetaImage (as .mha) keep their format. Masks of pictures are PNG, BMP or
+    TIFF like the picture; they are PNG for JPEG, and for BMP if they need 16 bits. Floats of pictures are TIFF, and so
+    are masks with values that uint16 does not hold.
     """
     suffix, reader = suffix_of(image), "itk" if image.is_dir() else _reader(image)
     if reader == "itk" and not image.is_dir():

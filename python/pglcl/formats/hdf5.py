@@ -12,6 +12,7 @@ from pglcl.memory import check_claim
 
 
 def read_source(path: Path, *, label: bool = False) -> Source:
+    """The source, without reading voxels."""
     return _read(path, label=label, voxels=False)[0]
 
 
@@ -21,6 +22,7 @@ def read(path: Path, *, label: bool = False) -> tuple[Source, np.ndarray]:
 
 
 def has_label(path: Path) -> bool:
+    """Whether a file has the key `label`."""
     with reading(path, "not readable as HDF5"), library("h5py", "h5py", path).File(path, "r") as file:
         return "label" in file
 

@@ -1,6 +1,7 @@
 """NRRD, MetaImage and folders of DICOM slices, with SimpleITK.
 
-ITK reads a compressed file without its checksum, and a cut one without a word: both are looked at here first.
+ITK does not compare the checksum of a compressed file, and reads a truncated file without an error. So both are checked
+here first.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from pglcl.formats.source import Source, check_affine, check_shape, library, rea
 from pglcl.memory import check_claim
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-LONGEST_HEADER = 1 << 16  # bytes of a .mhd file that are looked at
-UNEVEN = 0.01  # share of the slice distance by which slices may be off their place
+LONGEST_HEADER = 1 << 16  # bytes of a .mhd file that are searched
+UNEVEN = 0.01  # share of the slice distance by which distances may differ
 
 
 def _sitk(path: Path) -> Any:
@@ -37,7 +38,7 @@ def _sitk(path: Path) -> Any:
 
 @contextlib.contextmanager
 def locale_kept() -> Iterator[None]:
-    """ITK's DICOM library leaves the process in the C locale, in which Python then reads and writes text as ASCII."""
+    """Restores the locale. ITK's DICOM library leaves the C locale, in which Python reads and writes text as ASCII."""
     before = locale.setlocale(locale.LC_ALL)
     try:
         yield
@@ -47,6 +48,7 @@ def locale_kept() -> Iterator[None]:
 
 @locale_kept()
 def read_source(path: Path) -> Source:
+    """The source, without reading voxels."""
     if path.is_dir():
         return _read_series(path, voxels=False)[0]
     with reading(path, "not readable"):
@@ -139,7 +141,7 @@ def _check_content(path: Path, claimed: int) -> None:
     header = content[: end.start()].decode("latin-1")
     if suffix_of(path) == ".nrrd":
         if re.search(r"(?im)^(data ?file|byte ?skip|line ?skip):", header):
-            return  # voxels in other files, or from another place on
+            return  # voxels in other files, or at an offset
         encoding = re.search(r"(?im)^encoding:\s*(\w+)", header)
         kind = {"gz": "gzip", "bz2": "bzip2"}.get(encoding[1].lower(), encoding[1].lower()) if encoding else "raw"
         voxels = content[end.end() :]
@@ -158,7 +160,7 @@ def _check_content(path: Path, claimed: int) -> None:
 
 
 def _decompressed_size(kind: str, voxels: bytes) -> int:
-    """Reads to the end, where the checksum is."""
+    """The number of bytes after decompression. Voxels are read to the end, where the checksum is."""
     if kind == "zlib":
         stream, size = zlib.decompressobj(), 0
         for first in range(0, len(voxels), 1 << 20):
@@ -190,7 +192,7 @@ def _bytes_of(path: Path) -> int:
     if suffix_of(path) != ".mhd":
         return size
     name = _element_data_file(path)
-    if name.startswith("LIST") or "%" in name:  # whether such files are whole cannot be told
+    if name.startswith("LIST") or "%" in name:  # such files cannot be checked to be complete
         raise UserError(f"{path}: must have its voxels in one file, got ElementDataFile = {name}")
     for file in voxel_files(path):
         if not file.is_file():
@@ -249,7 +251,7 @@ def _stack(folder: Path, files: list[Path], slices: list[Any], *, voxels: bool) 
 
 
 def _slice_distance(folder: Path, positions: np.ndarray, alone: float) -> float:
-    """mm between slices; `alone`: where there is one slice."""
+    """The distance between slices, in mm; `alone` if there is only one slice."""
     if len(positions) == 1:
         return alone
     steps = np.diff(positions)
@@ -269,7 +271,7 @@ def _slice_distance(folder: Path, positions: np.ndarray, alone: float) -> float:
 
 @locale_kept()
 def write(data: np.ndarray, source: Source, path: Path) -> None:
-    """(X, Y, Z) or (X, Y, Z, C) in the axes of the source, compressed."""
+    """Writes (X, Y, Z) or (X, Y, Z, C) in the axes of the source, compressed."""
     sitk = _sitk(path)
     vector = data.ndim == 4
     array = data.transpose(2, 1, 0, *([3] if vector else []))

@@ -1,4 +1,4 @@
-"""Which files are inputs, and what they are called: suffixes, compared without case, and names without them."""
+"""Which files are inputs, their suffixes, and their names without the suffix. Suffixes are compared without case."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pglcl.errors import UserError
 
-# The reader of each suffix. A name is compared with the longest first.
+# The reader of each suffix. Of two suffixes that fit a name, the longer must come first.
 READERS = {
     ".nii.gz": "nifti",
     ".nii": "nifti",
@@ -25,11 +25,11 @@ READERS = {
     ".hdf5": "hdf5",
 }
 DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
-DICOM_MAGIC = (128, b"DICM")  # where a DICOM file says that it is one
+DICOM_MAGIC = (128, b"DICM")  # offset and bytes of the mark in a DICOM file
 
 
 def suffix_of(path: Path) -> str:
-    """The suffix that names the reader, in lower case; empty for a file that is none of ours."""
+    """The suffix that decides the reader, in lower case; empty for a file that no reader takes."""
     name = path.name.lower()
     return next((suffix for suffix in READERS if name.endswith(suffix) and len(name) > len(suffix)), "")
 
@@ -40,12 +40,12 @@ def stem(path: Path) -> str:
 
 
 def is_hidden(path: Path) -> bool:
-    """Never input: `._*` (macOS), `.partial-*` (left by a kill), and every other name with a dot before it."""
+    """Whether a name begins with a dot: `._*` (macOS), `.partial-*` (left by a kill). Such files are never inputs."""
     return path.name.startswith(".")
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """What a folder holds, sorted by name, without hidden files."""
+    """The files and folders in a folder, sorted by name, without hidden ones."""
     try:
         return sorted(path for path in folder.iterdir() if not is_hidden(path))
     except OSError as error:
@@ -53,7 +53,7 @@ def list_folder(folder: Path) -> list[Path]:
 
 
 def is_dicom_folder(folder: Path) -> bool:
-    """Whether a folder holds the slices of a DICOM series itself; they often have no suffix."""
+    """Whether a folder directly holds the slices of a DICOM series. They often have no suffix."""
     return folder.is_dir() and any(_is_dicom_file(path) for path in list_folder(folder))
 
 
@@ -79,11 +79,11 @@ def inputs_in(folder: Path) -> list[Path]:
 
 
 def is_input_file(path: Path) -> bool:
-    """Whether it is a file of a known suffix.
+    """Whether a path is a file of a known suffix.
 
     Raises:
-        UserError: its name says so, but there is no file: a link whose target was moved or never fetched, say. Left out
-            without a word it would be an image that is not trained on, or a labelled one that counts as unlabelled.
+        UserError: it has such a suffix but is no file, for example a link whose target was moved or never fetched. If
+            it were silently left out, an image would be missing, or a labelled one would count as unlabelled.
     """
     if not suffix_of(path) or path.is_dir():
         return False

@@ -24,6 +24,7 @@ IN_MM = {"meter": 1000.0, "mm": 1.0, "micron": 0.001}
 
 
 def read_source(path: Path) -> Source:
+    """The source, without reading voxels."""
     with reading(path, "not readable as NIfTI"), _opened(path) as (file, _):
         return _source(_header(file.read(LONGEST_HEADER), path), path)
 
@@ -48,7 +49,7 @@ def read(path: Path) -> tuple[Source, np.ndarray]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[io.BufferedIOBase, bool]]:
-    """The file behind its compression, told by its first bytes; and whether it was compressed."""
+    """The file, decompressed if its first bytes are those of gzip; and whether it was compressed."""
     with path.open("rb") as file:
         compressed = file.read(2) == GZIP_MAGIC
         file.seek(0)
@@ -120,7 +121,7 @@ def _units(header: nib.Nifti1Header) -> tuple[str, str]:
 
 
 def _content(file: io.BufferedIOBase, start: bytes, claimed: int, path: Path, *, compressed: bool) -> np.ndarray:
-    """`claimed` bytes. Memory is taken by what is really there; what follows is read too, for the checksum."""
+    """The first `claimed` bytes. The system gives memory only as they are read. The rest is read for the checksum."""
     content = np.empty(max(claimed, len(start)), np.uint8)
     content[: len(start)] = np.frombuffer(start, np.uint8)
     filled = len(start)
@@ -139,11 +140,11 @@ def _content(file: io.BufferedIOBase, start: bytes, claimed: int, path: Path, *,
 
 
 def write(data: np.ndarray, source: Source, path: Path) -> None:
-    """(X, Y, Z) or (X, Y, Z, C) in the axes of the source, with its affine and header geometry."""
+    """Writes (X, Y, Z) or (X, Y, Z, C) in the axes of the source, with its affine and header geometry."""
     old = source.native if isinstance(source.native, nib.Nifti1Header) else None
     if source.axes == 2 and data.ndim == 3:
         data = data[..., 0]
-    wide = isinstance(old, nib.Nifti2Header) or max(data.shape) > 32767  # the most that NIfTI-1 can say
+    wide = isinstance(old, nib.Nifti2Header) or max(data.shape) > 32767  # the largest side of NIfTI-1
     kind = nib.Nifti2Image if wide else nib.Nifti1Image
     image = kind(data, source.affine)
     header = image.header
@@ -159,11 +160,11 @@ def write(data: np.ndarray, source: Source, path: Path) -> None:
 def _copy_geometry(old: nib.Nifti1Header, header: nib.Nifti1Header, source: Source) -> None:
     try:
         header.set_qform(old.get_qform(), int(old["qform_code"]))
-    except Exception:  # nibabel raises several kinds for a qform of garbage; the sform is what was read
+    except Exception:  # nibabel raises several kinds of errors for a damaged qform; the affine comes from the sform
         header.set_qform(source.affine, 0)
     try:
         header.set_sform(source.affine if old["sform_code"] <= 0 else old.get_sform(), int(old["sform_code"]))
-    except KeyError:  # a code that NIfTI does not know; the matrix is what was read
+    except KeyError:  # a code that NIfTI does not know
         header.set_sform(source.affine, 1)
     spatial = np.asarray(old["pixdim"][1:4], np.float64)
     if not (np.isfinite(spatial).all() and (spatial > 0).all()):

@@ -21,6 +21,7 @@ STRETCHED = {"L;2": 85, "L;4": 17}
 
 
 def read_source(path: Path, *, label: bool = False) -> Source:
+    """The source, without reading voxels."""
     with reading(path, "not readable as a picture"), _opened(path, label=label) as image:
         return _source(image, path, label=label)
 
@@ -29,7 +30,7 @@ def read(path: Path, *, label: bool = False) -> tuple[Source, np.ndarray]:
     """The source, and voxels (rows, columns, pages, C). Transparency is left out; a label has one channel."""
     if suffix_of(path) == ".png":
         with reading(path, "truncated or damaged"), _opened(path, label=label) as image:
-            image.verify()  # the checksums, which are not compared when it is decoded
+            image.verify()  # compares the checksums, which decoding does not
     with reading(path, "truncated or damaged"), _opened(path, label=label) as image:
         source = _source(image, path, label=label)
         pages = []
@@ -47,9 +48,9 @@ def read(path: Path, *, label: bool = False) -> tuple[Source, np.ndarray]:
 def _opened(path: Path, *, label: bool) -> Any:
     if label and suffix_of(path) in (".jpg", ".jpeg"):
         raise UserError(f"{path}: JPEG changes values and cannot be a label; labels are PNG, BMP or TIFF")
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it finds wrong is raised, too
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # Pillow also raises the errors that it logs
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # large pictures are measured against the memory
+        warnings.simplefilter("ignore")  # about large pictures, which check_claim compares with the memory
         return library("PIL.Image", "Pillow", path).open(path)
 
 
@@ -75,7 +76,7 @@ def _source(image: Any, path: Path, *, label: bool) -> Source:
 
 
 def _raw_mode(image: Any) -> str:
-    """How the file stores what Pillow decodes to `image.mode`."""
+    """The mode in which the file stores pixels; Pillow decodes them to `image.mode`."""
     arguments = image.tile[0][3] if image.tile else ""
     return arguments if isinstance(arguments, str) else str(arguments[0]) if arguments else ""
 
@@ -100,7 +101,7 @@ def _pixels(image: Any, path: Path, *, label: bool) -> np.ndarray:
 
 
 def write(data: np.ndarray, source: Source, path: Path) -> None:
-    """A mask as a grey picture of 8 or 16 bits; numbers (rows, columns, 1, C) as TIFF with a page each channel."""
+    """Writes a mask as a grey picture of 8 or 16 bits, and floats (rows, columns, 1, C) as TIFF, a page per channel."""
     image_of = library("PIL.Image", "Pillow", path).fromarray
     if data.ndim == 4:
         data = data.reshape(*data.shape[:2], -1)

@@ -1,4 +1,4 @@
-"""What every reader returns: where voxels came from, and how results go back beside them."""
+"""The source of voxels, which every reader returns and every writer needs; checks and errors that readers share."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from pglcl.errors import UserError
 
 @dataclass(frozen=True)
 class Source:
-    """What a file says of its voxels, and what is needed to write a result of its geometry.
+    """What a file tells of its voxels, and what is needed to write a result in its geometry.
 
     reader: nifti, itk, dicom, picture or hdf5. shape: (X, Y, Z) in the axes of the file; a picture is (rows, columns,
-    1). axes: how many the file has, 2 or 3. dtype: of the file. affine: (4, 4), voxels to R, A, S in units of `scale`
-    mm. unit: of distances, mm, or pixel (voxel) where the format knows none. native: what the reader keeps for its
-    writer.
+    1). axes: of the file, 2 or 3. dtype: of the file. affine: (4, 4), from voxels to R, A, S in units of `scale` mm.
+    unit: of distances: mm, or pixel or voxel if the format has none. native: data that the reader keeps for its writer.
     """
 
     path: Path
@@ -43,23 +42,25 @@ class Source:
 
 
 def check_affine(affine: np.ndarray, path: Path) -> np.ndarray:
+    """`affine` itself; raises UserError if it is singular or not finite."""
     if not np.isfinite(affine).all():
         raise UserError(f"{path}: the affine is not usable: it has entries that are NaN or infinite")
     lengths = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
-    # The volume of the unit cell, were its axes of length 1: 0 where they lie in a plane.
+    # The determinant of axes of length 1 is 0 if they lie in a plane.
     if not (lengths > 0).all() or abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-4:
         raise UserError(f"{path}: the affine is singular")
     return affine
 
 
 def check_shape(shape: tuple[int, ...], path: Path) -> None:
+    """Raises UserError for a file without voxels."""
     if any(n < 1 for n in shape):
         raise UserError(f"{path}: has no voxels, shape {tuple(int(n) for n in shape)}")
 
 
 @contextlib.contextmanager
 def reading(path: Path, what: str) -> Iterator[None]:
-    """Whatever a library raises for a bad file becomes one line that names the file."""
+    """Turns any error that a library raises for a bad file into a UserError: one line with the file and `what`."""
     try:
         yield
     except UserError:
@@ -73,14 +74,15 @@ def reading(path: Path, what: str) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
+    """The line of an error message that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if lines and "SimpleITK" in lines[0]:  # says first where in its sources it was raised
+    if lines and "SimpleITK" in lines[0]:  # the first line is the place in the sources of SimpleITK
         return lines[-1].removeprefix("ITK ERROR: ")
     return lines[0] if lines else repr(error)
 
 
 def library(module: str, package: str, path: Path) -> ModuleType:
-    """Imports what reads a format, or names the command that installs it."""
+    """Imports the module that reads a format. If it is missing, UserError names the command that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError:
