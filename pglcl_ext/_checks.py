@@ -27,6 +27,7 @@ from pglcl_ext._arguments import (
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 LARGEST = sys.float_info.max
+LEAST_TEMPERATURE = 1e-100
 MOST_ROWS = 2**31
 LONGEST = 2**63  # of int64
 
@@ -59,6 +60,14 @@ def check_positive(name: str, value: Any, *, or_zero: bool = False) -> float:
     in_range = number >= 0 if or_zero else number > 0
     if not (in_range and number <= LARGEST):
         raise ValueError(f"{name} must be a finite number {'>= 0' if or_zero else '> 0'}, got {value}")
+    return number
+
+
+def check_temperature(value: Any) -> float:
+    """A temperature whose reciprocal, squared, still is a number."""
+    number = check_positive("temperature", value)
+    if number < LEAST_TEMPERATURE:
+        raise ValueError(f"temperature must be at least {LEAST_TEMPERATURE}, got {value}")
     return number
 
 
@@ -380,7 +389,7 @@ def check_contrast(x: ContrastArguments) -> None:
         check_bounds("max_positive_disparity", x.choice.positive_bounds, z)
     if x.choice.negative_bounds is not None:
         check_bounds("min_negative_disparity", x.choice.negative_bounds, z)
-    check_positive("temperature", x.numbers.temperature)
+    check_temperature(x.numbers.temperature)
     check_positive("negative_weight", x.numbers.negative_weight, or_zero=True)
     check_bound("max_positive_disparity", x.numbers.positive_bound)
     check_bound("min_negative_disparity", x.numbers.negative_bound)
@@ -410,8 +419,11 @@ def check_gaussian(x: GaussianArguments) -> None:
         shape = "(K, K, D, D)" if x.means.dim() == 3 else "(K, D, D)"
         got = tuple(x.covariances.shape)
         raise ValueError(f"covariances must have shape {shape} as means have {tuple(x.means.shape)}, got {got}")
-    check_positive("temperature", x.temperature)
+    check_temperature(x.temperature)
     check_positive("covariance_scale", x.covariance_scale, or_zero=True)
+    if x.covariance_scale / (2 * x.temperature**2) > LARGEST:
+        both = f"{x.covariance_scale} and {x.temperature}"
+        raise ValueError(f"covariance_scale / (2 temperature^2) must be a finite number, got {both}")
     check_positive("negative_weight", x.negative_weight, or_zero=True)
     check_integer("ignore_index", x.ignore_index)
 

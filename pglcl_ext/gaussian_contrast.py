@@ -18,6 +18,7 @@ from pglcl_ext._checks import (
     check_number,
     check_positive,
     check_reduction,
+    check_temperature,
     check_tensor,
 )
 from pglcl_ext._library import ops
@@ -145,7 +146,7 @@ class GaussianContrastLoss(nn.Module):
         process_group: Any = None,
     ) -> None:
         super().__init__()
-        check_positive("temperature", temperature)
+        check_temperature(temperature)
         check_positive("covariance_scale", covariance_scale, or_zero=True)
         check_positive("negative_weight", negative_weight, or_zero=True)
         check_reduction(reduction)

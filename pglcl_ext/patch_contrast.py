@@ -22,6 +22,7 @@ from pglcl_ext._checks import (
     check_number,
     check_positive,
     check_reduction,
+    check_temperature,
 )
 from pglcl_ext._library import allow_tf32, ops
 from pglcl_ext._precision import unit_rows
@@ -287,7 +288,7 @@ class PatchContrastLoss(nn.Module):
         gather: str = "all",
     ) -> None:
         super().__init__()
-        check_positive("temperature", temperature)
+        check_temperature(temperature)
         check_positive("negative_weight", negative_weight, or_zero=True)
         check_reduction(reduction)
         check_choice("gather", gather, GATHERS)

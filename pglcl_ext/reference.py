@@ -49,7 +49,8 @@ def patch_statistics(
         log_p = input.log_softmax(dim=1).clamp(min=-1e4)  # finite, so that 0 log 0 = 0; p is 0 long before
         h = -(p * log_p).sum(dim=1, keepdim=True)
     confidence = mean(p)
-    class_entropy = torch.where(confidence > 0, mean(p * h) / torch.where(confidence > 0, confidence, 1), 0)
+    absent = confidence <= 0
+    class_entropy = torch.where(absent, 0, mean(p * h) / torch.where(absent, 1, confidence))
     scale = 1 / math.log(input.shape[1]) if normalize else 1.0
     return PatchStatistics(mean(h).squeeze(1) * scale, confidence, class_entropy * scale)
 
@@ -198,6 +199,7 @@ def gaussian_contrast_loss(
     own = torch.where(known, labels, 0)
     valid = known & taking_part[own]
     t = anchors.to(torch.promote_types(anchors.dtype, torch.float32))
+    t = torch.where(valid[:, None], t, 0)  # the others may be any number, or none
     # What stands in the place of a class without keys must not spread.
     mu = torch.where(taking_part[:, None], means.detach().to(t.dtype), 0)
     sigma = torch.where(taking_part[:, None, None], covariances.detach().to(t.dtype), 0)

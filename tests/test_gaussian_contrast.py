@@ -225,6 +225,8 @@ BAD_CALLS = [
     ("counts must be int64", TypeError, {"counts": torch.ones(3)}),
     ("counts must have shape", ValueError, {"counts": torch.ones(0, dtype=torch.long)}),
     ("temperature must be", ValueError, {"temperature": 0.0}),
+    ("temperature must be at least 1e-100", ValueError, {"temperature": 1e-160}),
+    (r"covariance_scale / \(2 temperature\^2\)", ValueError, {"temperature": 1e-90, "covariance_scale": 1e200}),
     ("covariance_scale must be", ValueError, {"covariance_scale": -1.0}),
     ("negative_weight must be", ValueError, {"negative_weight": math.inf}),
     ("reduction must be", ValueError, {"reduction": "average"}),
@@ -294,3 +296,14 @@ def test_exponents_beyond_float32(norm: float, pairwise: bool, isa: str) -> None
     torch.testing.assert_close(
         got_grad[room], want_grad[room], rtol=1e-4, atol=1e-4 * float(want_grad[room].abs().max())
     )
+
+
+def test_an_anchor_that_takes_no_part_may_hold_anything(device: torch.device) -> None:
+    z, y, *statistics = (t.to(device) for t in gaussian_problem(30, 6, empty=(1,)))
+    taken = (y >= 0) & (y != 1)
+    spoilt = torch.where(taken[:, None], z, math.nan).requires_grad_()
+    plain = z.clone().requires_grad_()
+    for function in (gaussian_contrast_loss, reference.gaussian_contrast_loss):
+        loss, expected = function(spoilt, y, *statistics), function(plain, y, *statistics)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(torch.autograd.grad(loss, spoilt), torch.autograd.grad(expected, plain))

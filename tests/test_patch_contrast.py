@@ -447,6 +447,30 @@ def test_a_large_upstream_gradient(dtype: torch.dtype, isa: str) -> None:
             torch.testing.assert_close(grads[0], grads[1], rtol=epsilon, atol=epsilon * 65536 / 0.0254)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "upstream"), [(torch.float64, 1e306), (torch.float32, 1e37), (torch.bfloat16, 1e37)], ids=str
+)
+@pytest.mark.parametrize("m", [None, 30], ids=["self", "keys"])
+@pytest.mark.parametrize("temperature", [0.01, 1.0])
+@pytest.mark.parametrize("weight", [1.0, 1e-30, 1e19, 1e30])
+def test_an_upstream_gradient_near_the_largest_number(
+    dtype: torch.dtype, upstream: float, m: int | None, temperature: float, weight: float
+) -> None:
+    """Gradients that fit are as ever, and what their dtype has no room for is infinite."""
+    options = {"temperature": temperature, "negative_weight": weight, "reduction": "none"}
+    problem = ContrastProblem.random(40, 6, m=m, **options).cast(dtype)
+    shares = torch.linspace(-1, 1, 40, dtype=torch.float64).pow(3)  # of both signs and many sizes
+    ordinary = problem.gradients(problem.loss(), shares)
+    for got, small in zip(problem.gradients(problem.loss(), shares * upstream), ordinary):
+        want = small.double() * upstream
+        largest = torch.finfo(dtype).max
+        fits = want.abs() < largest * 0.99
+        infinite = torch.where(want > 0, math.inf, -math.inf).to(dtype)
+        assert torch.equal(got[~fits & (want.abs() > largest * 1.01)], infinite[~fits & (want.abs() > largest * 1.01)])
+        tolerance = TOLERANCE[dtype] * min(float(want.abs().max()), largest)
+        torch.testing.assert_close(got[fits].double(), want[fits], rtol=TOLERANCE[dtype], atol=tolerance)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("m", [None, 140], ids=["self", "keys"])
 def test_what_is_not_a_number_spreads_to_what_depends_on_it(bad: float, m: int | None, device: torch.device) -> None:
@@ -564,6 +588,7 @@ BAD_CALLS = [
     ("temperature must be a number, got str", TypeError, {"temperature": "0.1"}),
     ("temperature must be a number, got NoneType", TypeError, {"temperature": None}),
     ("temperature must be a finite number > 0, got -0.0", ValueError, {"temperature": -0.0}),
+    ("temperature must be at least 1e-100, got 5e-324", ValueError, {"temperature": 5e-324}),
     ("negative_weight must be a finite number >= 0, got inf", ValueError, {"negative_weight": math.inf}),
     ("ignore_index must be an int, got NoneType", TypeError, {"ignore_index": None}),
     ("ignore_index must be an int, got float", TypeError, {"ignore_index": -1.0}),

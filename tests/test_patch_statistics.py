@@ -324,6 +324,26 @@ def test_a_pixel_without_probabilities_spoils_all_classes_of_its_patch(classes: 
         assert grad[0, :, 1, 5].isnan().all()
 
 
+def test_the_reference_agrees_on_what_is_not_a_number() -> None:
+    x = torch.randn(1, 3, 4, 8, dtype=torch.float64)
+    x[0, 1, 1, 5] = math.nan
+    for ours, theirs in zip(patch_statistics(x, 4), reference.patch_statistics(x, 4)):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+def test_a_class_of_negative_probability_has_no_gradient(isa: str) -> None:
+    """Interpolation leaves some. Such a class counts as absent, so its class entropy is 0 whatever its pixels hold."""
+    x = torch.rand(1, 3, 4, 4)
+    x[0, 2] = -1e-3
+    results = []
+    for function, kind in ((patch_statistics, torch.float32), (reference.patch_statistics, torch.float64)):
+        leaf = x.to(kind).requires_grad_()
+        s = function(leaf, 4, probabilities=True)
+        assert s.class_entropy[0, 2] == 0
+        results.append(torch.autograd.grad(s.class_entropy.sum(), leaf)[0].double())
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_number_of_16_bits_is_read_as_it_is(dtype: torch.dtype, isa: str) -> None:
     """A patch of one pixel has that pixel's probability, infinite ones included; widths that are no whole vectors."""

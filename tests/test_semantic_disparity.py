@@ -36,6 +36,15 @@ def test_matches_reference(n: int, m: int, channels: int, dtype: torch.dtype, de
         torch.testing.assert_close(x.double().cpu(), y, atol=max(n, m, 1) * tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_gradients_of_many_patches_keep_their_digits(channels: int) -> None:
+    """Those of a mean over all pairs are equal, and a sum of a million of them in float32 is off by a hundredth."""
+    a, b = torch.full((2, channels), 2.0, requires_grad=True), torch.rand(500_000, channels, requires_grad=True)
+    for x, y in ((a, b), (b, a)):
+        (grad,) = torch.autograd.grad(semantic_disparity(x, y).mean(), a)
+        torch.testing.assert_close(grad, torch.full((2, channels), 1 / (2 * channels)), rtol=1e-6, atol=0)
+
+
 def test_with_itself(device: torch.device) -> None:
     a = torch.rand(50, 2, device=device, requires_grad=True)
     d = semantic_disparity(a)

@@ -80,6 +80,18 @@ namespace {
 // Of a fixed shift's exponentials: no product with one of them comes near the largest float.
 constexpr double kLargestCoefficient = 1e30;
 
+// A power of two that keeps coefficients within the range of scalar_t, whatever gradient the loss is given; 1 for those
+// of any training.
+template <typename scalar_t>
+double tamed(const scalar_t* grad_rows, int64_t n, double temperature) {
+  constexpr int kLarge = 40, kModerate = 20;  // a negative weight of 1e20 goes with it
+  double largest = 0;
+  for (int64_t i = 0; i < n; ++i)
+    if (std::isfinite(grad_rows[i])) largest = std::max(largest, std::abs(double(grad_rows[i])));
+  const int exponent = largest > 0 ? std::ilogb(largest) - std::ilogb(temperature) : 0;
+  return exponent > kLarge ? std::ldexp(1.0, kModerate - exponent) : 1.0;
+}
+
 // The coefficients of each anchor: dL/ds_ip = g (p_ip - 1 / |P|), dL/ds_in = g p_in, and 1 / temperature goes with g.
 template <typename scalar_t>
 struct Coefficients {
@@ -87,7 +99,7 @@ struct Coefficients {
   double largest = 0;
 
   Coefficients(ContrastPlan<scalar_t>& plan, const ContrastInputs<scalar_t>& inputs, const ContrastTile<scalar_t>& tile,
-               const scalar_t* grad_rows, const scalar_t* saved_max_logit, const scalar_t* log_sum,
+               const scalar_t* grad_rows, double scale, const scalar_t* saved_max_logit, const scalar_t* log_sum,
                const int32_t* num_positives)
       : max_logit(plan.padded(), std::numeric_limits<scalar_t>::infinity()),
         positive(plan.padded(), 0),
@@ -95,7 +107,7 @@ struct Coefficients {
         mean(plan.padded(), 0) {
     for (int64_t i = 0; i < plan.count(); ++i) {
       const int64_t row = plan.index(i);
-      const double g = double(grad_rows[row]) / inputs.temperature;
+      const double g = double(grad_rows[row]) * scale / inputs.temperature;
       if (num_positives[row] == 0 || g == 0) {
         plan.leave_out(i);
         continue;
@@ -126,8 +138,9 @@ void patch_contrast_backward(const ContrastInputs<scalar_t>& inputs, const scala
       return backward_in_float64(inputs, grad_rows, {max_logit, log_sum, num_positives}, grad_anchors, grad_keys,
                                  parallel);
   ContrastTile<scalar_t>& tile = plan.tile();
+  const double scale = tamed(grad_rows, inputs.anchors.rows, inputs.temperature);
   const auto coefficients_of = [&] {
-    return Coefficients<scalar_t>(plan, inputs, tile, grad_rows, max_logit, log_sum, num_positives);
+    return Coefficients<scalar_t>(plan, inputs, tile, grad_rows, scale, max_logit, log_sum, num_positives);
   };
   Coefficients<scalar_t> coefficients = coefficients_of();
   if (tile.fixed_shift && coefficients.largest > kLargestCoefficient) {
@@ -155,6 +168,14 @@ void patch_contrast_backward(const ContrastInputs<scalar_t>& inputs, const scala
     tile.grad_keys = inputs.symmetric() ? anchor_sums.data() : key_sums.data();
   }
   plan.run(plan.kernels().gradient);
+
+  if (scale != 1) {
+    const auto restore = [&](scalar_t* sums, int64_t rows) {
+      for (int64_t i = 0; sums && i < rows * inputs.depth; ++i) sums[i] = scalar_t(double(sums[i]) / scale);
+    };
+    restore(tile.grad_anchors, direct ? inputs.anchors.rows : plan.padded());
+    if (!inputs.symmetric()) restore(tile.grad_keys, direct ? inputs.keys.rows : tile.keys.padded);
+  }
 
   const auto write_back = [&](const Buffer<scalar_t>& sums, const ContrastSide<scalar_t>& side, void* out) {
     parallel.run(plan.workers(), [&](int worker) {

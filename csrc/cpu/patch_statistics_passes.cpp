@@ -198,7 +198,7 @@ void patch_statistics_backward(const StatisticsInputs& inputs, const void* confi
       read_elements(grad_class_entropy, inputs.dtype, b * count, count, gh.data());
       for (int64_t j = 0; j < patches; ++j) alpha[j] *= per_pixel * scale;
       for (int64_t j = 0; j < count; ++j) {
-        const double exact = mass[j] == 0 ? 0.0 : double(gh[j]) / double(mass[j]) * double(per_pixel);
+        const double exact = mass[j] <= 0 ? 0.0 : double(gh[j]) / double(mass[j]) * double(per_pixel);
         const scalar_t share = std::abs(exact) > limit ? scalar_t(0) : scalar_t(exact);
         gamma[j] = share * scale;
         beta[j] = beta[j] * per_pixel - share * h[j];

@@ -113,24 +113,27 @@ void semantic_disparity_forward(const scalar_t* a, int64_t n, const scalar_t* b,
 template <typename scalar_t>
 void semantic_disparity_backward(const scalar_t* grad, const scalar_t* a, int64_t n, const scalar_t* b, int64_t m,
                                  int64_t channels, scalar_t* grad_a, scalar_t* grad_b, const Parallel& parallel) {
-  const scalar_t scale = scalar_t(1) / scalar_t(channels);
+  // A sum over a million patches, one after the other, needs more digits than its terms.
+  const double scale = 1.0 / double(channels);
   if (grad_a)
     parallel.share(n, n * m * channels < kSerialWork, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i)
         for (int64_t c = 0; c < channels; ++c) {
-          scalar_t sum = 0;
+          double sum = 0;
           for (int64_t j = 0; j < m; ++j) sum += grad[i * m + j] * sign(a[i * channels + c] - b[j * channels + c]);
-          grad_a[i * channels + c] = sum * scale;
+          grad_a[i * channels + c] = scalar_t(sum * scale);
         }
     });
   if (grad_b)
     parallel.share(m, n * m * channels < kSerialWork, [&](int64_t first, int64_t last) {
       // Rows of grad outside, so that its columns are read in order.
-      std::fill(grad_b + first * channels, grad_b + last * channels, scalar_t(0));
+      std::vector<double> sums((last - first) * channels);
       for (int64_t i = 0; i < n; ++i)
         for (int64_t j = first; j < last; ++j)
           for (int64_t c = 0; c < channels; ++c)
-            grad_b[j * channels + c] -= grad[i * m + j] * scale * sign(a[i * channels + c] - b[j * channels + c]);
+            sums[(j - first) * channels + c] -= grad[i * m + j] * sign(a[i * channels + c] - b[j * channels + c]);
+      for (int64_t k = first * channels; k < last * channels; ++k)
+        grad_b[k] = scalar_t(sums[k - first * channels] * scale);
     });
 }
 
