@@ -1,4 +1,4 @@
-"""What the ops take and return, each list once, in the order of the schema."""
+"""The arguments and results of the ops. Each list stands here once, in the order of the schema."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Side(NamedTuple):
 
     embeddings: Tensor  # (N, D)
     labels: Tensor  # (N,) int64
-    descriptors: Tensor | None = None  # (N,) or (N, C); without them the labels alone decide
+    descriptors: Tensor | None = None  # (N,) or (N, C); without them, labels alone decide
 
 
 class Choice(NamedTuple):
-    """What chooses the positives and negatives of each anchor, where numbers do not."""
+    """The tensors that choose the positives and negatives of each anchor, in place of numbers."""
 
     positive_bounds: Tensor | None = None  # (N,)
     negative_bounds: Tensor | None = None  # (N,)
@@ -38,18 +38,20 @@ class Choice(NamedTuple):
 
 
 class ContrastNumbers(NamedTuple):
+    """The arguments of ``patch_contrast`` that are not tensors."""
+
     temperature: float
     positive_bound: float
     negative_bound: float
     negative_weight: float
     ignore_index: int
-    self_offset: int  # key i + self_offset is anchor i itself; -1 where there is no such key
+    self_offset: int  # key i + self_offset is anchor i itself; -1 if no key is an anchor
     reduction: int  # one of REDUCTIONS
     allow_tf32: bool  # float32 products on a GPU may round their factors to TF32
 
 
 class ContrastArguments(NamedTuple):
-    """What ``patch_contrast`` takes, and ``patch_contrast_backward`` after the results of the former."""
+    """The arguments of ``patch_contrast``. ``patch_contrast_backward`` takes them after results of the forward op."""
 
     anchors: Side
     keys: Side | None  # None: the anchors
@@ -57,11 +59,11 @@ class ContrastArguments(NamedTuple):
     numbers: ContrastNumbers
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """Those of :meth:`flat` before the first number."""
+        """The tensors, which :meth:`flat` has before the numbers."""
         return (*self.anchors, *(self.keys or (None,) * len(Side._fields)), *self.choice)
 
     def flat(self) -> tuple[Any, ...]:
-        """As the op takes them."""
+        """The arguments in the order of the schema."""
         return (*self.tensors(), *self.numbers)
 
     @classmethod
@@ -76,7 +78,7 @@ class ContrastArguments(NamedTuple):
 
 
 class ContrastOutputs(NamedTuple):
-    """What ``patch_contrast`` returns. The logarithm of an anchor's denominator is max_logit + log_sum."""
+    """The results of ``patch_contrast``. The logarithm of an anchor's denominator is max_logit + log_sum."""
 
     loss: Tensor  # scalar, or (N,)
     max_logit: Tensor  # (N,) float64
@@ -86,43 +88,46 @@ class ContrastOutputs(NamedTuple):
     num_valid: Tensor  # scalar int64, the anchors that have a positive
 
     def for_backward(self) -> tuple[Tensor, ...]:
-        """Those that the backward op takes after the gradient of the loss."""
+        """The results that the backward op takes, after the gradient of the loss."""
         return self.max_logit, self.log_sum, self.num_positives, self.num_valid
 
 
 class GaussianArguments(NamedTuple):
-    """What ``gaussian_contrast`` takes."""
+    """The arguments of ``gaussian_contrast``."""
 
-    anchors: Tensor
-    labels: Tensor
-    means: Tensor
-    covariances: Tensor
-    counts: Tensor
+    anchors: Tensor  # (N, D)
+    labels: Tensor  # (N,) int64
+    means: Tensor  # (K, D) or (K, K, D)
+    covariances: Tensor  # (K, D, D) or (K, K, D, D)
+    counts: Tensor  # (K,) int64
     temperature: float
     covariance_scale: float
     negative_weight: float
     ignore_index: int
-    reduction: int
-    needs_gradients: bool
+    reduction: int  # one of REDUCTIONS
+    needs_gradients: bool  # whether to return d loss_i / d anchor_i, too
 
 
 class BoundsArguments(NamedTuple):
-    """What ``disparity_bounds`` takes: bounds that keep `wanted` positives or negatives of each anchor, and ties."""
+    """The arguments of ``disparity_bounds``, which finds a bound for each anchor.
+
+    The bound keeps `wanted` positives or negatives, and those that tie with the last of them.
+    """
 
     descriptors: Tensor  # (N,) or (N, C)
     labels: Tensor  # (N,) int64
     key_descriptors: Tensor  # (M,) or (M, C)
     key_labels: Tensor  # (M,) int64
     wanted: int  # at least 1
-    positives: bool  # the wanted-th smallest disparity of the label, or the largest of others
-    ignore_index: int  # patches with this label take no part
-    self_offset: int  # key i + self_offset is anchor i itself and does not count; -1 where there is no such key
+    positives: bool  # True: wanted-th smallest disparity in the anchor's class; False: wanted-th largest in others
+    ignore_index: int  # patches with this label are left out
+    self_offset: int  # key i + self_offset is anchor i itself and does not count; -1 if no key is an anchor
 
 
 class StatisticsArguments(NamedTuple):
-    """What ``patch_statistics`` takes."""
+    """The arguments of ``patch_statistics``."""
 
-    input: Tensor
+    input: Tensor  # (B, K, *S)
     patch_size: list[int]  # one entry per spatial dimension
     stride: list[int]
     probabilities: bool

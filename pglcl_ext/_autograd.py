@@ -1,8 +1,8 @@
-"""What makes an op differentiable, and a citizen of torch.func, torch.compile and torch.export.
+"""Makes ops differentiable, and usable in torch.func, torch.compile and torch.export.
 
-``torch.library.register_autograd`` costs about 100 us in every step, several times what a small op takes. An op is
-differentiated by a plain ``torch.autograd.Function`` here: the public functions apply it in eager mode, and it is the
-op's autograd kernel for whoever calls the op itself, compilers among them.
+``torch.library.register_autograd`` costs about 100 us in every step, several times as much as a small op. So a plain
+``torch.autograd.Function`` differentiates an op here. The public functions apply it in eager mode. It is also the op's
+autograd kernel, for callers of the op itself, such as compilers.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 class OpFunction(torch.autograd.Function):
     """An op and its backward op, for PyTorch's autograd.
 
-    A subclass names both, and what they return for fake tensors. It is applied to the tensors that gradients flow to,
-    and then to all arguments of the op as one tuple: what autograd does not see costs nothing.
+    A subclass names both, and the functions that make their results for fake tensors. It is applied to the tensors that
+    gradients flow to, and to one tuple of all arguments of the op: autograd does not look into it, which saves time.
     """
 
     name: ClassVar[str]  # the public function
@@ -35,7 +35,7 @@ class OpFunction(torch.autograd.Function):
     fake: ClassVar[Callable[..., Any]]  # of the op: tensors without content, in the shapes that it returns
     backward_fake: ClassVar[Callable[..., Any]]
     backward_function: ClassVar[type[OpFunction]]  # of the backward op; `register` makes it
-    leading_tensors: ClassVar[int]  # arguments of the op before the first that is no tensor
+    leading_tensors: ClassVar[int]  # number of the op's arguments before the first that is no tensor
     generate_vmap_rule = True
 
     def __init_subclass__(cls) -> None:
@@ -47,17 +47,17 @@ class OpFunction(torch.autograd.Function):
     def apply(cls, *inputs: Any) -> Any:
         if in_functorch():
             return super().apply(*inputs)
-        # Function.apply first binds default arguments, of which there are none; that takes longer than a small op.
+        # Function.apply would first bind default arguments. There are none, and that takes longer than a small op.
         return super(torch.autograd.Function, cls).apply(*inputs)  # type: ignore[misc]
 
     @classmethod
     def differentiable(cls, arguments: Any) -> tuple[Tensor | None, ...]:
-        """Those of the op's arguments that gradients flow to."""
+        """The arguments of the op that gradients flow to."""
         raise NotImplementedError
 
     @classmethod
     def call(cls, arguments: Any) -> Any:
-        """The op's outputs, differentiable where that is asked for."""
+        """The op's outputs, differentiable if an input needs a gradient."""
         inputs = cls.differentiable(arguments)
         if torch.is_grad_enabled():
             for t in inputs:
@@ -69,7 +69,7 @@ class OpFunction(torch.autograd.Function):
 
     @classmethod
     def flat(cls, arguments: Any) -> tuple[Any, ...]:
-        """The arguments as the op takes them."""
+        """The arguments in the order of the op's schema."""
         return arguments  # type: ignore[no-any-return]
 
     @classmethod
@@ -79,7 +79,7 @@ class OpFunction(torch.autograd.Function):
 
     @classmethod
     def save(cls, ctx: Any, outputs: tuple[Tensor, ...], arguments: Any) -> None:
-        """Keeps the op's arguments, after some of its outputs: ``saved_tensors`` and then ``options``."""
+        """Saves `outputs` and the op's tensors as ``saved_tensors``, and its other arguments as ``options``."""
         flat = cls.flat(arguments)
         ctx.save_for_backward(*outputs, *flat[: cls.leading_tensors])
         ctx.options = flat[cls.leading_tensors :]
@@ -90,7 +90,7 @@ class OpFunction(torch.autograd.Function):
 
     @classmethod
     def run_backward(cls, *arguments: Any) -> Any:
-        """The backward op, which refuses to be differentiated again."""
+        """Runs the backward op, which refuses to be differentiated again."""
         return cls.backward_function.call(arguments)
 
     @classmethod
@@ -99,7 +99,7 @@ class OpFunction(torch.autograd.Function):
 
 
 def run(op: Any, arguments: tuple[Any, ...]) -> Any:
-    """The op's kernel; its own autograd kernel is not asked, since the caller is one."""
+    """Runs the op's kernel below autograd, since the caller is the op's autograd kernel."""
     if in_functorch():
         return op(*arguments)
     with below_autograd():
@@ -128,7 +128,7 @@ def _for_each(op: Any) -> Callable[..., Any]:
 
 
 def register_op(op: Any, fake: Callable[..., Any]) -> None:
-    """Of an op that needs no derivative, or has one: fake tensors, and torch.vmap."""
+    """Registers an op's results for fake tensors, and its rule for torch.vmap."""
     torch.library.register_fake(op, fake, lib=library)
     torch.library.register_vmap(op, _for_each(op), lib=library)
 
@@ -144,7 +144,7 @@ def _register_function(function: type[OpFunction]) -> None:
 
 
 def register(function: type[OpFunction]) -> type[OpFunction]:
-    """Makes `function` the derivative of its op, and refuses by name that of its backward op."""
+    """Makes `function` the derivative of its op. Its backward op gets one that refuses, with the function's name."""
 
     class Backward(OpFunction):
         name, op, fake = function.name, function.backward_op, function.backward_fake
@@ -171,7 +171,7 @@ def register(function: type[OpFunction]) -> type[OpFunction]:
 
 
 def is_traced() -> bool:
-    """Whether a graph is being made in which the op itself is to stand."""
+    """Whether a graph is being made, which must hold the op itself."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
@@ -212,10 +212,10 @@ def _in_graph(op: Any, twin: Any) -> Callable[..., Any]:
 
 
 def in_graph(function: type[OpFunction]) -> Callable[..., Any]:
-    """The op as it stands in a graph.
+    """The op to call in a graph.
 
-    torch.compile turns the number that an op is given into a constant, and compiles anew for every other value; after a
-    few it gives up. So its graphs hold a twin of the op, which takes numbers that vary. Exported programs hold the op.
+    torch.compile turns a number that an op gets into a constant, and compiles again for every other value; after a few
+    it gives up. So its graphs hold a twin of the op that takes varying numbers. Exported programs hold the op itself.
     """
     twin, fake = _twin(function.op, function.fake)
     backward_twin, backward_fake = _twin(function.backward_op, function.backward_fake)
@@ -226,7 +226,7 @@ def in_graph(function: type[OpFunction]) -> Callable[..., Any]:
 
 
 def op_in_graph(op: Any, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """The same for an op that needs no derivative."""
+    """As :func:`in_graph`, for an op that needs no derivative."""
     twin, twin_fake = _twin(op, fake)
     register_op(twin, twin_fake)
     return _in_graph(op, twin)

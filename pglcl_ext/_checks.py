@@ -1,7 +1,7 @@
-"""What the public functions and the ops accept, once, for every device, in eager mode and while tracing.
+"""Checks the arguments of the public functions and of the ops, for every device, in eager mode and while tracing.
 
-Nothing here reads a tensor's elements: that would make a GPU wait. A message names the argument, what was expected and
-what came.
+Only `check_known_labels` reads a tensor's elements, since the program would have to wait for a GPU. A message names the
+argument, what was expected and what came.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LONGEST = 2**63  # of int64
 
 
 def check_number(name: str, value: Any) -> float:
-    """`value` as Python's own number; a tensor is refused, since no gradient would flow to it."""
+    """`value` as a float or int. A tensor is refused, since no gradient would flow to it."""
     if type(value) is float or (type(value) is int and abs(value) <= LARGEST):
         return value
     if isinstance(value, Tensor):
@@ -55,7 +55,7 @@ def check_number(name: str, value: Any) -> float:
 
 
 def check_positive(name: str, value: Any, *, or_zero: bool = False) -> float:
-    """A finite number above 0, or 0 itself."""
+    """A finite number above 0; with `or_zero`, at least 0."""
     number = check_number(name, value)
     in_range = number >= 0 if or_zero else number > 0
     if not (in_range and number <= LARGEST):
@@ -87,7 +87,7 @@ def check_integer(name: str, value: Any, *, least: int = -LONGEST) -> int:
 
 
 def check_bound(name: str, value: Any) -> float:
-    """A disparity that bounds the choice of positives or negatives: at least 0, infinity included."""
+    """A bound on disparities: at least 0; it may be infinite."""
     number = check_number(name, value)
     if number != number:
         raise ValueError(f"{name} must be a number, got nan")
@@ -109,7 +109,7 @@ def check_reduction(reduction: Any) -> None:
 
 
 def dtype_name(t: Tensor) -> str:
-    """int64 for torch.int64."""
+    """The dtype as users write it: int64 for torch.int64."""
     return str(t.dtype).removeprefix("torch.")
 
 
@@ -138,7 +138,7 @@ def check_same_dtype(name: str, t: Tensor, like_name: str, like: Tensor) -> None
 
 
 def check_embeddings(name: str, t: Any, rows: str) -> None:
-    """(rows, D)."""
+    """(rows, D) floating point. `rows` is the letter of that number in messages, here and below."""
     check_floating(name, t)
     if t.dim() != 2:
         raise ValueError(f"{name} must have shape ({rows}, D), got {tuple(t.shape)}")
@@ -147,7 +147,7 @@ def check_embeddings(name: str, t: Any, rows: str) -> None:
 
 
 def check_labels(name: str, t: Any, rows: str, like_name: str, like: Tensor) -> None:
-    """(rows,) int64, as many as `like` has rows."""
+    """(rows,) int64, with as many rows as `like`."""
     check_tensor(name, t)
     if t.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {dtype_name(t)}")
@@ -157,7 +157,7 @@ def check_labels(name: str, t: Any, rows: str, like_name: str, like: Tensor) -> 
 
 
 def check_descriptors(name: str, t: Any, rows: str, like_name: str, like: Tensor) -> int:
-    """(rows,) or (rows, C); returns C."""
+    """(rows,) or (rows, C) floating point, with as many rows as `like`; returns C."""
     check_floating(name, t)
     if t.dim() not in (1, 2) or t.shape[0] != like.shape[0]:
         raise ValueError(
@@ -178,7 +178,7 @@ def check_same_channels(name: str, channels: int, like_name: str, like_channels:
 
 
 def per_dimension(name: str, value: Any, dims: int) -> list[int]:
-    """An int or a sequence of ints with one entry per spatial dimension."""
+    """An int or a sequence of ints, as a list. An int counts for each of `dims` dimensions."""
     if type(value) is int or (isinstance(value, (torch.SymInt, numbers.Integral)) and not isinstance(value, bool)):
         return [check_integer(name, value)] * dims
     if isinstance(value, (bool, str)) or not isinstance(value, Sequence):
@@ -195,7 +195,7 @@ def check_image(name: str, t: Any, channels: str) -> None:
 
 
 def check_patch_grid(image: Sequence[int], patch_size: list[int], stride: list[int]) -> None:
-    """Patches within an image of this size, in pixels."""
+    """That patches fit into an image of this size, in pixels."""
     for name, value in (("patch_size", patch_size), ("stride", stride)):
         if len(value) != len(image):
             raise ValueError(f"{name} must have one entry per spatial dimension ({len(image)}), got {value}")
@@ -208,7 +208,7 @@ def check_patch_grid(image: Sequence[int], patch_size: list[int], stride: list[i
 
 
 def check_same_space(name: str, t: Tensor, like_name: str, like: Tensor) -> None:
-    """Images of the batch, the size and the device of others."""
+    """That images have the batch, the size and the device of others."""
     if t.dim() != like.dim() or t.shape[0] != like.shape[0] or t.shape[2:] != like.shape[2:]:
         expected = f"({like.shape[0]}, K, {', '.join(map(str, like.shape[2:]))})"
         raise ValueError(f"{name} must have the batch and space of {like_name}, {expected}, got {tuple(t.shape)}")
@@ -226,7 +226,7 @@ def check_statistics(x: StatisticsArguments) -> None:
 
 
 def check_coverage(coverage: Any, classes: int, like: Tensor) -> None:
-    """The least share of its class that a patch must hold: None, a number, or a tensor with one for each class."""
+    """A threshold of coverage: None, a number, or a tensor with one for each class."""
     if coverage is None:
         return
     if not isinstance(coverage, Tensor):
@@ -292,7 +292,7 @@ def check_choice_of_pairs(
     positive_mask: Any = None,
     negative_mask: Any = None,
 ) -> None:
-    """Which options choose the pairs, and that they go together."""
+    """That the options that choose the pairs go together."""
     rule = {
         "max_positive_disparity": max_positive_disparity,
         "min_negative_disparity": min_negative_disparity,
@@ -316,7 +316,7 @@ def check_choice_of_pairs(
 
 
 def check_keys_come_together(keys: Any, key_labels: Any, key_descriptors: Any) -> None:
-    """That nothing is said of keys without the keys, or of keys without labels."""
+    """That keys come with labels, and that labels and descriptors of keys come with keys."""
     if (keys is None) != (key_labels is None):
         raise ValueError(
             f"keys and key_labels must be given together, got {'key_labels' if keys is None else 'keys'} alone"
@@ -326,7 +326,7 @@ def check_keys_come_together(keys: Any, key_labels: Any, key_descriptors: Any) -
 
 
 def check_sides(anchors: Side, keys: Side | None) -> None:
-    """Anchors, and the keys where there are any."""
+    """The anchors, and the keys if they are given."""
     z = anchors.embeddings
     check_embeddings("anchors", z, "N")
     check_labels("labels", anchors.labels, "N", "anchors", z)
@@ -429,7 +429,7 @@ def check_gaussian(x: GaussianArguments) -> None:
 
 
 def check_known_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
-    """That labels lie in [0, K) or are `ignore_index`; this does read them."""
+    """That labels lie in [0, K) or are `ignore_index`. This reads them."""
     bad = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
     if bad.any():
         at = int(bad.nonzero()[0])

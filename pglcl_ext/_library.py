@@ -13,7 +13,7 @@ import torch
 REBUILD = "pip install --force-reinstall --no-deps --no-build-isolation ."
 
 
-# What CMakeLists.txt gives as TORCH_TARGET_VERSION: the stable interface of this version is all that the binary uses.
+# The binary uses only the stable interface of this version, which CMakeLists.txt sets as TORCH_TARGET_VERSION.
 OLDEST_TORCH = (2, 13)
 
 
@@ -23,7 +23,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def _major(version: str | None) -> str:
-    """ "13" for 13.0."""
+    """ "13" for "13.0", "none" without a version."""
     return (version or "none").partition(".")[0]
 
 
@@ -32,12 +32,13 @@ def _load() -> Any:
         from pglcl_ext import _build_config
     except ImportError as error:
         raise ImportError(_why_not_built()) from error
-    if not Path(__file__).with_name("_build_config.py").exists():  # an editable install lends that of another checkout
+    # An editable install of another checkout also has a _build_config, which is not ours.
+    if not Path(__file__).with_name("_build_config.py").exists():
         raise ImportError(_why_not_built())
     if _release(torch.__version__) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         raise ImportError(f"pglcl_ext needs torch {oldest} or later, but torch {torch.__version__} is running")
-    # A stream of one major version of the CUDA runtime means nothing to another one.
+    # A CUDA runtime cannot use a stream of another major version.
     if _build_config.cuda_built and _major(_build_config.cuda_version) != _major(torch.version.cuda):
         running = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
         raise ImportError(
@@ -51,7 +52,7 @@ def _load() -> Any:
 
 
 def _why_not_built() -> str:
-    """Why there is no compiled module beside this file, and what to do."""
+    """The reason why no compiled module lies beside this file, and what to do."""
     here = Path(__file__).resolve().parent
     editable = f"pip install --editable {here.parent}"
     built = sorted(path.name for path in here.glob("_C.*"))
@@ -74,15 +75,14 @@ INSTRUCTION_SETS: tuple[str, ...] = compiled.INSTRUCTION_SETS
 
 
 def allow_tf32() -> bool:
-    """Whether float32 products on a GPU may take TF32: PyTorch's own switch, in whichever of its ways it was set.
+    """Whether float32 products on a GPU may use TF32. This is PyTorch's own switch, in whatever way it was set.
 
-    A compiled function is compiled again after the switch was turned; an exported program keeps what it was traced
-    with.
+    A change of the switch makes torch.compile compile again. An exported program keeps the setting of its export.
     """
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
-# As torch.compiler.assume_constant_result marks it, which imports the compiler: that takes as long as importing torch.
+# The mark of torch.compiler.assume_constant_result, which itself would import the compiler and take as long as torch.
 allow_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -92,10 +92,11 @@ def build_info() -> dict[str, Any]:
     Returns:
         A dict with ``version`` (of pglcl-ext), ``torch_built`` and ``torch_running``, ``cuda_built`` (bool),
         ``cuda_version`` (of the torch built against), ``cuda_reason`` (why there is no CUDA code, else ""),
-        ``cuda_architectures`` (list of str) and ``cpu_instruction_set``, the one in use: the best that the processor
-        and the environment variable ``PGLCL_CPU_ISA`` (``baseline``, ``avx2``,
-        ``avx512`` or ``avx512_bf16`` on x86-64, ``baseline`` or ``neon`` on aarch64) allow. An unknown name in it ends
-        the import.
+        ``cuda_architectures`` (list of str) and ``cpu_instruction_set`` (the one in use).
+
+        The instruction set is the best one that the processor and the environment variable ``PGLCL_CPU_ISA`` allow. The
+        variable may be ``baseline``, ``avx2``, ``avx512`` or ``avx512_bf16`` on x86-64, and ``baseline`` or ``neon`` on
+        aarch64. With any other value, the import fails.
     """
     from pglcl_ext import _build_config
 

@@ -1,4 +1,4 @@
-"""What keeps numbers within the range and the digits that they need."""
+"""Keeps numbers within the range of their dtype, and with the digits that they need."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ __all__ = ["unit_rows", "without_autocast"]
 
 
 def without_autocast(like: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Where products keep the dtype of their factors, on the device of a tensor."""
-    if like.device.type == "meta":  # which has no autocast to turn off
+    """A context in which products keep the dtype of their factors, on the device of `like`."""
+    if like.device.type == "meta":  # has no autocast to turn off
         return contextlib.nullcontext()
     return torch.autocast(like.device.type, enabled=False)
 
@@ -22,9 +22,9 @@ def without_autocast(like: Tensor) -> contextlib.AbstractContextManager[None]:
 def unit_rows(x: Tensor) -> Tensor:
     """The rows of x, (N, D), divided by their L2 norm; a row of zeros stays as it is.
 
-    A norm is the root of a sum of squares, which leaves the range of a dtype long before the row does. So each row is
-    divided by its largest entry first, and computed in float32 or wider. The largest entry is then 1 and the norm at
-    least that, but for a row of zeros, which a norm of 1 gives a gradient of its own size.
+    The sum of squares in a norm leaves the range of a dtype long before the row does. So each row is first divided by
+    its largest entry, in float32 or wider. Its largest entry is then 1, and its norm at least 1. A row of zeros is
+    divided by 1, so the size of its gradient does not change.
     """
     if x.shape[1] == 0:  # an empty row has no largest entry
         return x

@@ -51,17 +51,17 @@ def class_patches(
     output_size: int | Sequence[int] | None = None,
     mode: str = "resize",
 ) -> ClassPatches:
-    """The authors' form: for each class, the image times its mask, cropped to patches that contain the class.
+    """Crops an image times the mask of each class to patches that contain the class.
 
-    From the method, section 8. Crops lie on a grid whose last row and column are moved inwards to end with the image,
-    so that every pixel is in one, at every border and corner and for any patch size. Of the crops of a class in an
-    image at most `max_patches` are taken, evenly spread over the image; images do not influence each other. Coverage is
-    counted from the mask, never from intensities. On a GPU the call waits, since the number of crops must be known.
+    This is the authors' form (method, section 8). Crops lie on a grid whose last row and column are moved inwards to
+    end with the image. So every pixel is in a crop, for any patch size. At most `max_patches` crops of a class are
+    taken from an image, evenly spread over it. Images do not influence each other. Coverage is counted from the mask,
+    never from intensities. On a GPU the call waits, since the number of crops must be known.
 
     Args:
         images: (B, C, *S) floating point, two or three spatial dimensions.
-        labels: (B, *S) int64, where a value outside [0, num_classes) belongs to no class; or soft weights
-            (B, num_classes, *S), which stay soft.
+        labels: (B, *S) int64, where a value outside [0, num_classes) belongs to no class; or floating-point weights
+            (B, num_classes, *S), which are used as they are.
         patch_size: size of a crop, in pixels; at most the image.
         num_classes: K.
         stride: distance between crops, in pixels; at most `patch_size`, which is the default.
@@ -142,7 +142,7 @@ def _mean_over(weights: Tensor, starts: list[list[int]], patch: list[int]) -> Te
 
 
 def _spread(count: int, wanted: int, device: torch.device) -> Tensor:
-    """`wanted` of `count` places in reading order, evenly apart and away from the ends by half of that."""
+    """`wanted` of `count` places in reading order: evenly spaced, with half a space at both ends."""
     return ((torch.arange(wanted, device=device) * 2 + 1) * count) // (2 * wanted)
 
 

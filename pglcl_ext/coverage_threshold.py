@@ -1,4 +1,4 @@
-"""How much of its class a patch must hold to qualify (method, section 8)."""
+"""The coverage that a patch must exceed to qualify for its class (method, section 8)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ def _below_one(like: Tensor) -> float:
 
 
 class CoverageThreshold(nn.Module):
-    r"""Per-class coverage above which a patch qualifies, moved until a target share of the patches does.
+    r"""A coverage for each class, above which a patch qualifies. It moves until a target share of the patches does.
 
-    A Robbins-Monro step for each class that the batch holds (method, section 8):
+    Every update makes a Robbins-Monro step for each class that the batch holds (method, section 8):
     :math:`\theta_k \leftarrow clip(\theta_k + \gamma_n (share_n - target), 0, 1)`, where :math:`share_n` is the
     fraction of the batch's patches of class k with coverage above :math:`\theta_k`, and
-    :math:`\gamma_n = gain / n^{2/3}` (our choice) for the n-th batch with that class. The
-    threshold stays below 1, so that a patch that its class covers whole always qualifies. The state is in buffers;
-    nothing waits for a GPU.
+    :math:`\gamma_n = gain / n^{2/3}` (our choice) for the n-th batch with that class. The threshold stays below 1, so
+    a patch that its class fills always qualifies. The state is in buffers. Nothing waits for a GPU.
 
     Args:
         num_classes: K.
@@ -34,7 +33,12 @@ class CoverageThreshold(nn.Module):
         ignore_index: patches with this label, or one outside [0, K), are not counted.
 
     Attributes:
-        value: (K,), the thresholds; what :func:`patch_embeddings` takes as `coverage`.
+        value: (K,) float32, the thresholds, for the argument `coverage` of :func:`patch_embeddings`.
+        updates: (K,) int64, the number of batches with each class so far.
+
+    Raises:
+        ValueError: values out of range.
+        TypeError: arguments that are not numbers.
     """
 
     value: Tensor
@@ -67,7 +71,7 @@ class CoverageThreshold(nn.Module):
 
     @torch.no_grad()
     def update(self, coverage: Tensor, labels: Tensor) -> None:
-        """One step from the patches of a batch that hold their class, qualified or not.
+        """Makes a step from the patches of a batch that hold their class, whether they qualify or not.
 
         Args:
             coverage: (N,) in [0, 1]; patches with 0 do not hold their class and are not counted.
@@ -86,7 +90,7 @@ class CoverageThreshold(nn.Module):
         counted = (labels != self.ignore_index) & (labels >= 0) & (labels < k) & (coverage > 0)
         classes = torch.where(counted, labels, k)
         above = counted & (coverage > torch.cat([self.value, self.value.new_zeros(1)])[classes])
-        # Counted as integers: the sum has no order.
+        # Counted as integers, whose sum does not depend on the order.
         present, qualified = (
             torch.zeros(k + 1, dtype=torch.int64, device=labels.device).scatter_add_(0, classes, mask.long())[:k]
             for mask in (counted, above)
@@ -98,7 +102,7 @@ class CoverageThreshold(nn.Module):
         self.value.copy_(torch.where(present > 0, moved, self.value))
 
     def coverage_and_classes(self, batch: PatchRows | PatchBatch) -> tuple[Tensor, Tensor]:
-        """The arguments of :meth:`update`, from all rows that :func:`patch_embeddings` makes, qualified or not."""
+        """The arguments of :meth:`update`, from all rows that :func:`patch_embeddings` makes, also unqualified ones."""
         k = self.num_classes
         classes = torch.arange(k, device=batch.coverage.device).repeat(len(batch.coverage) // k)
         return batch.coverage, classes

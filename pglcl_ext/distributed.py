@@ -1,7 +1,7 @@
-"""The contrastive loss over the ranks of a process group: keys of all ranks, anchors of one's own.
+"""The contrastive loss over the ranks of a process group: each rank contrasts its own anchors with the keys of all.
 
-Either every rank gathers all keys (``gather="all"``), or keys travel around a ring and the log-sum-exps of one part
-after another are merged (``gather="ring"``), which holds the keys of two ranks at a time, however many there are.
+With ``gather="all"``, every rank gathers all keys. With ``gather="ring"``, keys travel around a ring, and each rank
+merges the log-sum-exps of one part after another. It then holds the keys of only two ranks at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NONE, MEAN, SUM = REDUCTIONS["none"], REDUCTIONS["mean"], REDUCTIONS["sum"]
 
 
 class SharedGroup:
-    """A process group as part of a module: a copy of the module shares it, and no file can hold it."""
+    """Holds the process group of a module. A copy of the module shares it; it cannot be pickled."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -51,7 +51,7 @@ def _sizes(rows: int, device: torch.device, group: Any) -> list[int]:
 
 
 def _bytes(t: Tensor, rows: int) -> Tensor:
-    """The rows of `t` as bytes, (rows, bytes of a row), with zeros below: no backend has to know its dtype."""
+    """`t` as bytes, (rows, bytes of a row), with zeros in added rows. So no backend has to know its dtype."""
     width = t[:1].numel() * t.element_size() if len(t) else t.new_empty(1, *t.shape[1:]).numel() * t.element_size()
     padded = torch.zeros(rows, width, dtype=torch.uint8, device=t.device)
     if t.numel():
@@ -66,7 +66,10 @@ def _from_bytes(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def gather_rows(tensors: list[Tensor], group: Any) -> list[Tensor]:
-    """The rows of all ranks, in their order, for each of `tensors`, which have as many rows. No gradients."""
+    """The rows of all ranks, in the order of the ranks, for each of `tensors`. No gradient flows.
+
+    All `tensors` of a rank must have the same number of rows, which may differ between ranks.
+    """
     sizes = _sizes(len(tensors[0]), tensors[0].device, group)
     packed = torch.cat([_bytes(t, max(sizes)) for t in tensors], dim=1)
     parts = [torch.empty_like(packed) for _ in sizes]
@@ -77,7 +80,7 @@ def gather_rows(tensors: list[Tensor], group: Any) -> list[Tensor]:
 
 
 class _GatherKeys(torch.autograd.Function):
-    """Rows of all ranks; backward, each rank gets the sum of what all ranks have to say about its own."""
+    """Gathers the rows of all ranks. In the backward pass, a rank gets the sum of all ranks' gradients of its rows."""
 
     @staticmethod
     def forward(ctx: Any, keys: Tensor, group: Any) -> Tensor:
@@ -94,7 +97,7 @@ class _GatherKeys(torch.autograd.Function):
 
 
 def first_row(rows: int, device: torch.device, group: Any) -> int:
-    """Where this rank's rows begin among those of all ranks."""
+    """The index at which this rank's rows begin among those of all ranks."""
     return sum(_sizes(rows, device, group)[: dist.get_rank(group)])
 
 
@@ -104,7 +107,7 @@ def _own_keys(x: ContrastArguments) -> Side:
 
 
 def _given(side: Side) -> list[Tensor]:
-    """What a side holds: embeddings, labels and, where given, descriptors."""
+    """The tensors of a side: embeddings, labels and, if they are given, descriptors."""
     return [t for t in side if t is not None]
 
 
@@ -125,12 +128,15 @@ def _reduce(losses: Tensor, num_valid: Tensor, reduction: int, group: Any) -> tu
 def all_keys_contrast(
     contrast: Callable[[ContrastArguments], ContrastOutputs], x: ContrastArguments, group: Any
 ) -> tuple[Tensor, Tensor]:
-    """(loss, number of counted anchors of all ranks); the keys of all ranks are held at once.
+    """The loss with the keys of all ranks, which are held at once.
 
     Args:
         contrast: the differentiable op.
         x: the anchors and keys of this rank.
         group: the process group.
+
+    Returns:
+        The loss, and the number of counted anchors of all ranks, an int64 scalar.
     """
     own = _own_keys(x)
     embeddings, *others = _given(own)
@@ -141,13 +147,14 @@ def all_keys_contrast(
 
 
 class _Ring:
-    """Passes a block of rows on to the next rank, and takes that of the one before."""
+    """Sends blocks of rows to the next rank, and receives those of the previous rank."""
 
     def __init__(self, group: Any) -> None:
         self.group = group
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
 
     def start(self, block: Tensor) -> tuple[Tensor, list[Any]]:
+        """Starts to exchange blocks. Returns the arriving one, and handles to wait for before it is read."""
         arriving = torch.empty_like(block)
         if self.world == 1:
             arriving.copy_(block)
@@ -161,12 +168,12 @@ class _Ring:
         return arriving, dist.batch_isend_irecv(moves)
 
     def owner(self, step: int) -> int:
-        """Whose block is here after `step` moves."""
+        """The rank whose block is here after `step` moves."""
         return (self.rank - step) % self.world
 
 
 class _AnchorSums(NamedTuple):
-    """What one part of the keys says of each anchor, (N,) each. All logits are kept less `max_logit`."""
+    """Sums of each anchor over one part of the keys, (N,) each; `max_logit` is subtracted from all logits."""
 
     max_logit: Tensor  # float64
     log_sum: Tensor  # log of the sum of e^(logit - max_logit)
@@ -174,7 +181,7 @@ class _AnchorSums(NamedTuple):
     num_positives: Tensor
 
     def merge(self, other: _AnchorSums) -> _AnchorSums:
-        """The same of both parts together."""
+        """The sums over both parts together."""
         top = torch.maximum(self.max_logit, other.max_logit)
         count = self.num_positives + other.num_positives
         log_sums, positive = [], torch.zeros_like(self.positive)
@@ -188,7 +195,7 @@ class _AnchorSums(NamedTuple):
 
 
 class _RingContrast(torch.autograd.Function):
-    """Per-anchor losses and counts. Keys, their labels and descriptors travel as one block of bytes."""
+    """The loss and number of positives of each anchor. Keys, labels and descriptors travel as one block of bytes."""
 
     @staticmethod
     def forward(ctx: Any, anchors: Tensor, own_keys: Tensor, x: ContrastArguments, group: Any) -> tuple[Tensor, Tensor]:
@@ -208,7 +215,7 @@ class _RingContrast(torch.autograd.Function):
 
     @staticmethod
     def parts(ctx: Any, x: ContrastArguments) -> Iterator[ContrastArguments]:
-        """The contrast with the keys of every rank, one's own first; the next are on their way meanwhile."""
+        """Yields the contrast with the keys of each rank, beginning with this one, while the next keys travel."""
         own = _given(_own_keys(x))
         block = torch.cat([_bytes(t, max(ctx.sizes)) for t in own], dim=1)
         widths = [_bytes(t[:0], 0).shape[1] for t in own]
@@ -229,8 +236,7 @@ class _RingContrast(torch.autograd.Function):
         needs_anchors, needs_keys, _, _ = ctx.needs_input_grad
         wide = torch.promote_types(anchors.dtype, torch.float32)
         grad_anchors = torch.zeros(anchors.shape, dtype=wide, device=anchors.device)
-        # The gradient of the keys that are here, as far as the ranks have added to it, travels behind them and comes
-        # home at the end.
+        # The gradient of the keys travels behind them. Each rank adds its part; at the end it is back at its own rank.
         travelling = torch.zeros(max(ctx.sizes), own_keys.shape[1], dtype=wide, device=own_keys.device)
         forward = (max_logit, log_sum, count, torch.ones((), dtype=torch.int64, device=anchors.device))
         with torch.no_grad():
@@ -258,7 +264,7 @@ class _RingContrast(torch.autograd.Function):
 
 
 class _Twice(torch.autograd.Function):
-    """A gradient, which cannot be differentiated by what it was computed from."""
+    """A gradient that refuses to be differentiated with respect to the tensors that it was computed from."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, *computed_from: Tensor) -> Tensor:
@@ -270,6 +276,6 @@ class _Twice(torch.autograd.Function):
 
 
 def ring_contrast(x: ContrastArguments, group: Any) -> tuple[Tensor, Tensor]:
-    """As :func:`all_keys_contrast`, with the keys of two ranks held at a time."""
+    """As :func:`all_keys_contrast`, but holds the keys of only two ranks at a time."""
     losses, count = _RingContrast.apply(x.anchors.embeddings, _own_keys(x).embeddings, x, group)
     return _reduce(losses, (count > 0).sum(), x.numbers.reduction, group)

@@ -1,4 +1,4 @@
-"""A memory of embeddings per class: the keys that a batch is too small to hold."""
+"""A queue of embeddings for each class, since a batch is too small to hold enough keys."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["EmbeddingQueue", "QueuedKeys"]
 
 
 class QueuedKeys(NamedTuple):
-    """What a queue holds, as :func:`pglcl_ext.patch_contrast_loss` takes it.
+    """The content of a queue, for :func:`pglcl_ext.patch_contrast_loss`.
 
     keys: (K * length, D). labels: (K * length,) int64, `ignore_index` where a slot is empty. descriptors:
     (K * length, C), or None for a queue without them.
@@ -35,14 +35,14 @@ class QueuedKeys(NamedTuple):
 
 
 class EmbeddingQueue(nn.Module):
-    """A ring buffer of embeddings for each class, all of it in registered buffers.
+    """A ring buffer of embeddings for each class, in registered buffers.
 
-    The newest `length` keys of each class are kept. Nothing waits for a GPU, nothing carries a gradient, and the state
-    (keys, write positions, counts) is saved, restored and moved with the module. From method, sections 6 and 9: the
-    authors queue 4096 keys of each class.
+    The newest `length` keys of each class are kept. Nothing waits for a GPU, and nothing carries a gradient. The state
+    (keys, write positions, counts) is saved, restored and moved with the module. The authors queue 4096 keys of each
+    class (method, sections 6 and 9).
 
-    A key that is not finite, or has a descriptor that is not, would spoil every later loss. It is left out and counted
-    in `num_refused`; on the CPU, where looking costs nothing, a warning says so.
+    A key that is not finite, or whose descriptor is not finite, would spoil every later loss. It is left out and
+    counted in `num_refused`. On the CPU, where reading that number takes no time, there is also a warning.
 
     Args:
         num_classes: K.
@@ -88,7 +88,7 @@ class EmbeddingQueue(nn.Module):
         self.ignore_index = check_integer("ignore_index", ignore_index)
         self._group = SharedGroup(process_group)
         num_classes, length, descriptor_dim = self.num_classes, self.length, self.descriptor_dim
-        # One row more than there are slots: what is not to be kept is written there, and wiped.
+        # One row more than there are slots. Rows that are not kept are written there, and then erased.
         self.register_buffer("storage", torch.zeros(num_classes * length + 1, self.embedding_dim))
         self.register_buffer("descriptor_storage", torch.zeros(num_classes * length + 1, descriptor_dim))
         self.register_buffer("positions", torch.zeros(num_classes, dtype=torch.int64))
@@ -101,7 +101,7 @@ class EmbeddingQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, embeddings: Tensor, labels: Tensor, descriptors: Tensor | None = None) -> None:
-        """Adds keys, in order. Where a class gets more than `length`, the last ones stay.
+        """Adds keys, in order. If a class gets more than `length` keys, the last ones stay.
 
         Args:
             embeddings: (M, D) floating point, on the device of the queue; they are kept in its dtype.
@@ -137,7 +137,7 @@ class EmbeddingQueue(nn.Module):
         self.counts.add_(arrivals[:k]).clamp_(max=length)
 
     def _finite(self, embeddings: Tensor, descriptors: Tensor, known: Tensor) -> Tensor:
-        """(M,) bool, which keys are finite; those of a known class that are not are counted, and warned of."""
+        """(M,) bool: which keys are finite. Other keys of a known class are counted, with a warning on the CPU."""
         finite = embeddings.isfinite().all(dim=1) & descriptors.isfinite().all(dim=1)
         refused = (known & ~finite).sum()
         self.num_refused.add_(refused)
@@ -167,7 +167,7 @@ class EmbeddingQueue(nn.Module):
         return descriptors
 
     def _filled(self) -> Tensor:
-        """(K, length) bool: a ring fills from its first slot."""
+        """(K, length) bool: which slots are filled. A ring fills from its first slot."""
         return torch.arange(self.length, device=self.counts.device) < self.counts[:, None]
 
     def keys(self) -> QueuedKeys:
@@ -193,8 +193,8 @@ class EmbeddingQueue(nn.Module):
                 the queue, or float32 where that is narrower.
 
         Returns:
-            (K, D) and (K, D, D). Deviations are squared after the mean is taken off, so that one key has a covariance
-            of exactly 0 and far-off keys lose nothing. 0 for a class without keys.
+            Means (K, D) and covariances (K, D, D), 0 for a class without keys. The mean is subtracted before deviations
+            are squared, so a single key has a covariance of exactly 0, and keys far from 0 lose no digits.
 
         Raises:
             TypeError: another dtype.
@@ -205,7 +205,7 @@ class EmbeddingQueue(nn.Module):
         keys, filled = self.class_keys()
         keys, weight = keys.to(dtype), filled[:, :, None].to(dtype)
         count = self.counts.clamp(min=1).to(dtype)[:, None]
-        # The first key is taken off first: then equal keys have deviations of exactly 0.
+        # The first key is subtracted first, so that equal keys have deviations of exactly 0.
         origin = keys[:, :1]
         mean = ((keys - origin) * weight).sum(dim=1) / count
         deviation = (keys - origin - mean[:, None]) * weight

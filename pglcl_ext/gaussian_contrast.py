@@ -45,9 +45,9 @@ def gaussian_contrast_loss(
 ) -> Tensor:
     r"""Contrastive loss against infinitely many keys, normally distributed in each class.
 
-    Classes that have keys take part; `C` is their number. For an anchor `t` of such a class `i`, with
+    Classes that have keys take part; `C` is their number. The loss of an anchor `t` of such a class `i` is, with
     :math:`\psi` = `negative_weight` and :math:`\lambda` = `covariance_scale` (method, section 6: re-derived from the
-    authors' code, which bounds the expected logarithm by Jensen's inequality; here in log-space)
+    authors' code, which bounds the expected logarithm by Jensen's inequality; here in log-space),
 
     .. math::
         x_j = t \cdot \mu_j / \tau + \frac{\lambda}{2 \tau^2} t^\top \Sigma_j t, \qquad
@@ -64,7 +64,7 @@ def gaussian_contrast_loss(
         means: (K, D) floating point; or (K, K, D), first index the anchor's class, as
             :func:`hard_negative_statistics` gives them.
         covariances: (K, D, D), or (K, K, D, D) with such means. Only the symmetric part matters.
-        counts: (K,) int64, the keys of each class. What the statistics hold for a class without keys is not read.
+        counts: (K,) int64, the number of keys of each class. Statistics of a class without keys are not read.
         temperature: tau > 0.
         covariance_scale: lambda >= 0.
         negative_weight: psi >= 0.
@@ -73,7 +73,7 @@ def gaussian_contrast_loss(
 
     Returns:
         A scalar, or (N,) for ``reduction="none"``, in float32 (float64 for float64). Anchors of a class that takes no
-        part give 0 and are not counted. Gradients flow to `anchors` alone: the statistics are of queued keys.
+        part give 0 and are not counted. Gradients flow only to `anchors`, since queued keys carry none.
 
     Raises:
         ValueError: shapes, devices or labels that do not fit, values out of range.
@@ -100,7 +100,7 @@ def gaussian_contrast_loss(
         return _in_graph(*x)[0]  # type: ignore[no-any-return]
     try:
         return _Gaussian.call(x)[0]  # type: ignore[no-any-return]
-    except NotImplementedError:  # of what cannot be differentiated
+    except NotImplementedError:  # a derivative that there is not
         raise
     except (RuntimeError, ValueError):
         if labels.device.type == "cpu" and not in_functorch():  # the kernel is the first that reads them
@@ -109,7 +109,7 @@ def gaussian_contrast_loss(
 
 
 class GaussianContrastLoss(nn.Module):
-    """:func:`gaussian_contrast_loss` with the queue that its statistics come from.
+    """:func:`gaussian_contrast_loss` with a queue, from which its statistics come.
 
     A call contrasts anchors with the keys queued so far; :meth:`enqueue` adds keys, usually the teacher's::
 
@@ -162,7 +162,7 @@ class GaussianContrastLoss(nn.Module):
         self.reduction = reduction
 
     def forward(self, embeddings: Tensor, labels: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """The loss of `embeddings` (N, D) with `labels` (N,); `generator` draws the hard negatives."""
+        """The loss of `embeddings` (N, D) with `labels` (N,) int64; `generator` draws the hard negatives."""
         embeddings = self._normalized(embeddings, "N")
         if self.hard_negatives:
             means, covariances = hard_negative_statistics(embeddings, labels, self.queue, generator=generator)
@@ -213,7 +213,7 @@ def _fake_backward(grad: Tensor, anchors: Tensor, gradients: Tensor, num_valid: 
 
 @torch.library.impl("pglcl_ext::gaussian_contrast_backward", "CompositeExplicitAutograd")
 def _product(grad: Tensor, anchors: Tensor, gradients: Tensor, num_valid: Tensor, reduction: int) -> Tensor:
-    """The gradient of the anchors, on any device: the forward pass left d loss_i / d anchor_i, (N, D)."""
+    """The gradient of the anchors, on any device. `gradients` (N, D) are d loss_i / d anchor_i, by the forward pass."""
     scale = grad.to(gradients.dtype)
     if reduction == REDUCTIONS["mean"]:
         scale = scale / num_valid.clamp(min=1)
@@ -255,7 +255,7 @@ class _Gaussian(OpFunction):
         num_valid, anchors, *rest = ctx.saved_tensors
         if ctx.has_gradients:
             (gradients,) = rest
-        else:  # a graph that was made for inputs without gradients
+        else:  # the graph was made for inputs that need no gradient
             with torch.no_grad():
                 x = cls.nested((anchors, *rest, *ctx.options))
                 _, gradients, _ = cls.call(x._replace(needs_gradients=True))

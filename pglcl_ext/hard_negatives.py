@@ -13,8 +13,8 @@ from pglcl_ext.embedding_queue import EmbeddingQueue
 
 __all__ = ["hard_negative_statistics"]
 
-# A covariance counts as singular when a pivot of its Cholesky factor, squared, falls below this share of its largest
-# variance: rounding of float32 keys leaves about 1e-14.
+# A covariance counts as singular when a squared pivot of its Cholesky factor falls below this share of its largest
+# variance. Rounding of float32 keys leaves about 1e-14.
 SINGULAR = 1e-12
 
 
@@ -32,21 +32,23 @@ def hard_negative_statistics(
     bound): `n*` is the queued key of j nearest to class i in Mahalanobis distance, `p*` the anchor of i nearest to
     class j, and :math:`v = n^* - p^*`. Samples of :math:`N(\mu_j, \Sigma_j)` restricted to the slab
     :math:`v \cdot p^* \le v \cdot x \le v \cdot n^*` are drawn exactly: the truncated normal along v by inversion, the
-    rest from its conditional law. Half as many are kept: of those no farther from class i than `n*` the ones closest to
-    class j; where these are too few, convex mixtures of two of them stand in for the rest. All are L2-normalised.
+    rest from its conditional distribution. Half of the samples are kept: those closest to class j among those that are
+    no farther from class i than `n*`. If these are too few, convex mixtures of two of them fill up the rest. All are
+    L2-normalised.
 
     Args:
         anchors: (N, D) floating point, L2-normalised like the queued keys; no gradient flows through them.
         labels: (N,) int64.
         queue: the queue that holds the keys.
         num_samples: number of samples drawn for each pair of classes, at least 2.
-        generator: a generator on the device of the anchors; None, the default, takes PyTorch's own. It must be None
-            under torch.compile. Every call draws equally many numbers.
+        generator: a generator on the device of the anchors; by default PyTorch's own. It must be None under
+            torch.compile. Every call draws the same number of random numbers.
 
     Returns:
-        means (K, K, D) and covariances (K, K, D, D) in the dtype of the queue (float32 or wider), first index the
-        anchors' class, for :func:`gaussian_contrast_loss`. The diagonal holds the plain statistics of class j. So do
-        pairs with no anchor, a singular covariance, an empty slab, or no sample that qualifies.
+        Means (K, K, D) and covariances (K, K, D, D) for :func:`gaussian_contrast_loss`, in the dtype of the queue
+        (float32 or wider). The first index is the anchors' class i, the second the keys' class j. The diagonal holds
+        the plain statistics of class j, and so does a pair with no anchor, a singular covariance, an empty slab, or no
+        sample that qualifies.
 
     Raises:
         ValueError: shapes or devices that do not fit, fewer than 2 samples, a generator under torch.compile.
@@ -110,7 +112,7 @@ def _pairwise_statistics(
 
 
 def _cholesky(covariances: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors, with the identity in place of what has none, and which covariances are regular."""
+    """Cholesky factors (the identity for a singular covariance), and which covariances are regular."""
     factors, info = torch.linalg.cholesky_ex(covariances)
     pivots = factors.diagonal(dim1=-2, dim2=-1).square().min(dim=-1).values
     variance = covariances.diagonal(dim1=-2, dim2=-1).max(dim=-1).values
@@ -139,7 +141,10 @@ def _mend(
     limit: Tensor,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    """Half as many: those not farther from class i than `limit`, closest to class j first, and mixtures of these."""
+    """Keeps half of the samples: those no farther from class i than `limit`, the closest to class j first.
+
+    Mixtures of these replace the missing ones. Also returns whether there is any such sample.
+    """
     samples = samples[_mahalanobis(samples, means[j], factors[j]).argsort(stable=True)]
     farther = _mahalanobis(samples, means[i], factors[i]) > limit
     half = farther.to(torch.int8).argsort(stable=True)[: len(samples) // 2]
@@ -171,7 +176,7 @@ def sample_slab(
         generator: draws S (D + 1) numbers.
 
     Returns:
-        (S, D), and a bool scalar: whether the slab holds anything (else the samples are of the unrestricted law).
+        Samples (S, D), and a bool scalar: whether the slab is not empty. If it is, the samples are unrestricted.
     """
     options = {"dtype": mean.dtype, "device": mean.device, "generator": generator}
     x = mean + torch.randn(num_samples, len(mean), **options) @ factor.mT  # type: ignore[call-overload]
@@ -184,14 +189,14 @@ def sample_slab(
     a, b = (torch.where(found, (bound - along) / deviation, sign) for bound, sign in ((lower, -1.0), (upper, 1.0)))
     y = along + deviation * truncated_normal(a, b, u)
     y = torch.minimum(torch.maximum(y, lower), upper)
-    # Given v.x = y, the rest of x is what it was, moved along the covariance of x and v.x.
+    # To get v.x = y, a sample of x is moved along the covariance of x and v.x; its conditional distribution is kept.
     moved = x + ((y - x @ direction) / deviation.square())[:, None] * (factor @ spread)
     return torch.where(found, moved, x), found
 
 
 def truncated_normal(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
-    """The standard normal on [a, b], by inversion of uniform `u`; in logarithms, so that no tail is too far."""
-    # In the lower tail probabilities keep their relative precision: an interval above 0 is mirrored.
+    """Samples of the standard normal on [a, b], by inversion of uniform `u`; logarithms make it exact in far tails."""
+    # Only in the lower tail do probabilities keep their relative precision, so an interval above 0 is mirrored.
     mirror = a + b > 0
     low, high = torch.where(mirror, -b, a), torch.where(mirror, -a, b)
     u = u.clamp(torch.finfo(u.dtype).tiny, 1 - torch.finfo(u.dtype).eps)
@@ -201,7 +206,7 @@ def truncated_normal(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
     )
     tail = log_p < -600
     x = torch.where(tail, -(-2 * log_p).clamp(min=1).sqrt(), torch.special.ndtri(log_p.exp()))
-    for _ in range(4):  # Newton's steps where exp(log_p) is no number: they double the digits, from three on
+    for _ in range(4):  # Newton's steps where exp(log_p) underflows; each doubles the digits, from three on
         value = torch.special.log_ndtr(x)
         slope = torch.exp(-0.5 * x.square() - 0.5 * math.log(2 * math.pi) - value)
         x = torch.where(tail, x - (value - log_p) / slope, x)

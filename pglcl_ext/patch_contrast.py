@@ -55,9 +55,10 @@ def patch_contrast_loss(
 ) -> Tensor:
     r"""Contrastive loss between patches, with positives and negatives chosen by label and semantic disparity.
 
-    With logits :math:`s_{ij} = z_i \cdot k_j / \tau`, disparities :math:`\Delta_{ij}` of the descriptors
-    (:func:`semantic_disparity`) and :math:`\psi` = `negative_weight` (method, sections 4 and 5: guided sampling is the
-    paper's, the rule and the InfoNCE form our choice, psi from the authors' code)
+    The logits are :math:`s_{ij} = z_i \cdot k_j / \tau`, the disparities :math:`\Delta_{ij}` are those of the
+    descriptors (:func:`semantic_disparity`), and :math:`\psi` = `negative_weight`. Positives, negatives and the loss of
+    an anchor are (method, sections 4 and 5: guided sampling is the paper's, the rule and the InfoNCE form are our
+    choice, psi is from the authors' code)
 
     .. math::
         P(i) = \{j : y_j = y_i, \Delta_{ij} \le \delta^+_i\}, \quad
@@ -72,8 +73,8 @@ def patch_contrast_loss(
         anchors: embeddings, (N, D), used as given (:class:`PatchContrastLoss` normalises them); float64, float32,
             bfloat16 or float16. Sums are kept in float32 (float64 for float64).
         labels: (N,) int64, ground truth or pseudo-labels.
-        descriptors: (N,) or (N, C) floating point, what the disparity compares: the patch entropies, usually. Compared
-            in float32 (float64 for float64 anchors). Without them the labels alone decide.
+        descriptors: (N,) or (N, C) floating point, whose disparity guides the choice: usually the patch entropies. They
+            are compared in float32 (float64 for float64 anchors). Without them, labels alone decide.
         keys: embeddings to contrast with, (M, D), of the dtype of `anchors` (under autocast both are promoted). By
             default the anchors are the keys and a patch is never its own pair; with `keys` every pair counts.
         key_labels: (M,) int64, needed with `keys`.
@@ -83,24 +84,24 @@ def patch_contrast_loss(
         min_negative_disparity: delta-, a number or a tensor (N,); 0 by default.
         num_positives: instead of delta+: keep this many of the most similar positives of each anchor, and ties.
         num_negatives: instead of delta-: keep this many of the most different negatives of each anchor, and ties.
-        positive_mask: (N, M) bool, replaces the rule for positives; only together with `negative_mask`, and instead of
-            bounds and counts. Ignored patches and a patch's pair with itself stay left out.
-        negative_mask: (N, M) bool.
+        positive_mask: (N, M) bool, replaces the rule for positives. It needs `negative_mask`, and excludes bounds and
+            counts. Ignored patches, and the pair of a patch with itself, are left out anyway.
+        negative_mask: (N, M) bool, replaces the rule for negatives.
         negative_weight: psi >= 0.
         ignore_index: patches with this label are left out altogether, as anchors and as keys.
         reduction: ``"mean"`` over the anchors that have a positive, ``"sum"``, or ``"none"``.
-        group: a ``torch.distributed`` process group: the keys of all its ranks are contrasted with this rank's anchors.
-            Every rank calls, and differentiates, also one without any patch; the numbers of patches may differ. With
-            ``reduction="mean"`` a rank returns the sum over its own anchors, divided by the counted anchors of all
-            ranks, times the number of ranks: the mean of the ranks' losses is the loss of one process on all batches,
-            and DistributedDataParallel's averaging gives its gradient. Excludes masks.
-        gather: how the keys come together. ``"all"`` gathers them; ``"ring"`` passes them along, and memory does not
-            depend on the number of ranks (but for counts, which need the labels and descriptors of all keys).
+        group: a ``torch.distributed`` process group, the keys of whose ranks are contrasted with this rank's anchors.
+            Every rank must call and differentiate the loss, even without any patch. The numbers of patches may differ.
+            With ``reduction="mean"``, a rank returns the sum over its own anchors, divided by the number of counted
+            anchors of all ranks, times the number of ranks. The mean of the ranks' losses is then the loss of one
+            process on all batches, and DistributedDataParallel's averaging gives its gradient. Excludes masks.
+        gather: how the keys come together. ``"all"`` gathers them. ``"ring"`` passes them along, so that memory does
+            not depend on the number of ranks (except for counts, which need the labels and descriptors of all keys).
 
     Returns:
         A scalar, or (N,) for ``reduction="none"``, in float32 (float64 for float64). An anchor that is ignored or has
         no positive gives 0 and is not counted; without any counted anchor the loss is 0 and so are the gradients.
-        Gradients flow to `anchors` and `keys`. A loss or gradient that its dtype has no room for is infinite. Logits
+        Gradients flow to `anchors` and `keys`. A loss or gradient beyond the range of its dtype is infinite. Logits
         beyond float32 are computed in float64; with ``gather="ring"`` they make the loss NaN or infinite.
 
     Raises:
@@ -198,7 +199,7 @@ def _contrast(x: ContrastArguments) -> ContrastOutputs:
 
 
 def _promoted(anchors: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Under autocast, anchors and keys of different dtypes in the wider one."""
+    """Anchors and keys; under autocast, those of different dtypes are converted to the wider one."""
     if not isinstance(keys, Tensor) or not isinstance(anchors, Tensor) or keys.dtype == anchors.dtype:
         return anchors, keys
     if anchors.device.type == "meta" or not torch.is_autocast_enabled(anchors.device.type):
@@ -215,7 +216,7 @@ def _check_group(x: ContrastArguments) -> None:
 
 
 def _bound(name: str, value: float | Tensor | None, default: float) -> tuple[float, Tensor | None]:
-    """A bound as (number, tensor or None); the tensor, where there is one, is what applies."""
+    """A bound as a number and a tensor or None. The tensor, if there is one, takes the place of the number."""
     if value is None:
         return default, None
     if isinstance(value, Tensor):
@@ -226,7 +227,7 @@ def _bound(name: str, value: float | Tensor | None, default: float) -> tuple[flo
 def _with_counted_bounds(
     x: ContrastArguments, num_positives: int | None, num_negatives: int | None, group: Any
 ) -> ContrastArguments:
-    """Counts turned into a bound for each anchor, from the labels and descriptors of all keys, of all ranks."""
+    """Turns counts into a bound for each anchor, from the labels and descriptors of the keys of all ranks."""
     keys = x.anchors if x.keys is None else x.keys
     assert x.anchors.descriptors is not None
     assert keys.descriptors is not None
@@ -266,8 +267,12 @@ class PatchContrastLoss(nn.Module):
 
     Attributes:
         num_valid: int64 scalar tensor, the number of anchors that the last call counted; None before the first, and
-            after a call within a transform of ``torch.func``. A loss of 0 over 0 anchors says something else than a
-            loss of 0 over many. Reading it on a GPU synchronises.
+            after a call within a transform of ``torch.func``. It tells a loss of 0 over no anchors from a loss of 0
+            over many. Reading it on a GPU waits.
+
+    Raises:
+        ValueError: options that exclude each other, or values out of range.
+        TypeError: arguments of the wrong type.
     """
 
     num_valid: Tensor | None
@@ -292,7 +297,7 @@ class PatchContrastLoss(nn.Module):
         check_positive("negative_weight", negative_weight, or_zero=True)
         check_reduction(reduction)
         check_choice("gather", gather, GATHERS)
-        placeholder = torch.empty(0)  # whether descriptors come is known at the call only
+        placeholder = torch.empty(0)  # only the call shows whether there are descriptors
         check_choice_of_pairs(placeholder, max_positive_disparity, min_negative_disparity, num_positives, num_negatives)
         self.temperature = temperature
         self.normalize = normalize

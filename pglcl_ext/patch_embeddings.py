@@ -17,10 +17,10 @@ __all__ = ["PatchBatch", "PatchRows", "patch_embeddings"]
 
 
 class PatchRows(NamedTuple):
-    """Class-aware patches of a batch, before anything is pooled: every class of every patch is a row.
+    """Class-aware patches of a batch, before features are pooled. Every class of every patch is a row.
 
-    Rows that qualify have their class as label. The others have `ignore_index`, which the losses and the queue leave
-    out. The number of rows therefore depends on shapes alone.
+    Rows that qualify have their class as label. The others have `ignore_index`, and the losses and the queue leave them
+    out. So the number of rows depends on shapes alone.
     """
 
     labels: Tensor  # (N,) int64
@@ -33,11 +33,11 @@ class PatchRows(NamedTuple):
         return PatchRows(*_qualifying(self, ignore_index))
 
     def limited(self, per_class: int, priority: Tensor, ignore_index: int = -1) -> PatchRows:
-        """At most `per_class` rows of each class qualify: those of the highest `priority`, ties in order.
+        """Rows of which at most `per_class` of each class qualify: those of the highest `priority`, ties in order.
 
-        Without a limit, a mean over anchors is little but the mean over the background, which has most of the patches.
-        With `entropy` as priority the patches that the prediction is least sure of are kept, with random numbers a
-        random sample. Nothing waits for the GPU.
+        Without a limit, a mean over anchors is almost the mean over the background, which has most of the patches. With
+        `entropy` as priority, the patches with the least certain prediction are kept; with random numbers, a random
+        sample. Nothing waits for the GPU.
 
         Args:
             per_class: at least 0.
@@ -104,7 +104,7 @@ def _windows(x: Tensor, patch: Sequence[int], stride: Sequence[int]) -> Tensor:
     """(B, C, *g, *P) as a view."""
     dims = len(patch)
     if all(size == step for size, step in zip(patch, stride)):
-        # Patches side by side are a reshape, whose gradient is one, too; that of unfold fills and adds.
+        # Patches side by side are a reshape. So is its gradient, while that of unfold fills and adds.
         for d, size in enumerate(patch):
             cells = x.shape[2 + 2 * d] // size
             if cells * size < x.shape[2 + 2 * d]:
@@ -129,13 +129,13 @@ def patch_embeddings(
 ) -> PatchBatch:
     r"""One embedding for each class of each patch, pooled from one feature map.
 
-    With class weights :math:`p_k` at the resolution of the feature map `f` (method, section 8, the pooled form: our
-    choice)
+    With class weights :math:`p_k` at the resolution of the feature map `f`, the embedding of class k in patch j is
+    (method, section 8, the pooled form: our choice)
 
-    .. math:: e_{jk} = \frac{\sum_{x \in j} p_k(x) f(x)}{\sum_{x \in j} p_k(x)},
+    .. math:: e_{jk} = \frac{\sum_{x \in j} p_k(x) f(x)}{\sum_{x \in j} p_k(x)}.
 
-    label k, and as entropy the class entropy :math:`H_{jk}` of section 2. One pass over the features serves all
-    classes; weights stay soft.
+    Its label is k, and its entropy is the class entropy :math:`H_{jk}` of section 2. One pass over the features serves
+    all classes.
 
     Args:
         features: (B, D, *S) floating point, two or three spatial dimensions; gradients flow to them.
@@ -144,18 +144,18 @@ def patch_embeddings(
         patch_size, stride: in pixels of the feature map, as in :func:`patch_statistics`. Overlapping patches copy the
             features as often as they overlap.
         coverage: class k counts as present in a patch when its mean weight there, c_jk, exceeds this: a number, a
-            tensor (K,), e.g. that of a :class:`CoverageThreshold`, or None for 0. A patch without its class is no patch
-            of it.
-        prediction: (B, K', *S) probabilities whose entropy, averaged with the class weights, takes the place of the
-            entropy of the weights, which is 0 for a one-hot mask.
-        select: is given all :class:`PatchRows` before anything is pooled, and returns those to pool, e.g.
-            ``lambda rows: rows.limited(64, rows.entropy).compact()``. The cost of pooling then depends
-            on these rows, not on the feature map.
+            tensor (K,), such as that of a :class:`CoverageThreshold`, or None for 0. A patch with c_jk = 0 never
+            qualifies.
+        prediction: (B, K', *S) probabilities. Their entropy, averaged with the class weights, replaces the entropy of
+            the weights, which is 0 for a one-hot mask.
+        select: a function that gets all :class:`PatchRows` and returns the rows to pool, such as
+            ``lambda rows: rows.limited(64, rows.entropy).compact()``. The cost of pooling then depends on these rows,
+            not on the feature map.
         ignore_index: label of rows that do not qualify.
 
     Returns:
-        :class:`PatchBatch` with N = B * cells * K rows, ordered by image, cell, class; or those selected. Numbers have
-        the dtype of `features`; sums are kept in float32 or wider, also under autocast.
+        :class:`PatchBatch` with N = B * cells * K rows, ordered by image, cell, class; or the selected rows. Numbers
+        have the dtype of `features`; sums are kept in float32 or wider, also under autocast.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -206,7 +206,7 @@ def patch_embeddings(
 def _means_of_rows(
     x: Tensor, weights: Tensor, patch: list[int], step: list[int], rows: PatchRows, known: Tensor
 ) -> Tensor:
-    """sum w_k x / sum w_k over the patches of some rows, (N, channels); 0 where no class is known."""
+    """sum w_k x / sum w_k over the patches of some rows, (N, channels); 0 where `known` (N,) bool is False."""
     offsets = torch.cartesian_prod(*(torch.arange(size, device=x.device) for size in patch)).view(-1, len(patch))
     pixel = rows.index.new_zeros(len(rows.index), len(offsets))
     for d, size in enumerate(x.shape[2:]):
@@ -219,7 +219,7 @@ def _means_of_rows(
 
 
 def _weighted_means(x: Tensor, weights: Tensor, patch: list[int], step: list[int]) -> Tensor:
-    """sum w_k x / sum w_k over the patches, (B, *g, K, channels); 0 where no weight is."""
+    """sum w_k x / sum w_k over the patches, (B, *g, K, channels); 0 where the weights are 0."""
     dims = len(patch)
     g, q = string.ascii_uppercase[:dims], string.ascii_uppercase[dims : 2 * dims]
     w = weights * RAISE

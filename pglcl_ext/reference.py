@@ -1,5 +1,6 @@
-"""The ops in plain PyTorch: each function reads as its formula in docs/method.md, is differentiable twice, and stores
-whatever it likes. The tests hold the kernels to these; users can, too.
+"""The ops in plain PyTorch. Each function reads like its formula in docs/method.md, and is differentiable twice.
+
+These functions do not save memory. Tests compare the kernels with them, and so can users.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def patch_statistics(
         p, h = input, _entropy(input)
     else:
         p = input.softmax(dim=1)
-        log_p = input.log_softmax(dim=1).clamp(min=-1e4)  # finite, so that 0 log 0 = 0; p is 0 long before
+        log_p = input.log_softmax(dim=1).clamp(min=-1e4)  # finite, so that 0 log 0 = 0; p is 0 far above it
         h = -(p * log_p).sum(dim=1, keepdim=True)
     confidence = mean(p)
     absent = confidence <= 0
@@ -75,7 +76,7 @@ def semantic_disparity(a: Tensor, b: Tensor | None = None) -> Tensor:
 
 
 def _nth(values: Tensor, mask: Tensor, n: int, *, largest: bool, default: float) -> Tensor:
-    """The n-th smallest or largest of the masked entries of each row, (N, 1); `default` where there are not more."""
+    """The n-th smallest or largest of the masked entries of each row, (N, 1); `default` for rows with at most n."""
     worst = -math.inf if largest else math.inf
     ordered = values.masked_fill(~mask, worst).sort(dim=1, descending=largest).values
     if n > ordered.shape[1]:
@@ -96,7 +97,7 @@ def guided_masks(
     num_negatives: int | None = None,
     ignore_index: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The positives and negatives of method, section 4, and the pairs considered at all: three (N, M) bool masks."""
+    """Positives, negatives (method, section 4), and all pairs that may be either: three (N, M) bool masks."""
     other = labels if key_labels is None else key_labels
     allowed = (labels != ignore_index)[:, None] & (other != ignore_index)[None, :]
     if key_labels is None:
@@ -152,7 +153,7 @@ def patch_contrast_loss(
     if positive_mask is not None and negative_mask is not None:
         positives, negatives = positive_mask & allowed, negative_mask & allowed
     elif descriptors is not None:
-        # A disparity that is no finite number compares with no bound: the loss is no number, either.
+        # A disparity that is not finite cannot be compared with a bound, so the loss is NaN.
         other = None if key_descriptors is None else key_descriptors.detach()
         undefined = ~semantic_disparity(descriptors.detach(), other).isfinite() & allowed
 
@@ -161,12 +162,12 @@ def patch_contrast_loss(
     log_weight = math.log(negative_weight) if negative_weight > 0 else -math.inf
     count = positives.sum(dim=1)
     valid = count > 0
-    # Logits less the largest one of their anchor, which leaves the loss as it is and large logits all their digits.
+    # The anchor's largest logit is subtracted. That does not change the loss, but keeps the digits of large logits.
     counted = positives | negatives if negative_weight > 0 else positives
     top = F.pad(torch.where(counted, logits.detach(), -math.inf), (0, 1), value=-math.inf).amax(dim=1, keepdim=True)
     logits = logits - torch.where(top.isfinite(), top, 0)
-    # A pair that does not count is left out before the exponential; where an anchor has no positive at all, 0 stands
-    # in for its logits, so that no gradient is NaN.
+    # Pairs that do not count are left out before the exponential. An anchor without any positive keeps its logits as
+    # positive ones, so that no gradient is NaN; its loss is set to 0 below.
     positive_logits = torch.where(positives | ~valid[:, None], logits, -math.inf)
     negative_logits = torch.where(negatives, logits + log_weight, -math.inf)
     log_denominator = torch.cat([positive_logits, negative_logits], dim=1).logsumexp(dim=1)
@@ -199,8 +200,8 @@ def gaussian_contrast_loss(
     own = torch.where(known, labels, 0)
     valid = known & taking_part[own]
     t = anchors.to(torch.promote_types(anchors.dtype, torch.float32))
-    t = torch.where(valid[:, None], t, 0)  # the others may be any number, or none
-    # What stands in the place of a class without keys must not spread.
+    t = torch.where(valid[:, None], t, 0)  # other anchors may be NaN
+    # Statistics of a class without keys may be NaN, which must not spread.
     mu = torch.where(taking_part[:, None], means.detach().to(t.dtype), 0)
     sigma = torch.where(taking_part[:, None, None], covariances.detach().to(t.dtype), 0)
     if means.dim() == 3:  # the statistics of j depend on the anchor's class

@@ -1,4 +1,4 @@
-"""How differently two patches are predicted (method, section 3), and the bounds taken from it (section 4)."""
+"""The disparity of patches by their predictions (method, section 3), and bounds on it (section 4)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["semantic_disparity"]
 def semantic_disparity(a: Tensor, b: Tensor | None = None) -> Tensor:
     r"""The disparity :math:`\Delta_{ij} = \frac{1}{C} \sum_c |a_{ic} - b_{jc}|` of every pair of patches.
 
-    From method, section 3: comparing patches by their average entropy is the paper's, the formula our choice.
+    The paper compares patches by their average entropy; the formula is our choice (method, section 3).
     :func:`pglcl_ext.patch_contrast_loss` applies it to descriptors without storing this matrix.
 
     Args:
@@ -41,10 +41,11 @@ def semantic_disparity(a: Tensor, b: Tensor | None = None) -> Tensor:
 def disparity_bounds(x: BoundsArguments) -> Tensor:
     """The bound that keeps `wanted` positives or negatives of each anchor, ties included (method, section 4).
 
-    One descriptor channel costs a sort; several cost all disparities, a row at a time.
+    One descriptor channel takes a sort. Several channels take all disparities, one row at a time.
 
     Returns:
-        (N,) in float32 (float64 for float64 descriptors); infinity or 0 where there are not more than `wanted` keys.
+        (N,) in float32 (float64 for float64 descriptors). An anchor with at most `wanted` such keys gets infinity as
+        the bound of positives, or 0 as that of negatives.
     """
     check_disparity_bounds(x)
     x = x._replace(descriptors=x.descriptors.detach(), key_descriptors=x.key_descriptors.detach())
@@ -54,7 +55,7 @@ def disparity_bounds(x: BoundsArguments) -> Tensor:
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type that sums over elements of `dtype` are kept in."""
+    """The dtype in which sums over elements of `dtype` are kept."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
