@@ -13,12 +13,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 __all__ = ["OpFunction", "in_functorch", "in_graph", "is_traced", "op_in_graph", "register", "register_op", "run"]
 
 library = torch.library.Library("pglcl_ext", "FRAGMENT")
 in_functorch = torch._C._are_functorch_transforms_active
+within_layer = torch._C._dispatch_tls_is_dispatch_key_excluded
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
@@ -63,7 +66,9 @@ class OpFunction(torch.autograd.Function):
             for t in inputs:
                 if t is not None and t.requires_grad:
                     return cls.apply(*inputs, arguments)
-        if forward_ad._current_level >= 0 or in_functorch():
+            if in_functorch():
+                return cls.apply(*inputs, arguments)
+        if forward_ad._current_level >= 0:
             return cls.apply(*inputs, arguments)
         return run(cls.op, cls.flat(arguments))
 
@@ -101,7 +106,11 @@ class OpFunction(torch.autograd.Function):
 def run(op: Any, arguments: tuple[Any, ...]) -> Any:
     """Runs the op's kernel below autograd, since the caller is the op's autograd kernel."""
     if in_functorch():
-        return op(*arguments)
+        if not within_layer(DispatchKey.FuncTorchDynamicLayerFrontMode):
+            return op(*arguments)
+        # Below the node that a transform has added lie those of the transforms around it, which want theirs.
+        with torch.enable_grad(), below_autograd():
+            return op(*arguments)
     with below_autograd():
         return op(*arguments)
 
@@ -135,9 +144,16 @@ def register_op(op: Any, fake: Callable[..., Any]) -> None:
 
 def _register_function(function: type[OpFunction]) -> None:
     def kernel(*flat: Any) -> Any:
-        if in_functorch():
-            raise NotImplementedError(f"torch.func takes pglcl_ext.{function.name}, not the op {function.op}")
-        return function.call(function.nested(flat))
+        arguments = function.nested(flat)
+        if not in_functorch():
+            return function.call(arguments)
+        if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+            with below_autograd():
+                return function.op(*flat)
+        # The transform has come as far as its own level of autograd, to which a kernel of PyTorch adds its node, too.
+        with enable_single_level_autograd_function():
+            inputs = function.differentiable(arguments)
+            return super(torch.autograd.Function, function).apply(*inputs, arguments)  # type: ignore[misc]
 
     library.impl(function.op, kernel, "Autograd")
     register_op(function.op, function.fake)

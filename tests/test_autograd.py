@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.export import Dim
 
 from pglcl_ext import (
     GaussianContrastLoss,
@@ -21,9 +23,12 @@ from pglcl_ext import (
     patch_statistics,
     semantic_disparity,
 )
+from pglcl_ext._checks import REDUCTIONS
+from pglcl_ext._library import ops
 from tests.problems import ContrastProblem, gaussian_problem
 
 CONTRAST = ContrastProblem.random(12, 5, m=9, classes=2)
+LABELS = CONTRAST.labels.clamp(min=0)
 ANCHORS, *GAUSSIAN = gaussian_problem(12, 5)
 KEYS = {"keys": CONTRAST.keys, "key_labels": CONTRAST.key_labels, "key_descriptors": CONTRAST.key_descriptors}
 # Each op as a scalar function of one tensor.
@@ -59,6 +64,49 @@ def test_torch_func_gives_the_gradient_of_autograd(name: str) -> None:
     torch.testing.assert_close(torch.vmap(torch.func.grad(function))(batch)[1], want)
     whole = torch.func.grad(lambda b: torch.vmap(function)(b).sum())(batch)
     torch.testing.assert_close(whole[1], want)
+
+
+def contrast_op(z: Tensor, keys: Tensor) -> Tensor:
+    """The op itself, as a graph holds it."""
+    side = (None, keys, LABELS, None, None, None, None, None)
+    return ops.patch_contrast(z, LABELS, *side, 0.1, math.inf, 0.0, 1.0, -1, -1, REDUCTIONS["mean"], False)[0]
+
+
+def contrast(z: Tensor, keys: Tensor) -> Tensor:
+    return patch_contrast_loss(z, LABELS, keys=keys, key_labels=LABELS)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("function", [contrast, contrast_op])
+def test_transforms_of_the_op_and_of_what_is_compiled(function: Callable[..., Tensor], compiled: bool) -> None:
+    """Also transforms around one another, each with regard to another argument."""
+
+    def inner(keys: Tensor) -> Tensor:
+        return torch.func.grad_and_value(function)(z, keys)[1]
+
+    def unseen(keys: Tensor) -> Tensor:
+        with torch.no_grad():
+            seen_not = function(z, keys)
+        return seen_not + function(z, keys) * 2
+
+    z, keys = CONTRAST.anchors, CONTRAST.anchors.flip(0) * 0.5
+    leaves = [t.clone().requires_grad_() for t in (z, keys)]
+    want = torch.autograd.grad(contrast(*leaves), leaves)
+    batch = torch.stack([keys, keys * 2])
+    for transform, call, expected in (
+        (torch.func.grad(function, argnums=(0, 1)), (z, keys), want),
+        (torch.func.grad(inner), (keys,), want[1]),
+        (torch.func.grad(lambda k: torch.func.grad_and_value(unseen)(k)[1]), (keys,), 2 * want[1]),
+        (torch.func.grad(lambda b: torch.vmap(inner)(b)[0]), (batch,), torch.stack([want[1], 0 * want[1]])),
+    ):
+        run = torch.compile(transform, fullgraph=True, backend="aot_eager") if compiled else transform
+        torch.testing.assert_close(run(*call), expected)
+    if not compiled:
+        torch.testing.assert_close(torch.autograd.grad(inner(leaves[1]), leaves[1])[0], want[1])
+        with pytest.raises(NotImplementedError, match="patch_contrast_loss cannot be differentiated twice"):
+            torch.func.grad(lambda k: torch.func.grad(function)(z, k).sum())(keys)
+        with pytest.raises(NotImplementedError, match="patch_contrast_loss has no forward-mode derivative"):
+            torch.func.jvp(lambda k: function(z, k), (keys,), (keys,))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -104,7 +152,6 @@ class Scheduled(nn.Module):
         return self.function(x, **{name: getattr(self, name) for name in self.names})
 
 
-LABELS = CONTRAST.labels.clamp(min=0)
 SCHEDULES: dict[str, tuple[Callable[..., Tensor], Tensor, dict[str, Any]]] = {
     "temperature": (lambda z, **o: patch_contrast_loss(z, LABELS, **o), CONTRAST.anchors, {"temperature": 0.1}),
     "negative_weight": (lambda z, **o: patch_contrast_loss(z, LABELS, **o), CONTRAST.anchors, {"negative_weight": 1.5}),
@@ -152,6 +199,20 @@ def test_a_number_that_changes_compiles_at_most_once_more(name: str, attribute: 
         torch.testing.assert_close(got, want)
         torch.testing.assert_close(torch.autograd.grad(got, leaf), torch.autograd.grad(want, leaf))
     assert counters["stats"]["unique_graphs"] <= 2
+
+
+def test_sizes_of_an_exported_loss_may_vary() -> None:
+    """Without a word on how large they get."""
+    gaussian = GaussianContrastLoss(3, 5, queue_length=8)
+    gaussian.enqueue(torch.randn(20, 5), torch.arange(20) % 3)
+    for strict in (False, True):
+        for module in (PatchContrastLoss(), gaussian):
+            rows = {0: Dim("n")}
+            example = (torch.randn(12, 5), torch.arange(12) % 3)
+            program = torch.export.export(module, example, dynamic_shapes=(rows, rows), strict=strict).module()
+            for n in (2, 9, 40):
+                z, y = torch.randn(n, 5), torch.arange(n) % 3
+                torch.testing.assert_close(program(z, y), module(z, y))
 
 
 def test_exported_losses_can_be_trained_through() -> None:
