@@ -1,4 +1,4 @@
-// Memory of one call: what a small one needs lies in a block that its thread keeps.
+// Memory of one call. A small call takes it from a block that its thread keeps.
 #pragma once
 
 #include <algorithm>
@@ -13,12 +13,12 @@
 
 namespace pglcl {
 
-// A block per thread, handed out from its start while a Call exists and free again when that ends. An op's thirty
-// buffers cost more to ask malloc for than the arithmetic of some dozens of patches; larger ones would come from the
-// kernel each time, which zeroes their pages.
+// A block per thread. While a Call exists, its buffers are taken from the block; when the Call ends, the block is free
+// again. To ask malloc for an op's thirty buffers takes longer than the arithmetic of some dozens of patches, and the
+// system would zero the pages of larger buffers each time.
 class Arena {
  public:
-  // The block grows to what a call asked for, up to this: the buffers of 4096 patches of 128 numbers take 7 MiB.
+  // The block grows to the size that a call needed, up to this. The buffers of 4096 patches of 128 numbers take 7 MiB.
   static constexpr int64_t kLargest = int64_t(16) << 20;
 
   // Buffers of this thread come from its block until the end of the scope, and must not outlive it.
@@ -37,7 +37,7 @@ class Arena {
     int64_t used_;
   };
 
-  // Null where the block has no room, or no Call exists. On a cache-line boundary.
+  // Memory on a cache-line boundary; null if the block has no room, or no Call exists.
   static void* take(int64_t bytes) {
     Arena& arena = of_this_thread();
     if (arena.calls_ == 0) return nullptr;
@@ -58,13 +58,13 @@ class Arena {
   }
   ~Arena() { std::free(block_); }
 
-  // For the next call of this kind. One that asks for more than may be kept lives without.
+  // Makes the block large enough for the next call of this kind. A call beyond kLargest gets no block.
   void grow() {
     missed_ = 0;
     const int64_t wanted = std::exchange(wanted_, 0);
     if (wanted <= size_ || wanted > kLargest) return;
     std::free(block_);
-    // Whole large pages: how scattered small ones share the sets of a second-level cache is a matter of luck.
+    // Whole large pages, since scattered small pages may share the sets of a second-level cache.
     const int64_t page = int64_t(1) << (wanted > (1 << 19) ? 21 : 16);
     size_ = (wanted + page - 1) / page * page;
     block_ = static_cast<char*>(std::aligned_alloc(page, size_));
@@ -115,7 +115,7 @@ class Buffer {
   int64_t size() const { return size_; }
   T& operator[](int64_t i) { return data_[i]; }
   const T& operator[](int64_t i) const { return data_[i]; }
-  // Forgets what lies behind the first `size` elements.
+  // Drops the elements after the first `size`.
   void shrink(int64_t size) { size_ = size; }
 
  private:

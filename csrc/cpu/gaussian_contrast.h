@@ -1,4 +1,4 @@
-// The Gaussian contrastive loss on the CPU (method, section 6): what the op schedules, without torch.
+// The Gaussian contrastive loss on the CPU (method, section 6): the passes that the op calls, without torch.
 #pragma once
 
 #include "../shared/dtype.h"
@@ -20,12 +20,12 @@ struct GaussianInputs {
   int64_t ignore_index;
 };
 
-// The first label that is neither a class nor ignored, or -1: the place in `labels`.
+// The index in `labels` of the first label that is neither a class nor ignored; -1 if there is none.
 template <typename scalar_t>
 int64_t find_bad_label(const GaussianInputs<scalar_t>& x);
 
-// losses (N,), 0 where an anchor does not count; gradients (N, depth), d loss_i / d anchor_i, null: not wanted. Returns
-// the number of anchors that count.
+// Writes losses (N,), 0 for anchors that do not count, and gradients (N, depth), d loss_i / d anchor_i (null: not
+// computed). Returns the number of anchors that count.
 template <typename scalar_t>
 int64_t gaussian_contrast(const GaussianInputs<scalar_t>& x, scalar_t* losses, scalar_t* gradients,
                           const Parallel& parallel);

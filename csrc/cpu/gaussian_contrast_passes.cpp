@@ -1,5 +1,5 @@
-// The tiles of the Gaussian contrastive loss (method, section 6). Anchors are grouped by class, so that a tile needs
-// the statistics of one row of the (classes, classes) table only, and one that is the same for all its anchors.
+// The tiles of the Gaussian contrastive loss (method, section 6). Anchors are grouped by class, so that all anchors of
+// a tile need the same row of the (classes, classes) table of statistics.
 #include "gaussian_contrast.h"
 
 #include <algorithm>
@@ -21,7 +21,7 @@ struct TileOfClass {
   int64_t label, first, rows;  // of `order`
 };
 
-// The statistics with padded rows and symmetric covariances: only the symmetric part has a quadratic form.
+// The statistics with padded rows and symmetric covariances, since only their symmetric part enters the quadratic form.
 template <typename scalar_t>
 struct PackedStatistics {
   int64_t sets, stride;  // sets: 1, or one per class of anchors
@@ -64,7 +64,7 @@ int64_t run_tiles(const GaussianInputs<scalar_t>& x, scalar_t* losses, scalar_t*
   int64_t classes = 0;
   for (int64_t k = 0; k < x.classes; ++k) classes += taking_part[k] = x.counts[k] > 0;
 
-  // A stable counting sort by class; anchors that do not count are left out, their results are zero.
+  // A stable counting sort by class. Anchors that do not count are left out; their results are zero.
   Buffer<int64_t> first(x.classes + 1, 0);
   for (int64_t i = 0; i < x.n; ++i) {
     if (counts(x, x.labels[i])) {
@@ -122,7 +122,7 @@ bool all_finite(const float* values, int64_t count) {
   return std::all_of(values, values + count, [](float value) { return std::isfinite(value); });
 }
 
-// Exponents that leave the range of float32 leave a loss or gradient that is not finite: then all is done in float64.
+// Exponents beyond the range of float32 make a loss or gradient that is not finite. All is then computed in float64.
 int64_t run_tiles_in_float64(const GaussianInputs<float>& x, float* losses, float* gradients,
                              const Parallel& parallel) {
   const Arena::Call call;

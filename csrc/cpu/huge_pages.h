@@ -8,8 +8,8 @@
 
 namespace pglcl {
 
-// Asks for 2 MiB pages under memory that is about to be written for the first time. A fresh gradient of some MiB
-// otherwise costs more in page faults (one per 4 KiB) than in arithmetic. A hint: nothing depends on it.
+// Asks for 2 MiB pages under memory that will be written for the first time. Otherwise, the page faults of a new
+// gradient of some MiB (one per 4 KiB) take longer than its arithmetic. This is a hint: nothing depends on it.
 inline void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kHuge = uintptr_t(1) << 21;

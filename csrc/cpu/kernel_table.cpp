@@ -54,8 +54,8 @@ const char* const kNames[] = {
 #endif
 };
 
-// A table is made when it is first asked for: the functions that fill it are compiled for its instruction set, too, and
-// must not run on a processor without it.
+// A table is made on first use. The functions that fill it are compiled for its instruction set, too, so they must not
+// run on a processor without it.
 const KernelTable& table_of(int level) {
   switch (level) {
 #if defined(__x86_64__)

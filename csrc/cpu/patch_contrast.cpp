@@ -19,7 +19,7 @@ const T* data_or_null(const OptionalTensor& t) {
   return t ? data<T>(*t) : nullptr;
 }
 
-// The inputs as the kernel reads them, and the tensors that keep them alive.
+// The inputs of the passes, and the tensors that keep their memory alive.
 template <typename scalar_t>
 struct Arguments {
   Tensor anchors, labels;
@@ -61,7 +61,7 @@ struct Arguments {
   }
 
  private:
-  // Null says that there are no keys or masks, and an empty tensor has no address.
+  // An empty tensor has no address, but null would mean that there are no keys or masks.
   const void* address(const Tensor& t) const { return t.numel() ? t.const_data_ptr() : &inputs; }
 };
 

@@ -1,4 +1,4 @@
-// Fused contrastive loss on the CPU (method, sections 4 and 5): what the op schedules, without torch.
+// Fused contrastive loss on the CPU (method, sections 4 and 5): the passes that the op calls, without torch.
 #pragma once
 
 #include <cstdint>
@@ -40,8 +40,8 @@ struct ContrastInputs {
   bool symmetric() const { return keys.data == nullptr; }
 };
 
-// What the forward pass knows of each anchor. The logarithm of the denominator is max_logit + log_sum, kept in two
-// numbers because their rounded total is off by 6e-8 of the logits; both are minus infinity without a pair.
+// The results of the forward pass for each anchor. The logarithm of the denominator is max_logit + log_sum. It is kept
+// in two numbers because the rounded total has an error of 6e-8 of the logits. Both are minus infinity without a pair.
 template <typename scalar_t>
 struct AnchorSums {
   scalar_t* loss;            // 0 without a positive
@@ -55,8 +55,9 @@ template <typename scalar_t>
 void patch_contrast_forward(const ContrastInputs<scalar_t>& inputs, const AnchorSums<scalar_t>& out,
                             const Parallel& parallel);
 
-// grad_rows (N,) is dL/d(loss of each anchor). The gradients, zero-filled by the caller, are of the inputs' dtype; a
-// null one is not computed. With the anchors as keys grad_anchors holds both parts and grad_keys is null.
+// grad_rows (N,) is dL/d(loss of each anchor). The gradients have the dtype of the inputs, and the caller fills them
+// with zeros; a null one is not computed. If the anchors are the keys, grad_anchors holds both parts, and grad_keys is
+// null.
 template <typename scalar_t>
 void patch_contrast_backward(const ContrastInputs<scalar_t>& inputs, const scalar_t* grad_rows,
                              const scalar_t* max_logit, const scalar_t* log_sum, const int32_t* num_positives,

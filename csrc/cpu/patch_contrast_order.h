@@ -21,7 +21,7 @@ struct Patch {
   }
 };
 
-// Finite numbers in their order, as unsigned integers; NaN sorts somewhere, the same place every time.
+// Unsigned integers in the order of finite numbers. The place of NaN does not matter, but is always the same.
 inline uint64_t ordered_bits(double value) {
   uint64_t bits;
   value += 0.0;  // -0 becomes 0
@@ -42,7 +42,7 @@ Buffer<Patch> sorted_patches(int64_t count, const int64_t* labels, const scalar_
   return patches;
 }
 
-// Any int64 labels become ranks, so that narrow integers can be compared.
+// Replaces any int64 labels by ranks, so that tiles can compare narrow integers.
 inline void rank_labels(Buffer<Patch>& a, Buffer<Patch>& b) {
   Buffer<int64_t> distinct(a.size() + b.size());
   int64_t count = 0;

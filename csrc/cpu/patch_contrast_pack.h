@@ -1,4 +1,4 @@
-// Anchors or keys, copied into sorted order as the tiles read them.
+// Copies anchors or keys into sorted order, in the layout that the tiles read.
 #pragma once
 
 #include <algorithm>
@@ -29,7 +29,7 @@ struct PackedSide {
   ContrastSide<scalar_t> view{};
   double longest = 0;  // largest norm of a row; NaN or infinite when an element is
 
-  // What the tiles know of each patch beside its embedding.
+  // Arranges the data of each patch other than its embedding: label, identity, descriptors, index.
   void arrange(const Buffer<Patch>& patches, const scalar_t* descriptors, int64_t channels, int64_t identity_offset,
                int panel) {
     const int64_t count = patches.size();
@@ -52,7 +52,7 @@ struct PackedSide {
     view.descriptor = descriptor_.data();
   }
 
-  // The embeddings, in rows, and for keys in panels too.
+  // Copies the embeddings into rows, and those of keys also into panels.
   void pack(const Matrix& source, int64_t depth, bool as_keys, const KernelTable& table, int workers,
             const Parallel& parallel) {
     allocate(source, depth, as_keys, table);
@@ -83,7 +83,7 @@ struct PackedSide {
     depth_ = depth;
     depth_bf16_ = round_up(depth, 2);
     const bool bf16 = sizeof(scalar_t) == 4 && table.bf16_products && source.dtype == DType::kBFloat16;
-    // An odd number of cache lines per row: the rows of a tile then spread over all sets of a cache.
+    // An odd number of cache lines per row, so that the rows of a tile spread over all sets of a cache.
     const int64_t line = 64 / sizeof(scalar_t), lines = round_up(depth, line) / line;
     view.row_stride = (lines % 2 ? lines : lines + 1) * line;
     rows_ = Buffer<scalar_t>(view.padded * view.row_stride + panel_);
@@ -102,7 +102,7 @@ struct PackedSide {
     view.panels_bf16 = panels_bf16_.data();
   }
 
-  // Sorted patches lie anywhere in the caller's tensor: the hardware does not foresee where.
+  // Sorted patches lie anywhere in the caller's tensor, so the hardware cannot prefetch them.
   static constexpr int64_t kRowsAhead = 6;
   void prefetch_row(const Matrix& source, int64_t i) const {
     if (i >= view.count) return;
@@ -111,7 +111,7 @@ struct PackedSide {
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
   }
 
-  // Row `i` of the sorted patches, zero beyond its depth; rows of the padding are zero.
+  // Copies row `i` of the sorted patches, with zeros beyond its depth; rows of the padding are zero.
   void copy_row(const Matrix& source, int64_t i) {
     scalar_t* row = rows_.data() + i * view.row_stride;
     const bool taken = i < view.count;
@@ -124,7 +124,7 @@ struct PackedSide {
     if (taken) std::memcpy(low, static_cast<const uint16_t*>(source.data) + first, depth_ * sizeof(uint16_t));
   }
 
-  // Of a whole row, whose end is padded with zeros.
+  // The squared norm of a whole row, whose end is padded with zeros.
   double squared_norm(const scalar_t* row) const {
     using four = typename Square<scalar_t>::four;
     four sums[4] = {};
@@ -144,15 +144,15 @@ struct PackedSide {
               panels_.data() + block * panel_ * depth_, panel_);
   }
 
-  // Two depths of each row side by side, as the product of bfloat16 pairs takes them.
+  // Puts two depths of each row side by side, for the product of bfloat16 pairs.
   void fill_panel_bf16(int64_t block) {
     const int64_t pairs = depth_bf16_ / 2, first = block * panel_ * pairs;
     transpose(reinterpret_cast<const int32_t*>(rows_bf16_.data()) + first, pairs, pairs,
               reinterpret_cast<int32_t*>(panels_bf16_.data()) + first, panel_);
   }
 
-  // What is not a number reaches the gradients through the weights of its pairs alone: in a product it would meet the
-  // weight 0 of all others, and 0 times NaN is NaN.
+  // Copies the rows with 0 for elements that are not finite. Such an element must reach gradients only through the
+  // weights of its pairs: in a product it would meet the weight 0 of other pairs, and 0 times NaN is NaN.
   void copy_finite_rows() {
     finite_rows_ = Buffer<scalar_t>(rows_.size());
     for (int64_t i = 0; i < rows_.size(); ++i) finite_rows_[i] = std::isfinite(rows_[i]) ? rows_[i] : scalar_t(0);

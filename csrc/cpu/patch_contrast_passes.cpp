@@ -1,5 +1,5 @@
-// Both passes of the fused contrastive loss over the tiles of a plan (method, section 5): what goes into the tiles, and
-// what is made of their sums.
+// Both passes of the fused contrastive loss over the tiles of a plan (method, section 5): they prepare the numbers of
+// the tiles, and compute the results from the tiles' sums.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -42,7 +42,7 @@ void patch_contrast_forward(const ContrastInputs<scalar_t>& inputs, const Anchor
   }
   plan.run(plan.kernels().sum);
 
-  // A negative of small weight may lie that much above the logarithm of the denominator.
+  // A negative of small weight may exceed the logarithm of the denominator by this much.
   const double lower_weight = inputs.negative_weight > 0 ? std::min(std::log(inputs.negative_weight), 0.0) : 0.0;
   for (int64_t i = 0; i < plan.count(); ++i) {
     const int64_t row = plan.index(i);
@@ -63,7 +63,7 @@ void patch_contrast_forward(const ContrastInputs<scalar_t>& inputs, const Anchor
       out.positive_logit[row] = scalar_t(positive);
       if (count > 0) out.loss[row] = scalar_t(lse - positive);
     } else {
-      // The logits of the positives are known less the maximum: their difference to it is exact however large they are.
+      // The maximum is already subtracted from the logits of the positives, so large logits keep their digits.
       const double below_maximum = count > 0 ? positive_sum / (kLogitUnit * count) : 0;
       if (total == 0) continue;
       out.max_logit[row] = max_logit[i];
@@ -77,7 +77,7 @@ void patch_contrast_forward(const ContrastInputs<scalar_t>& inputs, const Anchor
 
 namespace {
 
-// Of a fixed shift's exponentials: no product with one of them comes near the largest float.
+// With a fixed shift, no product of such a coefficient and an exponential comes near the largest float.
 constexpr double kLargestCoefficient = 1e30;
 
 // A power of two that keeps coefficients within the range of scalar_t, whatever gradient the loss is given; 1 for those
@@ -92,7 +92,7 @@ double tamed(const scalar_t* grad_rows, int64_t n, double temperature) {
   return exponent > kLarge ? std::ldexp(1.0, kModerate - exponent) : 1.0;
 }
 
-// The coefficients of each anchor: dL/ds_ip = g (p_ip - 1 / |P|), dL/ds_in = g p_in, and 1 / temperature goes with g.
+// The coefficients of each anchor: dL/ds_ip = g (p_ip - 1 / |P|) and dL/ds_in = g p_in; g contains 1 / temperature.
 template <typename scalar_t>
 struct Coefficients {
   Buffer<scalar_t> max_logit, positive, negative, mean;
@@ -112,7 +112,7 @@ struct Coefficients {
         plan.leave_out(i);
         continue;
       }
-      // What turns the kernel's exponentials into shares.
+      // The factors that turn the kernel's exponentials into shares.
       const double base = tile.fixed_shift ? double(tile.shift) * kLn2 - double(saved_max_logit[row]) : 0;
       const double share = g * std::exp(base - double(log_sum[row]));
       const double weighted_share = share * plan.weight_of_sums();
@@ -144,7 +144,7 @@ void patch_contrast_backward(const ContrastInputs<scalar_t>& inputs, const scala
   };
   Coefficients<scalar_t> coefficients = coefficients_of();
   if (tile.fixed_shift && coefficients.largest > kLargestCoefficient) {
-    // A large upstream gradient meets an anchor whose logits all lie far below the bound: its own maximum serves it.
+    // A large upstream gradient belongs to an anchor whose logits all lie far below the bound. Its own maximum is used.
     plan.measure_exponents(false);
     coefficients = coefficients_of();
   }
@@ -153,7 +153,7 @@ void patch_contrast_backward(const ContrastInputs<scalar_t>& inputs, const scala
   tile.state.negative_coefficient = coefficients.negative.data();
   tile.state.mean_coefficient = coefficients.mean.data();
 
-  // Gradients of the accumulating type are summed where they belong, the others in a sorted copy.
+  // Gradients of the accumulating type are summed in the output, others in a sorted copy.
   const bool direct = inputs.anchors.dtype == (sizeof(scalar_t) == 8 ? DType::kFloat64 : DType::kFloat32);
   Buffer<scalar_t> anchor_sums, key_sums;
   tile.grad_stride = inputs.depth;

@@ -1,5 +1,5 @@
-// A contrastive problem made ready for its tiles: sorted (patch_contrast_order.h), packed (patch_contrast_pack.h), and
-// handed out tile by tile (patch_contrast_tasks.h).
+// Prepares a contrastive problem: sorts it (patch_contrast_order.h), packs it (patch_contrast_pack.h), and hands it out
+// tile by tile (patch_contrast_tasks.h).
 #pragma once
 
 #include <algorithm>
@@ -19,14 +19,14 @@ namespace pglcl {
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
-// Exponents in [-2 B, 0] after subtracting the bound B of all logits (Cauchy-Schwarz) need no maximum per anchor while
-// 2^-2B is a normal float.
+// Subtracting a bound B of all logits (Cauchy-Schwarz) leaves exponents in [-2 B, 0]. While 2^-2B is a normal float, no
+// maximum per anchor is needed.
 constexpr double kLargestFixedShift = 57.0;
 
-// Larger products, or logits in units of log 2, might not fit a float.
+// Larger products, or logits in units of log 2, might not fit into a float.
 constexpr double kLargestInFloat32 = 1e37;
 
-// Below this many multiply-adds a second thread costs more than it brings.
+// For fewer multiply-adds, a second thread takes more time than it saves.
 constexpr double kSerialWork = 1 << 21;
 
 template <typename scalar_t>
@@ -53,17 +53,17 @@ class ContrastPlan {
   const ContrastKernels<scalar_t>& kernels() const { return table_.contrast<scalar_t>(); }
   double weight_of_sums() const { return weight_of_sums_; }
 
-  // Whether a logit may leave the range of float32, or an embedding does.
+  // Whether a logit may leave the range of float32, or an embedding is beyond it.
   bool needs_float64() const { return sizeof(scalar_t) == 4 && !(largest_number_ <= kLargestInFloat32); }
 
-  // No pair of this anchor counts from here on.
+  // From now on, no pair of this anchor counts.
   void leave_out(int64_t i) {
     positive_bound_[i] = -std::numeric_limits<scalar_t>::infinity();
     negative_bound_[i] = std::numeric_limits<scalar_t>::infinity();
   }
 
-  // Exponents are measured from a bound of all logits, or from the largest logit of each anchor. The weight of
-  // negatives multiplies the sums where they can bear it: added to a large logit, its logarithm would be rounded away.
+  // Measures exponents from a bound of all logits, or from the largest logit of each anchor. A moderate weight of
+  // negatives multiplies the sums: if its logarithm were added to a large logit, it would be rounded away.
   void measure_exponents(bool fixed_shift) {
     const double weight = inputs_.negative_weight;
     const bool moderate = fixed_shift || (weight >= 1e-20 && weight <= 1e20);
@@ -72,7 +72,7 @@ class ContrastPlan {
     weight_of_sums_ = moderate ? weight : 1;
   }
 
-  // A descriptor or bound that is not a number leaves it undecided which pairs of an anchor count.
+  // Whether a descriptor or bound that is not a number leaves it open which pairs of an anchor count.
   bool undecided(int64_t i) const {
     if (masked_) return false;
     const ContrastSide<scalar_t>& keys = tile_.keys;
@@ -129,7 +129,7 @@ class ContrastPlan {
     Buffer<Patch> anchors = sorted(inputs_.anchors, inputs_.labels, inputs_.descriptors), keys;
     if (!inputs_.symmetric()) keys = sorted(inputs_.keys, inputs_.key_labels, inputs_.key_descriptors);
     rank_labels(anchors, keys);
-    // -2 for anchors that are no key, and -1 + an index for keys, never meet.
+    // Identities that are never equal: -2 for anchors that are no key, and an index minus 1 for keys.
     const int64_t offset = inputs_.symmetric()        ? 0
                            : inputs_.self_offset >= 0 ? inputs_.self_offset
                                                       : PackedSide<scalar_t>::kNoIdentity;
@@ -217,8 +217,8 @@ class ContrastPlan {
     return ranges;
   }
 
-  // Of two blocks: bounds of the disparities of their descriptors as the kernels compute them, since rounded
-  // subtraction is monotonic, and the bounds that the anchors among them set.
+  // Bounds of the disparities between the descriptors of two blocks, and the bounds that their anchors set. They hold
+  // for the disparities that the kernels compute, since rounded subtraction is monotonic.
   double nearest(const BlockRange& a, const BlockRange& b) const {
     return std::max({0.0, difference(a.lowest, b.highest), difference(b.lowest, a.highest)});
   }

@@ -1,5 +1,5 @@
-// The order of the tiles: in rounds, within which no block appears twice, so that its tiles can run side by side. A
-// block meets its tiles in the order of the rounds, whatever the number of threads, and with it every sum is the same.
+// The order of the tiles. No block appears twice in a round, so the tiles of a round can run side by side. A block gets
+// its tiles in the order of the rounds, so every sum is the same for any number of threads.
 #pragma once
 
 #include <algorithm>
@@ -24,7 +24,7 @@ class Rounds {
 
   int64_t count() const { return rows_ * columns_; }
 
-  // False where the step has no tile: a symmetric problem meets each pair of blocks once.
+  // Returns false if the step has no tile, since a symmetric problem has each pair of blocks once.
   bool step(int64_t ticket, Step& out) const {
     const int64_t round = ticket / short_, i = ticket % short_;
     if (symmetric_) {
@@ -48,7 +48,7 @@ class Rounds {
   int64_t short_;
 };
 
-// Hands the steps out to threads. They are taken in order and wait for earlier ones alone, so some step can always run.
+// Hands the steps out to threads. Steps are taken in order and wait only for earlier ones, so some step can always run.
 class StepQueue {
  public:
   StepQueue(int64_t rows, int64_t columns, bool symmetric)
@@ -82,7 +82,7 @@ class StepQueue {
 
   Rounds rounds_;
   std::atomic<int64_t> next_{0};
-  // How many rounds lie behind the last tile of each block.
+  // The number of rounds up to the last finished tile of each block.
   std::vector<std::atomic<int64_t>> row_turn_, own_column_turn_;
   std::vector<std::atomic<int64_t>>& column_turn_;
 };

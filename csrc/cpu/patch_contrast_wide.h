@@ -1,5 +1,5 @@
-// Problems of float32 and narrower embeddings whose products or logits leave the range of float32: the passes run in
-// float64, and what fits of their results is float32 again. Which pairs count is decided as ever, in float32.
+// Problems of float32 and narrower embeddings whose products or logits leave the range of float32. The passes run in
+// float64, and their results are rounded to float32. Which pairs count is still decided in float32.
 #pragma once
 
 #include <cmath>
@@ -16,7 +16,7 @@ struct SavedLog {
   scalar_t max_logit, log_sum;
 };
 
-// The nearest float32 as maximum; what that rounds away goes to the other number, as long as both are finite.
+// Takes the nearest float32 as maximum, and adds its rounding error to the other number if both are finite.
 inline SavedLog<float> narrowed(double max_logit, double log_sum) {
   const float top = float(max_logit);
   return {top, float(std::isfinite(top) ? log_sum + (max_logit - double(top)) : log_sum)};
@@ -28,7 +28,7 @@ class WideContrast {
   Buffer<double> loss, max_logit, log_sum, positive_logit;
   Buffer<int32_t> num_positives;
 
-  // With the results of the forward pass.
+  // For the backward pass, with the results of the forward pass.
   WideContrast(const ContrastInputs<float>& x, const Parallel& parallel)
       : loss(x.anchors.rows),
         max_logit(x.anchors.rows),
@@ -57,8 +57,8 @@ class WideContrast {
         inputs, {loss.data(), max_logit.data(), log_sum.data(), positive_logit.data(), num_positives.data()}, parallel);
   }
 
-  // The wide numbers of an anchor are kept where what was saved comes from this very pass. Where it does not, keys of
-  // other processes have a share in it, and it is all that is known.
+  // Keeps the wide numbers of an anchor if the saved numbers come from this very pass. Otherwise it takes the saved
+  // ones, to which keys of other processes have contributed.
   void measure_from(int64_t i, SavedLog<float> saved) {
     const SavedLog<float> own = narrowed(max_logit[i], log_sum[i]);
     if (own.max_logit == saved.max_logit && own.log_sum == saved.log_sum) return;

@@ -1,4 +1,4 @@
-// Patch statistics on the CPU (method, section 2): what the op schedules, without torch.
+// Patch statistics on the CPU (method, section 2): the passes that the op calls, without torch.
 #pragma once
 
 #include "../shared/dtype.h"
@@ -24,7 +24,7 @@ struct StatisticsOutputs {
 template <typename scalar_t>
 void patch_statistics_forward(const StatisticsInputs& inputs, const StatisticsOutputs& out, const Parallel& parallel);
 
-// The outputs of the forward pass and the gradients of the loss with respect to them; grad_input is written whole.
+// The outputs of the forward pass, and the gradients of the loss with respect to them. All of grad_input is written.
 template <typename scalar_t>
 void patch_statistics_backward(const StatisticsInputs& inputs, const void* confidence, const void* class_entropy,
                                const void* grad_entropy, const void* grad_confidence, const void* grad_class_entropy,

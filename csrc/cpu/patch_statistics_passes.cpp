@@ -12,17 +12,17 @@
 namespace pglcl {
 namespace {
 
-// Below this many pixels times classes a second thread costs more than it brings.
+// For fewer pixels times classes, a second thread takes more time than it saves.
 constexpr int64_t kSerialWork = 1 << 14;
 
-// A class of less probability in a whole patch counts as absent: its digits are gone.
+// A class with less probability than this in a whole patch counts as absent, since its digits are lost.
 template <typename scalar_t>
 constexpr scalar_t kLeastMass = std::numeric_limits<scalar_t>::min();
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What a patch passes on to a pixel may be as large as 1 over the class's probability. Beyond this it is dropped: it is
-// multiplied with an entropy, and added up over the patches that hold the pixel.
+// The largest coefficient from a patch to a pixel. It grows like 1 over the class's probability, and is multiplied by
+// an entropy and added up over the patches that hold the pixel. Larger coefficients are dropped.
 template <typename scalar_t>
 double largest_share(const PatchGrid& g) {
   double patches = 1;
@@ -35,7 +35,7 @@ Element element_of(DType dtype) {
   return dtype == DType::kFloat16 ? Element::kFloat16 : Element::kAsComputed;
 }
 
-// Where row y of slice z of image b begins, in elements.
+// The index of the first element of row y of slice z of image b.
 int64_t row_at(const PatchGrid& g, int64_t b, int64_t z, int64_t y) {
   return b * g.classes * g.pixels() + (z * g.image[1] + y) * g.image[2];
 }
@@ -139,8 +139,8 @@ bool any_nonzero(const uint16_t* values, int64_t count) {
   return std::any_of(values, values + count, [](uint16_t bits) { return (bits & 0x7fff) != 0; });
 }
 
-// Confidence and class entropy as the backward pass needs them, which divides by small differences of theirs: in 16
-// bits they are computed once more, unrounded, where a gradient asks for them.
+// Confidence and class entropy for the backward pass, which needs all their digits. Those of 16 bits are computed once
+// more without rounding, if a gradient needs them.
 template <typename scalar_t>
 struct SavedStatistics {
   const void *confidence, *class_entropy;
@@ -180,7 +180,7 @@ void patch_statistics_backward(const StatisticsInputs& inputs, const void* confi
 
   const SavedStatistics<scalar_t> saved(inputs, confidence, class_entropy, grad_class_entropy, parallel);
 
-  // Step 1: what each patch passes on to each of its pixels (see StatisticsGradientStrip).
+  // Step 1: the coefficients from each patch to its pixels (see StatisticsGradientStrip).
   const int64_t lines = 1 + 2 * classes;  // alpha, then beta and gamma of each class
   Buffer<scalar_t> coefficients(g.batch * lines * patches);
   parallel.share(g.batch, g.batch * lines * patches < kSerialWork, [&](int64_t first, int64_t last) {

@@ -1,4 +1,4 @@
-// Losses of anchors to the loss that an op returns.
+// Reduces the losses of anchors to the loss that an op returns.
 #pragma once
 
 #include "../ops.h"
@@ -6,8 +6,8 @@
 
 namespace pglcl {
 
-// The losses (N,) of anchors, and what the op returns of them: themselves, or their sum, or the mean over those that
-// count. A tensor is made of what is returned alone.
+// The losses (N,) of anchors, and the result of the op: these losses, their sum, or the mean over those that count.
+// Only the result becomes a tensor.
 template <typename scalar_t>
 class Losses {
  public:
@@ -20,7 +20,7 @@ class Losses {
 
   scalar_t* data() { return reduction_ == kNone ? mutable_data<scalar_t>(out_) : values_.data(); }
 
-  // Summed in float64, in order.
+  // The losses are summed in float64, in their order.
   const Tensor& reduced(int64_t valid) const {
     if (reduction_ == kNone) return out_;
     double total = 0;

@@ -1,5 +1,5 @@
-// Semantic disparity and the bounds taken from it, on the CPU (method, sections 3 and 4): what the op schedules,
-// without torch.
+// Semantic disparity, and bounds on it, on the CPU (method, sections 3 and 4): the passes that the ops call, without
+// torch.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,8 @@ template <typename scalar_t>
 void semantic_disparity_backward(const scalar_t* grad, const scalar_t* a, int64_t n, const scalar_t* b, int64_t m,
                                  int64_t channels, scalar_t* grad_a, scalar_t* grad_b, const Parallel& parallel);
 
-// For each anchor the count-th smallest disparity among the keys of its label (positives) or the count-th largest among
-// those of other labels (negatives); where there are fewer, a bound that keeps all of them.
+// For each anchor, the count-th smallest disparity among the keys of its label (positives), or the count-th largest
+// among those of other labels (negatives). If there are fewer keys, the bound keeps all of them.
 template <typename scalar_t>
 struct DisparityBounds {
   const scalar_t* descriptors;      // (N, channels)

@@ -11,7 +11,7 @@
 namespace pglcl {
 namespace {
 
-// Below this many differences a second thread costs more than it brings.
+// For fewer differences, a second thread takes more time than it saves.
 constexpr int64_t kSerialWork = 1 << 15;
 
 template <typename scalar_t>
@@ -126,7 +126,7 @@ void semantic_disparity_backward(const scalar_t* grad, const scalar_t* a, int64_
     });
   if (grad_b)
     parallel.share(m, n * m * channels < kSerialWork, [&](int64_t first, int64_t last) {
-      // Rows of grad outside, so that its columns are read in order.
+      // The outer loop is over rows of grad, so that its columns are read in order.
       std::vector<double> sums((last - first) * channels);
       for (int64_t i = 0; i < n; ++i)
         for (int64_t j = first; j < last; ++j)

@@ -1,4 +1,4 @@
-// How the schedules ask for threads without knowing whose they are.
+// An interface to threads, so that the passes do not depend on a library of threads.
 #pragma once
 
 #include <algorithm>
@@ -6,7 +6,7 @@
 
 namespace pglcl {
 
-// [first, last) of `count` items for one of `workers`.
+// The share [first, last) of `count` items that one of `workers` gets.
 struct Share {
   int64_t first, last;
   Share(int64_t count, int workers, int worker)
@@ -17,18 +17,18 @@ struct Parallel {
   using Body = void (*)(const void* context, int worker);
 
   int threads;
-  // Calls body(context, 0) ... body(context, workers - 1), concurrently where it can; any order, also one after the
-  // other, is correct.
+  // Calls body(context, 0) ... body(context, workers - 1), if possible at the same time. Any order is correct, also one
+  // after the other.
   void (*call)(int workers, Body body, const void* context);
 
-  // body(worker) of each worker.
+  // Calls body(worker) for each worker.
   template <typename Function>
   void run(int workers, const Function& body) const {
     if (workers == 1) return body(0);
     call(workers, [](const void* context, int worker) { (*static_cast<const Function*>(context))(worker); }, &body);
   }
 
-  // body(first, last) of equal shares of `count` items; one share where the work is too little for a second thread.
+  // Calls body(first, last) for equal shares of `count` items. Little work stays in one share, without a second thread.
   template <typename Function>
   void share(int64_t count, bool little_work, const Function& body) const {
     if (count == 0) return;

@@ -1,4 +1,4 @@
-// The schedules' threads are PyTorch's.
+// PyTorch's threads, for the passes.
 #pragma once
 
 #include "../stable.h"

@@ -1,4 +1,4 @@
-// Matrices on their side, by squares of 4 x 4 in vectors of 16 bytes, which every processor has.
+// Transposes matrices by squares of 4 x 4, in vectors of 16 bytes, which every processor has.
 #pragma once
 
 #include <cstdint>

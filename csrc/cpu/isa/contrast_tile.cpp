@@ -1,8 +1,8 @@
 // Arithmetic of one tile of the fused contrastive loss (method, section 5), compiled once per instruction set.
 //
-// A tile is worked on panel by panel: first the products of its anchors with one panel of keys (matrix micro-kernel),
-// then masks and exponentials while the panel lies in the first-level cache, which leave sums (forward) or dL/ds
-// (backward). The backward pass ends with the two matrix products that carry dL/ds to anchors and keys.
+// A tile is computed panel by panel. First come the products of its anchors with one panel of keys (matrix
+// micro-kernel). While the panel lies in the first-level cache, masks and exponentials follow, and from them sums
+// (forward) or dL/ds (backward). The backward pass ends with two matrix products, from dL/ds to anchors and to keys.
 #include "contrast_tile.h"
 
 #include "kernel_table.h"
@@ -20,8 +20,8 @@ enum class Pass { kMaximum, kSum, kGradient };
 // Bits of ContrastScratch::codes.
 enum : int { kRowPositive = 1, kRowNegative = 2, kColumnPositive = 4, kColumnNegative = 8 };
 
-// Partial sums of the rows, one vector of each for a row, in ContrastScratch::row_sums. Those of a kind lie together:
-// few tiles need all four. A power of two between the kinds would put a row's sums into one set of a cache.
+// Partial sums of the rows, one vector per row and kind, in ContrastScratch::row_sums. Those of a kind lie together,
+// since few tiles need all four kinds. A power of two between the kinds would put a row's sums into one set of a cache.
 enum : int { kPositiveExp = 0, kNegativeExp = 1, kPositiveLogit = 2, kPositiveCount = 3, kRowSums = 4 };
 template <typename scalar_t>
 constexpr int64_t kRowSumStride = kRowSumRows * Simd<scalar_t>::kLanes;
@@ -83,7 +83,7 @@ void panel_disparity(const ContrastTile<scalar_t>& t, const TilePosition& at, in
   }
 }
 
-// Whether an anchor has a gradient; in the forward pass all do.
+// Whether an anchor has a gradient; in the forward pass, every anchor counts.
 template <typename scalar_t>
 PGLCL_INLINE bool counts(const ContrastState<scalar_t>& state, int64_t anchor) {
   return !state.mean_coefficient || state.mean_coefficient[anchor] != 0;
@@ -123,7 +123,7 @@ void spoil_infinite(const TilePosition& at, scalar_t* dots) {
   }
 }
 
-// Which of the pairs (row, vector of keys) count, seen from the row and seen from the columns.
+// Which of the pairs (row, vector of keys) count with the row as anchor, and with the keys as anchors.
 template <typename scalar_t>
 struct PairMasks {
   mask_t<scalar_t> row_positive, row_negative, column_positive, column_negative;
@@ -192,7 +192,7 @@ void process_panel(const ContrastTile<scalar_t>& t, const TilePosition& at, int6
         pairs.column_positive = delta <= column_positive_bound;
         pairs.column_negative = delta >= column_negative_bound;
         if constexpr (kKind == TileKind::kMixed) {
-          // Ranks are never negative but in the padding, where -1 makes the exclusive or negative or zero.
+          // Only the padding has a negative rank, -1, with which the exclusive or is negative or zero.
           const integer label = t.anchors.label[i];
           const mask other = key_identity != t.anchors.identity[i];
           const mask same = (key_label == label) & other;
@@ -204,8 +204,8 @@ void process_panel(const ContrastTile<scalar_t>& t, const TilePosition& at, int6
         }
       }
 
-      // Step 2: exponentials. Without a fixed shift a logit is rounded before its maximum is taken off, in every pass
-      // alike, so that no difference is above 0 and that of the maximum is 0.
+      // Step 2: exponentials. Without a fixed shift, every pass rounds a logit before it subtracts the maximum. So no
+      // difference is above 0, and that of the maximum is 0.
       scalar_t* sums = scratch.row_sums + r * kLanes;
       if constexpr (kPass == Pass::kMaximum) {
         const vec lowest = broadcast<scalar_t>(scalar_t(-__builtin_inf()));
@@ -346,7 +346,7 @@ PanelFunction<scalar_t> choose_panel(TileKind kind, bool columns, bool fixed) {
                  : panel_of_kind<scalar_t, kPass, false, false>(kind);
 }
 
-// `rows` of the tile's anchors from the `first` on, and what belongs to them.
+// `rows` of the tile's anchors from the `first` on, with their numbers.
 template <typename scalar_t>
 void process_rows(PanelFunction<scalar_t> process, const ContrastTile<scalar_t>& t, const TilePosition& at, int64_t key,
                   const ContrastScratch<scalar_t>& scratch, int64_t first, int64_t rows) {
@@ -363,7 +363,7 @@ void process_rows(PanelFunction<scalar_t> process, const ContrastTile<scalar_t>&
   process(t, part, key, own);
 }
 
-// Of anchors sorted by label, the first whose label is at least this.
+// The first of the anchors, which are sorted by label, whose label is at least `label`.
 template <typename scalar_t>
 int64_t first_of_label(const integer_t<scalar_t>* labels, int64_t rows, integer_t<scalar_t> label) {
   int64_t first = 0;
@@ -376,8 +376,8 @@ int64_t first_of_label(const integer_t<scalar_t>* labels, int64_t rows, integer_
   return first;
 }
 
-// A tile of several labels. Where the keys of a panel have one, its anchors are first others, then equals, then others
-// again, and no pair needs to be looked at; but for a patch that may meet itself.
+// A tile of several labels. If the keys of a panel have one label, the sorted anchors are first of other labels, then
+// of this one, then of others again. So labels need no comparison, except where a patch may be a pair of itself.
 template <typename scalar_t, Pass kPass>
 void process_mixed(const ContrastTile<scalar_t>& t, const TilePosition& at, int64_t key,
                    const ContrastScratch<scalar_t>& scratch, bool columns, bool meets_itself) {
@@ -391,14 +391,14 @@ void process_mixed(const ContrastTile<scalar_t>& t, const TilePosition& at, int6
   const integer_t<scalar_t>* labels = t.anchors.label + at.row;
   const int64_t first = first_of_label<scalar_t>(labels, at.rows, label);
   const int64_t last = first + first_of_label<scalar_t>(labels + first, at.rows - first, label + 1);
-  // Given keys may hold an anchor under another label.
+  // Keys that were given may contain an anchor under another label.
   const TileKind different = t.keys_hold_anchors ? TileKind::kMixed : TileKind::kDifferent;
   process(different, 0, first);
   process(meets_itself ? TileKind::kMixed : TileKind::kSame, first, last);
   process(different, last, at.rows);
 }
 
-// Rows of a tile and one panel of its keys.
+// Computes rows of a tile with one panel of its keys.
 template <typename scalar_t, Pass kPass>
 void run_panel(const ContrastTile<scalar_t>& t, const TilePosition& at, int64_t key,
                const ContrastScratch<scalar_t>& scratch, bool columns, bool meets_itself) {
@@ -422,8 +422,8 @@ void run_panel(const ContrastTile<scalar_t>& t, const TilePosition& at, int64_t 
   choose_panel<scalar_t, kPass>(at.kind, columns, t.fixed_shift)(t, at, key, scratch);
 }
 
-// A symmetric problem meets each pair of patches once, and counts it for both. On its diagonal that leaves, of each
-// panel, the rows above the panel's own and these themselves, whose pairs are met from both of their anchors as a row.
+// A symmetric problem computes each pair of patches once, and counts it for both. For a panel on the diagonal, it
+// computes the rows above the panel's own rows, and these rows themselves, in which each pair occurs twice.
 template <typename scalar_t, Pass kPass>
 void run_panels(const ContrastTile<scalar_t>& t, const TilePosition& at, const ContrastScratch<scalar_t>& scratch) {
   constexpr int kPanel = Simd<scalar_t>::kPanel;
@@ -459,7 +459,7 @@ void tile_sum(const ContrastTile<scalar_t>& t, const TilePosition& at, const Con
   end_rows<scalar_t, Pass::kSum>(t, at, scratch);
 }
 
-// The weights below the diagonal's panels are those above, seen from the other side.
+// Copies the weights above the diagonal's panels to those below, which are their mirror image.
 template <typename scalar_t>
 void mirror_weights(const TilePosition& at, scalar_t* weights) {
   constexpr int kPanel = Simd<scalar_t>::kPanel;
@@ -478,8 +478,8 @@ RowsOfC<scalar_t> gradient_rows(const ContrastTile<scalar_t>& t, scalar_t* data,
   return {data + row * t.grad_stride, t.grad_stride, nullptr};
 }
 
-// In the symmetric case the weights hold dL/ds of the pair from both of its anchors, on the diagonal too, so that the
-// product with the keys alone completes the diagonal.
+// In the symmetric case, a weight is dL/ds of a pair for both of its anchors, also on the diagonal. So on the diagonal
+// the product with the keys is enough.
 template <typename scalar_t>
 void tile_gradient(const ContrastTile<scalar_t>& t, const TilePosition& at, const ContrastScratch<scalar_t>& scratch) {
   constexpr int64_t kStride = kWeightStride<scalar_t>;

@@ -1,5 +1,5 @@
-// What one tile of the fused contrastive loss works on: plain data, shared by the scheduler (patch_contrast.cpp, built
-// once) and the arithmetic (contrast_tile.cpp, built per instruction set).
+// The data of one tile of the fused contrastive loss, shared by the passes (patch_contrast_passes.cpp, compiled once)
+// and the arithmetic (contrast_tile.cpp, compiled per instruction set).
 #pragma once
 
 #include <stdint.h>
@@ -8,18 +8,18 @@
 
 namespace pglcl {
 
-// Rows and columns of a tile. 128 rows of D = 128 floats are 64 KiB, so that the anchors, the keys and the tile of
-// weights of one tile (3 x 64 KiB) lie in a second-level cache of 256 KiB and more.
+// Rows and columns of a tile. 128 rows of D = 128 floats take 64 KiB. So the anchors, the keys and the weights of one
+// tile (3 x 64 KiB) fit into a second-level cache of 256 KiB and more.
 constexpr int64_t kTile = 128;
 
-// Between the rows of a tile of weights: an odd number of cache lines, so that one column meets all sets of a cache.
+// Distance of the rows of a tile of weights: an odd number of cache lines, so that a column uses all sets of a cache.
 template <typename scalar_t>
 constexpr int64_t kWeightStride = kTile + 64 / int64_t(sizeof(scalar_t));
 
-// Between two kinds of partial sums of the rows, in vectors.
+// Distance of two kinds of partial sums of the rows, in vectors.
 constexpr int64_t kRowSumRows = kTile + 2;
 
-// Which pairs a tile can hold, known before any of them is computed because the patches are sorted by label.
+// Which pairs a tile can hold. This is known before any pair is computed, since the patches are sorted by label.
 enum class TileKind : int8_t {
   kSame,       // one label on both sides: only positives
   kDifferent,  // no label on both sides: only negatives
@@ -61,7 +61,7 @@ struct ContrastState {
   const scalar_t* mean_coefficient;
 };
 
-// Logits may lie near the largest number: scaled by this, fewer than 2^31 of them can be summed.
+// Logits may be close to the largest number. Scaled by this, fewer than 2^31 of them can be summed.
 constexpr double kLogitUnit = 1.0 / (int64_t(1) << 32);
 
 struct ContrastMasks {
@@ -96,10 +96,10 @@ struct ContrastTile {
   scalar_t shift;                // with fixed_shift, subtracted from every dot * scale
   scalar_t inverse_temperature;  // without fixed_shift
   scalar_t log_negative_weight;  // without fixed_shift, added to negatives; 0 for moderate weights
-  // Keys are the anchors: each tile above the diagonal serves its rows as anchors and its columns as anchors.
+  // The keys are the anchors. Rows and columns of each tile above the diagonal are then anchors.
   bool symmetric;
   bool keys_hold_anchors;  // keys are given, and an anchor may stand among them
-  // Gradients in the caller's order (index applies) or in sorted order.
+  // Gradients in the caller's order, through `index`, or in sorted order.
   scalar_t* grad_anchors;
   scalar_t* grad_keys;
   int64_t grad_stride;

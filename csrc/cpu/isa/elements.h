@@ -1,4 +1,4 @@
-// Elements of inputs and gradients in vectors of the type that is computed in: of that type, or of 16 bits.
+// Reads and writes elements of inputs and gradients, of 16 bits or of the computing type, as vectors of that type.
 #pragma once
 
 #include "simd.h"
@@ -21,12 +21,12 @@ PGLCL_INLINE vec_t<double> read(const double* p) { return load(p); }
 PGLCL_INLINE void write(float* p, vec_t<float> x) { store(p, x); }
 PGLCL_INLINE void write(double* p, vec_t<double> x) { store(p, x); }
 
-// 16 bits for each lane of a vector of float.
+// A vector with 16 bits for each lane of a vector of float.
 typedef uint16_t narrow __attribute__((vector_size(Simd<float>::kLanes * 2)));
 typedef uint16_t narrow_unaligned __attribute__((vector_size(Simd<float>::kLanes * 2), aligned(2), may_alias));
 typedef uint32_t wide __attribute__((vector_size(kVectorBytes)));
 
-// The low halves. The compilers' conversion goes lane by lane.
+// The low halves of the lanes. Compilers would convert lane by lane.
 PGLCL_INLINE narrow low_halves(wide x) {
   typedef uint16_t halves __attribute__((vector_size(kVectorBytes)));
 #if defined(__AVX512F__)
@@ -51,7 +51,7 @@ PGLCL_INLINE vec_t<float> read(const BFloat16* p) {
   return (vec_t<float>)(__builtin_convertvector(load_bits(p), wide) << 16);
 }
 
-// To the nearest, ties to even; NaN stays.
+// Rounds to the nearest, ties to even; NaN stays NaN.
 PGLCL_INLINE void write(BFloat16* p, vec_t<float> x) {
   const wide bits = (wide)x, rounded_bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const wide quiet = (bits >> 16) | 0x40;

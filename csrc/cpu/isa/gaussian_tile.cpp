@@ -1,8 +1,8 @@
 // Arithmetic of one tile of the Gaussian contrastive loss (method, section 6), compiled once per instruction set.
 //
 // The quadratic form t' S t of a tile of anchors is one matrix product T S and a dot product per row. The same T S is
-// half of its gradient, so the gradient is summed on the way, rescaled whenever a larger exponent is met: the classes
-// are met once, and nothing grows with their number.
+// half of its gradient, so the gradient is summed at the same time, and rescaled whenever a larger exponent comes. So
+// one pass over the classes is enough, and memory does not grow with their number.
 #include "gaussian_tile.h"
 
 #include "kernel_table.h"

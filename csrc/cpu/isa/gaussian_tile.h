@@ -1,12 +1,11 @@
-// What one tile of anchors of the Gaussian contrastive loss works on (method, section 6): plain data, as in
-// contrast_tile.h.
+// The data of one tile of anchors of the Gaussian contrastive loss (method, section 6), as in contrast_tile.h.
 #pragma once
 
 #include <stdint.h>
 
 namespace pglcl {
 
-// Anchors of a tile: the covariances, read once for all of them, then cost a kGaussianRows-th of the arithmetic.
+// Anchors of a tile. The covariances are read once for all of them, so there is one read per kGaussianRows products.
 constexpr int kGaussianRows = 32;
 
 // Up to kGaussianRows anchors of one class. Rows are `stride` apart, a multiple of the panel, and zero beyond `depth`.

@@ -15,7 +15,7 @@ struct IntegerOfSize<8> {
   using type = int64_t;
 };
 
-// The integer as wide as a scalar: labels travel in it, so that comparing them gives masks of the scalars' lane width.
+// The integer type as wide as a scalar. Labels have this type, so that comparing them gives masks of the right width.
 template <typename scalar_t>
 using integer_t = typename IntegerOfSize<sizeof(scalar_t)>::type;
 

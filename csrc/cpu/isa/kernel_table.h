@@ -62,12 +62,12 @@ struct KernelTable {
   }
 };
 
-// The table for this machine: the best instruction set that both the processor and PGLCL_CPU_ISA allow. Empty is unset,
-// and an unknown name throws std::invalid_argument. The variable is read at every call, which costs nothing beside a
-// kernel; the module asks once when it is imported.
+// The table for this machine: the best instruction set that both the processor and PGLCL_CPU_ISA allow. An empty value
+// counts as unset, and an unknown name throws std::invalid_argument. The variable is read at every call, in little time
+// compared with a kernel; the module also calls this once at its import.
 const KernelTable& kernel_table();
 
-// The names that PGLCL_CPU_ISA takes, from the least to the most demanding; null past the last.
+// The names that PGLCL_CPU_ISA takes, from the least to the most demanding; null after the last.
 const char* instruction_set(int level);
 
 #ifdef PGLCL_ISA

@@ -80,23 +80,23 @@ PGLCL_INLINE vec_t<scalar_t> absolute(vec_t<scalar_t> x) {
   return (vec_t<scalar_t>)((mask_t<scalar_t>)x & ~sign);
 }
 
-// value where the mask holds, 0 elsewhere; a NaN outside the mask does not pass.
+// `value` where the mask is set, 0 elsewhere, even in place of NaN.
 template <typename scalar_t>
 PGLCL_INLINE vec_t<scalar_t> keep(mask_t<scalar_t> mask, vec_t<scalar_t> value) {
   return mask ? value : vec_t<scalar_t>{};
 }
 
-// b where either is NaN.
+// The larger of a and b; b where either is NaN.
 template <typename scalar_t>
 PGLCL_INLINE vec_t<scalar_t> maximum(vec_t<scalar_t> a, vec_t<scalar_t> b) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
-  // The compiler makes a comparison and a blend of what the one instruction does.
+  // One instruction. The compiler would make a comparison and a blend.
   if constexpr (sizeof(scalar_t) == 4) return (vec_t<scalar_t>)_mm256_max_ps((__m256)a, (__m256)b);
 #endif
   return a > b ? a : b;
 }
 
-// Rounds a product to its type: the compiler must not fuse it with what it is added to.
+// Rounds a product to its type, so that the compiler does not fuse it with an addition.
 template <typename vec>
 PGLCL_INLINE vec rounded(vec product) {
 #if defined(__has_builtin)
@@ -157,18 +157,18 @@ PGLCL_INLINE vec_t<float> exp2_of_any(vec_t<float> x) {
   return (vec_t<float>)_mm512_scalef_ps((__m512)exp2_polynomial(x - n), (__m512)n);
 }
 
-// 2^x for x < 127, at least the smallest normal float: the callers' sums hold a term near 1 beside what underflows. NaN
-// gives NaN.
+// 2^x for x < 127, but at least the smallest normal float, which is nothing beside the term near 1 in the callers'
+// sums. NaN gives NaN.
 PGLCL_INLINE vec_t<float> exp2(vec_t<float> x) {
   return exp2_of_any((vec_t<float>)_mm512_max_ps(_mm512_set1_ps(-126.0f), (__m512)x));  // x where it is NaN
 }
 
-// 2^x for x in [kLeastExponent, 0], at whose lower end it is 0. NaN gives NaN.
+// 2^x for x in [kLeastExponent, 0]; 0 at the lower end. NaN gives NaN.
 template <typename scalar_t>
 constexpr scalar_t kLeastExponent = sizeof(scalar_t) == 4 ? -256 : -2048;
 PGLCL_INLINE vec_t<float> exp2_to_zero(vec_t<float> x) { return exp2_of_any(x); }
 
-// The larger, or the smaller, of x and a limit; NaN stays.
+// The larger, or the smaller, of x and a limit; NaN stays NaN.
 PGLCL_INLINE vec_t<float> at_least(vec_t<float> x, float least) {
   return (vec_t<float>)_mm512_max_ps(_mm512_set1_ps(least), (__m512)x);
 }
@@ -195,7 +195,7 @@ PGLCL_INLINE vec_t<float> log_of_normal(vec_t<float> x) {
   return f + f * f * p + e * 0.69314718056f;
 }
 #else
-// Down to -127 only, where the power is 0 instead of a subnormal number: its exponent's bits are.
+// For x from -127 on. At -127 the power is 0 instead of a subnormal number, since the bits of its exponent are 0.
 template <typename scalar_t>
 constexpr scalar_t kLeastExponent = sizeof(scalar_t) == 4 ? -127 : -2048;
 PGLCL_INLINE vec_t<float> exp2_to_zero(vec_t<float> x) {
@@ -222,7 +222,7 @@ PGLCL_INLINE vec_t<double> exp2(vec_t<double> x) {
   return result;
 }
 
-// The same without instructions of its own.
+// The same without special instructions.
 PGLCL_INLINE vec_t<float> log_by_bits(vec_t<float> x) {
   mask_t<float> bits = (mask_t<float>)x;
   // x = 2^e * m with m in [sqrt(1/2), sqrt(2)).
@@ -241,7 +241,7 @@ PGLCL_INLINE vec_t<float> log_by_bits(vec_t<float> x) {
   p = p * f + 3.3333331174e-1f;
   const vec_t<float> f2 = f * f;
   vec_t<float> result = f * f2 * p - 0.5f * f2 + f + e * 0.69314718056f;
-  // NaN and infinity pass through the bit tricks as numbers: put them back.
+  // The bit operations turn NaN and infinity into numbers, so these are put back.
   return (x - x == 0.0f) ? result : x;
 }
 
@@ -269,7 +269,7 @@ PGLCL_INLINE vec_t<double> log(vec_t<double> x) {
 
 PGLCL_INLINE vec_t<double> log_of_normal(vec_t<double> x) { return log(x); }
 
-// e^x of x <= 0, down to 0 at minus infinity. What is above 0, by rounding or for a pair that does not count, gives 1.
+// e^x for x <= 0; 0 at minus infinity. An x above 0, from rounding or of a pair that does not count, gives 1.
 template <typename scalar_t>
 PGLCL_INLINE vec_t<scalar_t> exp_of_nonpositive(vec_t<scalar_t> x) {
   return exp2_to_zero(at_least(at_most(x, scalar_t(0)) * scalar_t(1.4426950408889634), kLeastExponent<scalar_t>));

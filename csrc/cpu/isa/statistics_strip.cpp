@@ -1,7 +1,7 @@
 // Arithmetic of one strip of image rows of the patch statistics (method, section 2), compiled once per instruction set.
 //
-// Both passes walk down a strip one vector of columns at a time, with what belongs to these columns in registers. The
-// number of classes is a template argument for the common ones (kClasses = 0: any number, in scratch memory).
+// Both passes walk down a strip one vector of columns at a time, with the sums of these columns in registers. Common
+// numbers of classes are a template argument. kClasses = 0 stands for any number, with scratch memory.
 #include "statistics_strip.h"
 
 #include "elements.h"
@@ -13,20 +13,20 @@ namespace {
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
-// p log p with 0 log 0 = 0. A NaN fails the comparison and keeps its own value.
+// p log p with 0 log 0 = 0. NaN fails the comparison, and stays NaN.
 template <typename scalar_t>
 PGLCL_INLINE vec_t<scalar_t> p_log_p(vec_t<scalar_t> p) {
   return p <= scalar_t(0) ? vec_t<scalar_t>{} : p * log(p);
 }
 
-// Of one vector of pixels: the highest logit, the sum of the exponentials above it, and their sum weighted with the
-// exponents. Of probabilities: the entropy alone.
+// Sums of one vector of pixels: the highest logit, the sum of the exponentials relative to it, and their sum weighted
+// with the exponents. For probabilities: only the entropy.
 template <typename scalar_t>
 struct Sums {
   vec_t<scalar_t> highest, sum, weighted, entropy;
 };
 
-// p[k] = exponential of class k, or its probability where that is given; kClasses > 0 lets the compiler unroll.
+// p[k] = exponential of class k, or its probability if that is given. With kClasses > 0 the compiler can unroll.
 template <typename scalar_t, int kClasses, typename element_t, typename P>
 PGLCL_INLINE Sums<scalar_t> sum_classes(const element_t* input, int64_t class_stride, int64_t classes,
                                         bool probabilities, P& p) {
@@ -48,7 +48,7 @@ PGLCL_INLINE Sums<scalar_t> sum_classes(const element_t* input, int64_t class_st
   for (int64_t k = 1; k < count; ++k) result.highest = maximum<scalar_t>(result.highest, p[k]);
 #pragma GCC unroll 4
   for (int64_t k = 0; k < count; ++k) {
-    // In units of log 2, so that 2^x replaces e^x. The distance of two logits may be infinite, and 0 times infinity
+    // In units of log 2, so that 2^x replaces e^x. The distance of two logits may be infinite, and 0 times infinity is
     // NaN.
     const vec exponent = at_least((p[k] - result.highest) * scalar_t(kLog2E), kLeastExponent<scalar_t>);
     const vec e = exp2_to_zero(exponent);
@@ -59,14 +59,14 @@ PGLCL_INLINE Sums<scalar_t> sum_classes(const element_t* input, int64_t class_st
   return result;
 }
 
-// The entropy of one vector of pixels, and for logits the log of the sum of exponentials above the highest. The two
-// stay apart: their rounded sum would be off by as much as the logits are large.
+// The entropy of one vector of pixels, and for logits the log of the sum of exponentials relative to the highest. That
+// log and the highest logit are not added, since rounding large logits would lose the digits of the log.
 template <typename scalar_t>
 struct Prediction {
   vec_t<scalar_t> entropy, log_sum;
 };
 
-// p[k] becomes the probability of class k.
+// Turns p[k] into the probability of class k.
 template <typename scalar_t, int kClasses, typename P>
 PGLCL_INLINE Prediction<scalar_t> predict(const Sums<scalar_t>& sums, int64_t classes, bool probabilities, P& p) {
   if (probabilities) return {sums.entropy, sums.sum};
@@ -74,7 +74,7 @@ PGLCL_INLINE Prediction<scalar_t> predict(const Sums<scalar_t>& sums, int64_t cl
   const int64_t count = kClasses > 0 ? kClasses : classes;
 #pragma GCC unroll 4
   for (int64_t k = 0; k < count; ++k) p[k] *= inverse;
-  // Rounding can leave a certain pixel a little below zero.
+  // Rounding can bring the entropy of a certain pixel a little below zero.
   return {at_least(log_sum - sums.weighted * inverse * scalar_t(kLn2), scalar_t(0)), log_sum};
 }
 
@@ -104,7 +104,7 @@ PGLCL_INLINE void write_part(element_t* out, vec_t<scalar_t> value, int lanes) {
   for (int i = 0; i < lanes; ++i) out[i] = whole[i];
 }
 
-// The last columns of a row, fewer than a vector: all classes copied to `edge` (classes, lanes), the last one repeated.
+// Copies the last columns of a row, fewer than a vector, to `edge` (classes, lanes). The last column is repeated.
 template <typename scalar_t, typename element_t>
 void copy_edge(const element_t* input, int64_t class_stride, int64_t classes, int lanes, scalar_t* edge) {
   constexpr int kLanes = Simd<scalar_t>::kLanes;
@@ -115,19 +115,19 @@ void copy_edge(const element_t* input, int64_t class_stride, int64_t classes, in
   }
 }
 
-// Rows that are worked on at once. First come the exponentials of all, then what follows from their sums: each step is
-// a long chain of dependent instructions, and a processor looks only so far ahead for others beside it.
+// Rows that are computed at the same time: first all exponentials, then the numbers that follow from their sums. Each
+// step is a long chain of dependent instructions, and a processor looks only so far ahead for independent ones.
 constexpr int kRowsAtOnce = kStatisticsRows;
 
-// Walking down a strip defeats the hardware's prefetching along rows: ask for the next columns of this row, which are
-// wanted a strip's height from now.
+// The hardware prefetches along rows, but a strip is walked down. So this asks for the next columns of the row, which
+// are needed after one strip's height.
 template <typename element_t>
 PGLCL_INLINE void prefetch_next_columns(const element_t* input, int64_t class_stride, int64_t classes) {
   constexpr int64_t kAhead = 128 / sizeof(element_t);
   for (int64_t k = 0; k < classes; ++k) __builtin_prefetch(input + k * class_stride + kAhead);
 }
 
-// p of all classes in each of the rows at once: for any number of classes in scratch memory.
+// p of all classes in each of the rows that are computed at once; for any number of classes it is in scratch memory.
 template <typename scalar_t, int kClasses>
 struct Probabilities {
   vec_t<scalar_t> p[kRowsAtOnce][kClasses];
@@ -143,7 +143,7 @@ struct Probabilities<scalar_t, 0> {
   PGLCL_INLINE vec* row(int r) { return p + r * classes; }
 };
 
-// Calls with one row's elements in a vector of columns: in place, or for the ragged end with a copy in scratch memory.
+// Calls `body` with one row's elements in a vector of columns: in place, or with a copy at the ragged end.
 template <typename element_t, template <typename> class Strip, typename scalar_t, typename Body>
 PGLCL_INLINE void with_columns(const Strip<scalar_t>& s, int64_t row, int64_t x, int lanes, Body body) {
   const element_t* input = static_cast<const element_t*>(s.input) + row * s.row_stride + x;
@@ -276,7 +276,7 @@ __attribute__((noinline)) void ragged_columns(const StatisticsGradientStrip<scal
   backward_columns<scalar_t, element_t, 0>(s, first, last, x, lanes);
 }
 
-// Calls for each vector of columns, and in it for the rows of the strip, a few at once.
+// Calls a function for each vector of columns and, within it, for a few rows of the strip at once.
 template <typename element_t, template <typename> class Strip, typename scalar_t, typename Whole>
 PGLCL_INLINE void walk(const Strip<scalar_t>& s, Whole whole) {
   constexpr int kLanes = Simd<scalar_t>::kLanes;
@@ -309,7 +309,7 @@ struct Classes {
   static constexpr int count = kClasses;
 };
 
-// Calls run(element, classes) with the types that a strip asks for: of its elements, and of its number of classes.
+// Calls run(element, classes) with the types of a strip's elements and of its number of classes.
 template <typename scalar_t, typename Strip, typename Run>
 PGLCL_INLINE void by_types(const Strip& s, Run run) {
   const auto by_classes = [&](auto element) {

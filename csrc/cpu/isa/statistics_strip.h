@@ -1,4 +1,4 @@
-// What one strip of image rows of the patch statistics works on (method, section 2): plain data, as in contrast_tile.h.
+// The data of one strip of image rows of the patch statistics (method, section 2), as in contrast_tile.h.
 #pragma once
 
 #include <stdint.h>
@@ -8,10 +8,10 @@ namespace pglcl {
 constexpr int kMaxLanes = 16;
 constexpr int kStatisticsRows = 4;  // that are worked on at once
 
-// Elements of scratch memory: the classes of the rows at once, and of a ragged end, in vectors.
+// Elements of scratch memory: vectors for the classes of the rows that are computed at once, and of a ragged end.
 constexpr int64_t statistics_scratch(int64_t classes) { return (kStatisticsRows + 1) * classes * kMaxLanes; }
 
-// What inputs and gradients are made of: the type that is computed in, or 16 bits where that is float.
+// The type of inputs and gradients: the computing type, or 16 bits if that is float.
 enum class Element : int8_t { kAsComputed, kBFloat16, kFloat16 };
 
 // Sums the statistics of consecutive image rows, column by column, into rows as wide as the image.

@@ -1,11 +1,11 @@
-// C (+)= A B for tiles that lie in the first- and second-level caches: the one matrix product of the CPU kernels.
+// C (+)= A B for tiles in the first- and second-level caches. It is the only matrix product of the CPU kernels.
 #pragma once
 
 #include "simd.h"
 
 namespace pglcl::PGLCL_ISA {
 
-// Where the rows of C lie: consecutive, or at the places an index gives (the sorted rows of a gradient).
+// The places of the rows of C: consecutive, or given by an index (the sorted rows of a gradient).
 template <typename scalar_t>
 struct RowsOfC {
   scalar_t* data;
@@ -34,8 +34,8 @@ PGLCL_INLINE void micro_kernel(int64_t depth, const scalar_t* a, int64_t row_ste
   }
 }
 
-// What the steps ahead of a micro-kernel read, which is too long to look past: rows of A; rows of C, which lie
-// anywhere; and of B the columns beside its own, a row's length apart. The hardware foresees none of them.
+// Prefetches what the next steps read, since a processor does not look past a whole micro-kernel: rows of A, rows of C,
+// which lie anywhere, and the next columns of B, which are a row's length apart. The hardware foresees none of them.
 template <typename scalar_t>
 PGLCL_INLINE void prefetch_a(const scalar_t* next_rows, int64_t row_step, int64_t depth) {
   for (int64_t r = 0; r < kMicroRows; ++r)
@@ -51,7 +51,7 @@ PGLCL_INLINE void prefetch_b(const scalar_t* next_columns, int64_t ldb, int64_t 
   for (int64_t k = first; k < first + kMicroRows && k < depth; ++k) __builtin_prefetch(next_columns + k * ldb);
 }
 
-// One micro-tile into C, of which `height` rows and `width` columns belong to it.
+// Adds or writes one micro-tile to C, of which `height` rows and `width` columns are inside C.
 template <int kRows, bool kAccumulate, typename scalar_t>
 PGLCL_INLINE void micro_tile(int64_t depth, const scalar_t* a, int64_t row_step, int64_t k_step, const scalar_t* b,
                              int64_t ldb, RowsOfC<scalar_t> c, int64_t row, int64_t height, int64_t column,
@@ -81,14 +81,14 @@ PGLCL_INLINE void micro_tile(int64_t depth, const scalar_t* a, int64_t row_step,
   }
 }
 
-// Whether the rows that are left are better done by fours than by kMicroRows.
+// Whether the rows that are left are computed faster by fours than by kMicroRows.
 PGLCL_INLINE bool by_fours(int64_t left) {
   const auto whole = [left](int64_t rows) { return (left + rows - 1) / rows * rows; };
   return left <= 8 && whole(4) < whole(kMicroRows);
 }
 
-// rows x columns of C; A must be readable up to the next multiple of 4 rows and B up to the next multiple of kPanel
-// columns (what lies there does not reach C).
+// Computes rows x columns of C. A must be readable up to the next multiple of 4 rows, and B up to the next multiple of
+// kPanel columns. The numbers there do not reach C.
 template <typename scalar_t, bool kAccumulate>
 inline void tile_gemm(int64_t rows, int64_t columns, int64_t depth, const scalar_t* a, int64_t row_step, int64_t k_step,
                       const scalar_t* b, int64_t ldb, RowsOfC<scalar_t> c) {
