@@ -1,10 +1,10 @@
 """python -m benchmarks [questions] [--sizes 512,4096] [--device cpu|cuda]
 
-Measures, prints the tables, and writes benchmarks/results/<processor>/<question>.json with every sample, the table and
-the plot beside it, and the sections of README that come from them. With --sizes they go to build/benchmarks instead,
-and README stays as it is. Without questions all are answered but four: `segmentation`, which trains networks for hours
-and resumes what was interrupted, `memory`, which predicts large volumes, `limits`, the kernels against what the machine
-can do, and `pairs`, one positive a row.
+Measures, and prints the tables. Writes benchmarks/results/<processor>/<question>.json with every sample, the table and
+the plot beside it, and the sections of README that come from them. With --sizes, results go to build/benchmarks, and
+README stays as it is. Without questions, all are answered except four: `segmentation`, which trains networks for hours
+and resumes interrupted runs; `memory`, which predicts large volumes; `limits`, which compares the kernels with the
+machine; and `pairs`, with one positive a row.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ON_CUDA = ("loss", "statistics", "gaussian")
 
 
 def recorded(words: Sequence[str], folders: dict[str, str]) -> str:
-    """The command as results keep it: with names in place of the folders of this machine.
+    """The command as results hold it, with names in place of the folders of this machine.
 
     Args:
         words: the arguments.
@@ -82,7 +82,7 @@ def main() -> None:
             budget = {name: getattr(arguments, name) for name in ("only", "jobs", "threads", "minutes")}
             committed = pages.results("segmentation")
             results, table = segmentation.run(arguments.data, arguments.runs, **budget, committed=committed)
-            took = None  # of this call, which may have found every run ended
+            took = None  # this call may have found every run finished
         else:
             options: dict[str, Any] = {"threads": arguments.threads}
             options |= {"sizes": sizes} if question in WITH_SIZES else {}

@@ -1,4 +1,4 @@
-"""What the CUDA binary holds: registers, shared memory, spills, occupancy and the instructions that matter, per kernel.
+"""A report on each kernel of the CUDA binary: registers, shared memory, spills, occupancy, important instructions.
 
     python -m benchmarks.cuda_report [--module path/to/_C.so] [--check] [--output file.md] [--counts file.json]
 
@@ -26,7 +26,7 @@ INSTRUCTIONS = {"HMMA": r"\bHMMA\.", "FFMA": r"\bFFMA\b", "LDG.128": r"\bLDG\.E\
 MULTIPROCESSOR = {80: (65536, 164 * 1024, 2048, 32), 90: (65536, 228 * 1024, 2048, 32)}
 THREADS = {"contrast_reduce": 256}
 
-# What is counted in the SASS: kernels, what of, and the most it may be.
+# Counts in the SASS: a pattern of kernels, the count, and its limit.
 PAIRS = "instructions a pair"  # of the loop over tiles at a depth of 128, copies and products included
 EIGHTS = "instructions for 8 FFMA"  # of the loop over the depth
 LOGITS = "instructions a logit"  # of the loop over the pixels of a patch
@@ -40,7 +40,7 @@ ROWS, DEPTH, BLOCK = 64, 128, 128  # of an mma kernel: rows of a block, depth co
 
 
 def columns_of_tile(name: str) -> int:
-    """Columns of a tile of an mma kernel: kMmaColumns in the sources, where the forward pass holds a depth of 128."""
+    """Columns of a tile of an mma kernel: kMmaColumns in the sources, for a forward pass that holds a depth of 128."""
     if " 128," not in name:
         return 16
     return 64 if "forward" in name else 32
@@ -67,17 +67,17 @@ def read_instruction(line: str) -> Instruction | None:
 
 
 def loops(sass: list[Instruction]) -> list[tuple[int, int]]:
-    """(first, last) instruction of every loop, the branch back being the last; inner ones come before outer ones."""
+    """(first, last) instruction of every loop; the last is the branch back. Inner loops come before outer ones."""
     place = {x.address: i for i, x in enumerate(sass)}
     found = [(place[x.target], i) for i, x in enumerate(sass) if x.target is not None and x.target < x.address]
     return sorted(found, key=lambda loop: loop[1] - loop[0])
 
 
 def usual_length(sass: list[Instruction], first: int, last: int) -> int:
-    """Instructions on the way through a stretch.
+    """The number of instructions from `first` to `last` in the usual case.
 
-    Of two alternatives the shorter one counts: the longer ones are for tiles on the diagonal and for rows that are not
-    finite. What may be skipped counts.
+    Of two alternatives the shorter one counts, since the longer ones are for tiles on the diagonal and for rows that
+    are not finite. Instructions that may be skipped count.
     """
     place = {x.address: i for i, x in enumerate(sass)}
     length, i = 0, first
@@ -101,7 +101,7 @@ def holds(sass: list[Instruction], first: int, last: int, operation: str) -> int
 
 
 def instructions_per_pair(kernel: Kernel) -> float:
-    """Of one thread for one pair of rows, in the loop over tiles."""
+    """Instructions of one thread for one pair of rows, in the loop over tiles."""
     sass, columns = kernel.sass, columns_of_tile(kernel.name)
     all_loops = loops(sass)
     first, last = max((x for x in all_loops if holds(sass, *x, "HMMA")), key=lambda x: x[1] - x[0])
@@ -115,7 +115,7 @@ def instructions_per_pair(kernel: Kernel) -> float:
 
 
 def instructions_per_eight(kernel: Kernel) -> float:
-    """Of the loop with most FFMA among those that hold no other loop."""
+    """Instructions for 8 FFMA in the innermost loop that has the most of them."""
     sass = kernel.sass
     all_loops = loops(sass)
     innermost = [x for x in all_loops if not any(x[0] <= y[0] and y[1] < x[1] for y in all_loops)]
@@ -124,7 +124,7 @@ def instructions_per_eight(kernel: Kernel) -> float:
 
 
 def instructions_per_logit(kernel: Kernel) -> float:
-    """Of the loop that reads four classes of four pixels at once."""
+    """Instructions for a logit in the loop that reads four classes of four pixels at once."""
     sass = kernel.sass
     first, last = min((x for x in loops(sass) if holds(sass, *x, "LDG.E.128")), key=lambda x: x[1] - x[0])
     return usual_length(sass, first, last) / (4 * holds(sass, first, last, "LDG.E.128"))
@@ -145,7 +145,7 @@ class Kernel:
         return self.stack > 0 or self.local > 0
 
     def shared_bytes(self, depth: int) -> int:
-        """Dynamic shared memory at this depth, of tiles in two stages (tile_shared_bytes in the sources)."""
+        """Dynamic shared memory at this depth, for tiles in two stages (tile_shared_bytes in the sources)."""
         if "_mma" in self.name:
             columns, deepest = columns_of_tile(self.name), 128 if " 128," in self.name else 256
             rows = 0 if columns == 64 else ROWS  # rows that are held pass through a stage
@@ -166,17 +166,17 @@ class Kernel:
         return tiles + rounded(32 * (columns + 4) * 4) + 44 * columns + 64 + 16
 
     def counted(self) -> list[tuple[str, float, float]]:
-        """(what, how many, the most it may be) for what LIMITS counts in this kernel."""
+        """(name, number, limit) of each count of LIMITS in this kernel."""
         count = {PAIRS: instructions_per_pair, EIGHTS: instructions_per_eight, LOGITS: instructions_per_logit}
         return [(what, count[what](self), most) for name, what, most in LIMITS if re.fullmatch(name, self.name)]
 
     def occupancy(self, depth: int = 128) -> float:
-        """Theoretical, as a share of the threads of a multiprocessor."""
+        """The theoretical occupancy, as a share of the threads of a multiprocessor."""
         registers, shared, threads, blocks = MULTIPROCESSOR[self.architecture]
         per_block = next((t for name, t in THREADS.items() if name in self.name), 128)
         per_warp = (self.registers * 32 + 255) // 256 * 256  # registers are handed out 256 at a time
         limits = [registers // (per_warp * per_block // 32), threads // per_block, blocks]
-        # 1 KiB of every block's shared memory is the system's.
+        # The system takes 1 KiB of every block's shared memory.
         limits.append(shared // (self.shared_bytes(depth) + 1024))
         return min(limits) * per_block / threads
 
@@ -193,9 +193,10 @@ ENUMERATORS = {"Math": ("FFMA", "TF32"), "Owner": ("anchors", "keys", "both")}
 
 
 def short_name(mangled: str) -> str:
-    """E.g. contrast_backward_mma<BFloat16, 128, both, rule>: the last says whether masks or several channels decide.
+    """A name such as contrast_backward_mma<BFloat16, 128, both, rule>.
 
-    Kernels of tiles say besides when they are for rows that pass in chunks: deep.
+    The last word tells whether masks or several channels decide which pairs count. The word deep marks kernels of tiles
+    that process their rows in chunks.
     """
     name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
     for kind, values in ENUMERATORS.items():

@@ -1,4 +1,4 @@
-"""The Gaussian loss against the authors' formulas, re-expressed in eager PyTorch: same value, and the time of both."""
+"""The Gaussian loss against the authors' formulas, rewritten in eager PyTorch: values, time and memory of both."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZES = (128, 512, 2048)
 def authors(
     anchors: Tensor, y: Tensor, means: Tensor, covariances: Tensor, counts: Tensor, temperature: float = TEMPERATURE
 ) -> Tensor:
-    """method, section 6, the quadratic form as the diagonal of an N x N product, exponentials before the logarithm."""
+    """The authors' form of method, section 6: quadratic forms as the diagonal of an N x N product, no log-space."""
     t = anchors.float()
     k = len(counts)
     logits, spreads = [], []
@@ -67,7 +67,7 @@ def run(*, threads: int, device: str = "cpu", sizes: tuple[int, ...] = ()) -> tu
             for temperature in VALUES_AT:
                 values = gaussian_contrast_loss(*inputs, temperature=temperature), authors(*inputs, temperature)
                 ours, theirs = (float(v) for v in values)
-                # A number that JSON knows, or its name.
+                # JSON has no infinity and no NaN, so these are saved by name.
                 defined = math.isfinite(theirs)
                 same = math.isclose(ours, theirs, rel_tol=1e-4) if defined else None
                 value = {"temperature": temperature, "value": ours, "authors": theirs if defined else str(theirs)}

@@ -1,8 +1,8 @@
-"""The kernels against what the machine itself can do: its rate of multiply-adds, and the time that reading takes.
+"""The kernels against the limits of the machine: its rate of multiply-adds, and the time to read memory.
 
-A ratio to PyTorch says as much of PyTorch's library on that processor as of us. So the loss is measured in GFLOP/s of
-its products, as a share of the larger of two rates: that of ``torch.mm`` on 2048 x 2048 matrices,
-and that of a loop of multiply-adds in registers (fma.c). The statistics are measured in the time of ``input.sum()``.
+A ratio to PyTorch depends as much on PyTorch's library for that processor as on our code. So the loss is measured in
+GFLOP/s of its products, as a share of the larger of two rates: that of ``torch.mm`` on 2048 x 2048 matrices, and that
+of a loop of multiply-adds in registers (fma.c). The statistics are measured in the time of ``input.sum()``.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ SIZES = (1024, 4096)
 DTYPES = ("float32", "bfloat16", "float16")
 SQUARE = 2048  # of torch.mm
 ROUNDS = 1_000_000  # of the loop in registers, about 3 ms
-# Products of N x N x D, with the similarities made anew in the backward pass, since nothing of size N x N is stored.
-# Where the anchors are the keys, half a product gives all similarities, and one the whole gradient.
+# Number of N x N x D products. The backward pass computes the similarities again, since nothing of size N x N is kept.
+# If the anchors are the keys, half a product gives all similarities, and one product gives the whole gradient.
 PRODUCTS = {(False, "forward"): 0.5, (False, "forward+backward"): 2.0}
 PRODUCTS |= {(True, "forward"): 1.0, (True, "forward+backward"): 3.0}
 IMAGES = (  # shape, patch, stride
@@ -43,7 +43,7 @@ IMAGES = (  # shape, patch, stride
 
 
 def fma(threads: int) -> tuple[Callable[[], Any], float]:
-    """A call that keeps the registers of `threads` cores busy, and how many operations it makes."""
+    """A call that does multiply-adds in the registers of `threads` cores, and its number of operations."""
     compiler = os.environ.get("CC") or shutil.which("cc") or "gcc"
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "fma.so"
@@ -59,7 +59,7 @@ def fma(threads: int) -> tuple[Callable[[], Any], float]:
 
 
 def rates(threads: int) -> dict[str, tuple[Callable[[], Any], float]]:
-    """What the machine can do: calls, and the operations of each."""
+    """Calls that reach the rates of the machine, and the number of operations of each."""
     a, b = torch.randn(2, SQUARE, SQUARE)
     out = torch.empty(SQUARE, SQUARE)
     return {
@@ -73,7 +73,7 @@ def operations(n: int, depth: int, keys: bool, which: str) -> float:
 
 
 def contrast(n: int, keys: bool, dtype: str) -> dict[str, Callable[[], Any]]:
-    """The guided loss; keys that are given are a memory of others, without a gradient."""
+    """The passes of the guided loss; with `keys`, others than the anchors are given, which need no gradient."""
     g = torch.Generator().manual_seed(0)
 
     def side() -> tuple[Tensor, Tensor, Tensor]:
@@ -120,7 +120,7 @@ def statistics(shape: tuple[int, ...], patch: int, stride: int, threads: int) ->
 
 
 def rate_of(row: dict[str, Any]) -> float:
-    """GFLOP/s."""
+    """The rate of a row in GFLOP/s."""
     return row["operations"] / median(row["seconds"]) / 1e9
 
 

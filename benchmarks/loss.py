@@ -45,7 +45,7 @@ def run(*, threads: int, sizes: tuple[int, ...] = (), device: str = "cpu", depth
     results: list[dict[str, Any]] = []
     for n, keys, dtype in cases:
         case = {"N": n, "D": depth, "keys": keys, "dtype": dtype, "device": device}
-        # Beyond, their N x N matrices take many GiB; `peers` shows how many.
+        # For more patches, their N x N matrices take many GiB; `peers` shows how many.
         contenders = [c for c in CONTENDERS if n <= 4096 or c not in ("eager reference", "torch.compile")]
         results += measure(make, case, contenders, threads=threads, warm={"N": 64})
     return results, table(results)

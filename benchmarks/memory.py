@@ -1,6 +1,6 @@
 """Peak memory of ``pglcl predict`` and ``evaluate`` on a large CT: 512 x 512 x 300 voxels of int16, six classes.
 
-The networks are small and not trained: what is measured is what a volume takes, not what a network does.
+The networks are small and not trained: the benchmark measures the memory for a volume, not that for a network.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def make_volume(root: Path) -> Path:
     image = np.kron(coarse, np.ones((32, 32, 32), np.int16))[tuple(map(slice, SHAPE))] // 4 + 100 * label.astype(
         np.int16
     )
-    affine = np.diag([-0.8, -0.8, 1.0, 1.0])  # as CTs come: the axes are turned on the way to the network and back
+    affine = np.diag([-0.8, -0.8, 1.0, 1.0])  # usual for CTs; so the axes are turned on the way to the network and back
     for name, data in (("images", image), ("labels", label)):
         (root / name).mkdir(parents=True)
         nib.save(nib.Nifti1Image(data, affine), root / name / "ct.nii.gz")
@@ -74,13 +74,13 @@ def make_run(folder: Path, dims: int) -> None:
     for name, parameter in network.unet.named_parameters():
         if name.endswith("bias") and len(parameter) == CLASSES:
             with torch.no_grad():
-                parameter[-1] += 10  # everywhere the last class, whose truth reaches from corner to corner
+                parameter[-1] += 10  # predicts the last class everywhere; its truth reaches from corner to corner
     model = TrainedModel(network, config, 2 if dims == 2 else None, labels, intensity)
     save_tensors(folder / "model.pt", model.state())
 
 
 def measure(folder: Path, volume: Path, dims: int, command: str, threads: int) -> dict[str, Any]:
-    """The most memory that a process of the command has at any time, all of Python and PyTorch included."""
+    """The peak memory of a process of the command, including Python and PyTorch."""
     name, *options = command.split()
     run = str(folder / f"run{dims}")
     output = str(folder / f"out{dims}{command}".replace(" ", ""))

@@ -1,7 +1,8 @@
 """python -m benchmarks.overhead: what a small call costs on one thread: the ops, by size, and autograd beyond them.
 
-Both passes through the public function against the op and its backward op, called alone below autograd. Each sample is
-the processor time of this thread for 20 calls; the smallest of many is taken, since whatever disturbs only adds.
+It compares both passes through the public function with the op and its backward op, called alone below autograd. A
+sample is the processor time of this thread for 20 calls. The smallest of many samples counts, since a disturbance can
+only add time.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def recorded(function: Callable[[Tensor], Any], x: Tensor) -> list[tuple[Any, tu
 
 
 def fastest(functions: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Microseconds of a call of each, measured in turns."""
+    """Microseconds per call of each function, measured in turns."""
     best = dict.fromkeys(functions, float("inf"))
     for _ in range(ROUNDS):
         for name, function in functions.items():
@@ -83,7 +84,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def sizes() -> list[list[str]]:
-    """Microseconds of the contrastive op and its backward op, below autograd: without work, and with more and more."""
+    """Microseconds of the contrastive op and its backward op below autograd, from no patches to many."""
     found = []
     for n, depth in ((0, DEPTH), (1, DEPTH), (N, 8), (N, DEPTH)):
         g = torch.Generator().manual_seed(0)

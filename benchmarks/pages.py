@@ -1,7 +1,7 @@
-"""Pages that come from benchmarks/results: the tables beside the JSON, and of README and docs what stands between
-`<!-- benchmarks: name -->` and `<!-- end -->`. Tests compare them: the pages claim what the committed results hold.
+"""Writes the pages that come from benchmarks/results: the tables beside the JSON files, and the sections of README and
+docs between `<!-- benchmarks: name -->` and `<!-- end -->`. A test compares the pages with the committed results.
 
-What was measured on several processors is quoted from the one where it is least favourable.
+A figure that was measured on several processors is quoted from the processor where it is least favourable.
 
     python -m benchmarks.pages
 """
@@ -20,7 +20,7 @@ from benchmarks.scaling import slopes
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "figures.md", ROOT / "docs" / "segmentation.md")
 MEASURED = ("loss", "statistics", "gaussian", "scaling", "peers")
-ASKED = ("limits", "memory")  # for each processor, too, but by name alone
+ASKED = ("limits", "memory")  # also for each processor, but answered only when asked for by name
 QUESTIONS = (*MEASURED, *ASKED, "segmentation")
 UNRECORDED = ("pairs",)  # answered when asked; no results are committed, so no page shows any
 SHOWN = ("pglcl_ext", "pytorch-metric-learning", "plain SupCon", "eager reference", "torch.mm alone")
@@ -28,14 +28,13 @@ BOTH = "forward+backward"
 
 
 def results(question: str) -> list[dict[str, Any]]:
-    """Of a question whose answer does not depend on the processor. None where nobody has answered it since its runs
-    changed."""
+    """The rows of a question whose answer does not depend on the processor; none if it is not answered."""
     path = RESULTS / f"{question}.json"
     return json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else []
 
 
 def records(question: str) -> dict[Path, dict[str, Any]]:
-    """What each processor answered: the folder of its results, and the content of <question>.json."""
+    """The results of each processor: their folder, and the content of <question>.json."""
     paths = sorted(RESULTS.glob(f"*/{question}.json"))
     return {path.parent: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
@@ -70,7 +69,7 @@ def commands() -> str:
 
 
 def segmentation() -> str:
-    """Without the classes, and without what has not been run."""
+    """The table of segmentation, without its classes and without methods that have not been run."""
     if not results("segmentation"):
         return "No run has ended yet with the training scheme of this version."
     blocks = (RESULTS / "segmentation.md").read_text(encoding="utf-8").strip().split("\n\n")
@@ -143,7 +142,7 @@ def figures() -> str:
 
 
 def memory() -> str:
-    """A sentence: what the loss takes at the largest size, and what its best-known peer takes there."""
+    """A sentence about the memory of the loss and of its best-known peer at the largest size."""
     case = {"D": 128, "dtype": "float32", "passes": BOTH}
     every = [row for own in measured("peers") for row in own if all(row[k] == v for k, v in case.items())]
     own = [row for row in every if row["contender"] == "pglcl_ext"]
@@ -158,7 +157,7 @@ def memory() -> str:
 
 
 def verdict() -> str:
-    """A sentence: the best and the worst that the contrast did to its base, over all variants and data sets."""
+    """A sentence about the best and the worst change of a base by the contrast, over all variants and data sets."""
     from benchmarks.segmentation import budget_of, summarise
 
     dice, hd95, seeds = [], [], []
@@ -191,7 +190,7 @@ SECTIONS = {
 
 
 def rendered(text: str) -> str:
-    """The page with its sections as the results have them now."""
+    """The page with its sections made again from the results."""
 
     def section(match: re.Match[str]) -> str:
         return f"{match[1]}\n{SECTIONS[match[2]]()}\n<!-- end -->"
@@ -200,12 +199,12 @@ def rendered(text: str) -> str:
 
 
 def table_of(question: str, content: dict[str, Any]) -> str:
-    """The page beside the JSON, under the name of what it was measured on."""
+    """The page beside the JSON, with a heading that names the processor or GPU."""
     return headed(content["machine"], importlib.import_module(f"benchmarks.{question}").table(content["results"]))
 
 
 def write() -> None:
-    """Every table, and the pages, anew from the committed results."""
+    """Writes every table and the pages again, from the committed results."""
     if results("segmentation"):
         segmentation_table = importlib.import_module("benchmarks.segmentation").table
         replace(RESULTS / "segmentation.md", segmentation_table(results("segmentation")) + "\n")

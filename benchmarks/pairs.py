@@ -1,5 +1,8 @@
-"""One positive a row: every anchor has one key of its own label, and all other keys are negatives. The loss is then the
-cross-entropy of a linear layer whose weights are the keys, and PyTorch has functions for that."""
+"""The loss with one positive a row, against PyTorch's functions for the same.
+
+Every anchor has one key of its own label, and all other keys are negatives. The loss is then the cross-entropy of a
+linear layer whose weights are the keys.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ SIZES = (128, 1024, 4096, 16384)
 
 
 def problem(n: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """Anchors and keys (N, D), and the place of each anchor's key."""
+    """Anchors and keys (N, D), and the index of each anchor's key (N,)."""
     g = torch.Generator().manual_seed(0)
     anchors, keys = (F.normalize(torch.randn(n, DEPTH, generator=g), dim=1).to(dtype).requires_grad_() for _ in "ab")
     return anchors, keys, torch.randperm(n, generator=g)

@@ -1,6 +1,6 @@
-"""The loss beside what a user would otherwise take: time and peak memory, forward and with the backward pass.
+"""The loss beside the alternatives of a user: time and peak memory, forward and with the backward pass.
 
-A peer that needs over a minute a call, or runs out of memory, is shown as such and not tried on more patches.
+The table shows a peer that takes over a minute a call, or runs out of memory, as such. It is not tried on more patches.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BLOCK = 1024
 
 
 def supcon(z: Tensor, y: Tensor) -> Tensor:
-    """The supervised contrastive loss as its paper's readers write it: all pairs, a mask, a log-softmax."""
+    """The supervised contrastive loss in its usual form: all pairs, a mask, a log-softmax."""
     logits = z @ z.t() / TEMPERATURE
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     logits = logits.masked_fill(itself, float("-inf"))
@@ -48,9 +48,12 @@ def supcon(z: Tensor, y: Tensor) -> Tensor:
 
 
 def products(anchors: Tensor, keys: Tensor | None = None) -> dict[str, Call]:
-    """The matrix products of the loss and nothing else, by torch.mm on blocks: the similarities, and with the backward
-    pass what each block, as the weights of its pairs, adds to both of its ends. Where the anchors are the keys, only
-    blocks on and above the diagonal, as their mirror images hold the same numbers."""
+    """Only the matrix products of the loss, by torch.mm on blocks.
+
+    The forward pass has the similarities. In the backward pass, each block stands for the weights of its pairs and is
+    multiplied with both sides. If the anchors are the keys, only blocks on and above the diagonal are computed, since
+    their mirror images hold the same numbers.
+    """
     mine = keys is None
     rows, columns = anchors.split(BLOCK), (anchors if keys is None else keys).split(BLOCK)
     buffer = anchors.new_empty(len(rows[0]), len(columns[0]))
@@ -106,7 +109,7 @@ def run(*, threads: int, sizes: tuple[int, ...] = ()) -> tuple[list[dict], str]:
         for n in sizes or usual:
             left = [c for c in CONTENDERS if c not in beaten]
             if (depth, dtype) != GRID[0][:2] and not sizes:
-                # What the other tables leave out, for time: most compilations, and the longest of the products.
+                # Left out of the other tables to save time: most compilations, and the largest products.
                 left = [c for c in left if c != "torch.compile" or n == 4096]
                 left = [c for c in left if c != "torch.mm alone" or n <= 4096]
             rows = measure(make, {"N": n, "D": depth, "dtype": dtype}, left, threads=threads, warm={"N": 64})

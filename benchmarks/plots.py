@@ -1,4 +1,4 @@
-"""The pictures of README and docs, from the JSON that the benchmarks wrote."""
+"""Draws the pictures of README and docs from the results of the benchmarks."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def peers(folder: Path) -> None:
         time.plot([c["N"] for c in done], [1e3 * median(c["seconds"]) for c in done], **options)
         memory.plot([c["N"] for c in done], [c["bytes"] / 2**20 for c in done], **options)
         for case in own:
-            if case.get("problem") == "out of memory" and done:  # on its way to the limit
+            if case.get("problem") == "out of memory" and done:  # it needed more than the limit
                 last = done[-1]
                 ends = [last["bytes"] / 2**20, LIMIT_BYTES / 2**20]
                 memory.plot([last["N"], case["N"]], ends, ":", color=colour, linewidth=1.0)
@@ -72,10 +72,10 @@ def peers(folder: Path) -> None:
 
 
 def segmentation(runs: Path, data: Path, dataset: str = "histology", seed: int = 0, folder: Path = RESULTS) -> bool:
-    """One test image: the truth, and what each method of the comparison says of it.
+    """Draws one test image: the truth, and the mask of each method of the comparison.
 
-    It is the image whose Dice by the base is the median. Images of Histology may be shown: they are in the public
-    domain. False while a run of the comparison has not ended.
+    It is the image with the median Dice of the base. Images of Histology are in the public domain, so they may be
+    shown. Returns False while a run of the comparison has not ended.
     """
     import torch
     from pglcl.cases import cases_of
@@ -122,7 +122,7 @@ def segmentation(runs: Path, data: Path, dataset: str = "histology", seed: int =
 
 
 def scaling(folder: Path) -> None:
-    """Time and memory of the loss against the number of patches, each beside the slope that it should have."""
+    """Draws time and memory of the loss against the number of patches, each beside the slope that it should have."""
     content = json.loads((folder / "scaling.json").read_text(encoding="utf-8"))
     cases = [c for c in content["results"] if c["question"] == "N" and c["passes"] == "forward+backward"]
     sizes = [c["N"] for c in cases]

@@ -2,11 +2,11 @@
 
     python -m benchmarks.roofline [--output file.md]
 
-A prediction, not a measurement. Each kernel has a time for every resource that it needs, were it alone: instruction
-issue, tensor cores, exponentials, shared memory, the second-level cache, memory. The largest is the prediction, and the
-others are taken to hide behind it, so that it is a lower bound. Instructions come from the SASS
-(results/cuda_counts.json, written by benchmarks.cuda_report), and what happens within a multiprocessor is stretched by
-the blocks that the busiest one has, and by too few warps to issue every cycle.
+These are predictions, not measurements. A kernel has a time for each resource that it needs: instruction issue, tensor
+cores, exponentials, shared memory, the second-level cache, memory. The longest time is the prediction. It is a lower
+bound, since it assumes that the kernel uses all other resources at the same time. Instructions come from the SASS
+(results/cuda_counts.json, written by benchmarks.cuda_report). The times within a multiprocessor are those of the
+busiest one, and are longer if it has too few warps to issue an instruction in every cycle.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ COUNTS = Path(__file__).parent / "results" / "cuda_counts.json"
 
 @dataclass
 class Gpu:
-    """Datasheet values, dense.
+    """Values of the data sheet, for dense matrices.
 
-    Per clock and multiprocessor 128 lanes issue (four schedulers, a warp each), and 16 special functions and 128 bytes
-    of shared memory are served (CUDA programming guide).
+    In each clock, a multiprocessor issues 128 lanes (four schedulers, a warp each), 16 special functions and 128 bytes
+    of shared memory (CUDA programming guide).
     """
 
     name: str
@@ -41,7 +41,7 @@ class Gpu:
 
     @property
     def cycles(self) -> float:
-        """Of all multiprocessors together, per second."""
+        """Cycles per second of all multiprocessors together."""
         return self.multiprocessors * self.clock
 
 
@@ -55,14 +55,14 @@ WARPS_TO_ISSUE = 2  # of a scheduler, to issue every cycle: a result takes 4 cyc
 
 @dataclass
 class Launch:
-    """What keeps a kernel from using every multiprocessor at full rate."""
+    """The numbers of a launch that keep a kernel from using every multiprocessor at full rate."""
 
     blocks: int
     registers: int  # of a thread; blocks have 128 threads
     shared_bytes: int  # of a block
 
     def stretch(self, gpu: Gpu) -> tuple[float, float]:
-        """(for what a multiprocessor does at its own rate, for instruction issue)."""
+        """The factors by which times grow: those within a multiprocessor, and that of instruction issue."""
         waves = math.ceil(self.blocks / gpu.multiprocessors) * gpu.multiprocessors / self.blocks
         resident = min(65536 // (math.ceil(self.registers / 8) * 8 * 128), gpu.shared // (self.shared_bytes + 1024))
         warps = min(resident, math.ceil(self.blocks / gpu.multiprocessors))  # of a scheduler: 4 warps, 4 schedulers
@@ -81,13 +81,13 @@ def contrast(counts: dict[str, Any], n: int, gpu: Gpu, *, backward: bool) -> dic
     columns = 32 if backward else 64
     row = (DEPTH + 8) * SIZE
     blocks = math.ceil(n / ROWS)
-    # What passes the rows is shared out as part_count has it.
+    # The other side is split into parts as in part_count in the sources.
     parts = max(1, min(3 * gpu.multiprocessors // blocks, n // (4 * columns), 16))
     blocks *= parts
     launch = Launch(blocks, kernel["registers"], (2 * columns + (ROWS if backward else 0)) * row + 88 * columns + 64)
     waves, issue = launch.stretch(gpu)
     pairs = float(n) * n
-    # Of a warp's 16 rows each column of a tile is read once per product; its own rows again where they are not held.
+    # A warp reads each column of a tile once per product for its 16 rows, and these rows again if it cannot hold them.
     matrices = DEPTH * SIZE / 16 * (2 if backward else 1) + (DEPTH * SIZE / columns if backward else 0)
     copies = DEPTH * SIZE / ROWS
     side = (8 + 4 * (8 if backward else 1)) * 32 / 4 / 16 / 8  # 8 lanes of a warp read the same column at once
@@ -103,10 +103,10 @@ def contrast(counts: dict[str, Any], n: int, gpu: Gpu, *, backward: bool) -> dic
 
 
 def statistics(counts: dict[str, Any], batch: int, image: int, gpu: Gpu, *, backward: bool) -> dict[str, float]:
-    """float32, four classes, patches of 16 x 16.
+    """Seconds by resource: float32, four classes, patches of 16 x 16.
 
-    Backward: the sums again, then a pixel each, which is counted in bytes and exponentials alone, as its loops are not
-    unrolled.
+    The backward pass computes the sums again, and then each pixel. The second part counts only bytes and exponentials,
+    since its loops are not unrolled.
     """
     pixels = float(batch * image * image)
     values = 4 * pixels
@@ -135,7 +135,7 @@ def table(counts: dict[str, Any]) -> str:
 
 
 def _cell(times: dict[str, float]) -> str:
-    """The prediction, what bounds it, and the runner-up."""
+    """The prediction, the resource that decides it, and the next one."""
     (bound, most), (second, less) = sorted(times.items(), key=lambda x: -x[1])[:2]
     return f"{most * 1e6:.3g} us ({bound}; {second} {less * 1e6:.3g})"
 

@@ -40,8 +40,8 @@ LIMIT_BYTES = 12 * 2**30
 Call = Callable[[], Any]
 Calls = dict[str, dict[str, Call]]
 
-# Children are forked from a process that has imported everything and computed nothing: they start at once, and no
-# thread is lost in the fork.
+# Children are forked from a process that has imported everything and computed nothing. So they start at once, and the
+# fork loses no thread.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
@@ -55,7 +55,7 @@ CONTEXT.set_forkserver_preload(
 
 
 def machine() -> dict[str, Any]:
-    """Where the figures come from."""
+    """The machine and the versions behind the figures."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "processor": processor(),
@@ -69,24 +69,23 @@ def machine() -> dict[str, Any]:
 
 
 def name_of(info: dict[str, Any]) -> str:
-    """What ran: the GPU, or the processor and the instruction set of the kernels, since processors of different years
-    may go by one name."""
+    """The GPU; or the processor and the instruction set of the kernels, since different processors may share a name."""
     return info["gpu"] or f"{info['processor']}, {info['cpu_instruction_set']}"
 
 
 def folder_of(info: dict[str, Any]) -> Path:
-    """Where the results of one kind of processor lie."""
+    """The folder of the results of one kind of processor."""
     return RESULTS / re.sub(r"[^a-z0-9]+", "-", name_of(info).lower()).strip("-")
 
 
 def headed(info: dict[str, Any], table: str) -> str:
-    """A table that says on what it was measured."""
+    """A table with a heading that tells on what it was measured."""
     where = f"{name_of(info)}, {info['threads']} threads, torch {info['torch_running']}"
     return f"{where}, {info['date']}, commit {info['commit']}.\n\n{table}"
 
 
 def passes(function: Callable[..., Any], arguments: Sequence[Any], inputs: Sequence[Tensor], **options: Any) -> dict:
-    """Forward without, and forward and backward with autograd; the gradient of ones to `inputs`."""
+    """The forward pass without autograd, and both passes, with the gradient of ones with respect to `inputs`."""
 
     def forward() -> Any:
         with torch.no_grad():
@@ -103,9 +102,11 @@ def passes(function: Callable[..., Any], arguments: Sequence[Any], inputs: Seque
 def compare(
     contenders: dict[str, Call], *, repetitions: int, threads: int = 0, seconds: float = 6.0, long: float = 2.0
 ) -> dict[str, list[float]]:
-    """Seconds per call of each contender, taken in turns after a warm-up: `repetitions` samples each, fewer where they
-    would take more than `seconds` in all, but two at least. Timer itself calls twice before each sample: a call of over
-    `long` seconds has no other warm-up."""
+    """Seconds per call of each contender, measured in turns after a warm-up.
+
+    There are `repetitions` samples of each; fewer, but at least two, if they would take more than `seconds` in all.
+    Timer itself calls twice before each sample, so a call of over `long` seconds gets no other warm-up.
+    """
     threads = threads or torch.get_num_threads()
     timers = {n: Timer("f()", globals={"f": f}, num_threads=threads) for n, f in contenders.items()}
     counts = {}
@@ -126,8 +127,8 @@ def compare(
 
 
 def peak_growth(function: Call, device: str = "cpu") -> int:
-    """Bytes by which memory grows at most while `function` runs: of the GPU, or the resident memory of this process,
-    looked at every 2 ms."""
+    """Bytes by which memory grows at most while `function` runs: memory of the GPU, or the resident memory of this
+    process, which is read every 2 ms."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -164,7 +165,7 @@ def _child(answers: Connection, device: str, function: Callable[..., Any], argum
 
 
 def in_child(function: Callable[..., Any], *arguments: Any, device: str = "cpu", seconds: float = 600.0) -> Any:
-    """function(*arguments) in a process of its own, with `LIMIT_BYTES` of memory; a text where it ran out of it."""
+    """Calls function(*arguments) in its own process with `LIMIT_BYTES` of memory; returns a text if it ran out."""
     receiver, sender = CONTEXT.Pipe(duplex=False)
     process = CONTEXT.Process(target=_child, args=(sender, device, function, arguments), daemon=False)
     process.start()
@@ -178,7 +179,7 @@ def in_child(function: Callable[..., Any], *arguments: Any, device: str = "cpu",
         process.join()
         if process.exitcode not in (-signal.SIGABRT, -signal.SIGKILL):
             raise RuntimeError(f"the process ended with {process.exitcode}") from None
-        return "out of memory"  # of a thread, whose bad_alloc ends the process, or of the machine, which kills it
+        return "out of memory"  # bad_alloc in a thread ends the process, or the system kills it
     finally:
         process.kill()
         process.join()
@@ -193,7 +194,7 @@ def _alone(make: Callable[..., Calls], case: dict, contender: str, which: str, w
     call = make(**case)[contender][which]
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
-        trim(0)  # else memory that the warm-up has returned is used again and does not show
+        trim(0)  # otherwise memory that the warm-up freed would be used again, and not be counted
     return peak_growth(call, case.get("device", "cpu"))
 
 
@@ -214,11 +215,11 @@ def measure(
     compiled: str = "torch.compile",
     repetitions: int = 9,
 ) -> list[dict[str, Any]]:
-    """A row per contender and pass: the case, seconds of every sample, bytes of peak memory beyond the inputs, and
-    the problem of one that ran out of memory or of time, in place of both.
+    """A row per contender and pass: the case, seconds of every sample, and bytes of peak memory beyond the inputs.
 
-    `warm` replaces parts of the case for the warm-up before memory is measured. One whose name begins with `compiled`
-    compiles for its shapes, and warms up on the case itself.
+    A contender that ran out of memory or time has a problem in place of both. `warm` replaces parts of the case for the
+    warm-up before memory is measured. A contender whose name begins with `compiled` compiles for its shapes, so it
+    warms up on the case itself.
     """
     device = case.get("device", "cpu")
     start = time.monotonic()
@@ -228,7 +229,7 @@ def measure(
         problem = None
         for which in ("forward", "forward+backward"):
             if problem is None:
-                # Compilation is not a call: it gets time of its own.
+                # Compilation does not count as part of a call, so it gets more time.
                 limit = LIMIT_SECONDS * (3 if contender.startswith(compiled) else 1)
                 grown = in_child(_alone, make, case, contender, which, small, threads, device=device, seconds=limit)
                 problem = grown if isinstance(grown, str) else None
@@ -253,7 +254,7 @@ def find(results: Iterable[dict[str, Any]], **wanted: Any) -> dict[str, Any] | N
 
 
 def ratio(results: Iterable[dict[str, Any]], over: str, under: str, which: str, **case: Any) -> float | None:
-    """Median time of one contender over that of another; None where one has none."""
+    """The median time of one contender divided by that of another; None if one has no time."""
     results = list(results)
     rows = [find(results, contender=c, passes=which, **case) for c in (over, under)]
     if any(row is None or "seconds" not in row for row in rows):
@@ -272,7 +273,7 @@ def milliseconds(samples: list[float]) -> str:
 
 
 def significant(value: float) -> str:
-    """Three figures, without an exponent."""
+    """A number with three figures, without an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -285,7 +286,7 @@ def times(value: float | None) -> str:
 
 
 def cell(row: dict[str, Any] | None, what: str) -> str:
-    """Of a table: milliseconds or MiB of a row, its problem, or "-" where it was not measured."""
+    """A cell of a table: milliseconds or MiB of a row, its problem, or "-" if it was not measured."""
     if row is None:
         return "-"
     if "problem" in row:
@@ -307,7 +308,7 @@ def save(
     table: str,
     took: float | None = None,
 ) -> None:
-    """<question>.json with every sample, and the table beside it; `info` is :func:`machine`'s."""
+    """Writes <question>.json with every sample, and the table beside it; `info` comes from :func:`machine`."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"command": command, "machine": info, "results": results}
     if took is not None:
@@ -317,7 +318,7 @@ def save(
 
 
 def replace(path: Path, text: str) -> None:
-    """Written to another name first: a file is whole, or it is the old one."""
+    """Replaces a file by way of another name, so that it is either the whole new one or the old one."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text)
     partial.replace(path)

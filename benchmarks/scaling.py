@@ -1,4 +1,4 @@
-"""How time grows with patches and threads, and what two and three ranks cost."""
+"""How time grows with patches and threads, and how much time and memory two and three ranks take."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SIZES = (512, 1024, 2048, 4096, 8192, 16384)
 
 
 def slope(xs: list[float], ys: list[float]) -> float:
-    """Of the line through the logarithms; NaN of fewer than two points."""
+    """The slope of the line through the logarithms; NaN for fewer than two points."""
     if len(xs) < 2:
         return math.nan
     a, b = [math.log(x) for x in xs], [math.log(y) for y in ys]
@@ -96,7 +96,7 @@ def run(*, threads: int, sizes: tuple[int, ...] = ()) -> tuple[list[dict], str]:
 
 
 def slopes(results: list[dict[str, Any]], smallest: int = 2048) -> tuple[float, float]:
-    """Of time and of memory against N, forward and backward, on a log-log plot from `smallest` patches on."""
+    """The slopes of time and of memory against N, both passes, on a log-log plot from `smallest` patches on."""
     own = [r for r in results if r["question"] == "N" and r["passes"] == "forward+backward" and r["N"] >= smallest]
     sizes = [float(r["N"]) for r in own]
     return slope(sizes, [median(r["seconds"]) for r in own]), slope(sizes, [float(r["bytes"]) for r in own])

@@ -1,11 +1,11 @@
-"""Does the contrast help? Networks trained on few labels, alike but for the method, scored on volumes never seen.
+"""Does the contrast help? Trains networks on few labels that differ only in the method, and scores them on new volumes.
 
     python -m benchmarks segmentation --data DATA --runs FOLDER [--only acdc-6000/supervised/0] [--jobs 2]
 
-DATA holds ACDC/, Task04_Hippocampus/ and Histology_nuclei/. Each run is a process of ``pglcl train`` in a folder of its
-own. What was interrupted is resumed. What has ended, in FOLDER or in the committed results, is not run again as long as
-its options are those of today: so the matrix may be filled over days, and on more than one machine. The table is of the
-runs that have ended, and says which have not.
+DATA holds ACDC/, Task04_Hippocampus/ and Histology_nuclei/. Each run is a process of ``pglcl train`` with its own
+folder. Interrupted runs are resumed. A run that has ended, in FOLDER or in the committed results, is not run again
+unless its options have changed since. So the runs may take days, on more than one machine. The table shows the runs
+that have ended, and names those that have not.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from benchmarks.runner import markdown
 
 @dataclass(frozen=True)
 class DataSet:
-    """What runs are compared on, and with which budget.
+    """A data set on which methods are compared, and the budget of the runs.
 
-    folder: in DATA. patients: of it, all together. options: of every run. base: the semi-supervised method that the
-    contrast is put on. seeds: of every run. pieces: whether the parts of base and contrast are measured one by one.
+    folder: in DATA. patients: number of all patients. options: of every run. base: the semi-supervised method to which
+    the contrast is added. seeds: of every run. pieces: whether the parts of base and contrast are measured one by one.
     """
 
     title: str
@@ -45,7 +45,7 @@ class DataSet:
 
 
 # The test part is that of README: patients 041-050 of ACDC, the last 40 volumes of Hippocampus, the last 15 images of
-# Histology. The labelled ones are the first.
+# Histology. The first patients are labelled.
 HEARTS = {"labelled": 4, "test": 10, "validation": 5}
 DATASETS: dict[str, DataSet] = {
     "acdc": DataSet("ACDC", "ACDC", 50, {**HEARTS, "steps": 1500}, seeds=(0, 1, 2, 3), pieces=True),
@@ -95,12 +95,12 @@ def methods(dataset: str) -> dict[str, dict[str, Any]]:
         rows |= {name: {"method": "semi", **options} for name, options in BASE_PIECES.items()}
         best = f"{asked.base} + patchcl"
         rows |= {f"{best}, {variant}": {**rows[best], **options} for variant, options in VARIANTS.items()}
-    # All training patients labelled: as many as there are.
+    # None: as many labelled patients as there are for training.
     return rows | {"fully supervised": {"method": "supervised", "labelled": None}}
 
 
 def base_of(method: str) -> str:
-    """What a method is compared with: a base for what is put on it, or for what it is without a part."""
+    """The base that a method is compared with: the one that it builds on, or of which it lacks a part."""
     return method.split(" + ")[0].split(", ")[0]
 
 
@@ -129,7 +129,7 @@ class Run:
 
 
 def matrix(only: str = "") -> Iterator[Run]:
-    """Every run, what the comparison rests on first: supervision with few and with all labels, the base, ours."""
+    """Every run. First come the most important ones: supervision with few and with all labels, the base, ours."""
     runs = [
         Run(dataset, method, seed)
         for seed in range(max(len(asked.seeds) for asked in DATASETS.values()))
@@ -164,10 +164,10 @@ Record = dict[str, Any]
 
 
 def recorded(run: Run, runs: Path) -> Record | None:
-    """What a run reached, from its folder; None while it has not ended.
+    """The scores of a run, from its folder; None while it has not ended.
 
-    Of each test patient: Dice and HD95, means over volumes and classes. Of each class, and of all: the same over
-    patients. Counts, over all test volumes and classes: missed classes, and pieces that touch no truth.
+    For each test patient: Dice and HD95, means over volumes and classes. For each class, and for all of them: the means
+    over patients. Over all test volumes and classes: the numbers of missed classes, and of pieces that touch no truth.
     """
     folder = run.folder(runs)
     if not (folder / "scores_test.json").exists():
@@ -193,21 +193,21 @@ def recorded(run: Run, runs: Path) -> Record | None:
 
 
 def validation_dice(folder: Path) -> float | None:
-    """The last one, of the validation patients: what defaults are chosen by."""
+    """The last Dice of the validation patients, by which defaults are chosen."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     values = [row["validation_dice"] for row in map(json.loads, lines) if "validation_dice" in row]
     return values[-1] if values else None
 
 
 class Records:
-    """The runs that have ended: those of a folder, and those that the committed results have of other machines."""
+    """The runs that have ended: those of a folder, and those of other machines in the committed results."""
 
     def __init__(self, runs: Path, committed: Sequence[Record] = ()) -> None:
         self.runs = runs
         self.committed = {(r["dataset"], r["method"], r["seed"]): r for r in committed}
 
     def of(self, run: Run) -> Record | None:
-        """None of a run that has not ended, or not with the options of today."""
+        """The record of a run; None if it has not ended with its present options."""
         own = recorded(run, self.runs)
         if own is not None:
             return own
@@ -219,7 +219,7 @@ class Records:
 
 
 def paired_interval(a: list[dict[str, float]], b: list[dict[str, float]]) -> tuple[float, float, float]:
-    """Mean of a minus b over test patients (each averaged over seeds), with its bootstrap 95 % interval."""
+    """The mean of a minus b over test patients (each averaged over seeds), with its bootstrap 95 % interval."""
     patients = sorted(a[0])
     difference = np.array([np.mean([x[p] for x in a]) - np.mean([y[p] for y in b]) for p in patients])
     random = np.random.default_rng(0)
@@ -228,7 +228,7 @@ def paired_interval(a: list[dict[str, float]], b: list[dict[str, float]]) -> tup
 
 
 def summarise(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """One for each data set and method of which a run has ended, with what each seed reached."""
+    """A summary of each data set and method with a run that has ended; it holds the scores of each seed."""
     results: list[dict[str, Any]] = []
     for dataset in DATASETS:
         ended: dict[str, dict[int, Record]] = {method: {} for method in methods(dataset)}
@@ -269,13 +269,13 @@ def spread(values: Sequence[float]) -> str:
 
 
 def share(result: dict[str, Any], low: dict[str, Any], high: dict[str, Any]) -> float:
-    """Of the gap between supervision with few labels and with all of them."""
+    """The closed share of the gap between supervision with few labels and with all labels."""
     few, every = float(np.mean(low["dice"])), float(np.mean(high["dice"]))
     return (float(np.mean(result["dice"])) - few) / (every - few)
 
 
 def verdicts(results: list[dict[str, Any]]) -> list[str]:
-    """Each goal: what was reached, and whether it is met. What has not been run is not measured."""
+    """A line for each goal: the score, and whether the goal is met; "not measured" without the runs."""
     found = {(r["dataset"], r["method"]): r for r in results}
     long = {method: found.get(("acdc-6000", method)) for method in methods("acdc-6000")}
     ours, few, every = (long[m] for m in ("copy-paste + patchcl", "supervised", "fully supervised"))
@@ -319,7 +319,7 @@ def budget_of(dataset: str) -> str:
 
 
 def table(records: Sequence[Record]) -> str:
-    """Two of each data set: the methods, and the same by class."""
+    """Two tables for each data set: the methods, and the methods by class."""
     texts, results = [], summarise(records)
     for dataset in DATASETS:
         own = {r["method"]: r for r in results if r["dataset"] == dataset}

@@ -1,8 +1,8 @@
-"""python -m benchmarks.step [--threads 2]: what a step of training costs, in bare passes of its network.
+"""python -m benchmarks.step [--threads 2]: how long a step of training takes, compared with a bare pass of its network.
 
-A bare pass is the student's forward and backward pass on as many images, with nothing else. The volumes are made up:
-discs in noise, at the defaults' 128 x 128. Batches are prepared in this process, so their time counts. Methods take
-their steps in turns with bare passes; the figures are medians.
+A bare pass is only the student's forward and backward pass on the same number of images. The volumes are synthetic:
+discs in noise, at the default size of 128 x 128. Batches are prepared in this process, so their time counts. Steps of
+the methods and bare passes take turns. The figures are medians.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def write_folder(root: Path) -> None:
-    """Three nested discs in noise, as a plain folder of images and labels."""
+    """Writes three nested discs in noise, as a plain folder of images and labels."""
     random = np.random.default_rng(0)
     far = np.hypot(*np.meshgrid(np.arange(128) - 64, np.arange(128) - 64, indexing="ij"))
     for patient in range(PATIENTS):
@@ -51,7 +51,7 @@ def write_folder(root: Path) -> None:
 
 
 def steps_of(root: Path, options: dict[str, Any]) -> tuple[Learner, Callable[[int], None]]:
-    """A learner whose teacher knows the discs a little, and a step of it, its batch included."""
+    """A learner whose teacher already finds the discs a little, and a function that takes a step with its batch."""
     config = TrainConfig(labelled=2, test=1, validation=1, steps=STEPS, warmup=0, workers=0, seed=0, **options)
     data = load_training_data(root, config)
     learner = Learner(config, data, Ranks(), Profile(torch.device("cpu"), False))
@@ -76,7 +76,7 @@ def run(threads: int) -> tuple[list[dict[str, Any]], str]:
             network(images).square().mean().backward()
 
         calls = {"bare pass": bare, **{name: step for name, (_, step) in learners.items()}}
-        for number in range(STEPS // 2, STEPS // 2 + ROUNDS):  # where the weight of the contrast is whole
+        for number in range(STEPS // 2, STEPS // 2 + ROUNDS):  # the weight of the contrast is at its largest
             for name, call in calls.items():
                 start = time.perf_counter()
                 call(number)
