@@ -98,7 +98,8 @@ def class_patches(
     threshold: Any = 0.0 if coverage is None else coverage
 
     starts = [_starts(extent, p, s) for extent, p, s in zip(images.shape[2:], patch, step)]
-    share = _mean_over(weights, starts, patch)  # (B, K, *g)
+    wide = torch.promote_types(weights.dtype, torch.float32)  # 16 bits have no room for sums over a crop
+    share = _mean_over(weights.to(wide), starts, patch)  # (B, K, *g)
     k_first = share.movedim(1, -1)
     present = ((k_first > threshold) & (k_first > 0)).movedim(-1, 1)
     crops, classes, shares, index = [], [], [], []
@@ -117,8 +118,9 @@ def class_patches(
     label = torch.tensor(classes, dtype=torch.int64, device=images.device)
     where = torch.tensor(index, dtype=torch.int64, device=images.device).view(-1, 1 + dims)
     if not crops:
-        return ClassPatches(images.new_empty(0, images.shape[1], *size), label, share.new_empty(0), where)
-    return ClassPatches(_to_size(torch.stack(crops), size, mode), label, torch.stack(shares), where)
+        return ClassPatches(images.new_empty(0, images.shape[1], *size), label, images.new_empty(0), where)
+    coverages = torch.stack(shares).to(images.dtype)
+    return ClassPatches(_to_size(torch.stack(crops), size, mode), label, coverages, where)
 
 
 def _class_weights(images: Tensor, labels: Tensor, num_classes: int) -> Tensor:

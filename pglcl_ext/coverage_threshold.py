@@ -102,10 +102,14 @@ class CoverageThreshold(nn.Module):
         self.value.copy_(torch.where(present > 0, moved, self.value))
 
     def coverage_and_classes(self, batch: PatchRows | PatchBatch) -> tuple[Tensor, Tensor]:
-        """The arguments of :meth:`update`, from all rows that :func:`patch_embeddings` makes, also unqualified ones."""
-        k = self.num_classes
-        classes = torch.arange(k, device=batch.coverage.device).repeat(len(batch.coverage) // k)
-        return batch.coverage, classes
+        """The arguments of :meth:`update`, from all rows that :func:`patch_embeddings` makes, also unqualified ones.
+
+        A row that qualified has its class as label, wherever it stands now.
+        """
+        k, labels = self.num_classes, batch.labels
+        in_order = torch.arange(len(labels), device=labels.device) % k
+        known = (labels != self.ignore_index) & (labels >= 0) & (labels < k)
+        return batch.coverage, torch.where(known, labels, in_order)
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, target={self.target}, gain={self.gain}"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pglcl_ext._autograd import in_functorch
 from pglcl_ext._checks import (
     check_device,
     check_embeddings,
@@ -141,7 +142,9 @@ class EmbeddingQueue(nn.Module):
         finite = embeddings.isfinite().all(dim=1) & descriptors.isfinite().all(dim=1)
         refused = (known & ~finite).sum()
         self.num_refused.add_(refused)
-        readable = type(refused) is Tensor and refused.device.type == "cpu" and not torch.compiler.is_compiling()
+        # A subclass with numbers of its own is as readable as a tensor; what tracers put in its place dispatches.
+        plain = type(refused).__torch_dispatch__ is Tensor.__torch_dispatch__ and not in_functorch()
+        readable = not torch.compiler.is_compiling() and plain and refused.device.type == "cpu"
         if readable and refused > 0:
             count = f"{int(refused)} of {len(known)} keys"
             warnings.warn(f"EmbeddingQueue leaves out {count}: not finite in {dtype_name(embeddings)}", stacklevel=4)

@@ -37,7 +37,8 @@ def hard_negative_statistics(
     L2-normalised.
 
     Args:
-        anchors: (N, D) floating point, L2-normalised like the queued keys; no gradient flows through them.
+        anchors: (N, D) floating point, L2-normalised like the queued keys; no gradient flows through them. A row that
+            is not finite does not count.
         labels: (N,) int64.
         queue: the queue that holds the keys.
         num_samples: number of samples drawn for each pair of classes, at least 2.
@@ -76,9 +77,10 @@ def _pairwise_statistics(
     if len(anchors) == 0:  # a row that belongs to no class keeps the reductions below defined
         anchors, labels = anchors.new_zeros(1, anchors.shape[1]), labels.new_full((1,), -1)
     factors, regular = _cholesky(covariances)
+    usable_anchor = anchors.isfinite().all(dim=1)  # another is nearest to nothing, and would hide those that are
     rows_mean, rows_covariance = [], []
     for i in range(k):
-        own = labels == i
+        own = (labels == i) & usable_anchor
         for j in range(k):
             if i == j:
                 rows_mean.append(means[j])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pglcl_ext._checks import check_coverage, check_image, check_integer, check_same_space
+from pglcl_ext._checks import check_coverage, check_image, check_integer, check_same_space, check_tensor
 from pglcl_ext._precision import without_autocast
 from pglcl_ext.patch_statistics import patch_grid_arguments, patch_statistics
 
@@ -41,7 +42,7 @@ class PatchRows(NamedTuple):
 
         Args:
             per_class: at least 0.
-            priority: (N,), of each row.
+            priority: (N,), of each row; NaN is the lowest.
             ignore_index: label of rows that do not qualify, before or after.
 
         Raises:
@@ -74,9 +75,12 @@ def _qualifying(rows: PatchRows | PatchBatch, ignore_index: int) -> Iterator[Ten
 
 
 def _limited(labels: Tensor, per_class: int, priority: Tensor, ignore_index: int) -> Tensor:
+    check_tensor("priority", priority)
     if priority.shape != labels.shape:
         raise ValueError(f"priority must have shape (N,) = {tuple(labels.shape)}, got {tuple(priority.shape)}")
     per_class = check_integer("per_class", per_class, least=0)
+    if priority.is_floating_point():
+        priority = priority.masked_fill(priority.isnan(), -math.inf)  # or it would sort as the largest number
     order = priority.argsort(descending=True, stable=True)
     order = order[labels[order].argsort(stable=True)]  # by class, and in a class by priority
     by_class = labels[order]
@@ -159,7 +163,7 @@ def patch_embeddings(
 
     Raises:
         ValueError: shapes that do not fit.
-        TypeError: not floating point.
+        TypeError: not floating point, or `select` returns something else.
     """
     check_image("features", features, "D")
     check_image("weights", weights, "K")
@@ -197,10 +201,19 @@ def patch_embeddings(
     )
     if select is None:
         embeddings = _weighted_means(features, weights, patch, step)
-        return PatchBatch(embeddings.reshape(-1, features.shape[1]), *found)
-    chosen = select(found)
+        return PatchBatch(embeddings.flatten(0, -2), *found)
+    chosen = _checked_rows(select(found))
     known = chosen.labels != ignore_index
     return PatchBatch(_means_of_rows(features, weights, patch, step, chosen, known), *chosen)
+
+
+def _checked_rows(rows: Any) -> PatchRows:
+    """What `select` returned."""
+    if not isinstance(rows, PatchRows):
+        raise TypeError(f"select must return PatchRows, got {type(rows).__name__}")
+    if any(len(column) != len(rows.labels) for column in rows):
+        raise ValueError(f"select must return as many of each, got {', '.join(str(len(column)) for column in rows)}")
+    return rows
 
 
 def _means_of_rows(

@@ -116,3 +116,11 @@ def test_bad_crops(message: str, change: dict) -> None:
     call = {"images": torch.zeros(1, 1, 8, 8), "labels": torch.zeros(1, 8, 8).long(), "patch_size": 4, **change}
     with pytest.raises((ValueError, TypeError), match=message):
         class_patches(**{"num_classes": 2, **call})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_coverage_of_long_crops_in_16_bits(dtype: torch.dtype) -> None:
+    labels = torch.zeros(1, 70_000, 2, dtype=torch.int64)
+    labels[0, :17_500] = 1
+    crops = class_patches(torch.ones(1, 1, 70_000, 2, dtype=dtype), labels, (70_000, 2), 2)
+    assert crops.coverage.tolist() == [0.75, 0.25]

@@ -195,6 +195,17 @@ def test_keys_that_are_not_finite_are_left_out_with_a_word(bad: float) -> None:
     assert queue.num_refused == 2
 
 
+def test_a_subclass_is_as_readable_as_a_tensor() -> None:
+    class Image(Tensor):
+        pass
+
+    queue = EmbeddingQueue(2, 3, 8)
+    with pytest.warns(UserWarning, match="EmbeddingQueue leaves out 1 of 2 keys"):
+        queue.enqueue(torch.tensor([[0.0, 0.0, math.nan], [0.0, 0.0, 1.0]]).as_subclass(Image), torch.arange(2))
+    assert queue.counts.tolist() == [0, 1]
+    assert type(queue.storage) is Tensor
+
+
 def test_modules_with_a_group_are_copied_and_say_why_they_are_not_pickled() -> None:
     class Group:
         def __reduce__(self) -> Any:

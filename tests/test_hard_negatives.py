@@ -172,3 +172,19 @@ def test_bad_input() -> None:
         hard_negative_statistics(torch.zeros(4, 6), torch.zeros(3).long(), queue)
     with pytest.raises(ValueError, match="num_samples"):
         hard_negative_statistics(torch.zeros(4, 6), torch.zeros(4).long(), queue, num_samples=1)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_an_anchor_that_is_not_finite_does_not_count(bad: float) -> None:
+    queue = EmbeddingQueue(2, 3, 32)
+    queue.enqueue(F.normalize(torch.randn(60, 3), dim=1), torch.arange(60) % 2)
+    z, y = F.normalize(torch.randn(8, 3), dim=1), torch.arange(8) % 2
+    results = []
+    for extra in (0, 2):
+        anchors = torch.cat([z, torch.full((extra, 3), bad)])
+        labels = torch.cat([y, torch.arange(extra)])
+        generator = torch.Generator().manual_seed(0)
+        results.append(hard_negative_statistics(anchors, labels, queue, generator=generator))
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
+    assert not torch.equal(results[0][0][0, 1], queue.statistics()[0][1])

@@ -269,3 +269,57 @@ def test_a_class_of_hardly_any_weight(select, device: torch.device) -> None:
     assert got.labels.tolist() == [0, 1]
     torch.testing.assert_close(got.embeddings.double(), want.embeddings, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(got.entropy.double(), want.entropy, rtol=1e-5, atol=1e-6)
+
+
+def test_a_priority_that_is_not_a_number_is_the_lowest(device: torch.device) -> None:
+    entropy = torch.tensor([0.5, math.nan, 0.7, math.nan, 0.1], device=device)
+    zeros = torch.zeros(5, device=device)
+    rows = PatchRows(zeros.long(), entropy, zeros, zeros.long()[:, None])
+    assert rows.limited(2, rows.entropy).labels.tolist() == [0, -1, 0, -1, -1]
+    assert rows.limited(4, rows.entropy).labels.tolist() == [0, 0, 0, -1, 0]
+    with pytest.raises(TypeError, match="priority must be a tensor, got list"):
+        rows.limited(1, [1.0])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "select"),
+    [
+        (TypeError, "select must return PatchRows, got NoneType", lambda rows: None),
+        (ValueError, "select must return as many of each, got 2, 24, 24, 24",
+         lambda rows: rows._replace(labels=rows.labels[:2])),
+    ],
+)  # fmt: skip
+def test_what_select_returns_is_checked(error: type[Exception], message: str, select) -> None:
+    with pytest.raises(error, match=message):
+        patch_embeddings(torch.zeros(2, 4, 8, 8), torch.ones(2, 3, 8, 8), 4, select=select)
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+@pytest.mark.parametrize("channels", [0, 3])
+@pytest.mark.parametrize("select", [None, lambda rows: rows])
+def test_nothing_to_pool(batch: int, channels: int, select) -> None:
+    pooled = patch_embeddings(torch.zeros(batch, channels, 8, 8), torch.ones(batch, 2, 8, 8), 4, select=select)
+    assert pooled.embeddings.shape == (batch * 8, channels)
+
+
+def test_labels_may_be_given_to_rows_without_their_class(device: torch.device) -> None:
+    features = torch.randn(1, 3, 8, 8, device=device, requires_grad=True)
+    weights = torch.zeros(1, 2, 8, 8, device=device)
+    weights[:, 0] = 1
+    every = torch.arange(2, device=device).repeat(4)
+    pooled = patch_embeddings(features, weights, 4, select=lambda rows: rows._replace(labels=every))
+    assert torch.all(pooled.embeddings[1::2] == 0)
+    assert torch.autograd.grad(pooled.embeddings.sum(), features)[0].isfinite().all()
+
+
+def test_classes_of_rows_that_were_chosen(device: torch.device) -> None:
+    weights = torch.rand(2, 3, 8, 8, device=device)
+    batch = patch_embeddings(torch.randn(2, 4, 8, 8, device=device), weights, 4, coverage=0.5)
+    threshold = CoverageThreshold(3).to(device)
+    coverage, classes = threshold.coverage_and_classes(batch)
+    assert torch.equal(coverage, batch.coverage)
+    assert classes.tolist() == [0, 1, 2] * 8
+    chosen = batch.compact()
+    coverage, classes = threshold.coverage_and_classes(chosen)
+    assert torch.equal(coverage, chosen.coverage)
+    assert torch.equal(classes, chosen.labels)
