@@ -96,7 +96,10 @@ class OpFunction(torch.autograd.Function):
     @classmethod
     def run_backward(cls, *arguments: Any) -> Any:
         """Runs the backward op, which refuses to be differentiated again."""
-        return cls.backward_function.call(arguments)
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or in_functorch():
+            return cls.backward_function.call(arguments)
+        with below_autograd():  # the usual case: nobody differentiates again
+            return cls.backward_op(*arguments)
 
     @classmethod
     def jvp(cls, ctx: Any, *tangents: Any) -> Any:
