@@ -176,8 +176,8 @@ PGLCL_INLINE vec_t<float> at_most(vec_t<float> x, float most) {
   return (vec_t<float>)_mm512_min_ps(_mm512_set1_ps(most), (__m512)x);
 }
 
-// Natural logarithm of a normal x > 0. NaN gives NaN.
-PGLCL_INLINE vec_t<float> log_of_normal(vec_t<float> x) {
+// Natural logarithm of x in [1, infinity). NaN gives NaN.
+PGLCL_INLINE vec_t<float> log_from_one(vec_t<float> x) {
   // x = 2^e * m with m in [3/4, 3/2).
   const vec_t<float> m = (vec_t<float>)_mm512_getmant_ps((__m512)x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
   const vec_t<float> e = (vec_t<float>)_mm512_getexp_ps((__m512)(x * (4.0f / 3.0f)));
@@ -199,10 +199,11 @@ PGLCL_INLINE vec_t<float> log_of_normal(vec_t<float> x) {
 template <typename scalar_t>
 constexpr scalar_t kLeastExponent = sizeof(scalar_t) == 4 ? -127 : -2048;
 PGLCL_INLINE vec_t<float> exp2_to_zero(vec_t<float> x) {
-  // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low mantissa bits.
-  const float magic = 12582912.0f;
+  // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits of the mantissa; with 127 more it is
+  // the exponent of the power, whose place is 23 bits higher.
+  const float magic = 12582912.0f + 127.0f;
   const vec_t<float> shifted = x + magic;
-  const vec_t<float> scale = (vec_t<float>)(((mask_t<float>)shifted << 23) + 0x3f800000);
+  const vec_t<float> scale = (vec_t<float>)((mask_t<float>)shifted << 23);
   return exp2_polynomial(x - (shifted - magic)) * scale;
 }
 PGLCL_INLINE vec_t<float> exp2(vec_t<float> x) { return exp2_to_zero(maximum<float>(broadcast(-126.0f), x)); }
@@ -222,8 +223,8 @@ PGLCL_INLINE vec_t<double> exp2(vec_t<double> x) {
   return result;
 }
 
-// The same without special instructions.
-PGLCL_INLINE vec_t<float> log_by_bits(vec_t<float> x) {
+// Natural logarithm of a normal, finite x > 0 by its bits. NaN gives a number.
+PGLCL_INLINE vec_t<float> log_of_normal(vec_t<float> x) {
   mask_t<float> bits = (mask_t<float>)x;
   // x = 2^e * m with m in [sqrt(1/2), sqrt(2)).
   mask_t<float> exponent = (bits - 0x3f3504f3) >> 23;
@@ -240,21 +241,20 @@ PGLCL_INLINE vec_t<float> log_by_bits(vec_t<float> x) {
   p = p * f - 2.4999993993e-1f;
   p = p * f + 3.3333331174e-1f;
   const vec_t<float> f2 = f * f;
-  vec_t<float> result = f * f2 * p - 0.5f * f2 + f + e * 0.69314718056f;
-  // The bit operations turn NaN and infinity into numbers, so these are put back.
-  return (x - x == 0.0f) ? result : x;
+  return f * f2 * p - 0.5f * f2 + f + e * 0.69314718056f;
 }
 
 #if !defined(__AVX512F__)
-// Natural logarithm of a normal x > 0. NaN gives NaN.
-PGLCL_INLINE vec_t<float> log_of_normal(vec_t<float> x) { return log_by_bits(x); }
+// Natural logarithm of x in [1, infinity). NaN gives a number: what is computed from 1 / x beside it is NaN.
+PGLCL_INLINE vec_t<float> log_from_one(vec_t<float> x) { return log_of_normal(x); }
 #endif
 
 // Natural logarithm of any x > 0. NaN gives NaN.
 PGLCL_INLINE vec_t<float> log(vec_t<float> x) {
   const mask_t<float> subnormal = x < 1.17549435e-38f;
-  const vec_t<float> result = log_by_bits(subnormal ? x * 33554432.0f : x);  // 2^25
-  return subnormal ? result - 17.3286795f : result;
+  const vec_t<float> result = log_of_normal(subnormal ? x * 33554432.0f : x);  // 2^25
+  // NaN and infinity pass through the bits as numbers: put them back.
+  return subnormal ? result - 17.3286795f : x - x == 0.0f ? result : x;
 }
 
 PGLCL_INLINE vec_t<double> exp2_to_zero(vec_t<double> x) { return exp2(x); }
@@ -267,7 +267,7 @@ PGLCL_INLINE vec_t<double> log(vec_t<double> x) {
   return result;
 }
 
-PGLCL_INLINE vec_t<double> log_of_normal(vec_t<double> x) { return log(x); }
+PGLCL_INLINE vec_t<double> log_from_one(vec_t<double> x) { return log(x); }
 
 // e^x for x <= 0; 0 at minus infinity. An x above 0, from rounding or of a pair that does not count, gives 1.
 template <typename scalar_t>

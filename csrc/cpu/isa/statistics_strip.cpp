@@ -1,7 +1,7 @@
 // Arithmetic of one strip of image rows of the patch statistics (method, section 2), compiled once per instruction set.
 //
-// Both passes walk down a strip one vector of columns at a time, with the sums of these columns in registers. Common
-// numbers of classes are a template argument. kClasses = 0 stands for any number, with scratch memory.
+// Both passes walk down a strip one vector of columns at a time, with what belongs to these columns in registers. The
+// number of classes is a template argument for the common ones.
 #include "statistics_strip.h"
 
 #include "elements.h"
@@ -19,63 +19,69 @@ PGLCL_INLINE vec_t<scalar_t> p_log_p(vec_t<scalar_t> p) {
   return p <= scalar_t(0) ? vec_t<scalar_t>{} : p * log(p);
 }
 
-// Sums of one vector of pixels: the highest logit, the sum of the exponentials relative to it, and their sum weighted
-// with the exponents. For probabilities: only the entropy.
-template <typename scalar_t>
-struct Sums {
-  vec_t<scalar_t> highest, sum, weighted, entropy;
+// What is compiled apart: the number of classes (0: any number, in scratch memory), and images of probabilities.
+template <int kNumber, bool kGiven>
+struct Classes {
+  static constexpr int number = kNumber;
+  static constexpr bool given = kGiven;
+  static int64_t count(int64_t classes) { return kNumber > 0 ? kNumber : classes; }
 };
 
-// p[k] = exponential of class k, or its probability if that is given. With kClasses > 0 the compiler can unroll.
-template <typename scalar_t, int kClasses, typename element_t, typename P>
-PGLCL_INLINE Sums<scalar_t> sum_classes(const element_t* input, int64_t class_stride, int64_t classes,
-                                        bool probabilities, P& p) {
+// Of one vector of pixels. Of logits: the highest, the sum of the exponentials above it, and their sum weighted with
+// the exponents. Of probabilities: the entropy, as `weighted`.
+template <typename scalar_t>
+struct Sums {
+  vec_t<scalar_t> highest, sum, weighted;
+};
+
+// p[k] = exponential of class k, or its probability where that is given.
+template <typename scalar_t, typename Kind, typename element_t, typename P>
+PGLCL_INLINE Sums<scalar_t> sum_classes(const element_t* input, int64_t class_stride, int64_t classes, P& p) {
   using vec = vec_t<scalar_t>;
-  const int64_t count = kClasses > 0 ? kClasses : classes;
-  Sums<scalar_t> result{};
-  if (probabilities) {
-#pragma GCC unroll 4
-    for (int64_t k = 0; k < count; ++k) {
-      p[k] = read(input + k * class_stride);
-      result.entropy -= p_log_p<scalar_t>(p[k]);
-    }
-    return result;
-  }
+  const int64_t count = Kind::count(classes);
 #pragma GCC unroll 4
   for (int64_t k = 0; k < count; ++k) p[k] = read(input + k * class_stride);
+  Sums<scalar_t> result{};
+  if constexpr (Kind::given) {
+    for (int64_t k = 0; k < count; ++k) result.weighted -= p_log_p<scalar_t>(p[k]);
+    return result;
+  }
   result.highest = p[0];
 #pragma GCC unroll 4
   for (int64_t k = 1; k < count; ++k) result.highest = maximum<scalar_t>(result.highest, p[k]);
-#pragma GCC unroll 4
-  for (int64_t k = 0; k < count; ++k) {
-    // In units of log 2, so that 2^x replaces e^x. The distance of two logits may be infinite, and 0 times infinity is
+  const auto exponent = [&](int64_t k) __attribute__((always_inline)) {
+    // In units of log 2, so that 2^x replaces e^x. The distance of two logits may be infinite, and 0 times infinity
     // NaN.
-    const vec exponent = at_least((p[k] - result.highest) * scalar_t(kLog2E), kLeastExponent<scalar_t>);
-    const vec e = exp2_to_zero(exponent);
+    return at_least(vec(p[k] - result.highest) * scalar_t(kLog2E), kLeastExponent<scalar_t>);
+  };
+  vec x = exponent(0);
+  p[0] = result.sum = exp2_to_zero(x);
+  result.weighted = result.sum * x;
+#pragma GCC unroll 4
+  for (int64_t k = 1; k < count; ++k) {
+    x = exponent(k);
+    const vec e = exp2_to_zero(x);
     result.sum += e;
-    result.weighted += e * exponent;
+    result.weighted += e * x;
     p[k] = e;
   }
   return result;
 }
 
-// The entropy of one vector of pixels, and for logits the log of the sum of exponentials relative to the highest. That
-// log and the highest logit are not added, since rounding large logits would lose the digits of the log.
+// Of one vector of pixels: what makes p[k] a probability, the entropy, and for logits the log of the sum of
+// exponentials above the highest. The log and the highest stay apart: their rounded sum would be off by as much as the
+// logits are large.
 template <typename scalar_t>
 struct Prediction {
-  vec_t<scalar_t> entropy, log_sum;
+  vec_t<scalar_t> inverse, entropy, log_sum;
 };
 
-// Turns p[k] into the probability of class k.
-template <typename scalar_t, int kClasses, typename P>
-PGLCL_INLINE Prediction<scalar_t> predict(const Sums<scalar_t>& sums, int64_t classes, bool probabilities, P& p) {
-  if (probabilities) return {sums.entropy, sums.sum};
-  const vec_t<scalar_t> inverse = scalar_t(1) / sums.sum, log_sum = log_of_normal(sums.sum);
-  const int64_t count = kClasses > 0 ? kClasses : classes;
-#pragma GCC unroll 4
-  for (int64_t k = 0; k < count; ++k) p[k] *= inverse;
-  // Rounding can bring the entropy of a certain pixel a little below zero.
-  return {at_least(log_sum - sums.weighted * inverse * scalar_t(kLn2), scalar_t(0)), log_sum};
+template <typename scalar_t, typename Kind>
+PGLCL_INLINE Prediction<scalar_t> predict(const Sums<scalar_t>& sums) {
+  if constexpr (Kind::given) return {broadcast(scalar_t(1)), sums.weighted, vec_t<scalar_t>{}};
+  const vec_t<scalar_t> inverse = scalar_t(1) / sums.sum, log_sum = log_from_one(sums.sum);
+  // Rounding can leave a certain pixel a little below zero.
+  return {inverse, at_least(log_sum - sums.weighted * inverse * scalar_t(kLn2), scalar_t(0)), log_sum};
 }
 
 template <typename scalar_t>
@@ -154,90 +160,82 @@ PGLCL_INLINE void with_columns(const Strip<scalar_t>& s, int64_t row, int64_t x,
 }
 
 // The first step of both passes, of rows `first` to `last`.
-template <int kClasses, typename element_t, template <typename> class Strip, typename scalar_t>
+template <typename Kind, typename element_t, template <typename> class Strip, typename scalar_t>
 PGLCL_INLINE void sum_rows(const Strip<scalar_t>& s, int64_t first, int64_t last, int64_t x, int lanes,
-                           Probabilities<scalar_t, kClasses>& p, Sums<scalar_t>* sums) {
+                           Probabilities<scalar_t, Kind::number>& p, Sums<scalar_t>* sums) {
+#pragma GCC unroll 1
   for (int64_t r = first; r < last; ++r) {
     prefetch_next_columns(static_cast<const element_t*>(s.input) + r * s.row_stride + x, s.class_stride,
-                          kClasses > 0 ? kClasses : s.classes);
+                          Kind::count(s.classes));
     auto* own = p.row(int(r - first));
-    with_columns<element_t>(
-        s, r, x, lanes, [&](const auto* input, int64_t class_stride) __attribute__((always_inline)) {
-          sums[r - first] = sum_classes<scalar_t, kClasses>(input, class_stride, s.classes, s.probabilities, own);
-        });
+    with_columns<element_t>(s, r, x, lanes,
+                            [&](const auto* input, int64_t class_stride) __attribute__((always_inline)) {
+                              sums[r - first] = sum_classes<scalar_t, Kind>(input, class_stride, s.classes, own);
+                            });
   }
 }
 
-template <typename scalar_t, typename element_t, int kClasses>
+template <typename scalar_t, typename element_t, typename Kind>
 PGLCL_INLINE void forward_columns(const StatisticsStrip<scalar_t>& s, int64_t first, int64_t last, int64_t x,
                                   int lanes) {
   using vec = vec_t<scalar_t>;
+  constexpr int kClasses = Kind::number;
   Probabilities<scalar_t, kClasses> probabilities(s.scratch, s.classes);
   Sums<scalar_t> sums[kRowsAtOnce];
-  sum_rows<kClasses, element_t>(s, first, last, x, lanes, probabilities, sums);
-  const int64_t classes = kClasses > 0 ? kClasses : s.classes;
-  scalar_t *const mass_row = s.mass + x, *const product_row = s.product + x;
+  sum_rows<Kind, element_t>(s, first, last, x, lanes, probabilities, sums);
+  const int rows = int(last - first);
+  vec inverse[kRowsAtOnce], weight[kRowsAtOnce];
   vec entropy = load_part<scalar_t>(s.entropy + x, lanes);
-  constexpr int kHeld = kClasses > 0 ? kClasses : 1;
-  vec mass[kHeld], product[kHeld];
-  if constexpr (kClasses > 0) {
-#pragma GCC unroll 4
-    for (int k = 0; k < kClasses; ++k) {
-      mass[k] = load_part<scalar_t>(mass_row + k * s.width, lanes);
-      product[k] = load_part<scalar_t>(product_row + k * s.width, lanes);
-    }
-  }
-  for (int64_t r = first; r < last; ++r) {
-    auto* p = probabilities.row(int(r - first));
-    const vec h = predict<scalar_t, kClasses>(sums[r - first], classes, s.probabilities, p).entropy;
-    entropy += h;
-    if constexpr (kClasses > 0) {
-#pragma GCC unroll 4
-      for (int k = 0; k < kClasses; ++k) {
-        mass[k] += p[k];
-        product[k] += p[k] * h;
-      }
-    } else {
-      for (int64_t k = 0; k < classes; ++k) {
-        scalar_t *m = mass_row + k * s.width, *q = product_row + k * s.width;
-        const vec pk = p[k];
-        store_part<scalar_t>(m, load_part<scalar_t>(m, lanes) + pk, lanes);
-        store_part<scalar_t>(q, load_part<scalar_t>(q, lanes) + pk * h, lanes);
-      }
-    }
+#pragma GCC unroll 1
+  for (int r = 0; r < rows; ++r) {
+    const auto prediction = predict<scalar_t, Kind>(sums[r]);
+    entropy += prediction.entropy;
+    inverse[r] = prediction.inverse;
+    weight[r] = prediction.inverse * prediction.entropy;
   }
   store_part<scalar_t>(s.entropy + x, entropy, lanes);
-  if constexpr (kClasses > 0) {
+  const int64_t classes = Kind::count(s.classes);
 #pragma GCC unroll 4
-    for (int k = 0; k < kClasses; ++k) {
-      store_part<scalar_t>(mass_row + k * s.width, mass[k], lanes);
-      store_part<scalar_t>(product_row + k * s.width, product[k], lanes);
+  for (int64_t k = 0; k < classes; ++k) {
+    scalar_t *const mass_row = s.mass + k * s.width + x, *const product_row = s.product + k * s.width + x;
+    vec mass = load_part<scalar_t>(mass_row, lanes), product = load_part<scalar_t>(product_row, lanes);
+#pragma GCC unroll 1
+    for (int r = 0; r < rows; ++r) {
+      const vec p = probabilities.row(r)[k];
+      mass += p * inverse[r];
+      product += p * weight[r];
     }
+    store_part<scalar_t>(mass_row, mass, lanes);
+    store_part<scalar_t>(product_row, product, lanes);
   }
 }
 
-template <typename scalar_t, typename element_t, int kClasses>
+template <typename scalar_t, typename element_t, typename Kind>
 PGLCL_INLINE void backward_columns(const StatisticsGradientStrip<scalar_t>& s, int64_t first, int64_t last, int64_t x,
                                    int lanes) {
   using vec = vec_t<scalar_t>;
-  Probabilities<scalar_t, kClasses> probabilities(s.scratch, s.classes);
+  Probabilities<scalar_t, Kind::number> probabilities(s.scratch, s.classes);
   Sums<scalar_t> sums[kRowsAtOnce];
-  sum_rows<kClasses, element_t>(s, first, last, x, lanes, probabilities, sums);
-  const int64_t classes = kClasses > 0 ? kClasses : s.classes;
+  sum_rows<Kind, element_t>(s, first, last, x, lanes, probabilities, sums);
+  const int64_t classes = Kind::count(s.classes);
   const vec alpha = load_part<scalar_t>(s.alpha + x, lanes);
+#pragma GCC unroll 1
   for (int64_t r = first; r < last; ++r) {
     auto* p = probabilities.row(int(r - first));
     const vec highest = sums[r - first].highest;
-    const auto [h, log_sum] = predict<scalar_t, kClasses>(sums[r - first], classes, s.probabilities, p);
+    const auto prediction = predict<scalar_t, Kind>(sums[r - first]);
+    const vec inverse = prediction.inverse, h = prediction.entropy;
     // dL/dh(x), and the mean over classes of dL/dp_k(x) with h held fixed.
     vec dh = alpha, dp_mean{};
 #pragma GCC unroll 4
     for (int64_t k = 0; k < classes; ++k) {
       const vec gamma = load_part<scalar_t>(s.gamma + k * s.width + x, lanes);
       const vec beta = load_part<scalar_t>(s.beta + k * s.width + x, lanes);
-      dh += gamma * p[k];
-      dp_mean += (beta + gamma * h) * p[k];
+      const vec pk = p[k] * inverse;
+      dh += gamma * pk;
+      dp_mean += (beta + gamma * h) * pk;
     }
+    const vec offset = h - prediction.log_sum;
     element_t* out = static_cast<element_t*>(s.grad_input) + r * s.row_stride + x;
     with_columns<element_t>(s, r, x, lanes,
                             [&](const auto* input, int64_t class_stride) __attribute__((always_inline)) {
@@ -246,17 +244,17 @@ PGLCL_INLINE void backward_columns(const StatisticsGradientStrip<scalar_t>& s, i
                                 const vec gamma = load_part<scalar_t>(s.gamma + k * s.width + x, lanes);
                                 const vec beta = load_part<scalar_t>(s.beta + k * s.width + x, lanes);
                                 const vec dp = beta + gamma * h;
+                                const vec pk = p[k] * inverse;
                                 vec gradient;
-                                if (s.probabilities) {
+                                if constexpr (Kind::given) {
                                   // dh/dp = -(log p + 1); its value at p = 0, where it is infinite, is taken as 0.
-                                  const vec pk = p[k];
                                   const vec slope = pk <= scalar_t(0) ? vec{} : -(log(pk) + scalar_t(1));
                                   gradient = dp + dh * slope;
                                 } else {
                                   // dh/dlogit_k = -p_k (log p_k + h), and the softmax Jacobian for dp.
                                   const vec centred = read(input + k * class_stride) - highest;
-                                  const vec log_pk = at_least(centred, kLeastExponent<scalar_t>) - log_sum;
-                                  gradient = p[k] * (dp - dp_mean - dh * (log_pk + h));
+                                  const vec log_pk_and_h = at_least(centred, kLeastExponent<scalar_t>) + offset;
+                                  gradient = pk * (dp - dp_mean - dh * log_pk_and_h);
                                 }
                                 write_part<scalar_t>(out + k * s.class_stride, gradient, lanes);
                               }
@@ -265,19 +263,19 @@ PGLCL_INLINE void backward_columns(const StatisticsGradientStrip<scalar_t>& s, i
 }
 
 // The ragged end of a row, compiled once for all numbers of classes.
-template <typename scalar_t, typename element_t>
+template <typename scalar_t, typename element_t, bool kGiven>
 __attribute__((noinline)) void ragged_columns(const StatisticsStrip<scalar_t>& s, int64_t first, int64_t last,
                                               int64_t x, int lanes) {
-  forward_columns<scalar_t, element_t, 0>(s, first, last, x, lanes);
+  forward_columns<scalar_t, element_t, Classes<0, kGiven>>(s, first, last, x, lanes);
 }
-template <typename scalar_t, typename element_t>
+template <typename scalar_t, typename element_t, bool kGiven>
 __attribute__((noinline)) void ragged_columns(const StatisticsGradientStrip<scalar_t>& s, int64_t first, int64_t last,
                                               int64_t x, int lanes) {
-  backward_columns<scalar_t, element_t, 0>(s, first, last, x, lanes);
+  backward_columns<scalar_t, element_t, Classes<0, kGiven>>(s, first, last, x, lanes);
 }
 
-// Calls a function for each vector of columns and, within it, for a few rows of the strip at once.
-template <typename element_t, template <typename> class Strip, typename scalar_t, typename Whole>
+// Calls for each vector of columns, and in it for the rows of the strip, a few at once.
+template <typename element_t, typename Kind, template <typename> class Strip, typename scalar_t, typename Whole>
 PGLCL_INLINE void walk(const Strip<scalar_t>& s, Whole whole) {
   constexpr int kLanes = Simd<scalar_t>::kLanes;
   for (int64_t x = 0; x < s.width; x += kLanes)
@@ -286,38 +284,34 @@ PGLCL_INLINE void walk(const Strip<scalar_t>& s, Whole whole) {
       if (x + kLanes <= s.width)
         whole(first, last, x);
       else
-        ragged_columns<scalar_t, element_t>(s, first, last, x, int(s.width - x));
+        ragged_columns<scalar_t, element_t, Kind::given>(s, first, last, x, int(s.width - x));
     }
 }
 
-template <typename scalar_t, typename element_t, int kClasses>
+template <typename scalar_t, typename element_t, typename Kind>
 void forward_strip(const StatisticsStrip<scalar_t>& s) {
-  walk<element_t>(s, [&](int64_t first, int64_t last, int64_t x) __attribute__((always_inline)) {
-    forward_columns<scalar_t, element_t, kClasses>(s, first, last, x, Simd<scalar_t>::kLanes);
+  walk<element_t, Kind>(s, [&](int64_t first, int64_t last, int64_t x) __attribute__((always_inline)) {
+    forward_columns<scalar_t, element_t, Kind>(s, first, last, x, Simd<scalar_t>::kLanes);
   });
 }
 
-template <typename scalar_t, typename element_t, int kClasses>
+template <typename scalar_t, typename element_t, typename Kind>
 void backward_strip(const StatisticsGradientStrip<scalar_t>& s) {
-  walk<element_t>(s, [&](int64_t first, int64_t last, int64_t x) __attribute__((always_inline)) {
-    backward_columns<scalar_t, element_t, kClasses>(s, first, last, x, Simd<scalar_t>::kLanes);
+  walk<element_t, Kind>(s, [&](int64_t first, int64_t last, int64_t x) __attribute__((always_inline)) {
+    backward_columns<scalar_t, element_t, Kind>(s, first, last, x, Simd<scalar_t>::kLanes);
   });
 }
 
-template <int kClasses>
-struct Classes {
-  static constexpr int count = kClasses;
-};
-
-// Calls run(element, classes) with the types of a strip's elements and of its number of classes.
+// Calls run(element, kind) with the types that a strip asks for: of its elements, and of its classes.
 template <typename scalar_t, typename Strip, typename Run>
 PGLCL_INLINE void by_types(const Strip& s, Run run) {
   const auto by_classes = [&](auto element) {
+    if (s.probabilities) return run(element, Classes<0, true>{});
     switch (s.classes) {
-      case 2: return run(element, Classes<2>{});
-      case 3: return run(element, Classes<3>{});
-      case 4: return run(element, Classes<4>{});
-      default: return run(element, Classes<0>{});
+      case 2: return run(element, Classes<2, false>{});
+      case 3: return run(element, Classes<3, false>{});
+      case 4: return run(element, Classes<4, false>{});
+      default: return run(element, Classes<0, false>{});
     }
   };
   if constexpr (sizeof(scalar_t) == 4) {
@@ -329,14 +323,14 @@ PGLCL_INLINE void by_types(const Strip& s, Run run) {
 
 template <typename scalar_t>
 void forward(const StatisticsStrip<scalar_t>& s) {
-  by_types<scalar_t>(
-      s, [&](auto element, auto classes) { forward_strip<scalar_t, decltype(element), decltype(classes)::count>(s); });
+  by_types<scalar_t>(s,
+                     [&](auto element, auto kind) { forward_strip<scalar_t, decltype(element), decltype(kind)>(s); });
 }
 
 template <typename scalar_t>
 void backward(const StatisticsGradientStrip<scalar_t>& s) {
-  by_types<scalar_t>(
-      s, [&](auto element, auto classes) { backward_strip<scalar_t, decltype(element), decltype(classes)::count>(s); });
+  by_types<scalar_t>(s,
+                     [&](auto element, auto kind) { backward_strip<scalar_t, decltype(element), decltype(kind)>(s); });
 }
 
 }  // namespace
