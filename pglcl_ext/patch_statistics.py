@@ -12,6 +12,7 @@ from pglcl_ext._arguments import StatisticsArguments
 from pglcl_ext._autograd import OpFunction, in_graph, is_traced, register
 from pglcl_ext._checks import check_statistics, check_tensor, per_dimension
 from pglcl_ext._library import ops
+from pglcl_ext.semantic_disparity import accumulate_dtype
 
 __all__ = ["PatchStatistics", "patch_entropy", "patch_statistics"]
 
@@ -71,10 +72,8 @@ def patch_statistics(
         ValueError: wrong rank, fewer than two classes, or a patch larger than the image.
         TypeError: `input` is not floating point.
     """
-    patch, step = patch_grid_arguments(input, patch_size, stride)
-    x = StatisticsArguments(input, patch, step, probabilities, normalize)
-    check_statistics(x)
-    return PatchStatistics(*(_in_graph(*x) if is_traced() else _Statistics.call(x)))
+    found = _statistics(input, patch_size, stride, probabilities, normalize)
+    return found if found[0].dtype == input.dtype else PatchStatistics(*(t.to(input.dtype) for t in found))
 
 
 def patch_entropy(
@@ -89,7 +88,21 @@ def patch_entropy(
 
     Arguments and errors are those of :func:`patch_statistics`.
     """
-    return patch_statistics(input, patch_size, stride, probabilities=probabilities, normalize=normalize).entropy
+    return _statistics(input, patch_size, stride, probabilities, normalize).entropy.to(input.dtype)
+
+
+def _statistics(
+    input: Tensor,
+    patch_size: int | Sequence[int],
+    stride: int | Sequence[int] | None,
+    probabilities: bool,
+    normalize: bool,
+) -> PatchStatistics:
+    """The statistics as the op keeps them: in float32 for inputs of 16 bits."""
+    patch, step = patch_grid_arguments(input, patch_size, stride)
+    x = StatisticsArguments(input, patch, step, probabilities, normalize)
+    check_statistics(x)
+    return PatchStatistics(*(_in_graph(*x) if is_traced() else _Statistics.call(x)))
 
 
 def _fake(
@@ -98,10 +111,11 @@ def _fake(
     check_statistics(StatisticsArguments(input, patch_size, stride, probabilities, normalize))
     batch, classes, *image = input.shape
     grid = [(s - p) // t + 1 for s, p, t in zip(image, patch_size, stride)]
+    dtype = accumulate_dtype(input.dtype)
     return (
-        input.new_empty((batch, *grid)),
-        input.new_empty((batch, classes, *grid)),
-        input.new_empty((batch, classes, *grid)),
+        input.new_empty((batch, *grid), dtype=dtype),
+        input.new_empty((batch, classes, *grid), dtype=dtype),
+        input.new_empty((batch, classes, *grid), dtype=dtype),
     )
 
 

@@ -65,6 +65,7 @@ ABOUT_THE_CPU = (
     "test_same_bits_for_any_number_of_threads",
     "test_memory_is_linear",
     "test_labels_beyond_the_classes_are_refused_on_the_cpu",
+    "test_every_number_of_16_bits_is_read_as_it_is",
 )
 
 

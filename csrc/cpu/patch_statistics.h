@@ -7,7 +7,8 @@
 
 namespace pglcl {
 
-// Contiguous arrays of one dtype: input (B, K, *S), entropy (B, *g), confidence and class_entropy (B, K, *g).
+// Contiguous arrays: input (B, K, *S) of `dtype`, and in the type that sums are kept in entropy (B, *g), confidence and
+// class_entropy (B, K, *g): a backward pass divides by small differences of theirs.
 struct StatisticsInputs {
   PatchGrid grid;
   const void* input;
@@ -16,18 +17,20 @@ struct StatisticsInputs {
   bool normalize;
 };
 
+// What the forward pass writes, and of the gradients of the loss with respect to it what the backward pass reads.
+template <typename scalar_t>
 struct StatisticsOutputs {
-  void *entropy, *confidence, *class_entropy;
-  DType dtype;
+  scalar_t *entropy, *confidence, *class_entropy;
 };
 
 template <typename scalar_t>
-void patch_statistics_forward(const StatisticsInputs& inputs, const StatisticsOutputs& out, const Parallel& parallel);
+void patch_statistics_forward(const StatisticsInputs& inputs, const StatisticsOutputs<scalar_t>& out,
+                              const Parallel& parallel);
 
-// The outputs of the forward pass, and the gradients of the loss with respect to them. All of grad_input is written.
+// grad_input, of the inputs' dtype, is written whole.
 template <typename scalar_t>
-void patch_statistics_backward(const StatisticsInputs& inputs, const void* confidence, const void* class_entropy,
-                               const void* grad_entropy, const void* grad_confidence, const void* grad_class_entropy,
+void patch_statistics_backward(const StatisticsInputs& inputs, const scalar_t* confidence,
+                               const scalar_t* class_entropy, const StatisticsOutputs<const scalar_t>& grads,
                                void* grad_input, const Parallel& parallel);
 
 }  // namespace pglcl

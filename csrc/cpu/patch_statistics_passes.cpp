@@ -52,7 +52,8 @@ int64_t next_change(int64_t y, int64_t end, int64_t patch, int64_t stride, int64
 }  // namespace
 
 template <typename scalar_t>
-void patch_statistics_forward(const StatisticsInputs& inputs, const StatisticsOutputs& out, const Parallel& parallel) {
+void patch_statistics_forward(const StatisticsInputs& inputs, const StatisticsOutputs<scalar_t>& out,
+                              const Parallel& parallel) {
   const PatchGrid& g = inputs.grid;
   const int64_t width = g.image[2], classes = g.classes, size = size_of(inputs.dtype);
   const char* image = static_cast<const char*>(inputs.input);
@@ -119,56 +120,22 @@ void patch_statistics_forward(const StatisticsInputs& inputs, const StatisticsOu
             mass[gx] /= scalar_t(g.patch_pixels());
           }
           const int64_t at = ((b * classes + k) * g.grid[0] + gz) * g.grid[1] * g.grid[2] + gy * g.grid[2];
-          write_elements(mass, g.grid[2], out.confidence, out.dtype, at);
-          write_elements(product, g.grid[2], out.class_entropy, out.dtype, at);
+          std::copy_n(mass, g.grid[2], out.confidence + at);
+          std::copy_n(product, g.grid[2], out.class_entropy + at);
         }
         for (int64_t gx = 0; gx < g.grid[2]; ++gx) {
           entropies[gx] *= scale / scalar_t(g.patch_pixels());
           if (entropies[gx] > highest) entropies[gx] = highest;
         }
-        write_elements(entropies, g.grid[2], out.entropy, out.dtype,
-                       (b * g.grid[0] + gz) * g.grid[1] * g.grid[2] + gy * g.grid[2]);
+        std::copy_n(entropies, g.grid[2], out.entropy + ((b * g.grid[0] + gz) * g.grid[1] + gy) * g.grid[2]);
       }
     }
   });
 }
 
-namespace {
-
-bool any_nonzero(const uint16_t* values, int64_t count) {
-  return std::any_of(values, values + count, [](uint16_t bits) { return (bits & 0x7fff) != 0; });
-}
-
-// Confidence and class entropy for the backward pass, which needs all their digits. Those of 16 bits are computed once
-// more without rounding, if a gradient needs them.
 template <typename scalar_t>
-struct SavedStatistics {
-  const void *confidence, *class_entropy;
-  DType dtype;
-  Buffer<scalar_t> entropy, wide_confidence, wide_class_entropy;
-
-  SavedStatistics(const StatisticsInputs& inputs, const void* saved_confidence, const void* saved_class_entropy,
-                  const void* grad_class_entropy, const Parallel& parallel)
-      : confidence(saved_confidence), class_entropy(saved_class_entropy), dtype(inputs.dtype) {
-    const bool narrow = dtype == DType::kBFloat16 || dtype == DType::kFloat16;
-    const int64_t count = inputs.grid.batch * inputs.grid.classes * inputs.grid.patches();
-    if (!narrow || !any_nonzero(static_cast<const uint16_t*>(grad_class_entropy), count)) return;
-    entropy = Buffer<scalar_t>(inputs.grid.batch * inputs.grid.patches());
-    wide_confidence = Buffer<scalar_t>(count);
-    wide_class_entropy = Buffer<scalar_t>(count);
-    confidence = wide_confidence.data();
-    class_entropy = wide_class_entropy.data();
-    dtype = DType::kFloat32;
-    patch_statistics_forward<scalar_t>(
-        inputs, {entropy.data(), wide_confidence.data(), wide_class_entropy.data(), dtype}, parallel);
-  }
-};
-
-}  // namespace
-
-template <typename scalar_t>
-void patch_statistics_backward(const StatisticsInputs& inputs, const void* confidence, const void* class_entropy,
-                               const void* grad_entropy, const void* grad_confidence, const void* grad_class_entropy,
+void patch_statistics_backward(const StatisticsInputs& inputs, const scalar_t* confidence,
+                               const scalar_t* class_entropy, const StatisticsOutputs<const scalar_t>& grads,
                                void* grad_input, const Parallel& parallel) {
   const PatchGrid& g = inputs.grid;
   const int64_t width = g.image[2], classes = g.classes, patches = g.patches(), size = size_of(inputs.dtype);
@@ -178,30 +145,24 @@ void patch_statistics_backward(const StatisticsInputs& inputs, const void* confi
   const scalar_t scale = scalar_t(inputs.normalize ? 1.0 / std::log(double(classes)) : 1.0);
   const scalar_t per_pixel = scalar_t(1) / scalar_t(g.patch_pixels());
 
-  const SavedStatistics<scalar_t> saved(inputs, confidence, class_entropy, grad_class_entropy, parallel);
-
-  // Step 1: the coefficients from each patch to its pixels (see StatisticsGradientStrip).
+  // Step 1: what each patch passes on to each of its pixels (see StatisticsGradientStrip).
   const int64_t lines = 1 + 2 * classes;  // alpha, then beta and gamma of each class
   Buffer<scalar_t> coefficients(g.batch * lines * patches);
   parallel.share(g.batch, g.batch * lines * patches < kSerialWork, [&](int64_t first, int64_t last) {
     const int64_t count = classes * patches;
-    Buffer<scalar_t> mass(count), h(count), gh(count);  // h comes times `scale`
     const double limit = largest_share<scalar_t>(g);
     for (int64_t b = first; b < last; ++b) {
       scalar_t* alpha = coefficients.data() + b * lines * patches;
       scalar_t* beta = alpha + patches;
       scalar_t* gamma = beta + count;
-      read_elements(grad_entropy, inputs.dtype, b * patches, patches, alpha);
-      read_elements(grad_confidence, inputs.dtype, b * count, count, beta);
-      read_elements(saved.confidence, saved.dtype, b * count, count, mass.data());
-      read_elements(saved.class_entropy, saved.dtype, b * count, count, h.data());
-      read_elements(grad_class_entropy, inputs.dtype, b * count, count, gh.data());
-      for (int64_t j = 0; j < patches; ++j) alpha[j] *= per_pixel * scale;
+      const scalar_t *mass = confidence + b * count, *h = class_entropy + b * count;  // h comes times `scale`
+      const scalar_t *gc = grads.confidence + b * count, *gh = grads.class_entropy + b * count;
+      for (int64_t j = 0; j < patches; ++j) alpha[j] = grads.entropy[b * patches + j] * (per_pixel * scale);
       for (int64_t j = 0; j < count; ++j) {
         const double exact = mass[j] <= 0 ? 0.0 : double(gh[j]) / double(mass[j]) * double(per_pixel);
         const scalar_t share = std::abs(exact) > limit ? scalar_t(0) : scalar_t(exact);
         gamma[j] = share * scale;
-        beta[j] = beta[j] * per_pixel - share * h[j];
+        beta[j] = gc[j] * per_pixel - share * h[j];
       }
     }
   });
@@ -239,11 +200,11 @@ void patch_statistics_backward(const StatisticsInputs& inputs, const void* confi
   });
 }
 
-#define PGLCL_INSTANTIATE(scalar_t)                                                                                 \
-  template void patch_statistics_forward<scalar_t>(const StatisticsInputs&, const StatisticsOutputs&,               \
-                                                   const Parallel&);                                                \
-  template void patch_statistics_backward<scalar_t>(const StatisticsInputs&, const void*, const void*, const void*, \
-                                                    const void*, const void*, void*, const Parallel&);
+#define PGLCL_INSTANTIATE(scalar_t)                                                                             \
+  template void patch_statistics_forward<scalar_t>(const StatisticsInputs&, const StatisticsOutputs<scalar_t>&, \
+                                                   const Parallel&);                                            \
+  template void patch_statistics_backward<scalar_t>(const StatisticsInputs&, const scalar_t*, const scalar_t*,  \
+                                                    const StatisticsOutputs<const scalar_t>&, void*, const Parallel&);
 PGLCL_INSTANTIATE(float)
 PGLCL_INSTANTIATE(double)
 

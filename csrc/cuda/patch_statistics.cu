@@ -37,36 +37,39 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, IntArray patch_s
                                            bool probabilities, bool normalize) {
   const PatchGrid grid = require_patch_grid(input, patch_size, stride);
   const DeviceGuard guard(input);
-  const Tensor entropy = empty(input, patch_grid_shape(input, grid, false));
-  const Tensor confidence = empty(input, patch_grid_shape(input, grid, true));
-  const Tensor class_entropy = empty(input, patch_grid_shape(input, grid, true));
+  const ScalarType type = accumulate_type(input);
+  const Tensor entropy = empty(input, patch_grid_shape(input, grid, false), type);
+  const Tensor confidence = empty(input, patch_grid_shape(input, grid, true), type);
+  const Tensor class_entropy = empty(input, patch_grid_shape(input, grid, true), type);
   with_element_type(input, [&]<typename T>() {
-    cuda::run_statistics_forward<T>(statistics_input<T>(input, grid, probabilities, normalize),
-                                    {output_of<T>(entropy), output_of<T>(confidence), output_of<T>(class_entropy)},
-                                    current_stream());
+    using scalar_t = typename Accumulate<T>::type;
+    cuda::run_statistics_forward<T>(
+        statistics_input<T>(input, grid, probabilities, normalize),
+        {output_of<scalar_t>(entropy), output_of<scalar_t>(confidence), output_of<scalar_t>(class_entropy)},
+        current_stream());
   });
   PGLCL_CHECK_LAUNCH();
   return {entropy, confidence, class_entropy};
 }
 
-// confidence and class_entropy, which are rounded, are summed again instead of read.
+// confidence and class_entropy are summed again instead of read, with the digits of the smallest probabilities.
 Tensor backward(const Tensor& grad_entropy, const Tensor& grad_confidence, const Tensor& grad_class_entropy,
                 const Tensor& input, const Tensor&, const Tensor&, IntArray patch_size, IntArray stride,
                 bool probabilities, bool normalize) {
   const PatchGrid grid = require_patch_grid(input, patch_size, stride);
-  const ScalarType type = input.scalar_type();
+  const ScalarType type = accumulate_type(input);
   require_tensor(grad_entropy, "grad_entropy", input, type, patch_grid_shape(input, grid, false));
   require_tensor(grad_confidence, "grad_confidence", input, type, patch_grid_shape(input, grid, true));
   require_tensor(grad_class_entropy, "grad_class_entropy", input, type, patch_grid_shape(input, grid, true));
   const DeviceGuard guard(input);
   const Tensor grad_input = torch::stable::empty_like(input);
-  const Tensor coefficients = empty(input, {2, grid.batch, grid.classes, grid.patches()}, accumulate_type(input));
+  const Tensor coefficients = empty(input, {2, grid.batch, grid.classes, grid.patches()}, type);
   with_element_type(input, [&]<typename T>() {
     using scalar_t = typename Accumulate<T>::type;
     scalar_t* gamma = output_of<scalar_t>(coefficients);
     cuda::run_statistics_backward<T>(
-        statistics_input<T>(input, grid, probabilities, normalize), strided_input<T>(grad_entropy, false),
-        strided_input<T>(grad_confidence, true), strided_input<T>(grad_class_entropy, true),
+        statistics_input<T>(input, grid, probabilities, normalize), strided_input<scalar_t>(grad_entropy, false),
+        strided_input<scalar_t>(grad_confidence, true), strided_input<scalar_t>(grad_class_entropy, true),
         {gamma, gamma + coefficients.stride(0)}, strided(output_of<T>(grad_input), grad_input, true), current_stream());
   });
   PGLCL_CHECK_LAUNCH();

@@ -171,9 +171,9 @@ struct Statistics {
     std::vector<float> out(patches + 2 * all + (forward ? 0 : logits.size()));
     float *confidence = out.data() + patches, *class_entropy = confidence + all;
     const float* g = upstream.data();
-    patch_statistics_forward<float>(x, {out.data(), confidence, class_entropy, DType::kFloat32}, parallel);
+    patch_statistics_forward<float>(x, {out.data(), confidence, class_entropy}, parallel);
     if (!forward)
-      patch_statistics_backward<float>(x, confidence, class_entropy, g, g + patches, g + patches + all,
+      patch_statistics_backward<float>(x, confidence, class_entropy, {g, g + patches, g + patches + all},
                                        class_entropy + all, parallel);
     return out;
   }

@@ -55,16 +55,17 @@ void statistics(const Grid& g) {
   const pglcl::cuda::Strided<const T> in{logits.data(), g.classes * pixels, pixels, {pixels, g.width, 1}};
   const pglcl::cuda::StatisticsInput<T> input{in, pglcl::cuda::narrowed(grid), false, false,
                                               std::log(double(g.classes))};
-  auto out = unwritten<T>(patches * (1 + 2 * g.classes));
+  auto out = unwritten<scalar_t>(patches * (1 + 2 * g.classes));
   pglcl::cuda::run_statistics_forward<T>(input,
                                          {out.data(), out.data() + patches, out.data() + patches * (1 + g.classes)}, 0);
   const std::string name = std::string("statistics of ") + Numbers<T>::kName;
   compare(name, decode(out), brute(g, start), Numbers<T>::kTolerance);
 
   const Values weights = numbers<T>(int64_t(out.size()));
-  const std::vector<T> upstream = encode<T>(weights);
+  const std::vector<scalar_t> upstream = encode<scalar_t>(weights);
   const auto gradient_of = [&](int64_t first, bool classes) {
-    return pglcl::cuda::Strided<const T>{upstream.data() + first, 0, classes ? patches : 0, {patches, columns, 1}};
+    return pglcl::cuda::Strided<const scalar_t>{
+        upstream.data() + first, 0, classes ? patches : 0, {patches, columns, 1}};
   };
   auto coefficients = unwritten<scalar_t>(2 * g.classes * patches);
   auto gradient = unwritten<T>(g.classes * pixels);

@@ -2,8 +2,7 @@
 // they add up meets in warp reductions, without atomics.
 //
 // Backward, a first kernel of the same kind turns the upstream gradients into coefficients of each patch, from sums of
-// its own in the accumulating type: the outputs of the forward pass are rounded. A second one gathers them pixel by
-// pixel.
+// its own, which keep the digits of a class of denormal probabilities. A second one gathers them pixel by pixel.
 #pragma once
 
 #include <initializer_list>
@@ -340,20 +339,20 @@ struct PatchPosition {
   }
 };
 
-template <typename T>
+template <typename scalar_t>
 struct StatisticsOutput {
-  T *entropy, *confidence, *class_entropy;  // contiguous
+  scalar_t *entropy, *confidence, *class_entropy;  // contiguous
 };
 
 // kPixels: neighbours along a row that one lane reads at once; patch width, stride and all strides in memory are
 // multiples of it.
 template <typename T, int kHeld, int kPixels>
-PGLCL_KERNEL patch_statistics_forward(StatisticsInput<T> s, StatisticsOutput<T> out) {
+PGLCL_KERNEL patch_statistics_forward(StatisticsInput<T> s, StatisticsOutput<typename Accumulate<T>::type> out) {
   using scalar_t = typename Accumulate<T>::type;
   const StatisticsGrid& g = s.grid;
   const PatchPosition patch(g);
   if (!patch.there) return;  // the whole warp
-  const Global<T> entropy(out.entropy), confidence(out.confidence), class_entropy(out.class_entropy);
+  const Global<scalar_t> entropy(out.entropy), confidence(out.confidence), class_entropy(out.class_entropy);
   const scalar_t count = scalar_t(int64_t(g.patch[0]) * g.patch[1] * g.patch[2]);
   const scalar_t scale = s.normalize ? scalar_t(1 / s.log_classes) : scalar_t(1);
   const scalar_t highest = s.probabilities ? scalar_t(INFINITY) : s.normalize ? scalar_t(1) : scalar_t(s.log_classes);
@@ -362,13 +361,13 @@ PGLCL_KERNEL patch_statistics_forward(StatisticsInput<T> s, StatisticsOutput<T> 
         const int64_t at = (patch.b * g.classes + k) * g.patches + patch.index;
         scalar_t h = mass == scalar_t(0) ? scalar_t(0) : product / mass * scale;
         if (h > highest) h = highest;
-        confidence.store(at, narrow<T>(mass / kMassScale<scalar_t> / count));
-        class_entropy.store(at, narrow<T>(h));
+        confidence.store(at, mass / kMassScale<scalar_t> / count);
+        class_entropy.store(at, h);
       });
   if (thread_index() % 32 != 0) return;
   scalar_t h = total / count * scale;
   if (h > highest) h = highest;
-  entropy.store(patch.b * g.patches + patch.index, narrow<T>(h));
+  entropy.store(patch.b * g.patches + patch.index, h);
 }
 
 // Of class k in a patch, of mass m = sum of p_k times kMassScale, entropy H_k and upstream gradient u of H_k:
@@ -379,17 +378,18 @@ struct StatisticsCoefficients {
 };
 
 template <typename T, int kHeld, int kPixels>
-PGLCL_KERNEL patch_statistics_coefficients(StatisticsInput<T> s, Strided<const T> grad_class_entropy,
+PGLCL_KERNEL patch_statistics_coefficients(StatisticsInput<T> s,
+                                           Strided<const typename Accumulate<T>::type> grad_class_entropy,
                                            StatisticsCoefficients<typename Accumulate<T>::type> out) {
   using scalar_t = typename Accumulate<T>::type;
   const StatisticsGrid& g = s.grid;
   const PatchPosition patch(g);
   if (!patch.there) return;  // the whole warp
-  const Global<const T> upstream(grad_class_entropy.data);
+  const Global<const scalar_t> upstream(grad_class_entropy.data);
   const scalar_t scale = s.normalize ? scalar_t(1 / s.log_classes) : scalar_t(1);
   sum_patch<T, kHeld, kPixels>(s, patch.b, patch.z, patch.y, patch.x, [&](int k, scalar_t mass, scalar_t product) {
     const int64_t at = (patch.b * g.classes + k) * g.patches + patch.index;
-    const scalar_t u = widen(upstream.load(grad_class_entropy.offset(patch.b, k, patch.z, patch.y, patch.x)));
+    const scalar_t u = upstream.load(grad_class_entropy.offset(patch.b, k, patch.z, patch.y, patch.x));
     const scalar_t gamma = mass == scalar_t(0) ? scalar_t(0) : u * scale / mass;
     Global<scalar_t>(out.gamma).store(at, gamma);
     Global<scalar_t>(out.kappa).store(at, mass == scalar_t(0) ? scalar_t(0) : gamma * (product / mass));
@@ -408,7 +408,7 @@ struct PatchSpan {
 
 template <typename T>
 struct StatisticsGradients {
-  Strided<const T> entropy, confidence;  // upstream
+  Strided<const typename Accumulate<T>::type> entropy, confidence;  // upstream
   StatisticsCoefficients<const typename Accumulate<T>::type> coefficients;
   Strided<T> input;  // to be written
 };
@@ -420,7 +420,7 @@ PGLCL_KERNEL patch_statistics_backward(StatisticsInput<T> s, StatisticsGradients
   using scalar_t = typename Accumulate<T>::type;
   const StatisticsGrid& g = s.grid;
   const Global<const T> input(s.input.data);
-  const Global<const T> grad_entropy(grads.entropy.data), grad_confidence(grads.confidence.data);
+  const Global<const scalar_t> grad_entropy(grads.entropy.data), grad_confidence(grads.confidence.data);
   const Global<const scalar_t> gammas(grads.coefficients.gamma), kappas(grads.coefficients.kappa);
   const Global<T> grad_input(grads.input.data);
   const int64_t pixel = int64_t(block_index()) * kStatisticsThreads + thread_index();
@@ -447,19 +447,17 @@ PGLCL_KERNEL patch_statistics_backward(StatisticsInput<T> s, StatisticsGradients
         for (int y = ys.first; y < ys.last; ++y)
           for (int x = xs.first; x < xs.last; ++x) {
             const int64_t j = (b * classes + k) * g.patches + (int64_t(z) * g.grid[1] + y) * g.grid[2] + x;
-            sums.confidence += scalar_t(widen(grad_confidence.load(grads.confidence.offset(b, k, z, y, x))));
+            sums.confidence += grad_confidence.load(grads.confidence.offset(b, k, z, y, x)) * per_pixel;
             sums.gamma += gammas.load(j);
             sums.kappa += kappas.load(j);
           }
-      sums.confidence *= per_pixel;
       return sums;
     };
     scalar_t dh = 0;
     for (int z = zs.first; z < zs.last; ++z)
       for (int y = ys.first; y < ys.last; ++y)
         for (int x = xs.first; x < xs.last; ++x)
-          dh += scalar_t(widen(grad_entropy.load(grads.entropy.offset(b, 0, z, y, x))));
-    dh *= per_pixel * scale;
+          dh += grad_entropy.load(grads.entropy.offset(b, 0, z, y, x)) * (per_pixel * scale);
     scalar_t weighted = 0;  // sum of p_k dL/dp_k, with h held fixed
     for (int k = 0; k < classes; ++k) {
       const scalar_t value = widen(input.load(at + k * s.input.classes));
@@ -509,7 +507,8 @@ inline int64_t statistics_blocks(const StatisticsGrid& g) {
 }
 
 template <typename T>
-void run_statistics_forward(const StatisticsInput<T>& s, const StatisticsOutput<T>& out, PglclStream stream) {
+void run_statistics_forward(const StatisticsInput<T>& s, const StatisticsOutput<typename Accumulate<T>::type>& out,
+                            PglclStream stream) {
   const int64_t blocks = statistics_blocks(s.grid);
   if (blocks == 0) return;
   with_statistics_path(s, [&]<int kHeld, int kPixels>() {
@@ -520,8 +519,9 @@ void run_statistics_forward(const StatisticsInput<T>& s, const StatisticsOutput<
 
 // gamma and kappa of StatisticsCoefficients: (B, K, patches) each, to be written and read here.
 template <typename T, typename scalar_t = typename Accumulate<T>::type>
-void run_statistics_backward(const StatisticsInput<T>& s, const Strided<const T>& grad_entropy,
-                             const Strided<const T>& grad_confidence, const Strided<const T>& grad_class_entropy,
+void run_statistics_backward(const StatisticsInput<T>& s, const Strided<const scalar_t>& grad_entropy,
+                             const Strided<const scalar_t>& grad_confidence,
+                             const Strided<const scalar_t>& grad_class_entropy,
                              const StatisticsCoefficients<scalar_t>& coefficients, const Strided<T>& grad_input,
                              PglclStream stream) {
   const int64_t blocks = statistics_blocks(s.grid);
