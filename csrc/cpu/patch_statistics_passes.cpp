@@ -145,7 +145,7 @@ void patch_statistics_backward(const StatisticsInputs& inputs, const scalar_t* c
   const scalar_t scale = scalar_t(inputs.normalize ? 1.0 / std::log(double(classes)) : 1.0);
   const scalar_t per_pixel = scalar_t(1) / scalar_t(g.patch_pixels());
 
-  // Step 1: what each patch passes on to each of its pixels (see StatisticsGradientStrip).
+  // Step 1: the coefficients from each patch to its pixels (see StatisticsGradientStrip).
   const int64_t lines = 1 + 2 * classes;  // alpha, then beta and gamma of each class
   Buffer<scalar_t> coefficients(g.batch * lines * patches);
   parallel.share(g.batch, g.batch * lines * patches < kSerialWork, [&](int64_t first, int64_t last) {

@@ -1,7 +1,6 @@
 // Arithmetic of one strip of image rows of the patch statistics (method, section 2), compiled once per instruction set.
 //
-// Both passes walk down a strip one vector of columns at a time, with what belongs to these columns in registers. The
-// number of classes is a template argument for the common ones.
+// Both passes walk down a strip one vector of columns at a time. Common numbers of classes are template arguments.
 #include "statistics_strip.h"
 
 #include "elements.h"
