@@ -6,6 +6,7 @@ merges the log-sum-exps of one part after another. It then holds the keys of onl
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from pglcl_ext._arguments import ContrastArguments, ContrastOutputs, Side
 from pglcl_ext._autograd import run
-from pglcl_ext._checks import REDUCTIONS
+from pglcl_ext._checks import REDUCTIONS, dtype_name
 from pglcl_ext._library import ops
 
 __all__ = ["GATHERS", "SharedGroup", "all_keys_contrast", "first_row", "gather_rows", "ring_contrast"]
@@ -42,12 +43,20 @@ class SharedGroup:
         )
 
 
-def _sizes(rows: int, device: torch.device, group: Any) -> list[int]:
-    """The number of rows of every rank."""
-    mine = torch.tensor([rows], device=device)
-    sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, mine, group=group)
-    return [int(size) for size in sizes]
+def _sizes(tensors: list[Tensor], group: Any, manner: str) -> list[int]:
+    """The number of rows of every rank. Ranks must agree in all else, since they exchange bytes without a type."""
+    kind = ", ".join(f"{dtype_name(t)} {('rows', *t.shape[1:])}".replace("'", "") for t in tensors)
+    sent = torch.tensor([len(tensors[0]), zlib.crc32(f"{manner} {kind}".encode())], device=tensors[0].device)
+    every = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, sent, group=group)
+    sizes, kinds = zip(*(t.tolist() for t in every))
+    for rank, other in enumerate(kinds):
+        if other != kinds[dist.get_rank(group)]:
+            raise ValueError(
+                f"every rank must give tensors of the same dtypes and sizes, except for the number of rows, and the "
+                f"same options: rank {rank} of the group differs from this one, which gives {kind} by {manner}"
+            )
+    return list(sizes)
 
 
 def _bytes(t: Tensor, rows: int) -> Tensor:
@@ -70,7 +79,7 @@ def gather_rows(tensors: list[Tensor], group: Any) -> list[Tensor]:
 
     All `tensors` of a rank must have the same number of rows, which may differ between ranks.
     """
-    sizes = _sizes(len(tensors[0]), tensors[0].device, group)
+    sizes = _sizes(tensors, group, "gathering")
     packed = torch.cat([_bytes(t, max(sizes)) for t in tensors], dim=1)
     parts = [torch.empty_like(packed) for _ in sizes]
     dist.all_gather(parts, packed, group=group)
@@ -86,7 +95,7 @@ class _GatherKeys(torch.autograd.Function):
     def forward(ctx: Any, keys: Tensor, group: Any) -> Tensor:
         ctx.group, ctx.rows = group, len(keys)
         (gathered,) = gather_rows([keys], group)
-        ctx.first = first_row(len(keys), keys.device, group)
+        ctx.first = first_row(keys, group)
         return gathered
 
     @staticmethod
@@ -96,9 +105,9 @@ class _GatherKeys(torch.autograd.Function):
         return wide[ctx.first : ctx.first + ctx.rows].to(grad.dtype), None
 
 
-def first_row(rows: int, device: torch.device, group: Any) -> int:
+def first_row(own: Tensor, group: Any) -> int:
     """The index at which this rank's rows begin among those of all ranks."""
-    return sum(_sizes(rows, device, group)[: dist.get_rank(group)])
+    return sum(_sizes([own], group, "gathering")[: dist.get_rank(group)])
 
 
 def _own_keys(x: ContrastArguments) -> Side:
@@ -141,7 +150,7 @@ def all_keys_contrast(
     own = _own_keys(x)
     embeddings, *others = _given(own)
     keys = Side(_GatherKeys.apply(embeddings, group), *gather_rows(others, group))
-    offset = first_row(len(embeddings), embeddings.device, group) if x.keys is None else -1
+    offset = first_row(embeddings, group) if x.keys is None else -1
     outputs = contrast(_with_keys(x, keys, offset, NONE if x.numbers.reduction == NONE else SUM))
     return _reduce(outputs.loss, outputs.num_valid, x.numbers.reduction, group)
 
@@ -199,7 +208,7 @@ class _RingContrast(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchors: Tensor, own_keys: Tensor, x: ContrastArguments, group: Any) -> tuple[Tensor, Tensor]:
-        ctx.ring, ctx.sizes = _Ring(group), _sizes(len(own_keys), own_keys.device, group)
+        ctx.ring, ctx.sizes = _Ring(group), _sizes(_given(_own_keys(x)), group, "a ring")
         sums = None
         for part in _RingContrast.parts(ctx, x):
             outputs = ContrastOutputs(*run(ops.patch_contrast.default, part.flat()))

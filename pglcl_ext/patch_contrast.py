@@ -105,7 +105,8 @@ def patch_contrast_loss(
         beyond float32 are computed in float64; with ``gather="ring"`` they make the loss NaN or infinite.
 
     Raises:
-        ValueError: shapes or devices that do not fit, options that exclude each other, values out of range.
+        ValueError: shapes or devices that do not fit, options that exclude each other, values out of range, or ranks
+            whose dtypes or sizes differ in more than the number of rows.
         TypeError: wrong dtypes.
     """
     loss, _ = patch_contrast(
@@ -234,7 +235,7 @@ def _with_counted_bounds(
     labels, descriptors, self_offset = keys.labels, keys.descriptors, 0
     if group is not None:
         labels, descriptors = gather_rows([labels, descriptors], group)
-        self_offset = first_row(len(keys.labels), keys.labels.device, group)
+        self_offset = first_row(keys.labels, group)
     dtype = accumulate_dtype(x.anchors.embeddings.dtype)
     bounds = {}
     for name, count, positives in (("positive", num_positives, True), ("negative", num_negatives, False)):

@@ -168,6 +168,36 @@ def test_queues_stay_equal(tmp_path: Path) -> None:
     mp.spawn(equal_queues, (3, str(tmp_path)), nprocs=3)
 
 
+def disagree(rank: int, world: int, folder: str) -> None:
+    join(rank, world, folder)
+    z, y, h = side(9, rank)
+    group, other = dist.group.WORLD, rank == 1
+    differs = f"rank {1 - rank} of the group differs from this one, which gives"
+    for gather in ("all", "ring"):
+        module = PatchContrastLoss(group=group, gather=gather)
+        for call in (
+            (z.bfloat16() if other else z.half(), y),
+            (z[:, :4] if other else z[:, :2], y),
+            (z[:, :2] if other else z[:, :4].float(), y),  # as many bytes
+            (z, y, h if other else None),
+            (z, y, h[:, None] if other else h[:, None].expand(9, 2)),
+        ):
+            with pytest.raises(ValueError, match=f"every rank must give tensors of the same dtypes .*: {differs}"):
+                module(*call)
+    with pytest.raises(ValueError, match=f"{differs} float64 .rows, {DEPTH}."):
+        PatchContrastLoss(group=group, gather="ring" if other else "all")(z, y)
+    with pytest.raises(ValueError, match=differs):
+        patch_contrast_loss(z, y, h, num_positives=2 if other else None, group=group)
+    with pytest.raises(ValueError, match=differs):
+        EmbeddingQueue(3, DEPTH, 6, process_group=group).enqueue(z.half() if other else z.bfloat16(), y)
+    assert patch_contrast_loss(z, y, group=group).isfinite()  # the ranks still meet
+    leave()
+
+
+def test_ranks_that_disagree_are_refused(tmp_path: Path) -> None:
+    mp.spawn(disagree, (2, str(tmp_path)), nprocs=2)
+
+
 def survive_a_dead_rank(rank: int, world: int, folder: str, gather: str) -> None:
     join(rank, world, folder, seconds=4)
     z, y, h = side(8, rank)
