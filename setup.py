@@ -1,4 +1,4 @@
-"""Drives CMakeLists.txt, which describes the native build; metadata is in pyproject.toml."""
+"""Runs the native build, which CMakeLists.txt describes. Metadata is in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from find_torch import TORCH_REQUIREMENT  # noqa: E402
 
 
 class FreshPackages(build_py):
-    """setuptools never empties build/lib: a module that the sources no longer have would stay in every wheel."""
+    """Empties build/lib first. setuptools does not, so a deleted module would stay in every wheel."""
 
     def run(self) -> None:
         if not self.editable_mode:

@@ -190,7 +190,7 @@ def in_child(function: Callable[..., Any], *arguments: Any, device: str = "cpu",
 
 def _alone(make: Callable[..., Calls], case: dict, contender: str, which: str, warm: dict, threads: int) -> int:
     torch.set_num_threads(threads)
-    make(**warm)[contender][which]()  # what is allocated once: threads, handles, compiled code
+    make(**warm)[contender][which]()  # allocates what is needed only once: threads, handles, code
     call = make(**case)[contender][which]
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:

@@ -1,4 +1,4 @@
-"""Shared fixtures. Every test of an op runs on the CPU, and on a GPU too where one is visible."""
+"""Shared fixtures. Every test of an op runs on the CPU, and also on a GPU if one is visible."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ if torch.cuda.is_available() and build_info()["cuda_built"]:
     DEVICES.append("cuda")
 
 ROOT = Path(__file__).parent.parent
-# Of each test, in seconds of processor time, written by `pytest --measure`.
+# Seconds of processor time of each test, written by `pytest --measure`.
 DURATIONS = Path(__file__).with_name("durations.json")
 MEASURED: dict[str, float] = {}
-LONGEST_FAST = 0.15  # of a test that `make test-fast` runs
+LONGEST_FAST = 0.15  # seconds of the longest test that `make test-fast` runs
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         metavar="CAPABILITY",
         help="run the ops' CUDA code, host and device, on an emulated device of this compute capability (75, 80, 86, "
-        "90) in the place of the CPU's; tests that are about the CPU's own code are left out",
+        "90) instead of the CPU's code; tests of the CPU's own code are left out",
     )
     parser.addoption("--draw", type=int, metavar="COUNT", help="run COUNT of the tests, drawn by --draw-seed")
     parser.addoption("--draw-seed", type=int, default=0, metavar="SEED")
@@ -47,12 +47,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=Path,
         metavar="FILE",
         help="write the processor time of each test that takes a tenth of a second to FILE, e.g. tests/durations.json, "
-        "from which the marks of slow tests come; what FILE says of tests that do not run is kept",
+        "from which the marks of slow tests come; FILE keeps its times of tests that do not run",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, and so would be what tests start
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # in a shell's background job; processes that tests start would ignore it, too
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("--emulated") is not None:
         from tests.simt import emulator
@@ -70,7 +72,7 @@ ABOUT_THE_CPU = (
 
 
 def _processor_seconds() -> float:
-    """Of this process and of those children that have ended: what else runs on the machine does not count."""
+    """Seconds of this process and of its ended children. Other processes on the machine do not count."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
@@ -107,14 +109,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = kept
 
 
-# An emulated device takes a microsecond for each access of each thread: the largest problems of the ops' tests are cut
-# to this many rows, which are several tiles of every kernel and no multiple of one.
+# An emulated device takes a microsecond for each access of each thread. So the largest problems of the ops' tests are
+# cut to this many rows, which are several tiles of every kernel but no multiple of a tile.
 MOST_EMULATED_ROWS = 150
 
 
 @pytest.fixture(autouse=True)
 def _size_of_problems(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one place where tests of an emulated device are made smaller: the random problems that they share."""
+    """Makes the random problems that tests share smaller on an emulated device. No other place does this."""
     if request.config.getoption("--emulated") is not None and request.path.parent == ROOT / "tests":
         from tests import problems
 
@@ -128,7 +130,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def data_folder() -> Path | None:
-    """Real volumes for the tests that want them: PGLCL_DATA, or shared/data beside the repository."""
+    """The folder of real volumes for tests that need them: PGLCL_DATA, or shared/data beside the repository."""
     for place in (os.environ.get("PGLCL_DATA"), ROOT.parent / "shared" / "data", ROOT / "shared" / "data"):
         if place and Path(place).is_dir():
             return Path(place)
@@ -136,7 +138,7 @@ def data_folder() -> Path | None:
 
 
 def free_ports(count: int = 1) -> list[int]:
-    """Ports of this machine that nobody listens to."""
+    """Ports of this machine on which no process listens."""
     with contextlib.ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:
@@ -156,7 +158,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The instruction set that the CPU's kernels use in this test, each that the processor has in turn."""
+    """The instruction set of the CPU's kernels in this test: each in turn that the processor has."""
     name: str = request.param
     monkeypatch.setenv("PGLCL_CPU_ISA", name)
     if build_info()["cpu_instruction_set"] != name:
@@ -166,14 +168,14 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def set_threads() -> Iterator[Callable[[int], None]]:
-    """Sets the number of threads, for this test alone."""
+    """Sets the number of threads, only for this test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
 
 
 def _memory(field: str) -> int:
-    """Bytes of this process as Linux counts them: VmRSS, resident now, or VmHWM, at most."""
+    """Bytes of this process as Linux counts them: VmRSS, resident now, or VmHWM, their peak."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
@@ -188,7 +190,7 @@ def peak_growth() -> Callable[[Callable[[], None]], int]:
         pytest.skip("needs Linux, which counts the peak of a process's memory")
 
     def measure(function: Callable[[], None]) -> int:
-        reset.write_text("5")  # the peak begins anew
+        reset.write_text("5")  # resets the peak
         before = _memory("VmRSS")
         function()
         return _memory("VmHWM") - before

@@ -1,4 +1,4 @@
-"""The ops on inputs that nobody chose, against the reference in float64.
+"""The ops on random inputs, against the reference in float64.
 
     python -m tests.fuzz --minutes 3 [--seed 0]
 
@@ -69,7 +69,7 @@ CORPUS = [
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:
-    """The same numbers, in a part of a wider tensor, one element off its start, or transposed."""
+    """The same numbers in another layout: part of a wider tensor, one element after its start, or transposed."""
     if layout == "strided":
         wide = t.new_zeros(t.shape[0], 2 * t.shape[1] + 3)
         wide[:, 1 : 1 + 2 * t.shape[1] : 2] = t
@@ -134,15 +134,15 @@ def check_contrast(case: Contrast) -> None:
     norms = [float(t.double().norm(dim=1).max()) if t.numel() else 0.0 for t in embeddings]
     largest = norms[0] * norms[-1] / case.temperature
     if case.dtype != 0 and largest > 1e36:
-        return  # a float32 has no room for such a logit
+        return  # float32 cannot hold such a logit
     with with_threads(case.threads):
         ours = loss_and_gradients(patch_contrast_loss, [laid_out(t, case.layout) for t in embeddings], case, arguments)
     exact = loss_and_gradients(reference.patch_contrast_loss, [t.double() for t in embeddings], case, arguments)
-    # A logit is a sum of products of the accumulating type: off by its eps times the largest product that can occur.
+    # A logit is a sum of products of the accumulating type. Its error is the type's eps times the largest product.
     accumulated = torch.float64 if case.dtype == 0 else torch.float32
     off = (8 + case.d**0.5) * torch.finfo(accumulated).eps * largest
     close(ours[0], exact[0], 1e-5, off + 1e-6)
-    # A share of the softmax, at most 1, is off by as much as its exponent, and is multiplied with embeddings / tau.
+    # A share of the softmax is at most 1. It has the error of its exponent, and is multiplied by embeddings / tau.
     shares = min(1.0, math.expm1(min(off, 1.0)) + 1e-5)
     for got, want, other in zip(ours[1:], exact[1:], reversed(norms)):
         counted = 1 if case.reduction == "mean" else len(got)
@@ -162,9 +162,9 @@ def with_threads(count: int) -> Iterator[None]:
 
 
 def close(got: Tensor, want: Tensor, relative: float, floor: float) -> None:
-    """Within `relative` of what is wanted, or within `floor`, which counts alone where the true value is 0.
+    """Checks that `got` is within `relative` of `want`, or within `floor`, which alone counts for a true value of 0.
 
-    Finite, too, wherever the dtype has room for the true value.
+    It must also be finite wherever the dtype can hold the true value.
     """
     room = want.double().abs() < 0.9 * torch.finfo(got.dtype).max
     got, want = got.double()[room], want.double()[room]
@@ -208,11 +208,11 @@ def check_statistics(
     threads: int,
     seed: int,
 ) -> None:
-    """Entropy, confidence and class entropy, and the gradients of each, of logits up to `scale`."""
+    """Checks entropy, confidence and class entropy, and the gradient of each, for logits up to `scale`."""
     g = torch.Generator().manual_seed(seed)
     logits = (torch.randn(2, *shape, generator=g, dtype=torch.float64) * scale).to(DTYPES[dtype])
     exact_statistics = reference.patch_statistics(logits.double(), patch, stride)
-    # Of a class without mass in a patch the class entropy is a quotient that is open; of hardly any mass it is dropped.
+    # The class entropy of a class without mass in a patch is 0 / 0; that of a class with hardly any mass is dropped.
     present = exact_statistics.confidence > 1e-30
     weights = [torch.randn(t.shape, generator=g, dtype=torch.float64) for t in exact_statistics]
     weights[2] = torch.where(present, weights[2], 0)
@@ -235,7 +235,7 @@ def check_statistics(
 def check_disparity(
     dtype: int, n: int, m: int | None, channels: int, scale: float, ties: bool, layout: str, threads: int, seed: int
 ) -> None:
-    """Disparities of descriptors up to `scale`, on a coarse grid where `ties`, and their gradients."""
+    """Checks disparities of descriptors up to `scale`, and their gradients; `ties`: descriptors on a coarse grid."""
     g = torch.Generator().manual_seed(seed)
 
     def side(rows: int) -> Tensor:
@@ -258,7 +258,7 @@ def check_disparity(
 
 
 def check_gaussian(dtype: int, n: int, d: int, classes: int, temperature: float, weight: float, seed: int) -> None:
-    """Anchors of length 1 against classes of which one may be empty."""
+    """Checks anchors of length 1 against classes, one of which may be empty."""
     g = torch.Generator().manual_seed(seed)
     t = torch.nn.functional.normalize(torch.randn(n, d, generator=g, dtype=torch.float64), dim=1).to(DTYPES[dtype])
     accumulated = torch.float64 if dtype == 0 else torch.float32
@@ -288,7 +288,7 @@ powers = {
 }
 layouts = st.sampled_from(["contiguous", "strided", "misaligned", "transposed"])
 seeds, dtypes, threads = st.integers(0, 10**6), st.integers(0, 3), st.integers(1, 3)
-# Each check, and what it is called with.
+# Each check, and the strategy of its arguments.
 CHECKS: list[tuple[Callable[..., None], st.SearchStrategy[Any]]] = [
     (check_contrast, st.tuples(contrasts)),
     (
@@ -334,7 +334,7 @@ CHECKS: list[tuple[Callable[..., None], st.SearchStrategy[Any]]] = [
 
 
 def draw(check: Callable[..., None], cases: st.SearchStrategy[Any], seed: int) -> None:
-    """BATCH cases of a check; raises what the first bad one raised."""
+    """Runs BATCH cases of a check; raises the error of the first bad one."""
 
     @hypothesis.seed(seed)
     @hypothesis.settings(

@@ -18,12 +18,12 @@ import torch
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 TORCH = Path(torch.__file__).parent
-# As CMakeLists.txt compiles csrc; torch hides names that these builds show.
+# The flags with which CMakeLists.txt compiles csrc. The last one allows names that torch hides and these builds show.
 STABLE = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020d000000000000", "-Wno-attributes"]
 
 
 def compiler() -> str:
-    """g++, or clang++; the test that asks is skipped without either."""
+    """g++, or clang++; without either, the test is skipped."""
     found = shutil.which("g++") or shutil.which("clang++")
     if found is None:
         pytest.skip("needs a C++ compiler: neither g++ nor clang++ is on the path")
@@ -31,14 +31,14 @@ def compiler() -> str:
 
 
 def torch_includes(sources: Iterable[Path]) -> str:
-    """The lines that include torch's headers, for a header that is compiled once and comes first everywhere."""
+    """The lines that include torch's headers, for a precompiled header that every file includes first."""
     pattern = re.compile(r"^#include <(?:ATen|torch|c10(?!/cuda))/[^>]+>$", re.MULTILINE)
     lines = {line for path in sources for line in pattern.findall(path.read_text())}
     return "".join(f"{line}\n" for line in sorted(lines))
 
 
 def schemas(csrc: Path) -> str:
-    """The part of pglcl.cpp that defines the ops' schemas: the rest is the Python module."""
+    """The part of pglcl.cpp that defines the ops' schemas, without the Python module."""
     text = (csrc / "pglcl.cpp").read_text()
     includes = "".join(f"{line}\n" for line in re.findall(r"^#include <torch/[^>]+>$", text, re.MULTILINE))
     start = min(text.index(mark) for mark in ("#define PGLCL", "TORCH_LIBRARY(") if mark in text)
@@ -46,7 +46,7 @@ def schemas(csrc: Path) -> str:
 
 
 def digest(paths: Iterable[Path], *more: str) -> str:
-    """Names a build by what went into it."""
+    """A name for a build: a hash of its files and of `more`."""
     content = hashlib.sha256("\n".join([torch.__version__, *more]).encode())
     for path in sorted(paths):
         content.update(path.name.encode() + path.read_bytes())
@@ -56,7 +56,7 @@ def digest(paths: Iterable[Path], *more: str) -> str:
 def build(
     folder: Path, sources: Sequence[Path], target: Path, *, prefix: str, flags: Sequence[str], shared: bool
 ) -> None:
-    """Compiles `sources` (C++, whatever their names end in) after one precompiled header, and links them to torch.
+    """Compiles `sources` as C++, whatever their suffix, with one precompiled header, and links them to torch.
 
     Args:
         folder: where objects go.
@@ -87,7 +87,7 @@ def build(
 
 
 def cache(name: str) -> Path:
-    """Where builds are kept between runs."""
+    """The folder in which builds are kept between runs."""
     folder = Path(tempfile.gettempdir()) / f"pglcl_{os.getuid()}" / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pglcl_ext import patch_contrast_loss, reference
 
-MOST_ROWS = math.inf  # of the problems here; tests of an emulated device have fewer
+MOST_ROWS = math.inf  # of a problem; an emulated device sets it lower
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -53,7 +53,7 @@ class ContrastProblem:
         def side(count: int) -> tuple[Tensor, Tensor, Tensor | None]:
             labels = torch.randint(-1 if ignored else 0, classes, (count,), generator=g)
             shape = (count,) if channels == 1 else (count, channels or 1)
-            # Half of them on a coarse grid, so that ties occur.
+            # Half of the values lie on a coarse grid, so that ties occur.
             values = torch.rand(shape, generator=g)
             values = torch.where(torch.rand(shape, generator=g) < 0.5, (values * 8).round() / 8, values)
             return embeddings(count, d, generator=g), labels, values if channels else None
@@ -107,7 +107,7 @@ def assert_matches_reference(problem: ContrastProblem, dtype: torch.dtype, devic
         if oracle.keys is not None and ours.keys is not None:
             oracle.keys.copy_(ours.keys)
     value, expected = ours.loss(), oracle.loss(reference.patch_contrast_loss)
-    # Logits of up to 1 / temperature, rounded in the accumulating type, are exponentiated.
+    # Exponentials are of logits up to 1 / temperature, which are rounded in the accumulating type.
     temperature = problem.options.get("temperature", 0.1)
     rounding = 2 * torch.finfo(value.dtype).eps / temperature
     tolerance = TOLERANCE[dtype] + rounding

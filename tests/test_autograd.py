@@ -1,4 +1,4 @@
-"""The ops as citizens of torch.func, forward-mode differentiation, torch.compile and torch.export."""
+"""The ops in torch.func, forward-mode differentiation, torch.compile and torch.export."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def contrast(z: Tensor, keys: Tensor) -> Tensor:
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("function", [contrast, contrast_op])
 def test_transforms_of_the_op_and_of_what_is_compiled(function: Callable[..., Tensor], compiled: bool) -> None:
-    """Also transforms around one another, each with regard to another argument."""
+    """Also nested transforms, each with respect to another argument."""
 
     def inner(keys: Tensor) -> Tensor:
         return torch.func.grad_and_value(function)(z, keys)[1]
@@ -139,7 +139,7 @@ def test_a_batch_of_no_problems(name: str) -> None:
 
 
 class Scheduled(nn.Module):
-    """Reads its numbers from attributes, as a schedule sets them."""
+    """A module that reads its numbers from attributes, which a schedule may set."""
 
     def __init__(self, function: Callable[..., Tensor], **numbers: float) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ def test_a_number_that_changes_compiles_at_most_once_more(name: str, attribute: 
 
 
 def test_sizes_of_an_exported_loss_may_vary() -> None:
-    """Without a word on how large they get."""
+    """No bounds on the sizes are given."""
     gaussian = GaussianContrastLoss(3, 5, queue_length=8)
     gaussian.enqueue(torch.randn(20, 5), torch.arange(20) % 3)
     for strict in (False, True):

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say, and README says what they measured."""
+"""The benchmarks measure what they claim to measure, and README has their results."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def allocate(mebibytes: int, seconds: float = 0.0) -> runner.Calls:
 
 
 def test_limits_are_shares_of_the_larger_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """2 N^2 D operations a product: half of one forward, two for both passes, where the anchors are the keys."""
+    """A product has 2 N^2 D operations. If the anchors are the keys, the forward pass has half a product, both two."""
     monkeypatch.setattr(limits, "SQUARE", 64)
     monkeypatch.setattr(limits, "ROUNDS", 1000)
     monkeypatch.setattr(limits, "IMAGES", (((1, 2, 32, 32), 8, 8),))
@@ -139,7 +139,7 @@ def test_peers_compute_the_same_loss() -> None:
     for name in ("eager reference", "pytorch-metric-learning", "plain SupCon"):
         torch.testing.assert_close(calls[name]["forward"](), ours, rtol=1e-5, atol=1e-5)
         mine, theirs = (calls[c]["forward+backward"]()[0] for c in ("pglcl_ext", name))
-        if name == "pytorch-metric-learning":  # which normalises once more: no gradient along an embedding of norm 1
+        if name == "pytorch-metric-learning":  # normalises again, so there is no gradient along the embedding
             z = F.normalize(torch.randn(96, 16, generator=torch.Generator().manual_seed(0)), dim=1)
             mine = mine - (mine * z).sum(dim=1, keepdim=True) * z
         torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=1e-6)
@@ -156,7 +156,7 @@ def test_one_positive_a_row_is_a_cross_entropy() -> None:
 
 @pytest.mark.parametrize("with_keys", [False, True])
 def test_products_are_those_of_the_loss(with_keys: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every pair is met: with the similarities as weights the gradients are S K and S' A."""
+    """Every pair is computed: with the similarities as weights, the gradients are S K and S' A."""
     monkeypatch.setattr(peers, "BLOCK", 7)
     monkeypatch.setattr(torch, "zeros_like", lambda x: made.append(x.new_zeros(x.shape)) or made[-1])
     made: list[torch.Tensor] = []
@@ -221,7 +221,7 @@ def test_paired_interval() -> None:
 
 
 def ended(runs: Path, run: segmentation.Run, dice: float) -> None:
-    """What a finished run leaves in its folder."""
+    """Writes the files that a finished run leaves in its folder."""
     folder = run.folder(runs)
     folder.mkdir(parents=True)
     summary = [{"class": "mean", "dice": dice, "hd95": 3.0, "missed": 0, "stray": 2}]
@@ -243,7 +243,7 @@ def test_runs_are_collected_from_folder_and_results(tmp_path: Path) -> None:
     gain = segmentation.summarise(records.all())[1]["minus_base"]["dice"]
     assert gain == pytest.approx((0.1, 0.1, 0.1))
     assert "| copy-paste + patchcl | 0 |" in segmentation.table(records.all())
-    # Results of other options than today's are not those of today's matrix.
+    # Results of other options than the present ones do not count.
     committed[0]["options"]["steps"] += 1
     assert segmentation.Records(tmp_path / "here", committed).of(theirs) is None
 
@@ -283,7 +283,7 @@ RECORDS = [(f, question) for question in (*pages.MEASURED, *pages.ASKED) for f i
 
 @pytest.mark.parametrize(("folder", "question"), RECORDS, ids=[f"{f.name}-{q}" for f, q in RECORDS])
 def test_tables_are_those_of_the_results(folder: Path, question: str) -> None:
-    """And stand under the name of the processor that they were measured on, nowhere else."""
+    """They are also found only under the name of the processor that they were measured on."""
     content = pages.records(question)[folder]
     assert {"processor", "commit", "torch_running"} <= set(content["machine"])
     assert runner.folder_of(content["machine"]) == folder
@@ -304,7 +304,7 @@ def test_the_table_of_the_segmentation_is_that_of_its_results() -> None:
 
 
 def test_pages_quote_the_least_favourable_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second processor, where all contenders but ours take half of the time, and ours takes more memory."""
+    """The test adds a second processor, on which the other contenders take half the time, and ours more memory."""
     [first] = list(pages.records("loss"))[:1]
     second = {"processor": "Another", "cpu_instruction_set": "avx2"}
     for question in pages.MEASURED:

@@ -1,4 +1,4 @@
-"""The build, without our kernels: which torch is chosen, build folders that no longer fit, what is refused."""
+"""The build, without our kernels: the choice of torch, build folders that no longer fit, and errors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def fake_torch(environment: Path, version: str = "2.13.0+cpu") -> Path:
 
 
 def fake_programs(folder: Path) -> Path:
-    """cmake and ninja in a folder of their own, as an isolated build has them."""
+    """Puts cmake and ninja into a folder of their own, as in an isolated build."""
     folder.mkdir(parents=True)
     for name in ("cmake", "ninja"):
         (folder / name).symlink_to(shutil.which(name))
@@ -48,7 +48,7 @@ def fake_programs(folder: Path) -> Path:
 
 
 def tool(code: str, *path: Path, clean: bool = False, **variables: object) -> subprocess.CompletedProcess[str]:
-    """Runs `code` beside the build tools, with `path` before PATH, or `clean`, alone."""
+    """Runs `code` in the folder of the build tools. `path` comes before PATH, or with `clean` replaces it."""
     environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX", "CXX", "PGLCL_CUDA")}
     places = [*map(str, path), *([] if clean else [os.environ["PATH"]])]
     environment |= {"PATH": os.pathsep.join(places)} | {name: str(value) for name, value in variables.items()}
@@ -64,7 +64,7 @@ def last_line(result: subprocess.CompletedProcess[str]) -> str:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A source folder that the build tools take for ours, and that compiles in seconds."""
+    """A source folder that the build tools accept as ours, and that compiles in seconds."""
     root = tmp_path / "sources"
     root.mkdir()
     (root / "CMakeLists.txt").write_text(PROJECT)
@@ -157,7 +157,7 @@ def test_what_is_missing_is_said_in_one_line(project: Path, tmp_path: Path) -> N
 
 
 def read_only(folder: Path) -> list[str]:
-    """What to put before a command that must find `folder` read-only. Permissions do not bind root, who mounts it."""
+    """The start of a command that must find `folder` read-only. For root, who ignores permissions, it mounts it so."""
     if os.geteuid() != 0:
         for path in (folder, *folder.rglob("*")):
             path.chmod(path.stat().st_mode & ~0o222)

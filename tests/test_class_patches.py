@@ -1,4 +1,4 @@
-"""class_patches: where crops lie, what counts as a crop of a class, and what is refused."""
+"""class_patches: the places of crops, the crops that count for a class, and errors."""
 
 from __future__ import annotations
 

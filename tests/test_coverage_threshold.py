@@ -1,4 +1,4 @@
-"""CoverageThreshold: the share that it finds, its state, and what is refused."""
+"""CoverageThreshold: the share that it finds, its state, and errors."""
 
 from __future__ import annotations
 

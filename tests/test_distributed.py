@@ -54,10 +54,10 @@ def join(rank: int, world: int, folder: str, seconds: float = 60) -> None:
 
 
 def leave() -> None:
-    """Ends this process; without waiting for the interpreter's own end.
+    """Ends this process at once, without the interpreter's own shutdown.
 
-    DistributedDataParallel keeps the process group's threads past destroy_process_group(), and threads that run while
-    the interpreter is taken down now and then abort it.
+    DistributedDataParallel keeps the process group's threads after destroy_process_group(). Threads that run during the
+    shutdown sometimes abort it.
     """
     dist.barrier()
     dist.destroy_process_group()

@@ -24,7 +24,7 @@ GONE = {"--hard-anchors"}  # the changelog has its new name
 
 
 def run_page(name: str) -> dict[str, Any]:
-    """The names that the Python blocks of a page leave behind, run one after the other."""
+    """Runs the Python blocks of a page one after the other. Returns the variables that they leave."""
     text = (ROOT / "docs" / name).read_text(encoding="utf-8")
     names: dict[str, Any] = {"__name__": name}
     blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
@@ -100,7 +100,7 @@ def options_of_pglcl() -> set[str]:
 
 
 def options_of_scripts() -> set[str]:
-    """Of the parsers of benchmarks and tests, and of what the Makefile calls."""
+    """The options of the parsers of benchmarks and tests, and of the programs that the Makefile calls."""
     files = [path for name in ("benchmarks", "tests") for path in (ROOT / name).rglob("*.py")]
     added = r"add(?:_argument|option)\(\s*\"(--[a-z-]+)\""
     found = {option for path in files for option in re.findall(added, path.read_text(encoding="utf-8"))}

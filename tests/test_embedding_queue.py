@@ -1,4 +1,4 @@
-"""EmbeddingQueue against lists that keep the newest, in Python."""
+"""EmbeddingQueue against Python lists that keep the newest keys."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_state_survives_bit_for_bit_and_moves(tmp_path) -> None:
 
 
 def test_nothing_waits_for_a_device() -> None:
-    # Tensors without values: whatever reads one raises.
+    # Tensors without values, which cannot be read.
     queue = EmbeddingQueue(3, 4, 5).to("meta")
     queue.enqueue(torch.empty(7, 4, device="meta"), torch.empty(7, dtype=torch.int64, device="meta"))
     queue.statistics()
@@ -178,7 +178,7 @@ def test_keys_that_are_not_finite_are_left_out_with_a_word(bad: float) -> None:
     queue, expected = (EmbeddingQueue(2, 3, 8, descriptor_dim=1) for _ in range(2))
     z, y = torch.randn(9, 3, dtype=torch.float64), torch.arange(9) % 2
     h = torch.rand(9, dtype=torch.float64)
-    z[2, 1] = h[5] = bad  # 1e300 is none in the float32 of the queue
+    z[2, 1] = h[5] = bad  # 1e300 is infinite in the float32 of the queue
     with pytest.warns(UserWarning, match="EmbeddingQueue leaves out 2 of 9 keys: not finite in float32"):
         queue.enqueue(z, y, h)
     kept = [i for i in range(9) if i not in (2, 5)]
@@ -188,7 +188,7 @@ def test_keys_that_are_not_finite_are_left_out_with_a_word(bad: float) -> None:
     for name, t in queue.state_dict().items():
         assert torch.equal(t, expected.state_dict()[name]), name
     assert all(t.isfinite().all() for t in queue.statistics())
-    y[2] = y[5] = -1  # of no class, and so not worth a word
+    y[2] = y[5] = -1  # keys of no class give no warning
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         queue.enqueue(z, y, h)

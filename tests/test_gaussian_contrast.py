@@ -124,7 +124,7 @@ def test_same_bits_for_any_number_of_threads(dtype: torch.dtype, set_threads: Ca
 
 
 def test_exponents_that_overflow_a_plain_exponential(device: torch.device) -> None:
-    # psi = 4096, lambda = 4 and tau = 0.2 bring exponents of 50 t' S t, far above 88, where float32 ends.
+    # psi = 4096, lambda = 4 and tau = 0.2 give exponents of 50 t' S t, far above 88, where float32 ends.
     anchors, labels, means, covariances, counts = gaussian_problem(40, 8)
     naive = torch.exp(4 / (2 * 0.2**2) * (anchors.float() * 6) @ covariances[0].float() @ (anchors.float() * 6).t())
     assert torch.isinf(naive.diagonal()).any()
@@ -279,7 +279,7 @@ def test_module_state_survives_bit_for_bit(tmp_path) -> None:
 @pytest.mark.parametrize("pairwise", [False, True])
 @pytest.mark.parametrize("norm", [1e15, 1e18, 1e25])
 def test_exponents_beyond_float32(norm: float, pairwise: bool, isa: str) -> None:
-    """The loss is right, or infinite where float32 has no room; so is its gradient."""
+    """Loss and gradient are right, or infinite where float32 cannot hold them."""
     anchors, labels, means, covariances, counts = gaussian_problem(40, 6, pairwise=pairwise)
     anchors[::4] /= norm  # with moderate exponents
     statistics = means.float(), covariances.float()

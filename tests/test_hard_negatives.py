@@ -1,4 +1,4 @@
-"""hard_negative_statistics and the exact sampling in a slab that it rests on."""
+"""hard_negative_statistics, and the exact sampling in a slab that it uses."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_samples_lie_in_the_slab_and_follow_the_law(slab: tuple[float, float]) -
     low, high, here = stats.norm.logcdf(a), stats.norm.logcdf(b), stats.norm.logcdf(standard)
     uniform = (torch.tensor(here - high).exp() - math.exp(low - high)) / (1 - math.exp(low - high))
     assert stats.kstest(uniform.clamp(0, 1).numpy(), "uniform").pvalue > 1e-3
-    # Across v: what is left after regression on v.x is the conditional normal, whatever the slab.
+    # Across v: the rest after regression on v.x has the conditional normal distribution, for any slab.
     covariance = factor @ factor.T
     gain = covariance @ direction / spread**2
     rest = samples - mean - (along - direction @ mean)[:, None] * gain
@@ -104,7 +104,7 @@ def test_lie_between_the_classes() -> None:
         torch.testing.assert_close(means[i, i], plain_means[i])
         torch.testing.assert_close(covariances[i, i], plain_covariances[i])
         for j in range(3):
-            if i != j:  # nearer to the anchors' class than the class they stand for
+            if i != j:  # nearer to the anchors' class than the keys' own class
                 assert (means[i, j] - plain_means[i]).norm() < (plain_means[j] - plain_means[i]).norm()
                 assert torch.linalg.eigvalsh(covariances[i, j]).min() > -1e-6
 

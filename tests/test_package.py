@@ -1,4 +1,4 @@
-"""The package as installed: what it says of itself, and what it says when it cannot work."""
+"""The installed package: its information, and its errors when it cannot work."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def copy_of_the_sources(folder: Path) -> Path:
 
 
 def import_from(folder: Path, *path: Path) -> str:
-    """The last line of what `import pglcl_ext` says in `folder`, with `path` behind it."""
+    """The last line that `import pglcl_ext` prints in `folder`, with `path` after it on the module path."""
     places = os.pathsep.join(map(str, [folder, *path]))
     result = subprocess.run(
         [sys.executable, "-c", "import pglcl_ext"],

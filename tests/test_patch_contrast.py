@@ -101,7 +101,7 @@ def test_explicit_masks(m: int | None, device: torch.device) -> None:
     problem.options = {"positive_mask": torch.rand(shape) < 0.1, "negative_mask": torch.rand(shape) < 0.5}
     for dtype in DTYPES:
         assert_matches_reference(problem, dtype, device)
-    # Read as they are: transposed and expanded masks are not copied.
+    # Transposed and expanded masks are read as they are, without a copy.
     problem.options = {
         "positive_mask": (torch.rand(shape[::-1]) < 0.1).t(),
         "negative_mask": (torch.rand(1, shape[1]) < 0.5).expand(shape),
@@ -229,7 +229,7 @@ def test_same_bits_for_any_number_of_threads(
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
-# --- a citizen of PyTorch -------------------------------------------------------------------------------------------
+# --- PyTorch's features ---------------------------------------------------------------------------------------------
 
 
 def op_arguments(device: torch.device, dtype: torch.dtype, *, keys: bool, reduction: int) -> tuple:
@@ -294,7 +294,7 @@ def test_autocast(device: torch.device) -> None:
         z = linear(x)
         assert z.dtype == torch.bfloat16
         loss = PatchContrastLoss()(z, y)
-        # A teacher's float32 keys meet bfloat16 anchors.
+        # A teacher's float32 keys with bfloat16 anchors.
         mixed = PatchContrastLoss()(z, y, keys=torch.randn(20, 8, device=device), key_labels=y[:20])
     assert loss.dtype == mixed.dtype == torch.float32
     (loss + mixed).backward()
@@ -362,7 +362,7 @@ def test_extreme_logits_stay_finite(dtype: torch.dtype, device: torch.device) ->
 
 
 def integer_problem(scale: float, *, m: int | None, **options: Any) -> ContrastProblem:
-    """Embeddings of few whole numbers times `scale`: with powers of two for it and the temperature, logits are exact
+    """Embeddings of a few whole numbers times `scale`. If `scale` and temperature are powers of two, logits are exact
     in every dtype, and many of them are equal."""
     p = ContrastProblem.random(150, 5, m=m, classes=3, channels=None, **options)
     g = torch.Generator().manual_seed(1)
@@ -373,7 +373,7 @@ def integer_problem(scale: float, *, m: int | None, **options: Any) -> ContrastP
 
 
 def assert_large_logits_match(problem: ContrastProblem, dtype: torch.dtype) -> None:
-    """Loss and gradients against the reference, which has room for the logits."""
+    """Compares loss and gradients with the reference, which can hold the logits."""
     ours, oracle = problem.cast(dtype), problem.cast(torch.float64)
     value, expected = ours.loss(), oracle.loss(reference.patch_contrast_loss)
     torch.testing.assert_close(value.double(), expected, rtol=4e-6, atol=4e-6)
@@ -397,7 +397,7 @@ def test_large_logits(dtype: torch.dtype, m: int | None, isa: str) -> None:
 @pytest.mark.parametrize("m", [None, 50], ids=["self", "keys"])
 @pytest.mark.parametrize(("norm", "temperature"), [(1e18, 1e-4), (1e19, 1.0), (1e37, 0.1)])
 def test_logits_beyond_float32(norm: float, temperature: float, m: int | None, dtype: torch.dtype, isa: str) -> None:
-    """The loss is right, or infinite where it has no room; every fifth anchor is short, and its logits moderate."""
+    """The loss is right, or infinite where its dtype cannot hold it. Every fifth anchor is short, with small logits."""
     for channels, options in ((1, {}), (3, {"num_positives": 3, "num_negatives": 4}), (1, {"negative_weight": 30.0})):
         p = ContrastProblem.random(60, 8, m=m, channels=channels, temperature=temperature, reduction="none", **options)
         with torch.no_grad():
@@ -456,7 +456,7 @@ def test_a_large_upstream_gradient(dtype: torch.dtype, isa: str) -> None:
 def test_an_upstream_gradient_near_the_largest_number(
     dtype: torch.dtype, upstream: float, m: int | None, temperature: float, weight: float
 ) -> None:
-    """Gradients that fit are as ever, and what their dtype has no room for is infinite."""
+    """Gradients are right, or infinite where their dtype cannot hold them."""
     options = {"temperature": temperature, "negative_weight": weight, "reduction": "none"}
     problem = ContrastProblem.random(40, 6, m=m, **options).cast(dtype)
     shares = torch.linspace(-1, 1, 40, dtype=torch.float64).pow(3)  # of both signs and many sizes
@@ -512,7 +512,7 @@ def test_a_row_that_is_not_a_number_spoils_no_other(isa: str, masked: bool) -> N
     loss = patch_contrast_loss(z, y, keys=k, key_labels=key_y, reduction="none", **options)
     uses = (positives | negatives)[:, 0] & positives.any(1)
     assert torch.equal(torch.isnan(loss), uses)
-    # An anchor whose loss is left out has no say about any gradient.
+    # An anchor whose loss is left out changes no gradient.
     grads = torch.autograd.grad(loss, (z, k), torch.where(uses, 0, 1.0), retain_graph=True)
     for grad in grads:
         assert torch.isfinite(grad).all()
@@ -520,7 +520,7 @@ def test_a_row_that_is_not_a_number_spoils_no_other(isa: str, masked: bool) -> N
     assert torch.equal(torch.isnan(grad_z).any(1), uses)
     met = (positives | negatives)[uses].any(0)
     assert torch.equal(torch.isnan(grad_k).any(1), met)
-    # What no NaN reaches is as it is without that key.
+    # Losses that are not NaN are the same as without that key.
     others = patch_contrast_loss(
         z, y, keys=torch.where(torch.isfinite(k), k, 0), key_labels=key_y, reduction="none", **options
     )
@@ -544,7 +544,7 @@ def test_the_reference_agrees_on_descriptors_that_are_not_finite(bad: float, nam
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("m", [None, 30], ids=["self", "keys"])
 def test_descriptors_that_are_not_finite_move_no_bound_of_others(bad: float, channels: int, m: int | None) -> None:
-    """That of an ignored patch has no say at all, and that of an anchor which is no key spoils its own loss alone."""
+    """The descriptor of an ignored patch changes nothing. That of an anchor that is no key spoils only its own loss."""
     counts = {"num_positives": 3, "num_negatives": 4, "reduction": "none"}
     p = ContrastProblem.random(24, 4, m=m, channels=channels, classes=3, ignored=False, **counts).cast(torch.float64)
     p.labels[5] = -1
@@ -628,7 +628,7 @@ def test_bad_input(message: str, error: type[Exception], change: dict) -> None:
 
 @pytest.mark.parametrize(("message", "error", "change"), BAD_CALLS)
 def test_bad_input_is_refused_at_tracing(message: str, error: type[Exception], change: dict) -> None:
-    """Fake tensors get the messages of real ones, so that nothing is compiled or exported that cannot run."""
+    """Fake tensors get the messages of real ones, so that no program is compiled or exported that cannot run."""
     call = {"anchors": torch.randn(10, 4), "labels": torch.zeros(10, dtype=torch.long), **change}
     with FakeTensorMode() as mode:
         call = {name: mode.from_tensor(t) if isinstance(t, Tensor) else t for name, t in call.items()}
@@ -708,7 +708,7 @@ def test_module_normalises_rows_of_any_size(dtype: torch.dtype, size: float, dev
     tolerance = 3 * TOLERANCE[dtype]
     torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
     (got,), (want,) = torch.autograd.grad(loss, z), torch.autograd.grad(expected, exact)
-    want = want.to(dtype)  # which has no room for it, or has
+    want = want.to(dtype)  # infinite if the dtype cannot hold it
     torch.testing.assert_close(got, want, rtol=0, atol=tolerance * float(want[want.isfinite()].abs().max()))
 
 
@@ -777,13 +777,13 @@ def test_memory_is_linear(with_keys: bool, peak_growth: Callable[[Callable[[], N
         k = F.normalize(torch.randn(n, d), dim=1).requires_grad_()
         options.update(keys=k, key_labels=y, key_descriptors=h)
         gradients *= 2
-    patch_contrast_loss(z[:256].detach(), y[:256])  # threads and libraries are there
+    patch_contrast_loss(z[:256].detach(), y[:256])  # starts threads and loads libraries
     growth = peak_growth(lambda: patch_contrast_loss(z, y, h, **options).backward())
     assert growth - gradients < 200 * 2**20, f"{growth / 2**20:.0f} MiB, of which {gradients / 2**20:.0f} are gradients"
 
 
 def test_an_anchor_among_given_keys_is_no_pair_under_any_label(isa: str) -> None:
-    """As the op takes them: key i + self_offset is anchor i."""
+    """For the op itself, in which key i + self_offset is anchor i."""
     g = torch.Generator().manual_seed(0)
     z, labels = torch.randn(40, 8, generator=g), torch.arange(40) // 20
     keys, key_labels = torch.cat([torch.randn(3, 8, generator=g), z]), torch.cat([torch.zeros(3).long(), 1 - labels])

@@ -1,4 +1,4 @@
-"""patch_embeddings against the sum patch by patch, and what selects its rows."""
+"""patch_embeddings against the sum patch by patch, and the selection of its rows."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_selected_rows_alone_are_pooled(shape, patch: list[int], step: list[int]
 
 
 def test_one_pass_over_the_features() -> None:
-    """Memory does not grow with the number of classes by copies of the feature map."""
+    """There are no copies of the feature map for each class, with which memory would grow."""
     shape = (4, 64, 64, 64)
     features = torch.randn(shape, requires_grad=True)
     sizes = []

@@ -243,7 +243,7 @@ def test_bad_input(message: str, error: type[Exception], arguments: tuple) -> No
 
 
 def test_gradients_keep_their_digits_at_large_logits(device: torch.device) -> None:
-    """Of a certain pixel the gradient is 0, however large its logits; of the others it is that of small ones."""
+    """The gradient of a certain pixel is 0 for logits of any size. Other pixels have the gradient of small logits."""
     logits = torch.tensor([[201.7726, -159.5181, 300.25, -700.5], [-159.5181, 201.7726, 300.75, -700.25]])
     ours = logits.view(1, 2, 2, 2).to(device).requires_grad_()
     oracle = logits.view(1, 2, 2, 2).double().requires_grad_()
@@ -257,7 +257,7 @@ def test_gradients_keep_their_digits_at_large_logits(device: torch.device) -> No
 
 @pytest.mark.parametrize(("gap", "stride"), [(70, 4), (80, 4), (80, 1), (82, 4)])
 def test_the_gradient_of_an_unlikely_class_beside_two_likely_ones(gap: float, stride: int, isa: str) -> None:
-    """Class entropy of the third is that of the pixels where it is least unlikely: its gradient is not small."""
+    """The third class has the class entropy of the pixels where it is least unlikely, so its gradient is not small."""
     x = torch.randn(1, 3, 8, 8)
     x[:, 2] -= gap
     grads = []
@@ -272,12 +272,12 @@ def test_the_gradient_of_an_unlikely_class_beside_two_likely_ones(gap: float, st
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("classes", [2, 3, 7, 11])
 def test_logits_of_minus_infinity(classes: int, dtype: torch.dtype, isa: str) -> None:
-    """A masked class, -inf, has probability 0; so has one that lies farther below than the largest number."""
+    """A masked class, -inf, has probability 0. So has a logit that is smaller by more than the largest number."""
     largest = torch.finfo(dtype).max
     x = torch.randn(1, classes, 6, 37, dtype=torch.float64)
     x[0, 0, 0], x[0, 1, 1, ::2], x[0, 0, 2, 5:9] = -math.inf, -math.inf, -largest
     x[0, 1:, 4, 3:30], x[0, :-1, 5, 7:] = -math.inf, -math.inf  # all but one class
-    if dtype != torch.float64:  # the reference has room for their difference
+    if dtype != torch.float64:  # the reference can hold their difference
         x[0, 0, 3], x[0, 1, 3] = largest, -largest
     ours, exact = x.to(dtype).requires_grad_(), x.to(dtype).double().requires_grad_()
     got, want = patch_statistics(ours, 3), reference.patch_statistics(exact, 3)
@@ -291,7 +291,7 @@ def test_logits_of_minus_infinity(classes: int, dtype: torch.dtype, isa: str) ->
 
 @pytest.mark.parametrize("classes", [2, 3, 7, 11])
 def test_float64_logits_beyond_float32(classes: int, isa: str) -> None:
-    """Logits up to the end of float64, whose distance is infinite, of which none, one and all classes are likely."""
+    """Logits up to the largest float64, whose distance is infinite; no class, one class or all of them are likely."""
     x = torch.randn(1, classes, 6, 37, dtype=torch.float64)
     x[0, :, 0] *= 1e39
     x[0, 0, 1], x[0, 1, 1] = 1.7e308, -1.7e308
@@ -309,7 +309,7 @@ def test_float64_logits_beyond_float32(classes: int, isa: str) -> None:
 
 @pytest.mark.parametrize("classes", [2, 3, 7, 11])
 def test_a_pixel_without_probabilities_spoils_all_classes_of_its_patch(classes: int, isa: str) -> None:
-    """Its logits are all minus infinity, or one is plus infinity or no number, whichever class it is."""
+    """All logits of the pixel are minus infinity, or that of any one class is plus infinity or NaN."""
     for bad, which in ((-math.inf, slice(None)), (math.inf, 0), (math.inf, 1), (math.nan, 0), (math.nan, classes - 1)):
         x = torch.randn(1, classes, 4, 12)
         x[0, which, 1, 5] = bad
@@ -332,7 +332,7 @@ def test_the_reference_agrees_on_what_is_not_a_number() -> None:
 
 
 def test_a_class_of_negative_probability_has_no_gradient(isa: str) -> None:
-    """Interpolation leaves some. Such a class counts as absent, so its class entropy is 0 whatever its pixels hold."""
+    """Interpolation can make negative probabilities. Such a class counts as absent, so its class entropy is 0."""
     x = torch.rand(1, 3, 4, 4)
     x[0, 2] = -1e-3
     results = []
@@ -346,7 +346,7 @@ def test_a_class_of_negative_probability_has_no_gradient(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_number_of_16_bits_is_read_as_it_is(dtype: torch.dtype, isa: str) -> None:
-    """A patch of one pixel has that pixel's probability, infinite ones included; widths that are no whole vectors."""
+    """A patch of one pixel has that pixel's probability, even an infinite one, also in the last part of a vector."""
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     for width in (256, 37):
         images = numbers[: 65536 // width * width].view(1, 1, -1, width).expand(1, 2, -1, -1)
@@ -357,8 +357,8 @@ def test_every_number_of_16_bits_is_read_as_it_is(dtype: torch.dtype, isa: str) 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gradients_are_rounded_to_16_bits_as_pytorch_does(dtype: torch.dtype, isa: str) -> None:
-    """Of the mean of two pixels a half comes back to each: subnormal halves lie between two numbers. A pixel in two
-    patches gets the sum of both halves."""
+    """The mean of two pixels returns half of its gradient to each; a subnormal half lies between two numbers. A pixel
+    in two patches gets the sum of both halves."""
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     upstream = numbers[numbers.isfinite()]
     upstream = upstream[: len(upstream) // 74 * 74].view(1, 1, -1, 74).expand(1, 2, -1, -1)

@@ -1,4 +1,4 @@
-"""semantic_disparity, and the bounds that counts turn into."""
+"""semantic_disparity, and the bounds that follow from counts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_matches_reference(n: int, m: int, channels: int, dtype: torch.dtype, de
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_gradients_of_many_patches_keep_their_digits(channels: int) -> None:
-    """Those of a mean over all pairs are equal, and a sum of a million of them in float32 is off by a hundredth."""
+    """The gradients of a mean over all pairs are equal. A sum of a million of them in float32 would be 1 % wrong."""
     a, b = torch.full((2, channels), 2.0, requires_grad=True), torch.rand(500_000, channels, requires_grad=True)
     for x, y in ((a, b), (b, a)):
         (grad,) = torch.autograd.grad(semantic_disparity(x, y).mean(), a)

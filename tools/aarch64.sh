@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Another kind of processor: all of the module is compiled for aarch64, and its kernels run under emulation.
+# Compiles the whole module for aarch64, another kind of processor, and runs its kernels under emulation.
 #
-# Needs Debian's g++-aarch64-linux-gnu and qemu-user. Every kernel is compared with plain loops and, in instructions
-# executed, must take at most a third of what the same compiler makes of these in float.
+# Needs Debian's g++-aarch64-linux-gnu and qemu-user. Every kernel is compared with plain loops. It may execute at most a
+# third of the instructions that the same compiler makes of these loops in float.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tools/variant.sh
 folder=build/aarch64/module
 configure "$folder" -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
-# All but the last step, linking, which asks for a torch of that processor.
+# All steps except linking, which would need a torch for that processor.
 ninja -C "$folder" kernels $(ninja -C "$folder" -t targets all | grep -oE '^CMakeFiles/_C\.dir/.*\.o(:|$)' | tr -d :)
 
 emulated() { qemu-aarch64 -L /usr/aarch64-linux-gnu "$@"; }

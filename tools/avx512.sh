@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The AVX-512 kernels, executed on a processor that has AVX2 alone, by the op tests.
+# Runs the op tests with the AVX-512 kernels on a processor that has only AVX2.
 #
 #   tools/avx512.sh [pytest arguments]     by default a selection that takes two minutes; `tests` runs all op tests
 set -euo pipefail
@@ -24,5 +24,5 @@ fi
 files=(tests/test_patch_contrast.py tests/test_patch_statistics.py tests/test_gaussian_contrast.py)
 kernels="not (compiles or opcheck or gradcheck or bad_input or citizenship or devices or autocast or baseline or avx2)"
 run avx512 -m "not slow" -k "$kernels" "${files[@]}"
-# Tests that name their instruction set ran above. This one differs in products of bfloat16 alone.
+# Tests that name their instruction set ran above. This set differs only in the products of bfloat16.
 run avx512_bf16 -m "not slow" -k "bfloat16 and $kernels and not avx512" "${files[@]}"

@@ -1,4 +1,4 @@
-"""Imports an installed CUDA build of pglcl_ext, and checks its ops and what it asks of torch. Needs no GPU."""
+"""Imports an installed CUDA build of pglcl_ext. Checks its ops, and the names it takes from torch. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import subprocess
 
 
 def unstable_names(module: str) -> list[str]:
-    """What the compiled module asks of torch besides its stable interface, which is plain C.
+    """The names that the compiled module takes from torch outside of the stable interface, which is plain C.
 
     Args:
         module: its file.
 
     Raises:
-        ValueError: the module asks nothing of torch: it is no build of pglcl_ext.
+        ValueError: the module takes no name from torch, so it is no build of pglcl_ext.
     """
     command = ["nm", "-DC", "--undefined-only", module]
     names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()

@@ -1,8 +1,8 @@
-"""Print `folder;version;cuda` of the torch to build against, without importing it.
+"""Prints `folder;version;cuda` of the torch to build against, without importing it.
 
-A build is isolated: the packages of the environment that asked for it are hidden. Their folders still show, in
-sysconfig under pip and in environment variables under other front ends, and torch's version file says the rest. So the
-extension is compiled against the torch it will run with, and nothing is downloaded.
+An isolated build does not see the packages of the environment that asked for it. Their folders are still known: pip
+leaves them in sysconfig, and other front ends in environment variables. Torch's version file tells the rest. So the
+extension is compiled against the torch that it will run with, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ TORCH_REQUIREMENT = f"torch>={OLDEST_TORCH}"
 
 
 class NoTorch(SystemExit):
-    """Nothing to build against. The message is one line and names a command that works."""
+    """There is no torch to build against. The message is one line and names a command that works."""
 
 
 def find_torch(wanted: str | None = None) -> Path | None:
     """The folder of the torch package to build against.
 
     Args:
-        wanted: the folder that the user names (``PGLCL_TORCH_DIR``). By default the first torch of: the running
-            interpreter's packages, the environments of ``UV_PROJECT_ENVIRONMENT``, ``VIRTUAL_ENV`` and
+        wanted: the folder that the user names (``PGLCL_TORCH_DIR``). By default, the first torch in: the packages of
+            the running interpreter, the environments of ``UV_PROJECT_ENVIRONMENT``, ``VIRTUAL_ENV`` and
             ``CONDA_PREFIX``, the first virtual environment on ``PATH``.
 
     Returns:
-        The folder, or None where there is no torch.
+        The folder, or None if there is no torch.
 
     Raises:
-        NoTorch: `wanted` is no torch package, or what was found is too old.
+        NoTorch: `wanted` is no torch package, or the torch that was found is too old.
     """
     if wanted:
         if not _is_torch(Path(wanted)):
@@ -50,7 +50,7 @@ def find_torch(wanted: str | None = None) -> Path | None:
 
 
 def torch_versions(folder: Path) -> tuple[str, str]:
-    """(version, CUDA version or "none") as torch's own version file has them."""
+    """(version, CUDA version or "none") from torch's own version file."""
     text = (folder / "version.py").read_text()
 
     def value(name: str) -> str | None:
@@ -78,7 +78,7 @@ def _new_enough(folder: Path) -> Path:
 
 
 def _package_folders() -> Iterator[Path]:
-    """Where the packages of the environment lie that the extension is built for, the likeliest first."""
+    """Folders that may hold the packages of the environment that the extension is built for, the likeliest first."""
     yield from (Path(sysconfig.get_path(name)) for name in ("purelib", "platlib"))
     yield from (Path(entry) for entry in sys.path if entry)
     if _sees_system_packages():
@@ -99,7 +99,7 @@ def _sees_system_packages() -> bool:
 
 
 def _environments() -> Iterator[Path]:
-    """Environments that the caller named. uv replaces VIRTUAL_ENV, but leaves an activated environment on PATH."""
+    """Environments that the caller has set. uv replaces VIRTUAL_ENV, but leaves an activated environment on PATH."""
     for variable in ("UV_PROJECT_ENVIRONMENT", "VIRTUAL_ENV", "CONDA_PREFIX"):
         if os.environ.get(variable):
             yield Path(os.environ[variable])

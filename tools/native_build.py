@@ -1,4 +1,4 @@
-"""Configure, compile and install the native module with CMake, from whatever state a build folder is in."""
+"""Configures, compiles and installs the native module with CMake, whatever the state of the build folder."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ FLAGS = ("CC", "CXX", "CUDACXX", "CUDAHOSTCXX", "CFLAGS", "CXXFLAGS", "CUDAFLAGS
 
 
 def build(root: Path, target: Path) -> None:
-    """Leave the compiled module and `_build_config.py` in `target`.
+    """Puts the compiled module and `_build_config.py` into `target`.
 
-    The build folder, one for each interpreter and torch, is kept and reused. It is begun anew where it was made for
-    another source folder, interpreter, torch or compiler, as after a checkout was moved.
+    There is a build folder for each interpreter and torch, which is kept and used again. It is emptied if it was made
+    for another source folder, interpreter, torch or compiler, for example after a checkout was moved.
 
     Args:
         root: the source folder, which holds CMakeLists.txt.
@@ -40,7 +40,7 @@ def build(root: Path, target: Path) -> None:
     folder = root / "build" / f"{sys.implementation.cache_tag}-torch-{version}"
     _begin_anew_unless_fit(folder, root, torch)
     options = {
-        "CMAKE_MAKE_PROGRAM": ninja,  # these three lie in a folder of their own for every isolated build
+        "CMAKE_MAKE_PROGRAM": ninja,  # every isolated build has another folder for these three
         "pybind11_DIR": _pybind11(),
         "Python_EXECUTABLE": sys.executable,
         "PGLCL_TORCH_DIR": str(torch),
@@ -55,7 +55,7 @@ def build(root: Path, target: Path) -> None:
 
 
 def _begin_anew_unless_fit(folder: Path, root: Path, torch: Path) -> None:
-    """CMake's cache remembers paths for good. Whatever it cannot be told again decides whether the folder is kept."""
+    """Empties the build folder unless it was made for the same paths and tools, which CMake's cache never forgets."""
     made_for = {
         "sources": str(root),
         "folder": str(folder),
@@ -93,7 +93,7 @@ def _check_compiler() -> None:
 
 
 def _candidates(name: str) -> Iterator[str]:
-    """Programs of that name on PATH, and beside an interpreter whose environment is not activated."""
+    """Programs of that name on PATH, and beside the interpreter, whose environment may not be activated."""
     for places in (os.environ.get("PATH"), sysconfig.get_path("scripts")):
         found = shutil.which(name, path=places)
         if found:

@@ -1,7 +1,7 @@
-"""PEP 517 backend: setuptools, told to build against the torch that the environment already holds.
+"""PEP 517 backend: setuptools, which builds against the torch that the environment already holds.
 
-Where there is none, pip, which shows the environment it installs into, is asked to bring one. Other front ends hide
-that environment: a torch they fetch need not be the one that will run, and takes gigabytes. There the build stops.
+Without a torch, the build requires one from pip, which shows the environment that it installs into. Other front ends
+hide that environment. They might download gigabytes of another torch than the one that will run, so the build stops.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _torch_if_missing() -> list[str]:
 
 
 def _can_write(folder: Path) -> bool:
-    """Whether a file can be made in `folder`; asking for permission is not enough on a read-only mount."""
+    """Whether a file can be made in `folder`. Permissions do not tell this for a read-only mount."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             return True
@@ -81,7 +81,7 @@ def _can_write(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def _writable_sources() -> Iterator[None]:
-    """The working folder holds the sources; a copy where they are read-only, since setuptools writes beside them."""
+    """Works in the folder of the sources, or in a copy if they are read-only, since setuptools writes beside them."""
     if _can_write(ROOT):
         yield
         return

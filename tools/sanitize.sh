@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The kernels' threads under ThreadSanitizer, then op tests under AddressSanitizer and UndefinedBehaviorSanitizer.
+# Runs the kernels' threads under ThreadSanitizer, then op tests under AddressSanitizer and UndefinedBehaviorSanitizer.
 #
 #   tools/sanitize.sh [pytest arguments]     by default a selection that takes minutes; `tests` runs all op tests
 set -euo pipefail
@@ -18,7 +18,7 @@ TSAN_OPTIONS=halt_on_error=1 build/sanitize/thread/kernels
 
 build_tree build/sanitize/address -DPGLCL_SANITIZE=address,undefined
 cd build/sanitize/tree
-# Leaks are not looked for: the interpreter and torch never free what lives as long as they do.
+# Leaks are not checked: the interpreter and torch never free memory that they use until their end.
 LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
   "$python" -m pytest -p no:cacheprovider "${selection[@]}"

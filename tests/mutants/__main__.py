@@ -1,16 +1,16 @@
 """Plants faults into the CUDA code and counts those that the tests notice: ``python -m tests.mutants [--draw 40]``.
 
-All faults are compiled into one library for the emulated device. Each is switched on in a process of its own, in which
-the tests that come by it run until one fails (campaign.py). The last line reads
+All faults are compiled into one library for the emulated device. Each is switched on in its own process, in which the
+tests that reach it run until one fails (campaign.py). The last line reads
 ``planted A, killed B, equivalent C, survivors D``; survivors are listed with file and line. Faults that are proved to
 change nothing are in equivalent.txt.
 
-What became of each fault is appended to build/mutants/results.jsonl. A run that was stopped goes on from there, as long
-as the CUDA code, the emulator and the test that noticed a fault are the same.
+The result of each fault is appended to build/mutants/results.jsonl. A run that was stopped continues from there, as
+long as the CUDA code, the emulator and the test that noticed a fault are the same.
 
-Faults that were killed are kept in killed.txt, too, by a digest of their function and text: what stands there was
-killed when that text was written. ``--new`` tries the others alone, adds those that are killed, and drops those that
-are planted no longer; stopped, it goes on where it was.
+killed.txt lists the killed faults by a digest of their function and text: with this text, a test noticed them.
+``--new`` tries only the other faults. It adds those that are killed, and removes those that are no longer planted. If
+it is stopped, the next run continues.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MOST_FAULTS = 4095  # kMostFaults of simt.h
 
 
 def equivalents() -> dict[str, str]:
-    """The faults that change nothing, by their key, with the reason; from equivalent.txt."""
+    """The reasons of the faults that change nothing, by their key, from equivalent.txt."""
     found: dict[str, str] = {}
     for number, line in enumerate((HERE / "equivalent.txt").read_text().splitlines(), 1):
         if not line or line.startswith("#"):
@@ -54,7 +54,7 @@ def equivalents() -> dict[str, str]:
 
 
 def name_of(fault: Fault) -> str:
-    """What killed.txt calls a fault, for as long as its function and text stay."""
+    """The name of a fault in killed.txt. It stays the same as long as function and text do."""
     return hashlib.sha256(fault.key.encode()).hexdigest()[:12]
 
 
@@ -67,7 +67,7 @@ def keep_killed(names: set[str]) -> None:
 
 
 def build(faults: list[Fault]) -> None:
-    """Loads the emulated ops with these faults in them, in the place of the CPU's."""
+    """Loads the emulated ops with these faults, in place of the CPU's ops."""
     folder = native.cache(f"mutants_{os.getpid()}") / "csrc"
     shutil.copytree(native.CSRC, folder)
     try:
@@ -81,14 +81,14 @@ def build(faults: list[Fault]) -> None:
 
 @functools.cache
 def digest(file: str) -> str:
-    """Of the sources and the emulator, which all results rest on, and of a test's file."""
+    """A digest of the sources and the emulator, on which all results depend, and of a test's file."""
     inputs = [path for path in native.CSRC.rglob("*") if path.is_file() and path.parent.name not in ("cpu", "isa")]
     test = native.ROOT / file
     return native.digest([*inputs, *emulator.HEADERS, *([test] if test.is_file() else [])])
 
 
 class Record:
-    """results.jsonl: a line for each result, the last of a fault's counts."""
+    """results.jsonl, a line for each result. If a fault has several lines, the last one counts."""
 
     def __init__(self) -> None:
         self.killers: dict[str, str] = {}
@@ -102,7 +102,7 @@ class Record:
             (self.valid.add if same else self.valid.discard)(entry["key"])
 
     def hints(self) -> dict[str, Counter[str]]:
-        """The tests that noticed a fault, by the function that it was in."""
+        """The tests that noticed faults, by the function of the fault."""
         found: dict[str, Counter[str]] = defaultdict(Counter)
         for key, killer in self.killers.items():
             found[" | ".join(key.split(" | ")[:2])][killer] += 1
@@ -138,7 +138,7 @@ def main() -> int:
     parser.add_argument("--afresh", action="store_true", help="try faults again that earlier runs have settled")
     parser.add_argument("--list", action="store_true", help="list the faults and stop")
     arguments = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"  # forked processes have no threads of the first one
+    os.environ["OMP_NUM_THREADS"] = "1"  # a forked process does not get the threads of this one
     faults, proved, record = chosen(arguments), equivalents(), Record()
     if arguments.list:
         for fault in faults:
@@ -171,7 +171,7 @@ def main() -> int:
             print(f"{done} of {len(todo)}", flush=True)
 
     if todo:
-        # A draw plants no others. A run that may be stopped plants all of them: the next one finds the library built.
+        # A draw plants no other faults. Other runs may be stopped; they plant all, so that the next run need not build.
         planted = faults if arguments.draw is not None else everything
         build(planted)
         texts = [f"{fault.number} {fault.original} {fault.mutated}" for fault in planted]

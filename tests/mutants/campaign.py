@@ -1,8 +1,8 @@
-"""Runs tests against planted faults: a fault meets the tests that come by it until one fails.
+"""Runs tests against planted faults: for each fault, the tests that reach it run until one fails.
 
-pytest collects the tests once. A forked process runs all of them without a fault and writes down, for each, its time
-and the faults that it comes by. Then each fault gets a forked process, in which it is switched on. First come the tests
-that noticed this fault before, or others in its function; then one of each kind, the quickest first, and so on.
+pytest collects the tests once. Forked processes run all of them without a fault, and record for each its time and the
+faults that it reaches. Then each fault gets a forked process, in which it is switched on. First come the tests that
+noticed this fault before, or others in its function; then one of each kind, the quickest first, and so on.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from _pytest.runner import runtestprotocol
 
 from tests.simt import emulator
 
-SLOWER = 20.0  # a fault that makes a test take so many times its time, and SECONDS besides, is noticed
+SLOWER = 20.0  # a fault is noticed if a test takes this many times its usual time and SECONDS more
 SECONDS = 3.0
-MEMORY = 12 << 30  # bytes that a test may ask for beyond what the process has
+MEMORY = 12 << 30  # bytes that a test may allocate beyond those of the process
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One test without a fault: its time on a processor in seconds, and the numbers of the faults it comes by."""
+    """One test without a fault: its processor time in seconds, and the numbers of the faults that it reaches."""
 
     test: str
     seconds: float
@@ -45,12 +45,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a fault.
+    """The result of a fault.
 
     Attributes:
         fault: its number.
-        killer: the test that failed; "" when none did.
-        how: "failed", "stopped" when the process broke off or took far too long, "survived", "not reached".
+        killer: the test that failed; "" if none did.
+        how: "failed", "stopped" (the process crashed, or took far too long), "survived" or "not reached".
         seconds: of its process.
     """
 
@@ -74,13 +74,13 @@ def passes(item: pytest.Item) -> bool:
 
 
 def forked(work: Callable[[Path], None]) -> tuple[int, Path]:
-    """Starts `work` in a process of its own, without output; it gets a file to write to."""
+    """Starts `work` in a forked process without output. It gets the path of a file for its result."""
     handle, name = tempfile.mkstemp(prefix="pglcl_fault_")
     os.close(handle)
     process = os.fork()
     if process:
         return process, Path(name)
-    faulthandler.disable()  # it has a copy of stderr
+    faulthandler.disable()  # it keeps its own copy of stderr
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
@@ -92,7 +92,7 @@ def forked(work: Callable[[Path], None]) -> tuple[int, Path]:
 
 
 def measure(items: list[pytest.Item], faults: int, processes: int) -> list[Measured]:
-    """Every test without a fault, in processes of their own: one that ran a backward pass cannot be forked."""
+    """Measures every test without a fault, in forked processes: after a backward pass, a process cannot be forked."""
 
     def work(share: list[pytest.Item], to: Path) -> None:
         found = []
@@ -114,7 +114,7 @@ def measure(items: list[pytest.Item], faults: int, processes: int) -> list[Measu
         found, modules = pickle.loads(path.read_bytes())
         path.unlink()
         by_test.update({measured.test: (passed, measured) for passed, measured in found})
-        for module in modules:  # what the tests import is there when they are forked
+        for module in modules:  # imported before the fork, so that no forked process has to
             with contextlib.suppress(Exception):
                 importlib.import_module(module)
     failed = [test for test, (passed, _) in by_test.items() if not passed]
@@ -126,7 +126,10 @@ def measure(items: list[pytest.Item], faults: int, processes: int) -> list[Measu
 def measured_once(
     items: list[pytest.Item], faults: int, processes: int, cache: Callable[[str], Path]
 ) -> list[Measured]:
-    """The same, or what an earlier run found. `cache` has a place for a test's file, named for all it depends on."""
+    """As `measure`, or the result of an earlier run. `cache` gives the path for a test file's result.
+
+    The path depends on everything that the result depends on.
+    """
     found: dict[str, Measured] = {}
     files = {item.nodeid.split("::")[0] for item in items}
     for place in map(cache, files):
@@ -146,7 +149,7 @@ Test = tuple[pytest.Item, Measured]
 
 
 def one_of_each(tests: Sequence[Test]) -> list[Test]:
-    """The quickest test of every function, those that come second, and so on."""
+    """The tests in the order: the quickest of every function, the second of every function, and so on."""
     count: Counter[str] = Counter()
     rounds: dict[int, list[Test]] = defaultdict(list)
     for test in sorted(tests, key=lambda t: t[1].seconds):
@@ -157,7 +160,7 @@ def one_of_each(tests: Sequence[Test]) -> list[Test]:
 
 
 def within(tests: list[Test], seconds: float) -> list[Test]:
-    """The first tests, at least one, that take so many seconds together."""
+    """The first tests, at least one, that together take at most `seconds`."""
     total = 0.0
     chosen: list[Test] = []
     for test in tests:
@@ -188,17 +191,17 @@ def meet(fault: int, tests: list[Test]) -> tuple[int, Path]:
 
 
 class Campaign:
-    """A plugin of pytest that takes the place of its loop over the tests.
+    """A plugin of pytest that replaces its loop over the tests.
 
     Args:
-        faults: the numbers of those to try, in order, and what each is called together with others near by.
+        faults: the numbers of the faults to try, in order, each with the name of its group (file and function).
         most: the highest number of a fault.
-        hints: by what faults are called together, the tests that noticed one of them, each as often as it did.
-        first: by fault, the test to begin with: the one that noticed it last time.
+        hints: for each group, how often each test noticed a fault in it.
+        first: for each fault, the test to begin with: the one that noticed it last time.
         report: is called with each result.
-        processes: run at once.
-        patience: seconds of tests, without a fault, that a fault meets at most.
-        cache: where the measured tests of a file are kept.
+        processes: the number of processes at the same time.
+        patience: a fault gets tests that, without it, take at most this many seconds.
+        cache: gives the path where the measured tests of a file are kept.
     """
 
     def __init__(
@@ -231,7 +234,7 @@ class Campaign:
         return True
 
     def tests_of(self, fault: int, near: str, tests: list[Test]) -> list[Test]:
-        """Those that come by the fault, the most promising first."""
+        """The tests that reach the fault, the most promising first."""
         hints = self.hints.get(near, Counter())
 
         def rank(test: Test) -> float:

@@ -1,7 +1,7 @@
-"""Plants faults into the CUDA sources by rule: one build holds them all, and a number at run time says which is on.
+"""Plants faults into the CUDA sources by rule. One build holds all of them, and a number at run time switches one on.
 
 A rule rewrites a condition, a value or a statement to ``PGLCL_MUTANT(number, original, mutated)``, which the emulator's
-simt.h turns into a choice. Declarations, constant expressions and templates stay as they are: they have no run time.
+simt.h turns into a choice. Declarations, constant expressions and templates stay as they are, since no code runs there.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ class Fault:
     """One planted fault.
 
     Attributes:
-        number: what switches it on, from 1.
+        number: switches it on; from 1.
         file: relative to csrc.
-        function: the one that it is in, or the type whose member it is in.
+        function: the function that holds it, or the type in whose member it is.
         line: of the original file, from 1.
         rule: the name of the rule.
         original, mutated: the text before and after.
         again: how many faults of the same file, function, rule and text come before it.
-        start, stop: where the expression or statement lies in the original file.
+        start, stop: the place of the expression or statement in the original file.
         kind: "expression" or "call".
     """
 
@@ -46,18 +46,18 @@ class Fault:
 
     @property
     def near(self) -> str:
-        """Names the function, with its file."""
+        """The name of the function, with its file."""
         return f"{self.file} | {self.function}"
 
     @property
     def key(self) -> str:
-        """Names the fault for as long as its function and text stay, wherever they move."""
+        """A name of the fault that stays the same as long as its function and text do, wherever they move."""
         squeezed = " ".join(f"{self.original} => {self.mutated}".split())
         more = f" | again {self.again}" if self.again else ""
         return f"{self.near} | {self.rule} | {squeezed}{more}"
 
 
-# What one token becomes, by rule. Spaces tell comparisons from template brackets: the sources are formatted.
+# A rule, a token, and its replacement. Spaces tell comparisons from template brackets, since the sources are formatted.
 SWAPS: list[tuple[str, str, str]] = [
     ("bound", r" < ", " <= "),
     ("bound", r" <= ", " < "),
@@ -106,7 +106,7 @@ COMMENT = re.compile(r"//[^\n]*")
 
 
 def without_comments(text: str) -> str:
-    """The text with spaces in the place of comments: every place in it stays where it is."""
+    """The text with spaces in place of comments, so that indices into it stay the same."""
     return COMMENT.sub(lambda found: " " * len(found.group()), text)
 
 
@@ -128,7 +128,7 @@ DELETED = re.compile(
 
 
 def closing(text: str, start: int) -> int:
-    """The place behind the bracket that closes the one at `start`; -1 when none does."""
+    """The index after the bracket that closes the one at `start`; -1 if none does."""
     depth = 0
     for at in range(start, len(text)):
         depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(text[at], 0)
@@ -138,7 +138,7 @@ def closing(text: str, start: int) -> int:
 
 
 def without_brackets(text: str) -> str:
-    """The text with what is in brackets left out."""
+    """The text without the contents of brackets."""
     out, depth = "", 0
     for character in text:
         depth += character in "([<"
@@ -149,10 +149,10 @@ def without_brackets(text: str) -> str:
 
 
 def statements(text: str) -> Iterator[tuple[int, int]]:
-    """(start, end) of what looks like one statement or the head of one: from a line's first word to its `;` or `{`.
+    """(start, end) of each statement or head of one: from a line's first word to its `;` or `{`.
 
-    Functions that are evaluated at compile time, and the text between macros' backslashes, are left out. So is the head
-    of a loop behind `#pragma unroll`: one round more reads behind an array of registers, which no emulator sees.
+    Functions that are evaluated at compile time, and macros with backslashes, are left out. So is the head of a loop
+    after `#pragma unroll`: one more round would read after the end of an array of registers, which no emulator notices.
     """
     at, constant_until = 0, -1
     offsets = [0]
@@ -212,14 +212,14 @@ def regions(text: str, start: int, end: int) -> Iterator[tuple[int, int, str]]:
 
 
 def spread(choices: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
-    """`count` of the choices, as far apart as can be."""
+    """`count` of the choices, as far apart as possible."""
     if len(choices) <= count:
         return choices
     return [choices[(2 * i + 1) * len(choices) // (2 * count)] for i in range(count)]
 
 
-# The line on which a function begins, by CUDA's words, at the left edge, or as a member with a body; or a type, whose
-# members may have values.
+# The line on which a function begins: with a word of CUDA, at the left edge, or as a member with a body. Also the line
+# of a type, whose members may have values.
 FUNCTION = re.compile(
     r"^(?:(?:  )?(?:PGLCL_(?:HOST_)?DEVICE|PGLCL_KERNEL|inline|explicit|static|constexpr)\b[^;=\n]*?\b(\w+)\("
     r"|(?!template\b|using\b|PGLCL)[A-Za-z][\w:<>,*& ]*? (\w+)\("
@@ -238,7 +238,7 @@ def plant(per_region: int = 1) -> list[Fault]:
     """The faults of csrc/cuda.
 
     Args:
-        per_region: at most so many faults in one expression or statement, besides its removal.
+        per_region: largest number of faults in one expression or statement, besides its removal.
     """
     faults: list[Fault] = []
     seen: Counter[tuple[str, ...]] = Counter()
@@ -269,7 +269,7 @@ def plant(per_region: int = 1) -> list[Fault]:
 
 
 def planted(text: str, faults: list[Fault]) -> str:
-    """The text of a file with these faults of it, each of which a number at run time switches on."""
+    """The text of a file with its faults, each of which a number at run time switches on."""
     out, at = "", 0
     for (first, stop, kind), group in groupby(faults, key=lambda f: (f.start, f.stop, f.kind)):
         code = f"({text[first:stop]})" if kind == "expression" else f"static_cast<void>({text[first:stop]})"

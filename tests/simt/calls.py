@@ -1,4 +1,4 @@
-"""The ops on an emulated device, by their public names: each call says what the device is and returns the gradients."""
+"""The ops on an emulated device, under their public names. Each call takes the device, and returns gradients, too."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def device(
 def patch_contrast(
     anchors: Tensor, *arguments: Any, upstream: Tensor | None = None, keys: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, list[Tensor]]:
-    """The loss, and its gradients to anchors and keys for an upstream gradient, which counts up from 1/2 to 3/2."""
+    """The loss, and its gradients to anchors and keys, for an upstream gradient that rises from 1/2 to 3/2."""
     limits = {
         name: options.pop(name)
         for name in ("capability", "shared_bytes", "multiprocessors", "allow_tf32")
@@ -52,7 +52,7 @@ def patch_contrast(
 def patch_statistics(
     x: Tensor, patch: list[int], stride: list[int], grads: list[Tensor] | None, **options: bool
 ) -> tuple[list[Tensor], Tensor | None]:
-    """(entropy, confidence, class entropy) and, from their gradients, that of the input."""
+    """(entropy, confidence, class entropy), and the gradient of the input for upstream gradients of all three."""
     leaf = x.detach().requires_grad_()
     out = list(pglcl_ext.patch_statistics(leaf, patch, stride, **options))
     grad = None if grads is None else torch.autograd.grad(out, leaf, grads)[0]
@@ -70,7 +70,7 @@ def semantic_disparity_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Ten
 def disparity_bounds(
     a: Tensor, y: Tensor, b: Tensor, z: Tensor, count: int, *, positives: bool, self_offset: int, ignore_index: int = -1
 ) -> tuple[Tensor, Tensor]:
-    """The bounds of the op, and those of a straight loop."""
+    """The bounds of the op, and those of a plain loop."""
     got = ops.disparity_bounds(a, y, b, z, count, positives, ignore_index, self_offset)
     want = torch.full((len(a),), math.inf if positives else 0.0, dtype=a.dtype)
     delta = (a[:, None] - b[None]).abs().mean(2)

@@ -1,6 +1,7 @@
-"""What the tests of emulated_kernels.py let pass: each test here is missed by a fault that `make mutants` has planted.
+"""Tests of faults that the tests of emulated_kernels.py do not notice: only a test here notices a planted fault.
 
-Run as those are: ``pytest --emulated 80 tests/simt/emulated_edges.py``. All are small, so that they meet many faults.
+They run like those: ``pytest --emulated 80 tests/simt/emulated_edges.py``. All are small, so that `make mutants` can
+run them against many faults.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def apart(t: torch.Tensor) -> torch.Tensor:
-    """The same numbers, no two of which are neighbours in memory."""
+    """The same numbers, but no two of them adjacent in memory."""
     return torch.stack([t, torch.zeros_like(t)], dim=-1)[..., 0]
 
 
@@ -65,7 +66,7 @@ def test_gradient_of_the_sum_of_losses() -> None:
 
 
 def raw_arguments(z: torch.Tensor, y: torch.Tensor, temperature: float = 0.1, weight: float = 1.0) -> tuple[Any, ...]:
-    """What ops.patch_contrast takes, without keys or descriptors, for a mean."""
+    """The arguments of ops.patch_contrast for a mean, without keys or descriptors."""
     return (z, y, None, None, None, *[None] * 5, temperature, math.inf, 0.0, weight, -1, -1, 1, allow_tf32())
 
 
@@ -121,7 +122,7 @@ def test_what_the_forward_pass_says_of_each_anchor(dtype: torch.dtype, device: d
 
 @every_path
 def test_no_share_is_above_one_whatever_the_rounding(dtype: torch.dtype, device: dict[str, Any]) -> None:
-    """A product that the backward pass finds larger than the forward pass's largest counts as that."""
+    """A product in the backward pass that exceeds the largest one of the forward pass counts as the largest."""
     z, y = torch.eye(2, 8).to(dtype) + 0.5, torch.tensor([0, 0])
     with calls.device(**device):
         arguments = raw_arguments(z, y)
@@ -174,7 +175,7 @@ def test_one_key_of_unknown_channels_spoils_every_anchor(
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_descriptors_that_are_no_numbers_of_long_rows(dtype: torch.dtype, channels: int, place: int) -> None:
-    """Rows of more than 256 columns pass in chunks, and the keys are seen once all the same."""
+    """Rows of more than 256 columns are read in chunks, but the descriptors of keys only once."""
     options = {"max_positive_disparity": 0.5, "reduction": "none"}
     problem = ContrastProblem.random(5, 272, m=34, classes=2, channels=channels, **options)
     labels, keys = problem.labels, {"keys": problem.keys.to(dtype), "key_labels": problem.key_labels.abs()}
@@ -194,7 +195,7 @@ def test_descriptors_that_are_no_numbers_of_long_rows(dtype: torch.dtype, channe
         )
         assert loss.isnan().tolist() == [False, False, labels[2] != -1, False, False]
         assert torch.equal(of_anchors.isnan().any(1), loss.isnan())
-        keys["key_labels"][place] = -1  # of a key that is ignored it says nothing
+        keys["key_labels"][place] = -1  # the descriptor of an ignored key does not count
         h = problem.key_descriptors.clone()
         h[place] = bad
         loss, _ = calls.patch_contrast(*arguments, problem.descriptors, **keys, key_descriptors=h, **options)
@@ -218,7 +219,7 @@ def test_a_row_that_is_no_number_leaves_the_gradients_of_others_alone(
 def with_own_keys(
     z: torch.Tensor, y: torch.Tensor, rows: slice, bound: float | torch.Tensor = math.inf
 ) -> tuple[Any, ...]:
-    """What ops.patch_contrast takes for anchors that are some of the keys, each with a loss of its own."""
+    """The arguments of ops.patch_contrast for anchors that are among the keys, with a loss for each anchor."""
     bounds = bound if isinstance(bound, torch.Tensor) else None
     scalar = math.inf if bounds is not None else bound
     arguments = (z[rows].contiguous(), y[rows].contiguous(), None, z, y, None, bounds, None, None, None)
@@ -256,9 +257,9 @@ def test_an_anchor_that_has_only_itself_among_later_keys(dtype: torch.dtype, dev
 
 @every_path
 def test_a_product_of_which_a_part_leaves_the_range(dtype: torch.dtype, device: dict[str, Any]) -> None:
-    """Added in order it is minus infinity, and stays there: as a negative it must not pass for a share of 0."""
+    """The sum is minus infinity in order, and stays there. As a negative, it must not count as a share of 0."""
     if dtype == torch.float16:
-        return  # whose products end at 4e9 a column
+        return  # its products reach at most 4e9 a column
     far = 4e153 if dtype == torch.float64 else 6e18
     anchors, keys = torch.zeros(1, 40, dtype=dtype), torch.zeros(2, 40, dtype=dtype)
     anchors[0, :32], keys[1, :16], keys[1, 16:32] = far, -far, far  # the second product is 0, as the first is
@@ -283,7 +284,7 @@ def test_negatives_of_minus_infinity_make_the_loss_no_number(dtype: torch.dtype,
 
 @every_path
 def test_logits_at_the_lower_end_of_the_range(dtype: torch.dtype, device: dict[str, Any]) -> None:
-    """Pairs that do not count lie below them all the same."""
+    """Pairs that do not count must still be below them."""
     if dtype == torch.float16:
         return
     lowest, y, key_y = -1.0 * 2.0 ** (1023 if dtype == torch.float64 else 127), torch.tensor([0]), torch.arange(9) % 2
@@ -295,7 +296,7 @@ def test_logits_at_the_lower_end_of_the_range(dtype: torch.dtype, device: dict[s
 
 
 def test_weights_that_float16_holds_by_their_scale() -> None:
-    """Weights of pairs are rounded to float16: the largest coefficient scales them, whoever reads it."""
+    """Weights of pairs are rounded to float16, so the largest coefficient scales them, whichever warp reads it."""
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(100) % 2
     y[98:] = 2  # the one positive of each other: the weight of their pair is the whole coefficient
@@ -331,7 +332,7 @@ def beyond_float32(m: int | None, **options: Any) -> ContrastProblem:
 
 
 def assert_wide_contrast(problem: ContrastProblem, dtype: torch.dtype, **device: Any) -> None:
-    """Against float64 on the same numbers: right, or infinite where the type has no room."""
+    """Compares with float64 on the same numbers: right, or infinite where the type cannot hold the value."""
     p = problem.cast(dtype)
     options = {"reduction": "none", **p.options}
     if p.keys is not None:
@@ -375,7 +376,7 @@ def test_wide_anchors_by_rules(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_wide_anchors_behind_the_first_warp(dtype: torch.dtype) -> None:
-    """More anchors than a block of the last kernel has rows, keys shared out, and rows of more than 32 columns."""
+    """More anchors than rows in a block of the last kernel, keys split over blocks, and rows of over 32 columns."""
     problem = ContrastProblem.random(140, 40, m=300, classes=3, temperature=0.5, ignored=False, reduction="none")
     problem.anchors[[0, 33, 139]] *= 2.0**120
     problem.keys *= 2.0**10
@@ -396,7 +397,7 @@ def test_wide_anchors_behind_the_first_warp(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_weight_of_negatives_of_a_wide_anchor(dtype: torch.dtype) -> None:
-    """Its positive and its negative are the same vector: their logits are equal, beyond float32 as they are."""
+    """Its positive and its negative are the same vector, so their logits are equal, though beyond float32."""
     anchors, keys = torch.zeros(1, 8, dtype=dtype), torch.zeros(2, 8, dtype=dtype)
     anchors[0, 0], keys[:, 0] = 2.0**100, 2.0**40
     loss, grads = calls.patch_contrast(
@@ -425,7 +426,7 @@ def test_a_temperature_that_float32_has_no_room_for() -> None:
 
 
 def test_the_spread_of_positives_leaves_the_range() -> None:
-    """Of finite logits: the sum of what 60 positives lie below the highest leaves float32, their mean does not."""
+    """The logits are finite. The sum of the distances of 60 positives from the highest leaves float32, the mean not."""
     z = torch.zeros(62, 8)
     z[0, 0], z[1, 0], z[2:, 0] = 1.0, 1e38, -1e38
     y = torch.zeros(62, dtype=torch.long)
@@ -437,7 +438,7 @@ def test_the_spread_of_positives_leaves_the_range() -> None:
 
 
 def launched(dtype: torch.dtype, n: int, m: int, depth: int, **device: int) -> dict[str, int]:
-    """The kernels of a forward and a backward pass, whose results are checked, and the blocks of each in y."""
+    """Checks a forward and a backward pass. Returns their kernels, and the number of blocks of each in y."""
     emulator.take_launches()
     assert_contrast(ContrastProblem.random(n, depth, m=m, classes=2), dtype, **device)
     blocks: dict[str, int] = {}
@@ -502,7 +503,7 @@ def test_parts_of_more_anchors_than_keys() -> None:
 
 
 def test_weights_of_two_in_one_lane() -> None:
-    """A weight of exactly 2 has one bit set; the anchor and both keys are in the first lane."""
+    """A weight of exactly 2 has a single bit; the anchor and both keys are in the first lane."""
     anchor, keys = torch.zeros(1, 8).bfloat16(), torch.zeros(2, 8).bfloat16()
     anchor[0, 0], keys[0, 0], keys[1, 0] = 16, -16, 16  # the positive has no share of the denominator
     _, grads = calls.patch_contrast(
@@ -527,7 +528,7 @@ def test_anchors_whose_warp_is_not_the_first() -> None:
 
 
 def test_a_key_that_is_no_number_behind_many_tiles() -> None:
-    """Tiles of which all four warps had weights, and one that 32 threads find spoilt, by a key that is ignored."""
+    """All four warps have weights in most tiles. In one tile, 32 threads find a NaN, of a key that is ignored."""
     generator = torch.Generator().manual_seed(0)
     z, k = torch.randn(32, 8, generator=generator), torch.randn(288, 8, generator=generator)
     y, key_y = torch.arange(32) % 2, torch.arange(288) % 2
@@ -598,7 +599,7 @@ def test_gaussian_logits_far_below_zero() -> None:
 
 
 def test_gaussian_exponents_of_which_a_part_leaves_the_range() -> None:
-    """A class of exponent minus infinity is not left out, as that of a weight of 0 is."""
+    """A class with an exponent of minus infinity is not left out, unlike a class with a weight of 0."""
     anchors, y, counts = torch.zeros(1, 256), torch.tensor([0]), torch.tensor([1, 1])
     means, covariances = torch.zeros(2, 256), torch.zeros(2, 256, 256)
     anchors[0, :32] = 6e18
@@ -623,7 +624,7 @@ def test_gaussian_rows_of_more_than_48_kib() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pairwise", [False, True])
 def test_gaussian_anchors_beyond_float32(pairwise: bool, dtype: torch.dtype) -> None:
-    """Every third anchor is moderate, the others are wide; one float32 has no room for, and one does not count."""
+    """Every third anchor is moderate, the others are wide. float32 cannot hold one of them, and one does not count."""
     anchors, labels, means, covariances, counts = gaussian_problem(9, 140, pairwise=pairwise, empty=(1,))
     labels = torch.tensor([0, 2, 3, 0, -1, 1, 2, 3, 0])
     anchors[::3] /= 1e19
@@ -642,7 +643,7 @@ def test_gaussian_anchors_beyond_float32(pairwise: bool, dtype: torch.dtype) -> 
 
 
 def test_gaussian_gradients_alone_beyond_float32() -> None:
-    """A loss that is finite, and a gradient of two terms that are not, but whose sum is, or is not."""
+    """The loss is finite. Its gradient is the sum of two infinite terms, which is finite or not."""
     anchors, means, covariances = torch.zeros(1, 8), torch.zeros(2, 8), torch.zeros(2, 8, 8)
     anchors[0, 3] = 1.0
     means[1, 5], covariances[1, 3, 5], covariances[1, 5, 3] = -3e38, 1.55e37, 1.55e37
@@ -683,7 +684,7 @@ def test_gaussian_weight_and_covariances_at_the_end_of_the_range() -> None:
 @pytest.mark.parametrize("classes", [2, 9])
 @pytest.mark.parametrize("patch", [(12, 3), (40, 1), (4, 11), (12, 12)], ids=str)
 def test_patches_whose_width_does_not_divide_a_warp(patch: tuple[int, int], classes: int) -> None:
-    """Lanes walk them in steps of 32 pixels, or groups of four: several rows and a rest."""
+    """Lanes go over them in steps of 32 pixels, or of groups of four: several rows, and a rest."""
     x = torch.randn(1, classes, *patch)
     got, _ = calls.patch_statistics(x, list(patch), list(patch), None, probabilities=False, normalize=False)
     for a, b in zip(got, reference.patch_statistics(x.double(), patch, patch), strict=True):
@@ -691,7 +692,7 @@ def test_patches_whose_width_does_not_divide_a_warp(patch: tuple[int, int], clas
 
 
 def test_entropy_is_at_most_one_where_it_is_normalized() -> None:
-    """Rounded, the logarithm of the classes over itself may be above 1."""
+    """With rounding, the logarithm of the number of classes divided by itself may exceed 1."""
     for classes in (2, 6, 36):
         (h, _, of_classes), _ = calls.patch_statistics(
             torch.zeros(1, classes, 1, 2), [1, 2], [1, 2], None, probabilities=False, normalize=True
@@ -740,7 +741,7 @@ def test_statistics_of_a_pixel_without_probabilities(classes: int) -> None:
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("positives", [True, False])
 def test_bounds_to_the_last_bit(positives: bool, channels: int, dtype: torch.dtype) -> None:
-    """Disparities of sixteenths have no rounding; anchors are the keys from the third on, the last ones lie behind."""
+    """Disparities of sixteenths need no rounding. Anchors are the keys from the third on; the last ones are no keys."""
     generator = torch.Generator().manual_seed(0)
     b = torch.randint(0, 9, (12, channels), generator=generator).to(dtype) / 8
     z = torch.randint(0, 2, (12,), generator=generator)

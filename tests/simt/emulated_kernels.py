@@ -1,7 +1,7 @@
 """The CUDA code of the ops, host and device, on an emulated device against the reference in float64.
 
-Run by test_host.py in a process of its own, as ``pytest --emulated 80 tests/simt/emulated_kernels.py``: there the
-emulated ops are in the place of the CPU's.
+test_host.py runs them in another process, as ``pytest --emulated 80 tests/simt/emulated_kernels.py``, in which the
+emulated ops replace those of the CPU.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ def test_statistics_where_their_elements_lie() -> None:
 @pytest.mark.parametrize("classes", [2, 8, 12])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_statistics_of_confident_logits(classes: int, dtype: torch.dtype) -> None:
-    """A class of denormal mass has an entropy and a gradient; rounded outputs do not decide the gradient."""
+    """A class of subnormal mass has an entropy and a gradient. The gradient does not depend on rounded outputs."""
     g = torch.Generator().manual_seed(0)
     for low in (-6.0, -12.0, -90.0):
         x = (torch.rand(1, classes, 8, 8, generator=g, dtype=torch.float64) + low).to(dtype)
@@ -318,7 +318,7 @@ def test_gaussian(n: int, depth: int, shared: int, pairwise: bool, dtype: torch.
         assert num_valid == ((rest[0] >= 0) & (rest[0] != 1)).sum()
 
 
-# Every kernel of the loss, by what leads to it.
+# For every kernel of the loss, the dtype and the options that lead to it.
 PATHS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "plain float64": (torch.float64, {}),
     "plain float32": (torch.float32, {"shared_bytes": 1024}),
@@ -345,7 +345,7 @@ def padded(rows: list[list[float]], dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("upstream", [1.0, 65536.0])
 def test_large_logits_have_the_gradient_of_their_loss(path, upstream: float) -> None:
     dtype, device = path
-    # The positive outweighs the negative by far: the loss is 0, and flat.
+    # The positive is far larger than the negative, so loss and gradient are 0.
     z = padded([[300.0, 30], [300, 90], [210, 300]], dtype)
     up = torch.tensor(upstream)
     loss, (grad,) = calls.patch_contrast(z, torch.tensor([0, 0, 1]), temperature=0.1, upstream=up, **device)
@@ -379,7 +379,7 @@ def test_a_row_that_is_no_number_spoils_only_what_uses_it(path, bad: float) -> N
     dtype, device = path
     problem = ContrastProblem.random(40, 8, classes=3, ignored=False, max_positive_disparity=0.5, reduction="none")
     z, labels, descriptors = problem.anchors.to(dtype), problem.labels.clone(), problem.descriptors
-    # Patch 5 is ignored; of patch 7 nobody is close enough, and its class is its own: it uses all, and is used by all.
+    # Patch 5 is ignored. No patch is close enough to patch 7, the only one of its class, so it uses all and all use it.
     labels[5] = -1
     spoiled = z.clone()
     spoiled[5] = bad
@@ -387,7 +387,7 @@ def test_a_row_that_is_no_number_spoils_only_what_uses_it(path, bad: float) -> N
     loss, (grad,) = calls.patch_contrast(spoiled, labels, descriptors, **problem.options, **device)
     torch.testing.assert_close(loss, clean, rtol=0, atol=0)
     torch.testing.assert_close(grad, want, rtol=0, atol=0)
-    # A key of class 0 that only anchors of class 0 see, since no disparity to other classes is large enough.
+    # A key of class 0 counts only for anchors of class 0, since no disparity from other classes is large enough.
     options = {**problem.options, "min_negative_disparity": 2.0, "max_positive_disparity": 2.0}
     spoiled = z.clone()
     row = int((labels == 0).nonzero()[0])
@@ -402,7 +402,7 @@ def test_a_row_that_is_no_number_spoils_only_what_uses_it(path, bad: float) -> N
 
 @pytest.mark.parametrize("weight", [2.0**-10, 1e7])
 def test_the_weight_of_negatives_does_not_drown_in_large_logits(path, weight: float) -> None:
-    """Whole numbers: logits are exact in every type, and many are equal."""
+    """Embeddings are whole numbers, so logits are exact in every type, and many are equal."""
     dtype, device = path
     g = torch.Generator().manual_seed(1)
     z = torch.randint(-2, 3, (70, 8), generator=g).double() * 2.0**13
@@ -421,7 +421,7 @@ def test_the_weight_of_negatives_does_not_drown_in_large_logits(path, weight: fl
 def test_a_logit_that_is_infinite(path, sign: float) -> None:
     """Anchors 0 and 1 are a pair whose logit is beyond the type; all other logits are 0.
 
-    Beyond float32 the loss is right, or infinite where it has no room; beyond float64 it is no number.
+    Beyond float32, the loss is right, or infinite if it does not fit; beyond float64, it is NaN.
     """
     dtype, device = path
     z = torch.zeros(40, 8, dtype=dtype)
@@ -437,7 +437,7 @@ def test_a_logit_that_is_infinite(path, sign: float) -> None:
         assert (torch.isnan(loss[:2]) if sign > 0 else loss[:2] == math.inf).all()
     else:
         assert loss[:2].tolist() == [0.0 if sign > 0 else math.inf] * 2
-    # Nobody asks for the losses of the two.
+    # The losses of the two are left out.
     assert torch.isfinite(grad).all() or dtype == torch.float16  # whose gradients are beyond the type
 
 
@@ -467,7 +467,7 @@ def test_masks_that_call_a_key_both_count_it_twice(path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gradients_of_columns_shared_out_among_blocks(dtype: torch.dtype) -> None:
-    """Anchors and keys in up to four parts each, put together by one launch."""
+    """Anchors and keys are in up to four parts each; one launch adds them up."""
     problem = ContrastProblem.random(280, 16, m=300, classes=3, max_positive_disparity=0.5)
     emulator.take_launches()
     assert_contrast(problem, dtype, multiprocessors=60)
@@ -477,7 +477,7 @@ def test_gradients_of_columns_shared_out_among_blocks(dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("name", ["plain", "none", "bounds"])
 def test_keys_shared_out_among_blocks(name: str) -> None:
-    """600 keys in up to two parts of four tiles; the same loss as one block finds, undecided anchors included."""
+    """600 keys in up to two parts of four tiles give the same loss as one block, also for undecided anchors."""
     problem = ContrastProblem.random(70, 16, m=600, classes=3, **OPTIONS[name])
     assert_contrast(problem, torch.bfloat16, multiprocessors=6)
     assert_contrast(ContrastProblem.random(600, 16, classes=3, **OPTIONS[name]), torch.bfloat16, multiprocessors=60)
@@ -495,7 +495,7 @@ def test_keys_shared_out_among_blocks(name: str) -> None:
 
 # --- launches, allocations, and what a CUDA graph cannot hold ---------------------------------------------------------
 
-# What the host code may ask PyTorch for while a graph is captured: memory, and kernels that do not wait for the device.
+# The host code may call these while a graph is captured: they allocate, or run kernels without waiting for the device.
 CAPTURABLE = {
     "aten::arange", "aten::argsort", "aten::as_strided", "aten::clone", "aten::contiguous", "aten::copy_", "aten::div",
     "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::eq", "aten::expand", "aten::fill_", "aten::full",
@@ -509,7 +509,7 @@ ALLOCATES = {"aten::empty", "aten::empty_strided", "aten::empty_like"}
 
 
 def inside(op: str, call: Any) -> list[str]:
-    """Names of what the op asks PyTorch for, in order."""
+    """The names of the PyTorch functions that the op calls, in order."""
     with torch.autograd.profiler.profile() as profile:
         call()
     events = profile.function_events
@@ -555,11 +555,11 @@ def test_no_op_waits_for_the_device() -> None:
     assert set(asked) <= CAPTURABLE, sorted(set(asked) - CAPTURABLE)
 
 
-# --- what small and plain inputs do not tell --------------------------------------------------------------------------
+# --- large sizes and unusual layouts ----------------------------------------------------------------------------------
 
 
 def test_masks_whose_strides_exceed_32_bits() -> None:
-    # Pages that nobody touches take no memory.
+    # Pages that are not written take no memory.
     row = 2**31 + 8
     problem = ContrastProblem.random(3, 8, m=5)
     masks = []
@@ -617,7 +617,7 @@ def test_an_anchor_that_is_a_later_key(dtype: torch.dtype) -> None:
 
 
 def shifted(t: torch.Tensor) -> torch.Tensor:
-    """The same numbers, from the second place of a longer memory on."""
+    """The same numbers, which begin at the second element of a longer memory."""
     return torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape) if t.numel() else t
 
 

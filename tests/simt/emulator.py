@@ -22,13 +22,13 @@ HEADERS = [*HERE.glob("*.h"), HERE / "library.cpp", Path(native.__file__)]
 
 @dataclass(frozen=True)
 class Device:
-    """What the host code asks of a device.
+    """The properties of a device that the host code asks for.
 
     Attributes:
-        capability: e.g. 80.
-        compiled_for: capability that the running code was compiled for, never above the device's.
-        shared_bytes: the most shared memory that a block can ask for.
-        multiprocessors: blocks that run at once, as far as the host code cares.
+        capability: such as 80.
+        compiled_for: the capability for which the running code was compiled, never above the device's.
+        shared_bytes: the largest shared memory of a block.
+        multiprocessors: the host code takes this as the number of blocks that run at the same time.
     """
 
     capability: int
@@ -47,7 +47,7 @@ DEVICES = {
 
 
 def build(csrc: Path = native.CSRC) -> Path:
-    """The library with the ops of a csrc folder for the emulated device, built once for the sources as they are."""
+    """The library with the ops of a csrc folder for the emulated device. It is built once for the present sources."""
     sources = [*csrc.glob("*.h"), *csrc.glob("shared/*"), *(p for p in csrc.glob("cuda/**/*") if p.is_file())]
     folder = native.cache(f"emulated_{native.digest([*sources, *HEADERS])}")
     target = folder / "ops.so"
@@ -63,7 +63,7 @@ _loaded: list[ctypes.CDLL] = []
 
 
 def load(csrc: Path = native.CSRC) -> ctypes.CDLL:
-    """Puts the emulated ops in the place of the CPU's, in this process, for good: the first csrc asked for stays."""
+    """Replaces the CPU's ops by the emulated ones until this process ends; the `csrc` of the first call stays."""
     if _loaded:
         return _loaded[0]
     import pglcl_ext  # noqa: F401  the schemas, and the ops that give way
@@ -78,13 +78,13 @@ def load(csrc: Path = native.CSRC) -> ctypes.CDLL:
 
 
 def use(device: Device) -> None:
-    """The ops run on this device from here on."""
+    """Makes the ops run on this device from now on."""
     load().simt_set_device(device.capability, device.compiled_for, device.shared_bytes, device.multiprocessors)
 
 
 @contextmanager
 def on(device: Device, back_to: Device = DEVICES[80]) -> Iterator[None]:
-    """The ops run on `device` inside, on `back_to` afterwards."""
+    """Makes the ops run on `device` in the block, and on `back_to` afterwards."""
     use(device)
     try:
         yield
@@ -98,20 +98,20 @@ def plant(fault: int) -> None:
 
 
 def take_reached(count: int) -> set[int]:
-    """Numbers, below `count`, of the planted faults that the code has come by since this was asked last."""
+    """The numbers, below `count`, of the planted faults that the code has reached since the last call."""
     reached = (ctypes.c_ubyte * count)()
     load().simt_take_reached(reached, c_int(count))
     return {number for number in range(count) if reached[number]}
 
 
 def take_grids() -> list[tuple[str, int, int]]:
-    """The kernels launched since this was asked last: name, blocks in x, blocks in y."""
+    """The kernels launched since the last call: name, blocks in x, blocks in y."""
     lines = [line.split() for line in load().simt_take_launches().decode().splitlines()]
     return [(name, int(x), int(y)) for name, x, y in lines]
 
 
 def take_launches() -> list[str]:
-    """The same, names alone."""
+    """The names of the kernels launched since the last call."""
     return [name for name, _, _ in take_grids()]
 
 
@@ -137,7 +137,7 @@ def fault_names() -> list[str]:
 
 
 def run_fault(index: int, bad: bool) -> str | None:
-    """What the emulator says of the planted fault, or of its sound counterpart; None when it finds nothing."""
+    """The emulator's message about the planted fault, or about its correct counterpart; None if it finds nothing."""
     faults().run_fault.restype = c_char_p
     message = faults().run_fault(c_int(index), c_bool(bad))
     return None if message is None else message.decode()

@@ -1,4 +1,4 @@
-"""The emulator catches every planted fault, lets its sound counterpart pass, and multiplies as mma.sync does."""
+"""The emulator catches every planted fault, accepts its correct counterpart, and multiplies as mma.sync does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ops' own tests run through csrc/cuda, host and device code, on emulated devices, in processes of their own."""
+"""Runs the ops' own tests on csrc/cuda, host and device code, on emulated devices, each in its own process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.simt.emulator import DEVICES
 
 pytestmark = pytest.mark.slow
 
-# Whole by hand, for one device: pytest --emulated 75 FILES; for all of them: make emulated
+# All tests for one device: pytest --emulated 75 FILES; for all devices: make emulated
 OPS = ["semantic_disparity", "patch_statistics", "patch_contrast", "gaussian_contrast", "hard_negatives", "autograd"]
 FILES = [f"tests/test_{name}.py" for name in OPS]
 DRAWN = 20  # of the tests of the ops, for each device: half a minute
@@ -30,6 +30,6 @@ def test_kernels() -> None:
 
 @pytest.mark.parametrize("capability", DEVICES)
 def test_draw_of_the_ops_tests(capability: int) -> None:
-    # Without the largest, which `make emulated` runs.
+    # Without the largest tests, which `make emulated` runs.
     least = "not large_logits and not gradcheck and not extreme_logits"
     run_emulated(capability, "--draw", str(DRAWN), "--draw-seed", str(capability), "-k", least, *FILES)

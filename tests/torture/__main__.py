@@ -1,4 +1,4 @@
-"""``python -m tests.torture``: kills, turned bits and bad inputs; prints what came of them.
+"""Counts the results of kills, flipped bits and bad inputs, and prints them.
 
 python -m tests.torture --kills 50 --flips 200 --seed 0 --output docs/reliability.md
 """
@@ -48,7 +48,7 @@ def main() -> int:
 
 
 def run(kill_count: int, flip_count: int, input_count: int, seed: int, only: str = "") -> list[Tally]:
-    """The attacks whose name has `only` in it; each has a draw of its own."""
+    """Runs the attacks whose name contains `only`. Each has its own random numbers."""
     attacks: dict[str, Callable[[Tally, Path, random.Random], None]] = {
         "kill -9 in a training, 1 process": lambda t, f, d: kills.kill_and_resume(t, f, kill_count, 1, d),
         "kill -9 in a training, 2 processes": lambda t, f, d: kills.kill_and_resume(t, f, (kill_count + 1) // 2, 2, d),
@@ -74,7 +74,7 @@ def replace_table(page: Path, text: str) -> None:
 
 
 def replace_rows(page: Path, rows: list[str]) -> None:
-    """Each takes the place of the row of the same attack."""
+    """Replaces the row of each attack in a page."""
     new = {row.split("|")[1]: row for row in rows}
     lines = [new.get(f"{line}||".split("|")[1], line) for line in page.read_text(encoding="utf-8").splitlines()]
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Files, folders, options and machines that a user may have: each is refused in a line, with a documented exit code."""
+"""Bad files, folders, options and machines of a user. Each must be refused in a line, with a documented exit code."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def attack_inputs(tally: Tally, folder: Path, draw: random.Random, count: int = 
 
 
 def bad_volumes(folder: Path, data: Path, run: Path) -> Iterator[Case]:
-    """Each as the only image of a predict."""
+    """Bad volumes, each the only image of a `pglcl predict`."""
     scans, masks = folder / "scans", folder / "masks"
     scans.mkdir()
     header = bytearray(nib.Nifti1Image(volume(0)[0], np.eye(4)).to_bytes())
@@ -62,7 +62,7 @@ def bad_volumes(folder: Path, data: Path, run: Path) -> Iterator[Case]:
         return bytes(nib.Nifti1Image(array, np.eye(4)).to_bytes())
 
     def with_affine(rows: np.ndarray) -> bytes:
-        """The sform is set; nibabel itself writes no such affine."""
+        """A file whose header has `rows` as its sform, which nibabel itself would not write."""
         return patched(252, struct.pack("<hh", 0, 1) + bytes(header[256:280]) + rows[:3].astype("<f4").tobytes())
 
     rgb = np.zeros((6, 6, 4), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
@@ -116,7 +116,7 @@ def bad_volumes(folder: Path, data: Path, run: Path) -> Iterator[Case]:
 
 
 def bad_folders(folder: Path, data: Path) -> Iterator[Case]:
-    """Each a copy of a sound folder with one thing wrong, for a train."""
+    """Copies of a good folder with one fault each, for `pglcl train`."""
 
     def changed(name: str, change: Callable[[Path], object]) -> Case:
         root = folder / "folders" / name.replace(" ", "_")
@@ -191,7 +191,7 @@ def bad_options(folder: Path, data: Path) -> Iterator[Case]:
 
 
 def bad_runs(folder: Path, data: Path, run: Path) -> Iterator[Case]:
-    """A sound run with one of its files replaced."""
+    """A good run with one of its files replaced."""
     contents = {
         "empty": b"", "text": b"hello", "a list": b"[]", "a number": b"7", "null": b"null", "bytes": bytes(range(256)),
         "nested": b"[" * 100000, "other keys": json.dumps({"a": 1}).encode(),

@@ -22,19 +22,21 @@ import torch._dynamo
 import torch.utils.tensorboard
 from pglcl.meeting import MEETING
 
-# One thread in the parent, or a fork could meet a lock that another thread holds.
+# One thread in the parent. Otherwise a forked process could wait for a lock that another thread held.
 torch.set_num_threads(1)
 PATIENCE = 60  # seconds that a rank waits for the others
 LONGEST = 300.0  # seconds that a command may take
-MOST_A_TICK = 2.0  # seconds between two looks at a child; longer ones are a machine that was asleep, or a stopped job
+MOST_A_TICK = (
+    2.0  # longest time that counts between two looks at a child; else the machine slept, or the job was stopped
+)
 
 
 @dataclass
 class Ended:
     """How a child ended.
 
-    code: exit code, or minus the signal. output: of both streams. seconds: that it was waited for. memory: most
-    resident, MiB.
+    code: exit code, or minus the signal. output: of both streams. seconds: waiting time. memory: peak of the resident
+    memory in MiB.
     """
 
     code: int
@@ -44,12 +46,12 @@ class Ended:
 
     @property
     def refused(self) -> bool:
-        """Whether it said in lines of its own what is wrong, with a documented exit code."""
+        """Whether it named the fault in lines of its own, with a documented exit code."""
         return self.code in (1, 2) and "Traceback" not in self.output and bool(self.output.strip())
 
 
 class Child:
-    """`work` in a forked process, in a group of its own.
+    """Runs `work` in a forked process, in a group of its own.
 
     Args:
         work: returns the exit code.
@@ -72,7 +74,7 @@ class Child:
             with open(self.log, "wb") as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
-            # Whoever runs this may have put others in their place.
+            # The parent may have replaced these streams.
             sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", closefd=False) for n in (1, 2))  # noqa: SIM115
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -92,7 +94,7 @@ class Child:
             os.kill(self.pid, signal.SIGKILL)
 
     def wait(self, longest: float = LONGEST) -> Ended:
-        """Counts the seconds that pass from now on, without those in which this process, too, was stopped."""
+        """Waits for its end. Seconds count from now on, except those in which this process was stopped, too."""
         last, seconds = time.monotonic(), 0.0
         while True:
             pid, status, usage = os.wait4(self.pid, os.WNOHANG)
@@ -113,7 +115,7 @@ def pglcl_child(arguments: Sequence[object], log: Path, environment: dict[str, s
 
 
 def run_pglcl(arguments: Sequence[object], log: Path, *, address_space: int = 0) -> Ended:
-    """Runs a command to its end; with at most so many bytes of address space."""
+    """Runs a command to its end, with at most `address_space` bytes if it is not 0."""
 
     def work() -> int:
         if address_space:
@@ -124,14 +126,14 @@ def run_pglcl(arguments: Sequence[object], log: Path, *, address_space: int = 0)
 
 
 def start_ranks(ranks: int, arguments: Sequence[object], folder: Path) -> list[Child]:
-    """As torchrun starts them; one rank is an ordinary process."""
+    """Starts ranks like torchrun; a single rank is an ordinary process."""
     if ranks == 1:
         return [pglcl_child(arguments, folder / "rank0.log")]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common[MEETING] = str(PATIENCE)  # nobody watches them: they wait so long for one that was killed before it came
+    common[MEETING] = str(PATIENCE)  # how long they wait for a rank that was killed before the meeting
     return [
         pglcl_child(arguments, folder / f"rank{rank}.log", {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(ranks)
@@ -139,7 +141,7 @@ def start_ranks(ranks: int, arguments: Sequence[object], folder: Path) -> list[C
 
 
 def run_stopped_after(step: int, arguments: Sequence[object], log: Path) -> Ended:
-    """A training that is asked to stop, as Ctrl-C does, after so many steps."""
+    """Runs a training that is asked to stop, as by Ctrl-C, after `step` steps."""
 
     def work() -> int:
         after_step = pglcl.train.Training._after_step

@@ -1,4 +1,4 @@
-"""One bit of a file is turned: the file must be refused, or give what the whole one gave."""
+"""Flips one bit of a file. The file must then be refused, or give the same result as before."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RUN_FILES = ("checkpoint.pt", "config.json", "split.json", "run.json", "environm
 
 @contextlib.contextmanager
 def flipped(path: Path, draw: random.Random) -> Iterator[str]:
-    """A random bit of the file is turned in the block; says which."""
+    """Flips a random bit of the file in the block; yields a text that names it."""
     content = path.read_bytes()
     place, bit = draw.randrange(len(content)), draw.randrange(8)
     changed = bytearray(content)

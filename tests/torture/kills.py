@@ -1,4 +1,4 @@
-"""kill -9 at a random moment of a training, then a resume: it must end with the weights of a run left alone."""
+"""kill -9 at a random moment of a training, then a resume. It must end with the weights of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def kill_and_resume(tally: Tally, folder: Path, count: int, ranks: int, draw: ra
             moment = draw.uniform(0, 1.05 * length)
             children = start_ranks(ranks, ["train", data, "-o", run, "--resume", *flags(OPTIONS)], folder)
             time.sleep(moment)
-            # Of several ranks one alone may die: the others must notice.
+            # Of several ranks, sometimes only one is killed, and the others must notice.
             doomed = children if draw.random() < 0.5 else [draw.choice(children)]
             for child in doomed:
                 child.kill()
@@ -60,7 +60,7 @@ def kill_and_resume(tally: Tally, folder: Path, count: int, ranks: int, draw: ra
                 tally.fault(f"killed after {moment:.2f} s: another rank hung for {hung[0].seconds:.0f} s")
         if (run / "config.json").exists():
             arguments = ["train", "--resume", run]
-        else:  # killed before there was a run
+        else:  # killed before the run began
             arguments = ["train", data, "-o", run, "--resume", *flags(OPTIONS)]
         ends = [child.wait() for child in start_ranks(ranks, arguments, folder)]
         if any(end.code for end in ends):

@@ -1,4 +1,4 @@
-"""What came out of one kind of attack."""
+"""The results of one kind of attack."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Tally:
-    """Counts of each outcome, and the faults with what led to them."""
+    """The number of each outcome, and the faults with their causes."""
 
     name: str
     counts: Counter[str] = field(default_factory=Counter)

@@ -1,4 +1,4 @@
-"""A small draw of ``make torture``, with a seed: what it counts is in docs/reliability.md."""
+"""A small draw of ``make torture`` with a seed. docs/reliability.md has the counts of the whole."""
 
 from __future__ import annotations
 

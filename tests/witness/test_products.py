@@ -1,7 +1,7 @@
-"""Products that count rows, places or pixels are made in 64 bits: the types say so, where small sizes cannot tell.
+"""Products that count rows, places or pixels have 64 bits. Their types show it, which tests of small sizes cannot.
 
-clang-tidy reads the CUDA branch of the kernels as products.clang-tidy asks it to, in the programs of the witness, which
-use all of them.
+clang-tidy checks the CUDA branch of the kernels by the rule in products.clang-tidy, in the programs of the witness,
+which use all kernels.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.witness.witness_tests import FAMILIES, HERE
 
 pytestmark = pytest.mark.slow
 
-# Factors that are small whatever the sizes: numbers of threads and lanes, of a tile's rows, columns and steps, of
+# Factors that are small for any sizes of tensors: numbers of threads and lanes, of a tile's rows, columns and steps, of
 # stages of a pipeline, of multiprocessors, and bytes of shared memory.
 SMALL = {
     "if (bytes <= 48 * 1024) return;",
@@ -44,7 +44,7 @@ WARNING = re.compile(r"/csrc/(\S+):(\d+):\d+: warning: ")
 
 
 def clang_tidy() -> str:
-    beside = Path(sys.executable).with_name("clang-tidy")  # an environment's own, which need not be on the path
+    beside = Path(sys.executable).with_name("clang-tidy")  # the environment's own one, which may not be on the path
     found = str(beside) if beside.exists() else shutil.which("clang-tidy")
     if found is None:
         pytest.skip("needs clang-tidy, which the extra `test` installs")
@@ -52,7 +52,7 @@ def clang_tidy() -> str:
 
 
 def narrow_products(folder: Path) -> set[tuple[str, int, str]]:
-    """(file, line, text) of each product that is not made in 64 bits, in the translated sources of `folder`."""
+    """(file, line, text) of each product that does not have 64 bits, in the translated sources of `folder`."""
 
     def look(family: str) -> str:
         command = [clang_tidy(), "--experimental-custom-checks", f"--config-file={HERE / 'products.clang-tidy'}"]
@@ -76,7 +76,7 @@ def test_products_are_made_in_64_bits(tmp_path: Path) -> None:
 
 
 def planted(text: str, fault: Callable[[str], str]) -> tuple[str, set[int]]:
-    """The text of a file with a fault in each line that has room for one, and the numbers of these lines."""
+    """The text of a file with a fault in each line where `fault` can put one, and the numbers of these lines."""
     lines = text.splitlines(keepends=True)
     changed = [fault(line) for line in lines]
     return "".join(changed), {i for i, (a, b) in enumerate(zip(lines, changed, strict=True), 1) if a != b}

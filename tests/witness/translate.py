@@ -1,8 +1,8 @@
-"""Turns the CUDA headers into C++ that g++ compiles, their CUDA branch and not the emulator's.
+"""Turns the CUDA headers into C++ that g++ compiles. It takes their CUDA branch, not that of the emulator.
 
-Three spellings of CUDA are no C++. Each becomes a call of cuda_shim.h or ptx.h, and nothing else is touched:
+Three constructs of CUDA are not C++. Each becomes a call of cuda_shim.h or ptx.h, and nothing else changes:
 
-- ``asm volatile("text" : outputs : inputs : clobbers)`` becomes a `Ptx` that interprets the text it was given;
+- ``asm volatile("text" : outputs : inputs : clobbers)`` becomes a `Ptx` that interprets the text;
 - ``kernel<<<grid, threads, bytes, stream>>>(arguments)`` becomes `launch`;
 - ``__shared__ T name[count]`` becomes a reference to memory that is filled with NaN before each block.
 
@@ -21,7 +21,7 @@ BARRIER = re.compile(r"(?<![\w:])(?:sync_threads\(\)|sync_warp\(\)|wait_copies<\
 
 @dataclass(frozen=True)
 class Barrier:
-    """A barrier, or a wait for copies, of a kernel: its number, and where it stands."""
+    """A barrier, or a wait for copies, of a kernel: its number and its place."""
 
     number: int
     file: str
@@ -30,7 +30,7 @@ class Barrier:
 
 
 def closing(text: str, start: int) -> int:
-    """The place behind the parenthesis that closes the one at `start`; strings are skipped."""
+    """The index after the parenthesis that closes the one at `start`; strings are skipped."""
     depth, at = 0, start
     while at < len(text):
         if text[at] == '"':
@@ -62,7 +62,7 @@ TOUCHES_MEMORY = ("cp.async", "ldmatrix", "stmatrix", "bar.", "st.", "ld.", "red
 
 
 def translate_asm(statement: str) -> str:
-    """One asm statement as a chain of calls; refuses one that touches memory without saying so to the compiler."""
+    """One asm statement as a chain of calls. Refuses a statement that touches memory but does not declare it."""
     inside = statement[statement.index("(") + 1 : statement.rindex(")")]
     template, *rest = split_top(inside, ":")
     outputs, inputs, clobbers, *_ = [*rest, "", "", ""]

@@ -1,6 +1,6 @@
-"""The CUDA kernels as real threads run them, under ThreadSanitizer, against brute force; a barrier left out is noticed.
+"""Runs the CUDA kernels with real threads under ThreadSanitizer, against plain loops; a missing barrier is noticed.
 
-Everything is compiled once for each architecture, a program for each family of kernels, and runs in small cases.
+Each family of kernels has a program, compiled once for each architecture, which runs small cases.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 FAMILIES = ["patch_contrast", "patch_statistics", "semantic_disparity", "gaussian_contrast"]
 ARCHITECTURES = [750, 800]
-# The case of a family's program that comes by the barriers of a file, in little time.
+# The case of a family's program that quickly reaches the barriers of a file.
 CASES = {
     "patch_contrast.cuh": ("patch_contrast", 0),
     "patch_contrast_tiles.cuh": ("patch_contrast", 1),
@@ -32,7 +32,7 @@ CASES = {
     "semantic_disparity.cuh": ("semantic_disparity", 0),
     "gaussian_contrast.cuh": ("gaussian_contrast", 0),
 }
-# Lane 0 alone reads what it wrote itself: the second sync_warp of the sums of a patch orders nothing.
+# The second sync_warp of the sums of a patch orders nothing, since only lane 0 reads, and only what it wrote itself.
 NEEDLESS = [("patch_statistics.cuh", 1)]
 
 
@@ -46,7 +46,7 @@ def needed_barriers() -> list[translate.Barrier]:
 
 @functools.cache
 def programs(architecture: int) -> dict[str, Path]:
-    """The compiled program of each family, built once for the sources as they are."""
+    """The compiled program of each family, built once for the present sources."""
     inputs = [*HERE.glob("*.h"), *HERE.glob("*.cpp"), HERE / "translate.py", *native.CSRC.glob("shared/*")]
     inputs += [path for path in native.CSRC.glob("cuda/kernels/*") if path.is_file()]
     folder = native.cache(f"witness_{architecture}_{native.digest(inputs)}")
@@ -76,7 +76,7 @@ def run(architecture: int, family: str, *arguments: int, seconds: float = 600) -
 
 
 def arguments_of(parameters: dict[str, Any]) -> tuple[Any, ...]:
-    """What `run` gets for a test."""
+    """The arguments of `run` for a test."""
     if "barrier" not in parameters:
         return parameters["architecture"], parameters["family"]
     barrier = parameters["barrier"]
@@ -90,7 +90,7 @@ def arguments_of(parameters: dict[str, Any]) -> tuple[Any, ...]:
 
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest) -> Iterator[dict[tuple[Any, ...], Future[Done]]]:
-    """The runs that the chosen tests ask for, as many at once as there are processors."""
+    """The runs that the chosen tests need, as many at the same time as there are processors."""
     chosen = [item for item in request.session.items if item.path == Path(__file__) and hasattr(item, "callspec")]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         calls = dict.fromkeys(arguments_of(item.callspec.params) for item in chosen)
