@@ -1,4 +1,4 @@
-"""Small data folders of each layout: bright balls and cubes on a noisy ground."""
+"""Small data folders of each layout: bright balls and cubes in noise."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TINY: dict[str, Any] = {
     "batch_size": 4, "patch_size": 8, "queue_length": 16, "embedding_dim": 8, "workers": 0, "checkpoint_every": 3,
     "validate_every": 0, "device": "cpu",
 }  # fmt: skip
-# Axes at right angles, as ITK asks for: turned, and none of them along the body's.
+# Axes at right angles, as ITK requires, but none of them along an axis of the body.
 STRAIGHT = np.array([[0.0, 1.84, 0.96, -20], [-1.4, 0, 0, 30], [0, 0.48, -3.68, 12], [0, 0, 0, 1]])
 OBLIQUE = np.array([[0.0, 1.9, 0.4, -20], [-1.4, 0.1, 0.2, 30], [0.1, 0.3, -4.8, 12], [0, 0, 0, 1]])
 
@@ -82,7 +82,7 @@ def decathlon(root: Path, count: int = 8, channels: int = 2) -> Path:
 
 
 def nnunet(root: Path, count: int = 8, *, unlabelled: int = 2, channels: int = 1, ending: str = ".nii.gz") -> Path:
-    """nnU-Net v2: imagesTr/CASE_0000.ext, labelsTr/CASE.ext, labels by name, and a test folder that nobody reads."""
+    """nnU-Net v2: imagesTr/CASE_0000.ext, labelsTr/CASE.ext, labels by name, and a test folder that is not read."""
     for i in range(count):
         image, label = volume(i)
         for c in range(channels):
@@ -104,7 +104,7 @@ def describe(root: Path, **changes: Any) -> None:
 
 
 def write(path: Path, data: np.ndarray, affine: np.ndarray = STRAIGHT) -> Path:
-    """(X, Y, Z) by nibabel or, what nibabel does not know, by SimpleITK."""
+    """Writes (X, Y, Z) with nibabel; in formats that nibabel does not know, with SimpleITK."""
     if ".nii" in path.name:
         return save(path, data, affine)
     sitk = pytest.importorskip("SimpleITK")
@@ -169,7 +169,7 @@ def pictures(root: Path, count: int = 8, *, ending: str = ".png", colour: bool =
 def dicom(
     folder: Path, data: np.ndarray, affine: np.ndarray = STRAIGHT, *, slope: float = 1, intercept: float = 0
 ) -> Path:
-    """A series of slices whose names say nothing of their order: (X, Y, Z) int16, stored as (x - intercept) / slope."""
+    """A series of slices with names in another order: (X, Y, Z) int16, stored as (x - intercept) / slope."""
     sitk = pytest.importorskip("SimpleITK")
     folder.mkdir(parents=True, exist_ok=True)
     lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine

@@ -40,7 +40,7 @@ def test_unlabelled_images_change_the_loss_and_its_weight_scales_them(name: str)
         views = base.views(batch, taught, torch.Generator().manual_seed(0))
         losses[weight] = float(base.loss(logits[: len(views.images)], views, 1.0))
     assert losses[1.0] != losses[0.0]
-    if name != "copy-paste":  # there the weight is one beside that of labelled pixels in a mean
+    if name != "copy-paste":  # there, labelled and unlabelled pixels share one weighted mean
         assert losses[2.0] - losses[0.0] == pytest.approx(2 * (losses[1.0] - losses[0.0]), rel=1e-4)
 
 

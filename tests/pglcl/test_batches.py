@@ -1,4 +1,4 @@
-"""Batches depend on seed, rank and step alone; volumes of the test change nothing."""
+"""Batches depend on seed, rank and step alone. Test volumes do not change the training."""
 
 from __future__ import annotations
 
@@ -86,5 +86,5 @@ def test_volumes_of_the_test_change_no_weight(method: str, tmp_path: Path, monke
             save(root / "labels" / f"{name}.nii.gz", 2 - label)
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
     assert {"images/case00.nii.gz", "labels/case03.nii.gz"} <= read
-    assert "labels/case05.nii.gz" in read  # checked before an hour is spent
-    assert "labels/case02.nii.gz" not in read  # its label file is there; nobody looked
+    assert "labels/case05.nii.gz" in read  # it is checked before the training begins
+    assert "labels/case02.nii.gz" not in read  # it has a label file, which must not be read

@@ -1,4 +1,4 @@
-"""Layouts, splits, and what inspect finds."""
+"""Layouts, splits, and the findings of inspect."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def test_version_and_no_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_errors_and_their_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is expected is one line; what is not keeps its traceback and says that it is a bug."""
+    """An expected error is one line. An unexpected one keeps its traceback, and is called a bug."""
     for error, code, text in (
         (UserError("a", "b"), 2, "pglcl: a\npglcl: b\n"),
         (OSError(28, "No space left on device", "file"), 2, "pglcl: file: No space left on device\n"),
@@ -162,7 +162,7 @@ def test_output_that_nobody_can_take(trained: tuple[Path, Path]) -> None:
 
 @pytest.mark.parametrize("closed", ["<&- >&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_closed_streams(closed: str, trained: tuple[Path, Path], tmp_path: Path) -> None:
-    """Nothing fails, and no file of ours gets the number of a stream, to which others print."""
+    """Nothing fails, and no file of ours gets the number of a closed stream, to which others may print."""
     image, masks = trained[0] / "images" / "case00.nii.gz", tmp_path / "masks"
     line = f"{sys.executable} -m pglcl predict {trained[1]} {image} -o {masks} {closed}"
     assert subprocess.run(line, shell=True, cwd=ROOT).returncode == 0
@@ -181,7 +181,7 @@ def test_signs_that_a_terminal_lacks(copied: tuple[Path, Path], tmp_path: Path) 
 
 
 def test_names_that_are_no_text(copied: tuple[Path, Path], tmp_path: Path) -> None:
-    """Bytes of a name that are no UTF-8 go through every command that reads or writes a file of it."""
+    """Every command that reads or writes files works with names whose bytes are not UTF-8."""
     folder = Path(os.fsdecode(bytes(tmp_path) + b"/latin-\xe9"))
     try:
         folder.mkdir()
@@ -212,7 +212,7 @@ def test_stopped_while_it_starts(seconds: float, trained: tuple[Path, Path], tmp
 def test_only_the_first_rank_speaks(
     trained: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Under torchrun every rank runs the command; other than a training, the first one does the work."""
+    """Under torchrun, every rank runs the command. Except in a training, only the first one does the work."""
     root, run = trained
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -263,7 +263,7 @@ def test_volumes_that_change_while_they_are_scored(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Scores stand beside the hashes of the files that they are of."""
+    """Score files hold the hashes of the files that were scored."""
     data, run = Path(shutil.copytree(copied[0], tmp_path / "data")), copied[1]
     test = json.loads((run / "split.json").read_text())["test"][0]
     score = evaluation.score_cases

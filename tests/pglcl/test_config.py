@@ -1,4 +1,4 @@
-"""The table of options: what each may be, and what it needs beside it."""
+"""The table of options: the values that each may have, and the other options that it needs."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_deep_toml(tmp_path: Path) -> None:
 
 
 def test_the_papers_settings() -> None:
-    """Method, sections 6 and 9: what the paper and its code say."""
+    """The settings of the paper and its code (method, sections 6 and 9)."""
     config = TrainConfig(**with_preset("paper", {}))
     assert (config.loss, config.hard_negatives, config.queue_length, config.embedding_dim) == (
         "gaussian",
@@ -117,7 +117,7 @@ def test_the_papers_settings() -> None:
 def test_what_is_given_wins_over_a_preset() -> None:
     config = TrainConfig(**with_preset("paper", {"queue_length": 7, "consistency": "copy-paste", "loss": "infonce"}))
     assert (config.queue_length, config.consistency) == (7, "copy-paste")
-    assert not config.hard_negatives  # meaningless beside it
+    assert not config.hard_negatives  # it would have no effect
     assert with_preset("", {"steps": 3}) == {"steps": 3}
     with pytest.raises(UserError, match="--preset must be one of paper, got nature"):
         with_preset("nature", {})

@@ -1,4 +1,4 @@
-"""The contrast on top of the bases: which patches are anchors and keys, and what its options do."""
+"""The contrast on top of the bases: which patches are anchors and keys, and the effect of its options."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.pglcl.steps import gradient_of, make_batch, networks, predict_class_e
 
 
 def anchors_of(monkeypatch: pytest.MonkeyPatch, batch: dict[str, Tensor], said: int | None = None, **options):
-    """(labels, descriptors) of the anchors, labels of the queued keys; by a teacher that predicts `said` everywhere."""
+    """Labels and descriptors of the anchors, and labels of the queued keys; the teacher predicts `said` everywhere."""
     options = {"mixed_patches": "together", **options}
     config = tiny(consistency="copy-paste", **options)
     student, teacher = networks()
@@ -40,11 +40,11 @@ def anchors_of(monkeypatch: pytest.MonkeyPatch, batch: dict[str, Tensor], said: 
 
 def test_anchors_are_annotated_or_all(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = make_batch()
-    batch["label"] %= 2  # class 2 is in pseudo-labels alone
+    batch["label"] %= 2  # class 2 is only in pseudo-labels
     for choice, expected in (("labelled", {0, 1}), ("all", {0, 1, 2})):
         labels, _, counts = anchors_of(monkeypatch, batch, 2, anchors=choice)
         assert set(labels.tolist()) == expected
-        assert (counts > 0).all()  # keys are of both
+        assert (counts > 0).all()  # keys come from both
 
 
 def test_anchors_and_keys_of_a_class_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +99,7 @@ def test_first_are_the_anchors_of_which_the_student_is_least_certain() -> None:
         unsure=prediction,
     )  # fmt: skip
     assert rows.index.tolist() == [[0, 2, 3], [0, 7, 1]]
-    assert torch.all(rows.entropy == 0)  # compared by that of the teacher
+    assert torch.all(rows.entropy == 0)  # the entropy is the teacher's
 
 
 @pytest.mark.parametrize("choice", ["split", "leave-out", "together"])

@@ -98,7 +98,7 @@ def test_ssl4mis_with_its_lists(tmp_path: Path) -> None:
 
 
 def test_values_in_and_values_out(tmp_path: Path) -> None:
-    """0, 500, 600 in the files; merged, named or not, predictions carry what the files have."""
+    """Files have the values 0, 500, 600. Predictions have them, too, whether classes are merged or named or not."""
     root = plain(tmp_path / "data")
     for path in (root / "labels").iterdir():
         image = nib.load(path)
@@ -117,7 +117,9 @@ def test_values_in_and_values_out(tmp_path: Path) -> None:
     assert set(merged.labelled[0].label.unique().tolist()) <= {-1, 0, 1}
     with pytest.raises(UserError, match=r"case00\.nii\.gz: has values that are no label: 600 in \d+ voxels") as error:
         load_training_data(root, tiny(labels="0,500"))
-    assert len(error.value.lines) == 5 + 1  # two labelled, one of validation, two of the test; and their count
+    assert (
+        len(error.value.lines) == 5 + 1
+    )  # two labelled, one for validation, two for the test; and a line with their number
 
 
 def test_labels_are_kept_as_bytes_and_padding_is_ignored(tmp_path: Path) -> None:
@@ -134,7 +136,7 @@ def test_labels_are_kept_as_bytes_and_padding_is_ignored(tmp_path: Path) -> None
     assert data.num_classes == 3
 
 
-# --- before an hour is spent ----------------------------------------------------------------------------------------
+# --- checks before the training -------------------------------------------------------------------------------------
 
 
 def checked(root: Path, **changes: Any) -> inspection.Survey:
@@ -237,7 +239,7 @@ def test_a_turned_bit_in_a_cache_is_prepared_anew(name: str, tmp_path: Path) -> 
 
 
 def test_a_volume_that_was_replaced_is_not_taken_from_a_cache(tmp_path: Path) -> None:
-    """Not even by one of the same size and time, as a copy that keeps times may leave it."""
+    """This holds even for a volume of the same size and time, as a copy that keeps times may leave."""
     root, options = plain(tmp_path / "data"), {"cache": str(tmp_path / "cache")}
     path = root / "images" / "case00.nii"
     image = nib.load(root / "images" / "case00.nii.gz").get_fdata().astype(np.float32)
@@ -250,7 +252,7 @@ def test_a_volume_that_was_replaced_is_not_taken_from_a_cache(tmp_path: Path) ->
 
 
 def test_what_another_run_puts_into_a_cache_stays(tmp_path: Path) -> None:
-    """A run that begins removes what a kill left, and no volume that is being written."""
+    """A new run removes volumes that a kill left unfinished, but none that another run is writing."""
     (tmp_path / ".partial-left").mkdir()
     (tmp_path / ".partial-lives").mkdir()
     held = os.open(tmp_path / ".partial-lives", os.O_RDONLY)
@@ -308,7 +310,7 @@ def test_a_few_organs_of_a_real_ct(tmp_path: Path) -> None:
     assert -1024 <= channel.low < channel.mean < channel.high < 3000
     assert main(["predict", str(run), str(root / "imagesTr"), "-o", str(output), "-q"]) == 0
     found = set().union(*(values_of(path) for path in output.iterdir()))
-    assert {0, 10} <= found <= {0, 1, 5, 10, 86}  # the lung is most of what is not background
+    assert {0, 10} <= found <= {0, 1, 5, 10, 86}  # most of the foreground is lung
     for path in output.iterdir():
         assert nib.load(path).shape == (122, 101, 3)
     assert main(["evaluate", str(run), str(root), "-q"]) == 0

@@ -45,7 +45,7 @@ def test_a_demo_that_is_killed_while_it_writes_its_data(tmp_path: Path, monkeypa
     monkeypatch.setattr("pglcl.demo.nib.save", killed)
     with pytest.raises(KeyboardInterrupt):
         write_template(tmp_path / "data")
-    check_folder(tmp_path)  # the next demo goes on in it
+    check_folder(tmp_path)  # the next demo may use it again
 
 
 def test_a_demo_that_is_stopped(

@@ -113,7 +113,7 @@ def test_summary_counts_and_means() -> None:
 
 
 def evaluation(run: str = "run", **changes: Any) -> Evaluation:
-    """Of a volume whose second class is absent."""
+    """An evaluation of a volume whose second class is absent."""
     subject = Subject(run, "weights", 3, 3, "test", "/data", {"c": ["1", "2"]}, ["p"], [])
     truth = ball((10, 12, 12), 6).long()
     found = score_volume(truth, truth, 3, (1.0, 1.0, 1.0), patient="p", case="c")
@@ -121,7 +121,7 @@ def evaluation(run: str = "run", **changes: Any) -> Evaluation:
 
 
 def test_scores_carry_class_and_label_value(tmp_path: Path) -> None:
-    """Masks of 0, 85, 170: the classes are 1 and 2, and files have 85 and 170."""
+    """Masks have the values 0, 85, 170. The classes are 1 and 2, their label values 85 and 170."""
     root = tmp_path / "data"
     for i in range(6):
         image, label = volume(i)
@@ -145,7 +145,7 @@ def test_scores_carry_class_and_label_value(tmp_path: Path) -> None:
 
 
 def test_distances_between_scattered_voxels() -> None:
-    """Pieces of one voxel, everywhere: every one lies on a surface, and the box is the whole volume."""
+    """Single voxels lie everywhere, so all are on a surface, and the box is the whole volume."""
     truth = torch.zeros(20, 20, 20, dtype=torch.uint8)
     truth[::2, ::2, ::2] = 1
     (found,) = score_volume(truth.roll(1, 0), truth, 2, (1.5, 2.0, 2.0), patient="p", case="c")
@@ -153,7 +153,7 @@ def test_distances_between_scattered_voxels() -> None:
 
 
 def test_scores_are_json(tmp_path: Path) -> None:
-    """A class without a score is null: NaN is no JSON."""
+    """A missing score is null, since JSON has no NaN."""
     evaluation().save(score_files(tmp_path, "test"))
 
     def refuse(name: str) -> None:

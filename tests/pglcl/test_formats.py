@@ -40,7 +40,7 @@ def test_one_flipped_bit_of_a_compressed_file_is_refused_or_harmless(tmp_path: P
     good = save(tmp_path / "a.nii.gz", VOXELS[:12, :10], OBLIQUE)
     content, expected = good.read_bytes(), read_volume([good])
     random = np.random.default_rng(0)
-    places = [*range(80), *random.integers(80, 8 * len(content), 250).tolist()]  # the gzip header whole, and a draw
+    places = [*range(80), *random.integers(80, 8 * len(content), 250).tolist()]  # the whole gzip header, and a draw
     places += range(8 * (len(content) - 8), 8 * len(content))  # checksum and length
     harmless = 0
     for place in places:
@@ -202,7 +202,7 @@ def test_the_same_volume_in_every_format(ending: str, tmp_path: Path) -> None:
 
 
 def test_voxels_that_a_header_keeps_elsewhere(tmp_path: Path) -> None:
-    """Whatever their file is called, it is one of those that a run knows by their hash."""
+    """A run knows the hash of the file that holds the voxels, whatever its name."""
     path = write(tmp_path / "a.mhd", VOXELS, STRAIGHT)
     (voxels,) = files_of(path)[1:]
     expected, renamed = read_volume([path]).data, tmp_path / f"voxels{voxels.suffix}"
@@ -304,7 +304,7 @@ def test_pictures(case: tuple[str, str], tmp_path: Path) -> None:
         )
         write_like(mask, read.source, tmp_path / f"mask{suffix}")
         np.testing.assert_array_equal(read_label_values(tmp_path / f"mask{suffix}", path), mask)
-    for values in ((0, 1, 70000), (-1, 0, 3)):  # which no PNG holds
+    for values in ((0, 1, 70000), (-1, 0, 3)):  # PNG cannot hold these
         kept = LabelMap(tuple((value,) for value in values), ("a", "b", "c"))
         mask = kept.decode(np.arange(48).reshape(6, 8, 1) % 3)
         assert formats.result_suffix(path, mask.dtype) == ".tif"
@@ -349,7 +349,7 @@ def test_pictures_that_would_be_read_as_something_else(tmp_path: Path) -> None:
 
 
 def png_of_16_bit_colours(path: Path) -> Path:
-    """Which Pillow can read and not write."""
+    """Pillow can read such a file, but not write it."""
     import zlib
 
     def chunk(kind: bytes, content: bytes) -> bytes:
@@ -379,7 +379,7 @@ def test_one_flipped_bit_of_a_png_is_refused_or_harmless(tmp_path: Path) -> None
             read = read_volume([path])
         except UserError:
             continue
-        assert place // 8 >= len(content) - 12  # the end marker, behind all that is read
+        assert place // 8 >= len(content) - 12  # the end marker, after all bytes that are read
         np.testing.assert_array_equal(read.data, expected)
 
 

@@ -1,4 +1,4 @@
-"""From the numbers of a file to those that a network sees."""
+"""The normalisation of intensities."""
 
 from __future__ import annotations
 

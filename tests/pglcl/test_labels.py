@@ -1,4 +1,4 @@
-"""Values of label files, classes, and back."""
+"""From the values of label files to classes, and back."""
 
 from __future__ import annotations
 

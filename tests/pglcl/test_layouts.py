@@ -403,7 +403,7 @@ def test_labels_of_one_patient_or_blank_are_warned_of(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["images/case01.nii.gz", "labels/case01.nii.gz"])
 def test_a_link_that_leads_nowhere_is_not_left_out(place: str, tmp_path: Path) -> None:
-    """Data that were moved, or never fetched. A labelled volume would else count as unlabelled."""
+    """Data may have been moved, or never fetched. Otherwise, a labelled volume would count as unlabelled."""
     root = plain(tmp_path / "data")
     path = root / place
     elsewhere = path.rename(tmp_path / "elsewhere.nii.gz")
@@ -429,7 +429,7 @@ def test_a_pipe_is_no_image(tmp_path: Path) -> None:
 
 
 def test_folders_that_are_links(tmp_path: Path) -> None:
-    """A selection of patients is often a folder of links; a link to a folder above is no endless one."""
+    """A selection of patients is often a folder of links. A link to a folder above must not lead to an endless loop."""
     root, chosen = acdc(tmp_path / "data", 3), tmp_path / "chosen"
     chosen.mkdir()
     for patient in ("patient001", "patient003"):
@@ -444,7 +444,7 @@ def test_folders_that_are_links(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["labels", "images", "dataset.json"])
 def test_parts_of_a_folder_that_lead_nowhere(name: str, tmp_path: Path) -> None:
-    """Without a word, all volumes would be unlabelled, or the folder would be of another layout."""
+    """Otherwise all volumes would be unlabelled, or the folder would seem to have another layout."""
     root = plain(tmp_path / "data", 3)
     if (root / name).exists():
         (root / name).rename(tmp_path / "moved")
@@ -454,7 +454,7 @@ def test_parts_of_a_folder_that_lead_nowhere(name: str, tmp_path: Path) -> None:
 
 
 def test_a_list_of_patients_that_leads_nowhere(tmp_path: Path) -> None:
-    """Without a word, the patients of the test would be trained on."""
+    """Otherwise, test patients would be used to train."""
     root = ssl4mis(tmp_path / "data")
     (root / "test.list").unlink()
     (root / "test.list").symlink_to(tmp_path / "gone")

@@ -1,4 +1,4 @@
-"""What a machine can give is compared with what is asked for, before a training begins."""
+"""The needs of a training are compared with the machine before it begins."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_little_shared_memory(batches: StepBatches, monkeypatch: pytest.MonkeyPa
 
 
 def load_with_little_shared_memory(root: str) -> None:
-    """Prints what is said when there is too little of it, and when it is full before the first and after a batch."""
+    """Prints the errors when it is too small, when it is full before the first batch, and when it fills up later."""
     config = tiny(image_size="128", steps=400, warmup=0)
     data = load_training_data(Path(root), config)
     batches = StepBatches(data.labelled, data.unlabelled, config)
@@ -138,7 +138,7 @@ def load_with_little_shared_memory(root: str) -> None:
 
 
 def test_a_disk_that_fills_up_under_tensorboard(tmp_path: Path) -> None:
-    """One line, and no traceback of the thread that writes its events."""
+    """The error is one line, without a traceback of the thread that writes its events."""
     program = (
         "import sys; from pathlib import Path; from pglcl.record import MetricsLog\n"
         "run = Path(sys.argv[1]) / 'run'; run.mkdir(); log = MetricsLog(run, 0); log.write({'step': 1, 'a': 0.5})\n"
@@ -161,7 +161,7 @@ def test_a_disk_that_fills_up_under_tensorboard(tmp_path: Path) -> None:
 
 
 def test_shared_memory_that_fills_up(folder: Path) -> None:
-    """A real /dev/shm of 16 MiB. A batch for which there is no room must be an error, not one that never comes."""
+    """With a real /dev/shm of 16 MiB. A batch that does not fit must raise an error, and not be waited for."""
     mount = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=16m tmpfs /dev/shm && exec "$@"', "sh"]
     if shutil.which("unshare") is None or subprocess.run([*mount, "true"], capture_output=True).returncode:
         pytest.skip("needs the right to mount a small /dev/shm")

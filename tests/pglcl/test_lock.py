@@ -1,4 +1,4 @@
-"""One process at a time writes to a folder, and a killed one leaves nothing to clean up."""
+"""Only one process at a time writes to a folder, and a killed one leaves nothing to clean up."""
 
 from __future__ import annotations
 

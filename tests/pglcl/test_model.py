@@ -14,7 +14,7 @@ def test_projection_of_any_number_of_patches(count: int) -> None:
     z = projection(x)
     assert z.shape == (count, 4)
     torch.testing.assert_close(z.norm(dim=1), torch.ones(count))
-    z.sum().backward()  # also none: the projection stays in the graph
+    z.sum().backward()  # also without patches: the projection stays in the graph
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in projection.parameters())
 
 
@@ -36,19 +36,19 @@ def test_features_are_those_of_the_logits(dims: int, name: str, channels: list[i
     assert logits.shape == (2, 3, *[side] * dims)
     assert features.shape == (2, network.feature_channels, *[side // 2] * dims)
     assert network.projection(features.flatten(2).mean(2)).shape == (2, 5)
-    # All but the last block of the decoder lies before the features: their gradient reaches most weights, and what
-    # comes out of the network depends on them.
+    # Everything except the last block of the decoder lies before the features. So their gradient reaches most weights,
+    # and the output of the network depends on them.
     gradients = torch.autograd.grad(features.square().sum(), list(network.unet.parameters()), allow_unused=True)
     reached = sum(p.numel() for p, g in zip(network.unet.parameters(), gradients) if g is not None and g.any())
     assert reached > 0.5 * sum(p.numel() for p in network.unet.parameters())
     (of_features,) = torch.autograd.grad(network.with_features(x)[0].square().sum(), [features], allow_unused=True)
-    assert of_features is None  # of another call: nothing is kept between calls
+    assert of_features is None  # they are of another call: nothing is kept between calls
     logits, features = network.with_features(x)
     (of_features,) = torch.autograd.grad(logits.square().sum(), [features])
     assert of_features.any()
     nothing, same = network.with_features(x, torch.zeros(2, network.feature_channels, *[1] * dims))
     torch.testing.assert_close(same, features)
-    assert not torch.allclose(nothing, logits)  # what the logits do not see
+    assert not torch.allclose(nothing, logits)  # the logits do not depend on dropped channels
     again = SegmentationNetwork(**network.arguments)
     again.load_state_dict(network.state_dict())
     torch.testing.assert_close(again(x), logits)

@@ -1,4 +1,4 @@
-"""No file is lost: what is read, what exists, and what would be written twice."""
+"""No file is lost: neither inputs, nor existing files, nor outputs of the same name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.pglcl.folders import acdc, decathlon, plain
 
 
 def spellings(folder: Path) -> list[Path]:
-    """Paths that lead to folder/scan.nii.gz, each spelled in its own way."""
+    """Paths to folder/scan.nii.gz, each spelled in another way."""
     (folder / "links").mkdir()
     target = folder / "scan.nii.gz"
     (folder / "symbolic.nii.gz").symlink_to(target)
@@ -45,7 +45,7 @@ def test_what_exists_is_kept(tmp_path: Path) -> None:
             check_outputs([new, path])
         check_outputs([new, path], overwrite=True)
     check_outputs([old], renewed=lambda path: True)
-    with pytest.raises(UserError, match="exists"):  # a link may lead to anybody's file
+    with pytest.raises(UserError, match="exists"):  # a link may lead to any file
         check_outputs([dangling], renewed=lambda path: True)
     assert old.read_text() == "text"
 

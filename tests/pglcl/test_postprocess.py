@@ -1,4 +1,4 @@
-"""Components: counted, kept, and what is called a single organ."""
+"""Components: how they are counted and kept, and when a class is a single organ."""
 
 from __future__ import annotations
 

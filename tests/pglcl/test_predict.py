@@ -1,4 +1,4 @@
-"""Predictions: the way back to the volume, averages, post-processing, what is written and what is refused."""
+"""Predictions: restored resolution, averages, post-processing, output files and errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def case(root: Path, number: int = 0) -> Case:
 
 @pytest.mark.parametrize("resized", [(9, 12, 5), (7, 12, 9), (20, 31, 5), (1, 12, 5)])
 def test_rows_are_those_of_the_whole_volume(resized: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Restored slab by slab or at once: the same, up to rounding."""
+    """A volume that is restored slab by slab is the same as one restored at once, up to rounding."""
     geometry = Geometry((13, 17, 5), resized)
     p = torch.randn(3, *(n + 2 for n in resized)).softmax(dim=0)
     whole = geometry.restore(p)
@@ -63,7 +63,7 @@ def test_runs_are_averaged(trained: Trained) -> None:
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_flips_are_averaged(dims: int) -> None:
-    """A network that knows its places gives, averaged, what does not depend on the side."""
+    """The average of a network that depends on the position does not depend on the side."""
     weights = torch.randn(3, *(4,) * dims)
     network = torch.nn.Module()
     network.forward = lambda x: x.expand(-1, 3, *x.shape[2:]) * weights  # type: ignore[method-assign]
@@ -141,7 +141,7 @@ def test_predictions_never_replace_their_input(trained: Trained, tmp_path: Path)
 def test_masks_do_not_lie_beside_a_folders_images(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of another kind of file they would replace nothing, and be predicted the next time."""
+    """Masks of another format would replace no image, but would be predicted next time."""
     folder = tmp_path / "scans"
     write(folder / "scan.mhd", volume(0)[0], STRAIGHT)
     (tmp_path / "link").symlink_to(folder)
@@ -168,7 +168,7 @@ def test_an_earlier_mask_is_kept(trained: Trained, tmp_path: Path, capsys: pytes
 
 
 def test_names_that_meet(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The probabilities of one image would be the mask of another."""
+    """The probabilities of one image would have the file name of another image's mask."""
     root, run = trained
     for name in ("a.nii.gz", "a_probabilities.nii.gz"):
         shutil.copy(root / "images" / "case00.nii.gz", tmp_path / name)
@@ -181,7 +181,7 @@ def test_names_that_meet(trained: Trained, tmp_path: Path, capsys: pytest.Captur
 def test_an_unforeseen_error_does_not_end_the_batch(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each kind of error costs its own image, and no other."""
+    """Each kind of error stops its own image, and no other."""
     root, run = trained
     predict = Predictor.__call__
     errors = {

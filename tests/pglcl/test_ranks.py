@@ -1,4 +1,4 @@
-"""Ranks that meet, that do not, and that are lost."""
+"""Ranks that meet, ranks that do not come, and ranks that are lost."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> int:
-    """A free one of this machine, where two ranks shall meet; this process is the first of them."""
+    """A free port of this machine, for two ranks to meet; this process is the first of them."""
     (number,) = free_ports()
     environment = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(number)}
     for name, value in environment.items():
@@ -73,7 +73,7 @@ def find_nobody() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
 def test_a_process_group_leaves_no_thread(port: int) -> None:
-    """One that outlives the interpreter aborts it, now and then."""
+    """A thread that outlives the interpreter sometimes aborts it."""
     other = another_rank(leave_no_thread)
     leave_no_thread()
     other.join()
@@ -104,7 +104,7 @@ def test_a_rank_that_does_not_come(
 
 @pytest.mark.usefixtures("port")
 def test_a_rank_that_ends_between_the_meeting_and_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has left word that it came, so the other goes on to make the group, and waits no longer for that either."""
+    """It has announced itself, so the other rank makes the group, and must not wait longer for that, either."""
     monkeypatch.setenv("PGLCL_MEETING_SECONDS", "5")
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(*address, 2, True, wait_for_workers=False, multi_tenant=True)
@@ -154,7 +154,7 @@ def test_a_rank_needs_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_rank_without_a_launcher_is_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Left in the environment by another program: a command that does nothing, with exit code 0, would be worse."""
+    """Another program may leave RANK in the environment. The command must not do nothing and exit with 0."""
     for size, rank, own in (("", "1", 0), ("1", "1", 0), ("2", "1", 1), ("2", "x", 0), ("2", "", 0)):
         monkeypatch.setenv("WORLD_SIZE", size)
         monkeypatch.setenv("RANK", rank)

@@ -1,4 +1,4 @@
-"""The report: what it shows, whatever names and files it meets."""
+"""The report: its content, for any names and files."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_files_of_a_run_that_are_damaged(
     shown = error if code else (run / "report.html").read_text()
     assert says in shown
     if name == "scores_test.json":
-        assert (run / name).read_text() == text  # another's file stays
+        assert (run / name).read_text() == text  # the file of another program stays
 
 
 def test_bytes_that_are_no_text(run: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_page_replaces_nothing_else(run: Path, trained: Trained, capsys: pytes
     other.write_text("<p>mine</p>")
     for path in (run / "config.json", other, run):
         assert main(["report", str(run), "-o", str(path)]) == 2
-    assert main(["report", str(run)]) == 2  # no report of ours
+    assert main(["report", str(run)]) == 2  # the file is not a report of ours
     assert main(["report", str(run), "-o", str(run / "config.json"), "--overwrite"]) == 2
     assert other.read_text() == "<p>mine</p>"
     assert main(["report", str(run), "--overwrite", "-q"]) == 0
@@ -178,7 +178,7 @@ def test_a_page_replaces_nothing_else(run: Path, trained: Trained, capsys: pytes
 
 @pytest.mark.parametrize("command", ["report", "evaluate"])
 def test_the_list_of_the_data_is_kept(command: str, run: Path, trained: Trained, tmp_path: Path) -> None:
-    """However its path is spelled, and labels that the command does not read, too."""
+    """This holds for any spelling of its path, and also for labels that the command does not read."""
     listed = tmp_path / "scores_test.csv"
     rows = [f"{folder}/case{i:02d}.nii.gz" for i in range(6) for folder in ("images", "labels")]
     cells = [str(trained[0] / row) for row in rows]

@@ -50,7 +50,7 @@ def stopped(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copies(data: Path, stopped: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """A data folder and a stopped run of it, to spoil."""
+    """A data folder and a stopped run of it, which a test may change."""
     shutil.copytree(data, tmp_path / "data")
     shutil.copytree(stopped, tmp_path / "run")
     return tmp_path / "data", tmp_path / "run"
@@ -75,7 +75,7 @@ def resume(data: Path, run: Path, **options: Any) -> None:
 
 
 def refused(data: Path, run: Path, **options: Any) -> str:
-    """What a resume says instead of going on. Nothing in the folder has changed then."""
+    """The error of a resume. Checks that nothing in the folder has changed."""
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file() and path.name != ".lock"}
     with pytest.raises(UserError) as caught:
         resume(data, run, **options)
@@ -92,12 +92,12 @@ def same_weights(a: Path, b: Path) -> bool:
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-# --- what lies in the folder already ---------------------------------------------------------------------------------
+# --- files that are already in the folder ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_nothing_but_files(name: str, copies: tuple[Path, Path]) -> None:
-    """A pipe would be waited at for ever."""
+    """Reading a pipe would wait for ever."""
     data, run = copies
     (run / name).unlink(missing_ok=True)
     for make, kind in ((Path.mkdir, "folder"), (os.mkfifo, "named pipe")):
@@ -108,7 +108,7 @@ def test_nothing_but_files(name: str, copies: tuple[Path, Path]) -> None:
 
 @pytest.mark.parametrize("name", FILES[:3] + FILES[4:])
 def test_a_new_run_replaces_nothing(name: str, data: Path, tmp_path: Path) -> None:
-    """Not even a link that leads nowhere, or the split that it is told to read."""
+    """It does not even replace a link to nothing, or the split file that it should read."""
     run = tmp_path / "run"
     run.mkdir()
     for make in (lambda path: path.write_text("{}"), lambda path: path.symlink_to(tmp_path / "gone")):
@@ -215,7 +215,7 @@ def test_an_edited_split_file_is_refused_and_a_missing_one_is_not_needed(data: P
 
 
 def test_an_edited_split_is_not_scored(copies: tuple[Path, Path], capsys: Any) -> None:
-    """Patients that were learned from are no test."""
+    """Patients that were used to train must not be scored as test patients."""
     data, run = copies
     split = json.loads((run / "split.json").read_text())
     split["test"], split["labelled"] = split["labelled"], split["test"]
@@ -228,7 +228,7 @@ def test_an_edited_split_is_not_scored(copies: tuple[Path, Path], capsys: Any) -
 
 
 def changing(data: Path, when: int, change: Callable[[Path], None]) -> Callable[[Any, Any, float, int], None]:
-    """In the place of the teacher's update: changes the validation patient's image after `when` steps."""
+    """A replacement for the teacher's update, which changes the validation patient's image after `when` steps."""
     update = learner.update_teacher
 
     def changed(teacher: Any, student: Any, decay: float, step: int) -> None:
@@ -240,7 +240,7 @@ def changing(data: Path, when: int, change: Callable[[Path], None]) -> Callable[
 
 
 def replace_keeping_times(path: Path) -> None:
-    """As `cp -p` of another file with the same size and times does."""
+    """Replaces a file like `cp -p` of another file with the same size and times."""
     status, content = path.stat(), bytearray(path.read_bytes())
     content[-1] ^= 1
     path.unlink()
@@ -270,7 +270,7 @@ def test_validation_volumes_that_change_meanwhile(
 def test_volumes_that_change_while_they_are_read(
     data: Path, copies: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """Else the run would know the hash of other voxels than those that it was trained on."""
+    """Otherwise, the run would keep the hash of other voxels than those that it was trained on."""
     load = train.load_training_data
 
     def change_then_load(root: Path, *arguments: Any, **options: Any) -> Any:
@@ -390,10 +390,10 @@ def test_json_files_of_another_kind(name: str, content: bytes, copies: tuple[Pat
     data, run = copies
     (run / name).write_bytes(content)
     if name == "metrics.jsonl" and content in (b"", b"\x93\xff\x00", b"[" * 100_000):
-        resume(data, run)  # no row, or one that a kill cut off
+        resume(data, run)  # no row, or one that a kill truncated
         return
     if name == "environment.json" and content.startswith(b'{"step'):
-        resume(data, run)  # an object: it tells what the machine was, nothing depends on it
+        resume(data, run)  # an object: it describes the machine, and nothing depends on it
         return
     with pytest.raises(UserError) as caught:
         resume(data, run)
@@ -453,7 +453,7 @@ def test_the_warm_up_is_a_share_that_more_steps_do_not_change(data: Path, tmp_pa
 
 
 def test_unlabelled_images_reach_the_weights_by_default(tmp_path: Path) -> None:
-    """A quarter of the steps is warm-up, however few there are."""
+    """A quarter of the steps is warm-up, even if there are few."""
     models = []
     for seed in (0, 1):
         data = plain(tmp_path / f"data{seed}")
@@ -480,7 +480,7 @@ def test_another_number_of_threads_is_said(copies: tuple[Path, Path], capsys: An
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
 def test_signals_stop_with_a_checkpoint(number: signal.Signals, data: Path, tmp_path: Path) -> None:
-    before = signal.signal(number, signal.SIG_DFL)  # tests that nohup starts ignore SIGHUP
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup, tests ignore SIGHUP
     try:
         stop_by(number, data, tmp_path / "run")
     finally:

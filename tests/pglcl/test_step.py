@@ -1,4 +1,4 @@
-"""One step: every base and contrast together, and that the teacher's word reaches the loss."""
+"""One step: every base with the contrast, and the effect of the teacher's predictions on the loss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.pglcl.steps import gradient_of, make_batch, networks, predict_class_e
 def test_every_combination_steps(consistency: str, loss: str, patches: str, dims: int) -> None:
     size = "32" if dims == 2 else "16"
     options = {"consistency": consistency, "loss": loss, "patches": patches, "spatial_dims": dims, "image_size": size}
-    options["mixed_patches"] = "split" if loss == "infonce" else "together"  # labels at random leave no patch filled
+    options["mixed_patches"] = "split" if loss == "infonce" else "together"  # with random labels, no patch is filled
     config = tiny(**options, hard_negatives=loss == "gaussian")
     student, teacher = networks(dims)
     contrast = PatchContrast(config, 3)
@@ -35,7 +35,7 @@ def test_every_combination_steps(consistency: str, loss: str, patches: str, dims
 
 
 def test_the_teachers_pseudo_labels_reach_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of both losses, and its embeddings the queue."""
+    """They reach both losses, and the teacher's embeddings reach the queue."""
     config = tiny(consistency="copy-paste")
     student, teacher = networks()
     batch = make_batch()
@@ -55,7 +55,7 @@ def test_the_teachers_pseudo_labels_reach_the_loss(monkeypatch: pytest.MonkeyPat
         assert contrast.queue is not None
         results.append((float(losses["segmentation"]), set(seen[0].tolist()), contrast.queue.counts.tolist()))
         keys, labels, _ = contrast.queue.keys()
-        with torch.no_grad():  # what is queued is the teacher's, not the student's
+        with torch.no_grad():  # the queue holds the teacher's embeddings, not the student's
             _, features = teacher.with_features(torch.cat([batch["image"], batch["weak"]]))
             p = torch.zeros(4, 3, 32, 32)
             p[:, said] = 1

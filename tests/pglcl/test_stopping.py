@@ -1,4 +1,4 @@
-"""Requests to stop; what a training makes of them is in test_train."""
+"""Requests to stop. test_train has tests of what a training does with them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_an_interrupt_that_a_library_swallows_stops_the_training(monkeypatch: py
 
 
 def test_an_ignored_interrupt_stays_ignored() -> None:
-    """As a shell starts its background jobs."""
+    """Shells start background jobs with Ctrl-C ignored."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         stopping.remember_interrupts()

@@ -80,7 +80,7 @@ def test_the_best_model_of_validation_is_kept_beside_the_last(folder: Path, tmp_
 def test_masks_keep_the_largest_component_where_validation_patients_score_no_worse(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """nnU-Net's rule; of classes that are one organ in the labelled masks."""
+    """This is nnU-Net's rule, for classes that are one organ in the labelled masks."""
     run = tmp_path / "run"
     training = Training(folder, run, tiny(), quiet=True)
     training.run()
@@ -111,7 +111,7 @@ def test_masks_keep_the_largest_component_where_validation_patients_score_no_wor
     assert Predictor([model], postprocess="none").organs == []
     other = load_model(run, "cpu")
     other.organs = (2,)
-    assert Predictor([model, other]).organs == []  # what all of them say
+    assert Predictor([model, other]).organs == []  # only those on which all models agree
 
 
 @pytest.mark.parametrize("options", [
@@ -149,7 +149,7 @@ def test_other_networks(network: str, folder: Path, tmp_path: Path) -> None:
     assert math.isfinite(read_metrics(tmp_path / "run")[-1]["contrast"])
     assert load_model(tmp_path / "run").network.arguments["network"] == network
     assert evaluate_run(tmp_path / "run", folder).summary[-1]["volumes"] == 2
-    # Its projection was trained, so the contrast had its features.
+    # Its projection was trained, so the contrast received features.
     before = network_for(tiny(**options), 1, 3)
     moved = weights(tmp_path / "run")["projection.layers.0.weight"] - before.projection.layers[0].weight
     assert moved.abs().max() > 1e-4
@@ -165,7 +165,7 @@ def test_another_network_in_three_dimensions(tmp_path: Path) -> None:
 def test_a_run_starts_from_another(folder: Path, tmp_path: Path) -> None:
     first = run_to_end(folder, tmp_path / "first")
     options = {"init": str(tmp_path / "first"), "seed": 3, "steps": 6}
-    # With a learning rate of almost nothing, weights are those of the first run: student and teacher alike.
+    # With a learning rate near 0, student and teacher keep the weights of the first run.
     still = run_to_end(folder, tmp_path / "still", **options, learning_rate=1e-12, weight_decay=0.0)
     for name in first:
         torch.testing.assert_close(still[name], first[name], atol=1e-6, rtol=0)
@@ -187,7 +187,7 @@ def test_a_run_starts_from_another(folder: Path, tmp_path: Path) -> None:
     Training(folder, tmp_path / "first", tiny(steps=10), resume=True, quiet=True).run()
     with pytest.raises(UserError, match="its weights are no longer those that"):
         Training(folder, again, tiny(**options), resume=True, quiet=True).run()
-    # Later it needs them no more.
+    # After that, it does not need them any more.
     shutil.rmtree(tmp_path / "first")
     Training(folder, tmp_path / "straight", tiny(**{**options, "steps": 7}), resume=True, quiet=True).run()
 
@@ -255,13 +255,13 @@ def command(*arguments: object) -> list[str]:
 
 
 def flags(**changes) -> list[str]:
-    """A switch has the value ""."""
+    """The options as arguments of the command line; the value "" makes a switch."""
     pairs = (("--" + name.replace("_", "-"), str(value)) for name, value in {**TINY, **changes}.items())
     return [part for pair in pairs for part in pair if part]
 
 
 def test_killed_and_resumed(folder: Path, tmp_path: Path) -> None:
-    """kill -9 at any moment: the checkpoint is whole, and the run ends with the same weights."""
+    """After kill -9 at any moment, the checkpoint is whole, and the resumed run ends with the same weights."""
     options = {"steps": 60, "checkpoint_every": 2}
     straight = run_to_end(folder, tmp_path / "straight", **options)
     arguments = command(
@@ -288,7 +288,7 @@ def test_killed_and_resumed(folder: Path, tmp_path: Path) -> None:
 def test_a_signal_to_every_process_stops_with_a_checkpoint(
     number: signal.Signals, folder: Path, tmp_path: Path
 ) -> None:
-    """As a terminal sends Ctrl-C, and a scheduler its last warning: the processes that prepare batches get it, too."""
+    """Terminals send Ctrl-C, and schedulers their last warning, also to the processes that prepare batches."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have left it ignored
     arguments = command("train", folder, "-o", tmp_path / "run", *flags(steps=3000, workers=2, checkpoint_every=3000))
     process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True)
@@ -389,7 +389,7 @@ def torchrun(folder: Path, run: Path, *more: str, **changes) -> subprocess.Compl
 
 
 def processes(folder: Path, run: Path, *more: str, **changes: Any) -> subprocess.Popen[str]:
-    """Two that train together, started by one command."""
+    """Two processes that train together, started by one command."""
     arguments = command("train", folder, "-o", run, "--processes", 2, *flags(**changes), *more)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -399,7 +399,7 @@ def processes(folder: Path, run: Path, *more: str, **changes: Any) -> subprocess
 
 @pytest.mark.slow
 def test_two_processes_stopped_and_resumed(folder: Path, tmp_path: Path) -> None:
-    """They end with the same bits as two that nobody stopped, which one command or torchrun started."""
+    """They end with the same bits as two processes that were not stopped, started by one command or by torchrun."""
     options = {"steps": 40, "checkpoint_every": 1000}
     straight = torchrun(folder, tmp_path / "straight", **options)
     assert straight.returncode == 0, straight.stderr[-2000:]
@@ -425,7 +425,7 @@ OTHER_CONTRASTS: list[dict[str, Any]] = [{"queue_length": 0}, {"loss": "gaussian
 
 
 def train_other_contrasts(folder: Path, place: Path, ports: Sequence[int]) -> None:
-    """One of two ranks: each contrast without a stop, then stopped after ten steps, then resumed."""
+    """Runs one of two ranks: for each contrast a run without a stop, one stopped after ten steps, and its resume."""
     torch.set_num_threads(1)
     for number, port in enumerate(ports):
         os.environ["MASTER_PORT"] = str(port)
@@ -465,7 +465,7 @@ def test_an_error_of_two_processes_is_one_line(folder: Path, tmp_path: Path) -> 
     assert refused.returncode == 2
     line = f"{tmp_path / 'run'}: holds a run already; add --resume to go on with it, or choose another --output"
     assert err.strip().splitlines() == [f"pglcl: {line}"]
-    # torchrun adds a traceback of its own and a summary: the line stands before the one, and ends the other.
+    # torchrun adds its own traceback and a summary. The line comes before the traceback, and at the end of the summary.
     refused_by = torchrun(folder, tmp_path / "run")
     assert refused_by.returncode == 1
     lines = refused_by.stderr.strip().splitlines()

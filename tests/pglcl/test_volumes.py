@@ -1,4 +1,4 @@
-"""Reading, canonical axes, resampling, and the way back."""
+"""Reading, canonical axes, resampling, and the restored resolution."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_written_where_it_was_read(affine: np.ndarray, tmp_path: Path) -> None:
     np.testing.assert_array_equal(back.affine, nib.load(path).affine)
     for name in ("qform_code", "sform_code", "pixdim", "xyzt_units"):
         np.testing.assert_allclose(back.header[name], nib.load(path).header[name], rtol=1e-6)
-    # In canonical axes, whatever those of the file are: the same voxel is at the same place in the body.
+    # In canonical axes, for any axes of the file, the same voxel is at the same place in the body.
     canonical = nib.as_closest_canonical(nib.load(path))
     np.testing.assert_array_equal(read.data[0], np.asarray(canonical.dataobj))
     np.testing.assert_allclose(read.spacing, canonical.header.get_zooms(), rtol=1e-5)
@@ -89,7 +89,7 @@ def test_a_mask_survives_the_networks_resolution(shape: tuple[int, ...], dims: i
     assert prepared.image.shape[1:] == prepared.label.shape
     size = prepared.image.shape[1:]
     assert all(n >= s for n, s in zip(size, config.size))
-    # What the network would say if it knew the truth, brought back.
+    # The truth as the network would predict it, restored to the resolution of the volume.
     known = torch.nn.functional.one_hot(prepared.label.long().clamp(min=0), 3).movedim(-1, 0).float()
     if axis is not None:
         known = known.movedim(-1, axis + 1)
@@ -120,7 +120,7 @@ def test_shapes() -> None:
 def test_a_file_that_changes_its_size_while_it_is_read(
     replaced: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its header was checked before: voxels of another shape must not be taken for those."""
+    """Its header was checked before it changed. Voxels of another shape must not be used."""
     for name in ("image.nii", "label.nii"):
         save(tmp_path / name, np.zeros((8, 6, 4), np.float32))
     read = formats.read
