@@ -98,7 +98,7 @@ class OpFunction(torch.autograd.Function):
         """Runs the backward op, which refuses to be differentiated again."""
         if torch.is_grad_enabled() or forward_ad._current_level >= 0 or in_functorch():
             return cls.backward_function.call(arguments)
-        with below_autograd():  # the usual case: nobody differentiates again
+        with below_autograd():  # the usual case: gradients are not differentiated again
             return cls.backward_op(*arguments)
 
     @classmethod
@@ -111,7 +111,7 @@ def run(op: Any, arguments: tuple[Any, ...]) -> Any:
     if in_functorch():
         if not within_layer(DispatchKey.FuncTorchDynamicLayerFrontMode):
             return op(*arguments)
-        # Below the node that a transform has added lie those of the transforms around it, which want theirs.
+        # This transform has added its node. The transforms around it still have to add theirs, below it.
         with torch.enable_grad(), below_autograd():
             return op(*arguments)
     with below_autograd():
@@ -123,7 +123,7 @@ def _for_each(op: Any) -> Callable[..., Any]:
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
         size = info.batch_size
-        if size == 0:  # zeros in the place of one element say what the results of none look like
+        if size == 0:  # one element of zeros gives the shapes of results without elements
             arguments = tuple(
                 a.new_zeros((*a.shape[:d], 1, *a.shape[d + 1 :])) if isinstance(d, int) else a
                 for a, d in zip(arguments, in_dims)
@@ -153,7 +153,7 @@ def _register_function(function: type[OpFunction]) -> None:
         if not torch.is_grad_enabled() and forward_ad._current_level < 0:
             with below_autograd():
                 return function.op(*flat)
-        # The transform has come as far as its own level of autograd, to which a kernel of PyTorch adds its node, too.
+        # The transform is at its own level of autograd, where PyTorch's own kernels add their nodes, too.
         with enable_single_level_autograd_function():
             inputs = function.differentiable(arguments)
             return super(torch.autograd.Function, function).apply(*inputs, arguments)  # type: ignore[misc]

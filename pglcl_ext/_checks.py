@@ -64,7 +64,7 @@ def check_positive(name: str, value: Any, *, or_zero: bool = False) -> float:
 
 
 def check_temperature(value: Any) -> float:
-    """A temperature whose reciprocal, squared, still is a number."""
+    """A temperature that is large enough for its squared reciprocal to be finite."""
     number = check_positive("temperature", value)
     if number < LEAST_TEMPERATURE:
         raise ValueError(f"temperature must be at least {LEAST_TEMPERATURE}, got {value}")

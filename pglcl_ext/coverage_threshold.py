@@ -104,7 +104,8 @@ class CoverageThreshold(nn.Module):
     def coverage_and_classes(self, batch: PatchRows | PatchBatch) -> tuple[Tensor, Tensor]:
         """The arguments of :meth:`update`, from all rows that :func:`patch_embeddings` makes, also unqualified ones.
 
-        A row that qualified has its class as label, wherever it stands now.
+        A row with a label has that class, in any order of the rows. Other rows must be in the order of
+        :func:`patch_embeddings`, in which the classes of a patch follow one another.
         """
         k, labels = self.num_classes, batch.labels
         in_order = torch.arange(len(labels), device=labels.device) % k

@@ -142,7 +142,7 @@ class EmbeddingQueue(nn.Module):
         finite = embeddings.isfinite().all(dim=1) & descriptors.isfinite().all(dim=1)
         refused = (known & ~finite).sum()
         self.num_refused.add_(refused)
-        # A subclass with numbers of its own is as readable as a tensor; what tracers put in its place dispatches.
+        # The number cannot be read from tracers' tensors, which override __torch_dispatch__. Other subclasses hold it.
         plain = type(refused).__torch_dispatch__ is Tensor.__torch_dispatch__ and not in_functorch()
         readable = not torch.compiler.is_compiling() and plain and refused.device.type == "cpu"
         if readable and refused > 0:

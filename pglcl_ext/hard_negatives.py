@@ -77,7 +77,7 @@ def _pairwise_statistics(
     if len(anchors) == 0:  # a row that belongs to no class keeps the reductions below defined
         anchors, labels = anchors.new_zeros(1, anchors.shape[1]), labels.new_full((1,), -1)
     factors, regular = _cholesky(covariances)
-    usable_anchor = anchors.isfinite().all(dim=1)  # another is nearest to nothing, and would hide those that are
+    usable_anchor = anchors.isfinite().all(dim=1)  # others would hide the nearest anchor
     rows_mean, rows_covariance = [], []
     for i in range(k):
         own = (labels == i) & usable_anchor

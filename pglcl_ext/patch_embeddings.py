@@ -80,7 +80,7 @@ def _limited(labels: Tensor, per_class: int, priority: Tensor, ignore_index: int
         raise ValueError(f"priority must have shape (N,) = {tuple(labels.shape)}, got {tuple(priority.shape)}")
     per_class = check_integer("per_class", per_class, least=0)
     if priority.is_floating_point():
-        priority = priority.masked_fill(priority.isnan(), -math.inf)  # or it would sort as the largest number
+        priority = priority.masked_fill(priority.isnan(), -math.inf)  # NaN would sort as the largest number
     order = priority.argsort(descending=True, stable=True)
     order = order[labels[order].argsort(stable=True)]  # by class, and in a class by priority
     by_class = labels[order]
@@ -95,7 +95,7 @@ RAISE = 2.0**40
 
 
 def _quotient(sums: Tensor, mass: Tensor) -> Tensor:
-    """sums / mass, 0 where no mass is."""
+    """sums / mass, 0 where the mass is 0."""
     return torch.where(mass > 0, sums / torch.where(mass > 0, mass, 1), 0)
 
 
@@ -208,7 +208,7 @@ def patch_embeddings(
 
 
 def _checked_rows(rows: Any) -> PatchRows:
-    """What `select` returned."""
+    """The result of `select`, after checks."""
     if not isinstance(rows, PatchRows):
         raise TypeError(f"select must return PatchRows, got {type(rows).__name__}")
     if any(len(column) != len(rows.labels) for column in rows):

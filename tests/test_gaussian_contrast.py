@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pglcl_ext import GaussianContrastLoss, gaussian_contrast_loss, reference
 from pglcl_ext._library import ops
-from tests.problems import DTYPES, gaussian_problem
+from tests.problems import DTYPES, TOLERANCE, gaussian_problem
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "authors": {},
@@ -24,7 +24,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sum": {"reduction": "sum"},
     "none": {"reduction": "none"},
 }
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 def double_loop(
