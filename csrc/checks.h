@@ -4,6 +4,8 @@
 // Nothing here reads a tensor's elements: that would synchronise a GPU.
 #pragma once
 
+#include <algorithm>
+
 #include "ops.h"
 #include "shared/patch_grid.h"
 
@@ -50,9 +52,10 @@ inline PatchGrid require_patch_grid(const Tensor& input, const IntArray& patch_s
     const int64_t from = d - (3 - dims);
     grid.image[d] = from < 0 ? 1 : input.size(2 + from);
     grid.patch[d] = from < 0 ? 1 : patch_size[from];
-    grid.stride[d] = from < 0 ? 1 : stride[from];
     require(grid.patch[d] > 0 && grid.patch[d] <= grid.image[d], "patch_size");
-    require(grid.stride[d] > 0, "stride");
+    require(from < 0 || stride[from] > 0, "stride");
+    // A longer one gives the same patches, and sums of it would leave the range of integers.
+    grid.stride[d] = from < 0 ? 1 : std::min(stride[from], grid.image[d]);
     grid.grid[d] = (grid.image[d] - grid.patch[d]) / grid.stride[d] + 1;
   }
   return grid;

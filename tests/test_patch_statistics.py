@@ -160,6 +160,18 @@ def test_what_is_not_a_number_stays_in_its_patch(device: torch.device) -> None:
         assert torch.isfinite(h.flatten()[1:]).all()
 
 
+@pytest.mark.parametrize("stride", [2**31, 2**62, 2**63 - 1])
+def test_a_stride_beyond_the_image_leaves_one_patch(stride: int, device: torch.device) -> None:
+    x = torch.randn(2, 3, 9, 8, device=device, requires_grad=True)
+    results = []
+    for step in (9, stride):
+        s = patch_statistics(x, 4, step)
+        assert s.entropy.shape == (2, 1, 1)
+        results.append([*s, *torch.autograd.grad([t.sum() for t in s], x)])
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
+
+
 def test_empty_batch(device: torch.device) -> None:
     x = torch.zeros(0, 3, 16, 16, device=device, requires_grad=True)
     s = patch_statistics(x, 8)
