@@ -32,7 +32,7 @@ test: setup
 test-fast: setup
 	$(BIN)/python -m pytest -m "not slow" tests
 
-# Which tests are slow is measured: the whole suite, in processor time.
+# Measures which tests are slow: runs all of them, and writes the processor time of each.
 durations: setup
 	$(BIN)/python -m pytest --measure tests/durations.json
 
@@ -45,18 +45,18 @@ fuzz: setup
 sanitize: setup
 	PYTHON="$(CURDIR)/$(BIN)/python" tools/sanitize.sh
 
-# The AVX-512 kernels on a processor without AVX-512.
+# Tests the AVX-512 kernels on a processor without AVX-512.
 avx512: setup
 	PYTHON="$(CURDIR)/$(BIN)/python" tools/avx512.sh
 
-# The module compiled for aarch64, its kernels run and their instructions counted under qemu-user.
+# Compiles the module for aarch64, runs its kernels under qemu-user, and counts their instructions.
 aarch64: setup
 	PYTHON="$(CURDIR)/$(BIN)/python" tools/aarch64.sh
 
 bench: setup
 	$(BIN)/python -m benchmarks
 
-# Kills, turned bits and bad inputs: half an hour. Writes the table of docs/reliability.md.
+# Kills, flipped bits and bad inputs, for half an hour. Writes the table of docs/reliability.md.
 KILLS ?= 50
 FLIPS ?= 200
 torture: setup
@@ -71,17 +71,17 @@ docs: docs-setup
 	$(BIN)/python -m sphinx -E -W --keep-going -q -b html -c docs . build/site
 	@echo "build/site/docs/index.html"
 
-# Faults planted in the CUDA code: all of them, or as many as MUTANTS says, drawn by SEED.
+# Plants faults in the CUDA code: all of them, or MUTANTS of them, drawn with SEED.
 mutants: setup
 	$(BIN)/python -m tests.mutants --seed $(SEED) $(if $(MUTANTS),--draw $(MUTANTS))
 
-# The ops' tests through the CUDA code on emulated devices, whole; `make test` has a draw of them.
+# Runs all tests of the ops on emulated CUDA devices; `make test` runs a draw of them.
 EMULATED ?= 75 80 86 90
 OP_TESTS := $(patsubst %,tests/test_%.py,semantic_disparity patch_statistics patch_contrast gaussian_contrast hard_negatives autograd)
 emulated: setup
 	for device in $(EMULATED); do $(BIN)/python -m pytest --emulated $$device $(OP_TESTS) || exit 1; done
 
-# The CUDA code by threads under ThreadSanitizer, against plain loops.
+# Runs the CUDA code with threads under ThreadSanitizer, against plain loops.
 witness: setup
 	$(BIN)/python -m pytest tests/witness/witness_tests.py
 
@@ -89,13 +89,13 @@ witness: setup
 CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV := .venv-cuda
 
-# A module without CUDA kernels runs under this torch, too: what lies in the sources must have them.
+# A module without CUDA kernels also runs under this torch, so the one in the sources is built again if it has none.
 cuda-setup:
 	$(MAKE) setup VENV=$(CUDA_VENV) TORCH="$(CUDA_TORCH)"
 	@$(CUDA_VENV)/bin/python -c "import pglcl_ext, sys; sys.exit(not pglcl_ext.build_info()['cuda_built'])" || \
 	  PGLCL_CUDA=1 $(CUDA_VENV)/bin/pip install --quiet --no-build-isolation --no-deps --editable .
 
-# On a machine with a GPU: all tests with the device parametrised, and the microbenchmarks.
+# On a machine with a GPU: the tests that run on it, and the microbenchmarks.
 test-cuda: cuda-setup
 	$(CUDA_VENV)/bin/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())" || \
 	  { echo "test-cuda: no GPU is visible to torch"; exit 1; }
@@ -104,7 +104,7 @@ test-cuda: cuda-setup
 bench-cuda: cuda-setup
 	$(CUDA_VENV)/bin/python -m benchmarks --device cuda --sizes 1024,4096,16384,65536
 
-# Without one: compile for real, import, count registers. CUDA_ARCHS is what CI has time for.
+# Without a GPU: compile with nvcc, import, count registers. CUDA_ARCHS are those that CI has time for.
 CUDA_ARCHS ?= 8.0;9.0+PTX
 ALL_CUDA_ARCHS := 7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX
 
@@ -113,7 +113,7 @@ $(CUDA_VENV)/.torch:
 	$(CUDA_VENV)/bin/pip install --quiet "$(CUDA_TORCH)" "setuptools>=77" "cmake>=3.25" ninja "pybind11>=2.12" numpy
 	touch $@
 
-# Installed into the environment, not into the sources, whose module stays the CPU one.
+# Installs into the environment. The module in the sources stays the one for CPUs.
 cuda-check: $(CUDA_VENV)/.torch
 	$(CUDA_VENV)/bin/pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	PATH="$(CURDIR)/$(CUDA_VENV)/bin:$$PATH" PGLCL_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" \
