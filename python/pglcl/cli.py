@@ -154,9 +154,9 @@ def inspect(
     """Lists what is in a data folder, options that suit it, and everything that is wrong with it."""
     import json
 
+    from pglcl.inspect_output import print_summary
     from pglcl.inspection import declared_labels, inspect_folder, labels_of, summary
     from pglcl.layouts import open_folder
-    from pglcl.story import tell
 
     folder = open_folder(data)
     declared = declared_labels(folder, TrainConfig(labels=labels, num_classes=num_classes))
@@ -165,7 +165,7 @@ def inspect(
     if as_json and not quiet:
         print(json.dumps(found, indent=1, allow_nan=False))
     elif not as_json:
-        tell(found, console(quiet), verbose=verbose)
+        print_summary(found, console(quiet), verbose=verbose)
     if found["problems"]:
         raise typer.Exit(SKIPPED)
 

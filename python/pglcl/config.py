@@ -97,8 +97,8 @@ class TrainConfig:
     validation: int = _opt(-1,
         "patients kept for validation: used to choose options, never to train; -1: a tenth", "Data", least=-1)
     test: int = _opt(-1, "patients kept for the test, the last ones; -1: a fifth", "Data", least=-1)
-    shuffle: bool = _opt(False, "shuffle the patients with the seed before they are split (else: by name)", "Data")
-    split_file: str = _opt("", "JSON file with the lists labelled, unlabelled, validation, test of patients", "Data")
+    shuffle: bool = _opt(False, "shuffle the patients with the seed before they are split (default: by name)", "Data")
+    split_file: str = _opt("", "JSON file with lists of patients: labelled, unlabelled, validation, test", "Data")
     folds: int = _opt(0, "number of folds that the patients with labels are split into at random; 0: no folds",
         "Data", least=0, most=1000)
     fold: int = _opt(0,
@@ -127,7 +127,7 @@ class TrainConfig:
         choices=("supervised", "semi", "patchcl"))
     consistency: str = _opt("copy-paste", "the semi-supervised base", "Method",
         choices=("mean-teacher", "weak-to-strong", "copy-paste"))
-    loss: str = _opt("infonce", "contrastive loss: infonce (guided), or gaussian (the paper's, of queued keys)",
+    loss: str = _opt("infonce", "contrastive loss: infonce (guided), or gaussian (the paper's, on class statistics)",
         "Method", choices=("infonce", "gaussian"))
     patches: str = _opt("pooled", "pooled: from one feature map; crop: cropped images, encoded again", "Method",
         choices=("pooled", "crop"))

@@ -157,7 +157,11 @@ def labels_of(data: DataFolder, reports: Iterable[CaseReport], declared: LabelMa
 
 
 def survey(
-    data: DataFolder, config: TrainConfig, split: Split | None = None, *, say: Callable[[str], None] | None = None
+    data: DataFolder,
+    config: TrainConfig,
+    split: Split | None = None,
+    *,
+    print_line: Callable[[str], None] | None = None,
 ) -> Survey:
     """Reads every volume of training, validation and test once, before a training spends hours.
 
@@ -167,7 +171,7 @@ def survey(
         data: the data folder.
         config: the options of the run.
         split: the patients of each part; by default the options decide.
-        say: prints a line.
+        print_line: prints a line.
 
     Raises:
         UserError: a line for each problem of the volumes; or there is nothing to learn from, or too little memory.
@@ -180,8 +184,8 @@ def survey(
         "held out": cases_of(data, (*split.validation, *split.test), with_label=True),
     }
     cases = [case for part in parts.values() for case in part]
-    if say:
-        say(f"{data.root}: checking {len(cases)} volumes")
+    if print_line:
+        print_line(f"{data.root}: checking {len(cases)} volumes")
     reports = inspect_cases(cases, declared)
     problems = [line for report in reports for line in report.problems]
     if config.spatial_dims == 3:

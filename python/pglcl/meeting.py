@@ -26,7 +26,7 @@ def form_group(backend: str, rank: int, size: int) -> None:
         UserError: one of them did not come.
     """
     seconds = number_from_environment(MEETING, MEETING_SECONDS, least=1)
-    store = _meet(rank, size, seconds)
+    store = _wait_for_all_ranks(rank, size, seconds)
     patience = datetime.timedelta(seconds=seconds)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     # From here on, a rank may work for a long time before the others hear from it.
@@ -35,7 +35,7 @@ def form_group(backend: str, rank: int, size: int) -> None:
     group.set_timeout(WORKING)
 
 
-def _meet(rank: int, size: int, seconds: int) -> Any:
+def _wait_for_all_ranks(rank: int, size: int, seconds: int) -> Any:
     """The store in which all ranks have announced themselves."""
     host, port = os.environ.get("MASTER_ADDR", ""), number_from_environment("MASTER_PORT", least=1, most=65535)
     if not host:

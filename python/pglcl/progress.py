@@ -69,11 +69,11 @@ class Progress:
         self.first = 0
         self.lines = _Lines()
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         self.console.print(text, markup=False)
 
     def start(self, first: int, text: str) -> None:
-        self.say(text)
+        self.print_line(text)
         self.first, self.lines = first, _Lines()
         self.task = self.bar.add_task("training", total=self.steps, completed=first, numbers="")
         self.bar.start()
@@ -85,12 +85,12 @@ class Progress:
             self.bar.update(self.task, completed=done, numbers=numbers)
             if not self.live and self.lines.due():
                 left = duration(self.lines.left((done - self.first) / max(1, self.steps - self.first)))
-                self.say(f"step {done} of {self.steps}  {numbers}  {left} left")
+                self.print_line(f"step {done} of {self.steps}  {numbers}  {left} left")
 
     def validated(self, done: int, dice: float) -> None:
         self.dice = dice
         if not math.isnan(dice):
-            self.say(f"step {done}: validation Dice {dice:.4f}")
+            self.print_line(f"step {done}: validation Dice {dice:.4f}")
 
     def stop(self) -> None:
         self.bar.stop()

@@ -100,7 +100,9 @@ class Training:
             if ranks.is_first and folder.record is not None:
                 state = folder.resume(self.root, files)
         if ranks.from_first(state is not None and state["step"] == folder.config.steps and folder.model.exists()):
-            progress.say(f"{self.output}: this run is finished; nothing to resume. A larger --steps would continue it")
+            progress.print_line(
+                f"{self.output}: this run is finished; nothing to resume. A larger --steps would continue it"
+            )
             return
         state = self._state_of_all(ranks, state)
         with ranks.together():
@@ -112,7 +114,7 @@ class Training:
                 if state is None:
                     folder.check_initial(initial)
                 for note in folder.notes():
-                    progress.say(note)
+                    progress.print_line(note)
             read.check()  # all files are read and hashed by now
             if ranks.is_first:
                 self.validation = read.only(files_of_cases(data.validation))
@@ -121,7 +123,7 @@ class Training:
         learner = Learner(self.config, data, ranks, self.profile)
         if initial is not None:
             learner.start_from(initial)
-            progress.say(f"{self.config.init}: the training starts from its weights of step {initial.step}")
+            progress.print_line(f"{self.config.init}: the training starts from its weights of step {initial.step}")
         first = 0 if state is None else self._restore(learner, state)
         if ranks.is_first:
             folder.go_on(first)
@@ -224,12 +226,14 @@ class Training:
         if learner.best["step"]:
             self.folder.save_model(models[-1], self.folder.best)
             best = f"step {learner.best['step']:.0f}, a validation Dice of {100 * learner.best['dice']:.1f} %"
-            self.progress.say(f"best.pt: {best}; model.pt: step {last.step}, the last")
+            self.progress.print_line(f"best.pt: {best}; model.pt: step {last.step}, the last")
         if last.organs is None:
-            self.progress.say("masks are kept as predicted: no validation patients show that islands may be removed")
+            self.progress.print_line(
+                "masks are kept as predicted: no validation patients show that islands may be removed"
+            )
         else:
             names = ", ".join(last.class_names[label] for label in last.organs) or "no class"
-            self.progress.say(
+            self.progress.print_line(
                 f"masks keep only the largest component of {names}: this lowers no score of validation patients"
             )
 

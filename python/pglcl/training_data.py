@@ -57,10 +57,10 @@ def load_training_data(
     """
     folder = open_folder(root)
     split = split or split_patients(folder, config)
-    found = survey(folder, config, split, say=progress.say if progress else None)
+    found = survey(folder, config, split, print_line=progress.print_line if progress else None)
     if progress:
         for note in found.notes:
-            progress.say(note)
+            progress.print_line(note)
 
     def prepared(case: Case, labels: LabelMap | None) -> Prepared:
         if config.cache:

@@ -171,7 +171,7 @@ def within(tests: list[Test], seconds: float) -> list[Test]:
     return chosen
 
 
-def meet(fault: int, tests: list[Test]) -> tuple[int, Path]:
+def run_with_fault(fault: int, tests: list[Test]) -> tuple[int, Path]:
     """Starts a process that runs the tests with a fault until one fails; it writes the number of the current one."""
 
     def work(to: Path) -> None:
@@ -253,7 +253,7 @@ class Campaign:
                 if not mine:
                     yield Result(fault, "", "not reached", 0.0)
                     continue
-                process, notes = meet(fault, mine)
+                process, notes = run_with_fault(fault, mine)
                 running[process] = (fault, near, notes, time.monotonic(), mine)
             if not running:
                 continue

@@ -9,7 +9,7 @@ from rich.console import Console
 from pglcl.progress import print_table
 
 
-def tell(found: dict[str, Any], out: Console, *, verbose: bool = False) -> None:
+def print_summary(found: dict[str, Any], out: Console, *, verbose: bool = False) -> None:
     """Prints the summary of a data folder.
 
     Args:
