@@ -99,7 +99,7 @@ def _pairwise_statistics(
                 num_samples,
                 generator,
             )
-            samples, qualified = _mend(samples, means, factors, i, j, key_distance.min(), generator)
+            samples, qualified = _keep_nearest(samples, means, factors, i, j, key_distance.min(), generator)
             samples = samples / samples.norm(dim=1, keepdim=True).clamp(min=1e-12)
             mean = samples.mean(dim=0)
             deviation = samples - mean
@@ -134,7 +134,7 @@ def _nearest(rows: Tensor, distances: Tensor) -> Tensor:
     return rows.index_select(0, distances.argmin(dim=0, keepdim=True)).squeeze(0)
 
 
-def _mend(
+def _keep_nearest(
     samples: Tensor,
     means: Tensor,
     factors: Tensor,

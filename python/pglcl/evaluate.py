@@ -201,7 +201,8 @@ def summarise(scores: Sequence[Score], class_names: dict[int, str], unit: str) -
     return rows
 
 
-def _cell(value: float, digits: int) -> str:
+def number_or_dash(value: float, digits: int) -> str:
+    """A number with `digits` decimal places; a dash for NaN."""
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
@@ -217,10 +218,13 @@ def table(rows: Sequence[Row], *, title: str = "") -> str:
         for metric, digits in (("dice", 3), ("hd95", 2)):
             low, high = row[f"{metric}_interval"]
             cells += [
-                f"{_cell(row[metric], digits)} ± {_cell(row[f'{metric}_std'], digits)}",
-                f"{_cell(low, digits)}-{_cell(high, digits)}",
+                f"{number_or_dash(row[metric], digits)} ± {number_or_dash(row[f'{metric}_std'], digits)}",
+                f"{number_or_dash(low, digits)}-{number_or_dash(high, digits)}",
             ]
-        cells += [_cell(row["hd95_median"], 2), f"{_cell(row['asd'], 2)} ± {_cell(row['asd_std'], 2)}"]
+        cells += [
+            number_or_dash(row["hd95_median"], 2),
+            f"{number_or_dash(row['asd'], 2)} ± {number_or_dash(row['asd_std'], 2)}",
+        ]
         cells += [str(row[name]) for name in ("absent", "missed", "stray")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

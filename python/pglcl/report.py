@@ -17,6 +17,7 @@ from pglcl.evaluate import (
     Evaluation,
     Subject,
     may_renew,
+    number_or_dash,
     patient_means,
     read_scores,
     read_split,
@@ -244,10 +245,6 @@ def _subtitle(run: Path, model: TrainedModel, folder: DataFolder) -> str:
     return f"{name}: {counts} patients{base}{contrast}, {config.steps} steps, seed {config.seed}"
 
 
-def _number(value: float, digits: int) -> str:
-    return "-" if math.isnan(value) else f"{value:.{digits}f}"
-
-
 def _table(caption: str, head: Sequence[str], body: Iterable[str]) -> str:
     """A table that scrolls on its own where it is wider than the screen, with a cue that it does."""
     columns = "".join(f"<th scope=col>{name}" for name in head)
@@ -266,10 +263,10 @@ def _score_table(found: Evaluation) -> str:
         for metric in METRICS:
             digits = 3 if metric == "dice" else 2
             low, high = row[f"{metric}_interval"]
-            cells += f"<td>{_number(row[metric], digits)} ± {_number(row[f'{metric}_std'], digits)}"
-            cells += f"<small>{_number(low, digits)} to {_number(high, digits)}</small>"
+            cells += f"<td>{number_or_dash(row[metric], digits)} ± {number_or_dash(row[f'{metric}_std'], digits)}"
+            cells += f"<small>{number_or_dash(low, digits)} to {number_or_dash(high, digits)}</small>"
             if metric == "hd95":
-                cells += f"<td>{_number(row['hd95_median'], digits)}"
+                cells += f"<td>{number_or_dash(row['hd95_median'], digits)}"
         kind = " class=mean" if row["class_index"] is None else ""
         counts = "".join(f"<td>{row[name]}" for name in ("absent", "missed", "stray"))
         body.append(f"<tr{kind}><th scope=row>{_text(row['class'])}{cells}{counts}")
@@ -295,9 +292,9 @@ def _patient_table(found: Evaluation) -> str:
     ]  # fmt: skip
     body = []
     for patient in patients:
-        cells = [_number(overall["dice"].get(patient, math.nan), 3)]
-        cells += [_number(by_class[k].get(patient, math.nan), 3) for k in labels]
-        cells += [_number(overall[metric].get(patient, math.nan), 2) for metric in ("hd95", "asd")]
+        cells = [number_or_dash(overall["dice"].get(patient, math.nan), 3)]
+        cells += [number_or_dash(by_class[k].get(patient, math.nan), 3) for k in labels]
+        cells += [number_or_dash(overall[metric].get(patient, math.nan), 2) for metric in ("hd95", "asd")]
         own = [score for score in found.scores if score.patient == patient]
         cells += [str(sum(s.status == "missed" for s in own)), str(sum(s.stray_components for s in own))]
         body.append(f"<tr><th scope=row>{_text(patient)}" + "".join(f"<td>{cell}" for cell in cells))

@@ -16,13 +16,13 @@ from tests.pglcl.folders import tiny
 from tests.pglcl.steps import gradient_of, make_batch, networks, predict_class_everywhere
 
 
-def anchors_of(monkeypatch: pytest.MonkeyPatch, batch: dict[str, Tensor], said: int | None = None, **options):
-    """Labels and descriptors of the anchors, and labels of the queued keys; the teacher predicts `said` everywhere."""
+def anchors_of(monkeypatch: pytest.MonkeyPatch, batch: dict[str, Tensor], predicted: int | None = None, **options):
+    """Labels and descriptors of the anchors, and labels of the queued keys. `predicted`: the teacher's class, everywhere."""
     options = {"mixed_patches": "together", **options}
     config = tiny(consistency="copy-paste", **options)
     student, teacher = networks()
-    if said is not None:
-        predict_class_everywhere(teacher, said)
+    if predicted is not None:
+        predict_class_everywhere(teacher, predicted)
     contrast = PatchContrast(config, 3)
     contrast.threshold.value.zero_()
     seen = []
