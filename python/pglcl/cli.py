@@ -347,7 +347,7 @@ def evaluate(
 ) -> None:
     """Scores the run's model: Dice, HD95 and average surface distance, per class and patient, as CSV and table.
 
-    Scores of the same run and data are renewed; those of other data are kept unless --overwrite is given.
+    Earlier scores of the same run and data are replaced; others are kept unless --overwrite is given.
     """
     from pglcl.evaluate import Evaluation, evaluate_run
 
@@ -410,7 +410,7 @@ def demo(
     steps: Annotated[int, typer.Option(help="training steps of each of the two runs")] = 400,
     quiet: QuietOption = False,
 ) -> None:
-    """Trains on slices of the MNI152 brain template, supervised alone and with patch-wise contrast, and compares."""
+    """Trains on slices of the MNI152 brain template, without and with patch-wise contrast, and compares the scores."""
     from pglcl.demo import run_demo
 
     run_demo(output, steps, quiet=quiet)

@@ -17,7 +17,7 @@ from tests.pglcl.steps import gradient_of, make_batch, networks, predict_class_e
 
 
 def anchors_of(monkeypatch: pytest.MonkeyPatch, batch: dict[str, Tensor], predicted: int | None = None, **options):
-    """Labels and descriptors of the anchors, and labels of the queued keys. `predicted`: the teacher's class, everywhere."""
+    """Labels and descriptors of the anchors, labels of the queued keys. `predicted`: the only class of the teacher."""
     options = {"mixed_patches": "together", **options}
     config = tiny(consistency="copy-paste", **options)
     student, teacher = networks()
