@@ -101,6 +101,11 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+
+
 def check_reduction(reduction: Any) -> None:
     check_choice("reduction", reduction, REDUCTIONS)
 
@@ -221,6 +226,8 @@ def check_statistics(x: StatisticsArguments) -> None:
     if x.input.shape[1] < 2:
         raise ValueError(f"input must have at least two classes (dimension 1), got {tuple(x.input.shape)}")
     check_patch_grid(x.input.shape[2:], x.patch_size, x.stride)
+    check_flag("probabilities", x.probabilities)
+    check_flag("normalize", x.normalize)
 
 
 # --- class-aware patches --------------------------------------------------------------------------------------------

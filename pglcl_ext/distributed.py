@@ -45,6 +45,8 @@ class SharedGroup:
 
 def _sizes(tensors: list[Tensor], group: Any, manner: str) -> list[int]:
     """The number of rows of every rank. Ranks must agree in all else, since they exchange bytes without a type."""
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"a process group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
     kind = ", ".join(f"{dtype_name(t)} {('rows', *t.shape[1:])}".replace("'", "") for t in tensors)
     sent = torch.tensor([len(tensors[0]), zlib.crc32(f"{manner} {kind}".encode())], device=tensors[0].device)
     every = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
@@ -208,7 +210,8 @@ class _RingContrast(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchors: Tensor, own_keys: Tensor, x: ContrastArguments, group: Any) -> tuple[Tensor, Tensor]:
-        ctx.ring, ctx.sizes = _Ring(group), _sizes(_given(_own_keys(x)), group, "a ring")
+        ctx.sizes = _sizes(_given(_own_keys(x)), group, "a ring")
+        ctx.ring = _Ring(group)
         sums = None
         for part in _RingContrast.parts(ctx, x):
             outputs = ContrastOutputs(*run(ops.patch_contrast.default, part.flat()))

@@ -11,7 +11,9 @@ from pglcl_ext._arguments import GaussianArguments
 from pglcl_ext._autograd import OpFunction, in_functorch, in_graph, is_traced, register
 from pglcl_ext._checks import (
     REDUCTIONS,
+    check_device,
     check_embeddings,
+    check_flag,
     check_gaussian,
     check_integer,
     check_known_labels,
@@ -150,6 +152,8 @@ class GaussianContrastLoss(nn.Module):
         check_positive("covariance_scale", covariance_scale, or_zero=True)
         check_positive("negative_weight", negative_weight, or_zero=True)
         check_reduction(reduction)
+        check_flag("hard_negatives", hard_negatives)
+        check_flag("normalize", normalize)
         self.queue = EmbeddingQueue(
             num_classes, embedding_dim, queue_length, ignore_index=ignore_index, process_group=process_group
         )
@@ -188,6 +192,10 @@ class GaussianContrastLoss(nn.Module):
 
     def _normalized(self, embeddings: Tensor, rows: str) -> Tensor:
         check_embeddings("embeddings", embeddings, rows)
+        if embeddings.shape[1] != self.queue.embedding_dim:
+            expected = f"({rows}, {self.queue.embedding_dim})"
+            raise ValueError(f"embeddings must have shape {expected}, got {tuple(embeddings.shape)}")
+        check_device("embeddings", embeddings, "the queue", self.queue.storage)
         return unit_rows(embeddings) if self.normalize else embeddings
 
     def extra_repr(self) -> str:

@@ -55,6 +55,10 @@ def hard_negative_statistics(
         ValueError: shapes or devices that do not fit, fewer than 2 samples, a generator under torch.compile.
         TypeError: wrong dtypes.
     """
+    if not isinstance(queue, EmbeddingQueue):
+        raise TypeError(f"queue must be an EmbeddingQueue, got {type(queue).__name__}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
     check_embeddings("anchors", anchors, "N")
     if anchors.shape[1] != queue.embedding_dim:
         raise ValueError(f"anchors must have shape (N, {queue.embedding_dim}), got {tuple(anchors.shape)}")

@@ -17,6 +17,7 @@ from pglcl_ext._checks import (
     check_choice_of_pairs,
     check_contrast,
     check_embeddings,
+    check_flag,
     check_integer,
     check_keys_come_together,
     check_number,
@@ -298,6 +299,7 @@ class PatchContrastLoss(nn.Module):
         check_positive("negative_weight", negative_weight, or_zero=True)
         check_reduction(reduction)
         check_choice("gather", gather, GATHERS)
+        check_flag("normalize", normalize)
         placeholder = torch.empty(0)  # only the call shows whether there are descriptors
         check_choice_of_pairs(placeholder, max_positive_disparity, min_negative_disparity, num_positives, num_negatives)
         self.temperature = temperature

@@ -229,6 +229,13 @@ def test_bad_options() -> None:
     mask = torch.ones(4, 4, dtype=torch.bool)
     with pytest.raises(ValueError, match="cannot be given with a process group"):
         patch_contrast_loss(z, y, positive_mask=mask, negative_mask=mask, group=object())
+    for call in (
+        lambda: patch_contrast_loss(z, y, group="all"),
+        lambda: patch_contrast_loss(z, y, group="all", gather="ring"),
+        lambda: EmbeddingQueue(2, 3, 4, process_group="all").enqueue(z, y),
+    ):
+        with pytest.raises(TypeError, match=r"a process group must be a torch\.distributed\.ProcessGroup, got str"):
+            call()
 
 
 @pytest.mark.parametrize("scale", [0.5, 2.0**13, 2.0**57])

@@ -306,3 +306,19 @@ def test_an_anchor_that_takes_no_part_may_hold_anything(device: torch.device) ->
         loss, expected = function(spoilt, y, *statistics), function(plain, y, *statistics)
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(torch.autograd.grad(loss, spoilt), torch.autograd.grad(expected, plain))
+
+
+def test_module_names_what_the_user_gave() -> None:
+    y = torch.zeros(6).long()
+    for hard_negatives in (False, True):
+        module = GaussianContrastLoss(3, 4, queue_length=8, hard_negatives=hard_negatives)
+        for call, rows in ((module, "N"), (module.enqueue, "M")):
+            with pytest.raises(ValueError, match=rf"embeddings must have shape \({rows}, 4\), got \(6, 5\)"):
+                call(torch.zeros(6, 5), y)
+            with pytest.raises(ValueError, match="embeddings must be on the device of the queue, cpu, got meta"):
+                call(torch.zeros(6, 4, device="meta"), y.to("meta"))
+    with pytest.raises(TypeError, match=r"generator must be a torch\.Generator or None, got int"):
+        module(torch.zeros(6, 4), y, generator=5)  # type: ignore[arg-type]
+    for name in ("normalize", "hard_negatives"):
+        with pytest.raises(TypeError, match=f"{name} must be True or False, got str"):
+            GaussianContrastLoss(3, 4, **{name: "no"})  # type: ignore[arg-type]

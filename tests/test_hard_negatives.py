@@ -172,6 +172,8 @@ def test_bad_input() -> None:
         hard_negative_statistics(torch.zeros(4, 6), torch.zeros(3).long(), queue)
     with pytest.raises(ValueError, match="num_samples"):
         hard_negative_statistics(torch.zeros(4, 6), torch.zeros(4).long(), queue, num_samples=1)
+    with pytest.raises(TypeError, match="queue must be an EmbeddingQueue, got NoneType"):
+        hard_negative_statistics(torch.zeros(4, 6), torch.zeros(4).long(), None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -669,6 +669,8 @@ def test_module_refuses_bad_options_at_once() -> None:
         PatchContrastLoss(num_positives=1, max_positive_disparity=0.5)
     with pytest.raises(ValueError, match="reduction"):
         PatchContrastLoss(reduction="max")
+    with pytest.raises(TypeError, match="normalize must be True or False, got str"):
+        PatchContrastLoss(normalize="no")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="ignore_index must be an int, got NoneType"):
         PatchContrastLoss(ignore_index=None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_positive_disparity must be a number that a float has room for, got 1000"):

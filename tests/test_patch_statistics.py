@@ -254,6 +254,13 @@ def test_bad_input(message: str, error: type[Exception], arguments: tuple) -> No
         patch_statistics(*arguments)
 
 
+def test_bad_flags() -> None:
+    for name in ("probabilities", "normalize"):
+        for bad in ("no", None, 1, torch.tensor(True)):
+            with pytest.raises(TypeError, match=f"{name} must be True or False, got {type(bad).__name__}"):
+                patch_statistics(torch.zeros(1, 2, 8, 8), 4, **{name: bad})
+
+
 def test_gradients_keep_their_digits_at_large_logits(device: torch.device) -> None:
     """The gradient of a certain pixel is 0 for logits of any size. Other pixels have the gradient of small logits."""
     logits = torch.tensor([[201.7726, -159.5181, 300.25, -700.5], [-159.5181, 201.7726, 300.75, -700.25]])
