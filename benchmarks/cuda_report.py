@@ -60,7 +60,8 @@ def read_instruction(line: str) -> Instruction | None:
     if not match:
         return None
     address, predicate, operation, operands = match.groups()
-    target = re.search(r"0x([0-9a-f]+)\s*$", operands) if operation == "BRA" else None
+    # BRA.U asks one predicate for the whole warp, from sm_100 on.
+    target = re.search(r"0x([0-9a-f]+)\s*$", operands) if operation in ("BRA", "BRA.U") else None
     # A branch may have a second predicate: BRA P0, 0x10.
     predicated = predicate is not None or bool(re.search(r"P\d", operands))
     return Instruction(int(address, 16), operation, int(target[1], 16) if target else None, predicated)

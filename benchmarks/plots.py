@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib
 
-from benchmarks.runner import LIMIT_BYTES, RESULTS, median, name_of
+from benchmarks.runner import LIMIT_BYTES, median, name_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -71,19 +71,42 @@ def peers(folder: Path) -> None:
     save(figure, folder / "peers.png", content["machine"])
 
 
-def segmentation(runs: Path, data: Path, dataset: str = "histology", seed: int = 0, folder: Path = RESULTS) -> bool:
-    """Draws one test image: the truth, and the mask of each method of the comparison.
-
-    It is the image with the median Dice of the base. Images of Histology are in the public domain, so they may be
-    shown. Returns False while a run of the comparison has not ended.
-    """
+def outlines(path: Path, case: Any, runs: dict[str, Path]) -> None:
+    """Draws the slice of a labelled case that holds most foreground: the truth, and the masks of runs by title."""
     import torch
-    from pglcl.cases import cases_of
     from pglcl.figures import colour
-    from pglcl.layouts import open_folder
     from pglcl.model import load_model
     from pglcl.predict import Predictor
     from pglcl.volumes import read_label, read_volume
+
+    models = {title: load_model(run, "cpu") for title, run in runs.items()}
+    first = next(iter(models.values()))
+    truth = torch.from_numpy(read_label(case.label, case.images[0], first.labels))
+    z = int((truth > 0).flatten(0, 1).sum(0).argmax())
+    image = torch.from_numpy(read_volume(case.images).data)[..., z].float()
+    picture = (image / image.max()).clamp(0, 1).permute(1, 2, 0)
+    shown = {"truth": truth, **{title: Predictor([model])(case)[0].mask() for title, model in models.items()}}
+    size = (3.0 * len(shown), 3.0 * picture.shape[0] / picture.shape[1] + 0.4)
+    figure, axes = plt.subplots(1, len(shown), figsize=size)
+    for axis, (title, mask) in zip(axes, shown.items()):
+        axis.imshow(picture, cmap="gray", interpolation="nearest")  # one channel in grey, three as colours
+        for k in range(1, first.num_classes):
+            axis.contour((mask[..., z] == k).float(), [0.5], colors=[colour(k)], linewidths=1.2)
+        axis.set_title(title, fontsize=10)
+        axis.axis("off")
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".partial"), format="png", dpi=110)
+    path.with_suffix(".partial").replace(path)
+    plt.close(figure)
+
+
+def segmentation(runs: Path, data: Path, dataset: str = "histology", seed: int = 0) -> bool:
+    """Draws one test image of a data set beside its runs: the truth, and the mask of each method of the comparison.
+
+    It is the image with the median Dice of the base. Returns False while a run of the comparison has not ended.
+    """
+    from pglcl.cases import cases_of
+    from pglcl.layouts import open_folder
 
     from benchmarks.segmentation import DATASETS, Run, recorded
 
@@ -96,28 +119,8 @@ def segmentation(runs: Path, data: Path, dataset: str = "histology", seed: int =
     by_base = sorted(scores[1].items(), key=lambda item: item[1])
     patient = by_base[len(by_base) // 2][0]
     case = cases_of(open_folder(data / asked.folder), [patient], with_label=True)[0]
-    models = [load_model(run.folder(runs), "cpu") for run in rows]
-    assert case.label is not None
-    truth = torch.from_numpy(read_label(case.label, case.images[0], models[0].labels))
-    z = int((truth > 0).flatten(0, 1).sum(0).argmax())
-    image = torch.from_numpy(read_volume(case.images).data)[..., z].float()
-    shown = [("truth", truth)]
-    for run, model, found in zip(rows, models, scores):
-        mask = Predictor([model])(case)[0].mask()
-        shown.append((f"{run.method}, Dice {100 * found[patient]:.0f}", mask))
-    figure, axes = plt.subplots(1, len(shown), figsize=(3.0 * len(shown), 3.0 * image.shape[1] / image.shape[2] + 0.4))
-    picture = (image / image.max()).clamp(0, 1).permute(1, 2, 0)
-    for axis, (title, mask) in zip(axes, shown):
-        axis.imshow(picture, interpolation="nearest")
-        for k in range(1, models[0].num_classes):
-            axis.contour((mask[..., z] == k).float(), [0.5], colors=[colour(k)], linewidths=1.2)
-        axis.set_title(title, fontsize=10)
-        axis.axis("off")
-    figure.tight_layout()
-    path = folder / "segmentation.png"
-    figure.savefig(path.with_suffix(".partial"), format="png", dpi=110)
-    path.with_suffix(".partial").replace(path)
-    plt.close(figure)
+    titles = [f"{run.method}, Dice {100 * found[patient]:.0f}" for run, found in zip(rows, scores)]
+    outlines(runs / f"{dataset}.png", case, {title: run.folder(runs) for title, run in zip(titles, rows)})
     return True
 
 

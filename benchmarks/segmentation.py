@@ -298,19 +298,23 @@ def verdicts(results: list[dict[str, Any]]) -> list[str]:
         ahead += [DATASETS[name].title] if gain >= 0.01 and low > 0 else []
         behind += [DATASETS[name].title] if record["minus_base"]["hd95"][0] > 0 else []
     two, none = (
-        "a point of Dice ahead of its base, interval above 0, on two of three",
+        "a point of Dice ahead of its base, interval above 0, on two of three data sets",
         "not behind its base in HD95 on any",
     )
     if not measured:
         return [*lines, f"{two}: not measured", f"{none}: not measured"]
-    of = f"of {', '.join(measured)}"
-    lines.append(f"{two}: {_met(len(ahead) >= 2)} ({', '.join(ahead) or 'none'} {of})")
-    lines.append(f"{none}: {_met(not behind and len(measured) == 3)} (behind on {', '.join(behind) or 'none'} {of})")
+    left = 3 - len(measured)
+    of = f"measured on {', '.join(measured)}"
+    reached = True if len(ahead) >= 2 else None if len(ahead) + left >= 2 else False
+    lines.append(f"{two}: {_met(reached)} (ahead on {', '.join(ahead) or 'none'}, {of})")
+    reached = False if behind else None if left else True
+    lines.append(f"{none}: {_met(reached)} (behind on {', '.join(behind) or 'none'}, {of})")
     return lines
 
 
 def _met(reached: Any) -> str:
-    return "met" if reached else "missed"
+    """None: what is not measured may still decide it."""
+    return "not decided yet" if reached is None else "met" if reached else "missed"
 
 
 def budget_of(dataset: str) -> str:

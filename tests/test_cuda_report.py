@@ -25,6 +25,12 @@ def read(text: str) -> list[Instruction]:
     return [x for line in text.splitlines() if (x := read_instruction(line))]
 
 
+def test_uniform_branches_make_loops() -> None:
+    sass = read(SASS.replace("@P2 BRA 0x10", "    BRA.U UP0, 0x10"))
+    assert cuda_report.loops(sass) == [(2, 3), (1, 10)]
+    assert sass[10].predicated
+
+
 def test_instructions_and_loops_are_read() -> None:
     sass = read(SASS)
     assert [x.operation for x in sass][:3] == ["S2R", "BRA", "LDGSTS.E.BYPASS.128"]

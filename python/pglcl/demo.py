@@ -66,6 +66,24 @@ def check_folder(output: Path) -> None:
         raise UserError(f"{output}: holds files of others; choose another --output for the demo")
 
 
+def write_data(output: Path) -> Path:
+    """Writes the slabs to ``output/data``, and which of them are for what to the file whose path it returns."""
+    split_file = output / "split.json"
+    write_json(split_file, write_template(output / "data"))
+    return split_file
+
+
+def training_options(split_file: Path, steps: int) -> dict[str, Any]:
+    """The options of a run on the slabs, whatever its method."""
+    return {
+        "split_file": str(split_file),
+        "steps": steps,
+        "warmup": steps // 4,
+        "image_size": "96",
+        "validate_every": 0,
+    }
+
+
 def run_demo(output: Path, steps: int, *, quiet: bool = False) -> None:
     """Trains without and with contrast, and writes a report. The folder of an earlier demo is used again.
 
@@ -85,20 +103,10 @@ def run_demo(output: Path, steps: int, *, quiet: bool = False) -> None:
         "slabs are labelled with grey and white matter, the others are unlabelled or kept for validation and test. One "
         "average brain is a demonstration, not a benchmark."
     )
-    data = output / "data"
-    split = write_template(data)
-    split_file = output / "split.json"
-    write_json(split_file, split)
-    common: dict[str, Any] = {
-        "split_file": str(split_file),
-        "steps": steps,
-        "warmup": steps // 4,
-        "image_size": "96",
-        "validate_every": 0,
-    }
+    data, split_file = output / "data", write_data(output)
     for method in ("supervised", "patchcl"):
         run = output / method
-        config = TrainConfig(method=method, **common)
+        config = TrainConfig(method=method, **training_options(split_file, steps))
         try:
             Training(data, run, config, resume=(run / "config.json").exists(), quiet=quiet).run()
         except Interrupted:  # the next demo in this folder goes on from there
