@@ -267,6 +267,9 @@ def test_goals_are_judged() -> None:
     assert all(": met" in line for line in segmentation.verdicts(results))
     results[2:] = [record(r["dataset"], r["method"], 80.9, 4.1, behind) for r in results[2:]]
     assert all(": missed" in line for line in segmentation.verdicts(results))
+    few = segmentation.verdicts([record("histology", "copy-paste + patchcl", 80.0, 2.0, ahead)])
+    assert few[1].endswith("not decided yet (ahead on Histology, measured on Histology)")
+    assert few[2].endswith("not decided yet (behind on none, measured on Histology)")
     assert segmentation.base_of("copy-paste, warm-up without pasting") == "copy-paste"
     assert segmentation.base_of("copy-paste + patchcl, unguided") == "copy-paste"
 
