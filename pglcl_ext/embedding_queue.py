@@ -26,8 +26,10 @@ __all__ = ["EmbeddingQueue", "QueuedKeys"]
 class QueuedKeys(NamedTuple):
     """The content of a queue, for :func:`pglcl_ext.patch_contrast_loss`.
 
-    keys: (K * length, D). labels: (K * length,) int64, `ignore_index` where a slot is empty. descriptors:
-    (K * length, C), or None for a queue without them.
+    Attributes:
+        keys: (K * length, D), in the dtype of the queue.
+        labels: (K * length,) int64, `ignore_index` where a slot is empty.
+        descriptors: (K * length, C), or None for a queue without them.
     """
 
     keys: Tensor

@@ -130,6 +130,10 @@ class GaussianContrastLoss(nn.Module):
 
     Attributes:
         queue: the :class:`EmbeddingQueue`.
+
+    Raises:
+        ValueError: values out of range.
+        TypeError: arguments of the wrong type.
     """
 
     def __init__(

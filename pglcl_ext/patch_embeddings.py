@@ -22,12 +22,18 @@ class PatchRows(NamedTuple):
 
     Rows that qualify have their class as label. The others have `ignore_index`, and the losses and the queue leave them
     out. So the number of rows depends on shapes alone.
+
+    Attributes:
+        labels: (N,) int64.
+        entropy: (N,), in nats.
+        coverage: (N,), the mean class weight of the patch.
+        index: (N, 1 + dims) int64, the image and the cell of the patch grid.
     """
 
-    labels: Tensor  # (N,) int64
-    entropy: Tensor  # (N,), in nats
-    coverage: Tensor  # (N,)
-    index: Tensor  # type: ignore[assignment]  # (N, 1 + dims) int64, the image and the cell of the patch grid
+    labels: Tensor
+    entropy: Tensor
+    coverage: Tensor
+    index: Tensor  # type: ignore[assignment]
 
     def compact(self, ignore_index: int = -1) -> PatchRows:
         """Only the rows that qualify. On a GPU this waits, since the number of rows must be known."""
@@ -52,13 +58,18 @@ class PatchRows(NamedTuple):
 
 
 class PatchBatch(NamedTuple):
-    """:class:`PatchRows` with their embeddings."""
+    """:class:`PatchRows` with their embeddings.
 
-    embeddings: Tensor  # (N, D)
-    labels: Tensor  # (N,) int64
-    entropy: Tensor  # (N,), in nats
-    coverage: Tensor  # (N,)
-    index: Tensor  # type: ignore[assignment]  # (N, 1 + dims) int64, the image and the cell of the patch grid
+    Attributes:
+        embeddings: (N, D).
+        labels, entropy, coverage, index: as in :class:`PatchRows`.
+    """
+
+    embeddings: Tensor
+    labels: Tensor
+    entropy: Tensor
+    coverage: Tensor
+    index: Tensor  # type: ignore[assignment]
 
     def compact(self, ignore_index: int = -1) -> PatchBatch:
         """As :meth:`PatchRows.compact`."""

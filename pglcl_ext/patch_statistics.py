@@ -18,11 +18,17 @@ __all__ = ["PatchStatistics", "patch_entropy", "patch_statistics"]
 
 
 class PatchStatistics(NamedTuple):
-    """Statistics of each patch; ``*g`` is the patch grid."""
+    """Statistics of each patch, in the dtype of the input; ``*g`` is the patch grid.
 
-    entropy: Tensor  # (B, *g)
-    confidence: Tensor  # (B, K, *g)
-    class_entropy: Tensor  # (B, K, *g)
+    Attributes:
+        entropy: (B, ``*g``), the average entropy, in nats; with ``normalize=True`` a share of log K.
+        confidence: (B, K, ``*g``), the average probability of each class.
+        class_entropy: (B, K, ``*g``), the average entropy weighted with the probability of each class.
+    """
+
+    entropy: Tensor
+    confidence: Tensor
+    class_entropy: Tensor
 
 
 def patch_grid_arguments(
