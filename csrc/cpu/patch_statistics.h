@@ -7,8 +7,8 @@
 
 namespace pglcl {
 
-// Contiguous arrays: input (B, K, *S) of `dtype`, and in the type that sums are kept in entropy (B, *g), confidence and
-// class_entropy (B, K, *g): a backward pass divides by small differences of theirs.
+// Contiguous arrays: input (B, K, *S) of `dtype`; entropy (B, *g), confidence and class_entropy (B, K, *g) in the type
+// of the sums, since a backward pass divides by small differences of them.
 struct StatisticsInputs {
   PatchGrid grid;
   const void* input;
@@ -17,7 +17,7 @@ struct StatisticsInputs {
   bool normalize;
 };
 
-// What the forward pass writes, and of the gradients of the loss with respect to it what the backward pass reads.
+// The outputs of the forward pass, or the gradients of the loss with respect to them, for the backward pass.
 template <typename scalar_t>
 struct StatisticsOutputs {
   scalar_t *entropy, *confidence, *class_entropy;
@@ -27,7 +27,7 @@ template <typename scalar_t>
 void patch_statistics_forward(const StatisticsInputs& inputs, const StatisticsOutputs<scalar_t>& out,
                               const Parallel& parallel);
 
-// grad_input, of the inputs' dtype, is written whole.
+// grad_input has the dtype of the input. All of it is written.
 template <typename scalar_t>
 void patch_statistics_backward(const StatisticsInputs& inputs, const scalar_t* confidence,
                                const scalar_t* class_entropy, const StatisticsOutputs<const scalar_t>& grads,

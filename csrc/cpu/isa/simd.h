@@ -199,8 +199,8 @@ PGLCL_INLINE vec_t<float> log_from_one(vec_t<float> x) {
 template <typename scalar_t>
 constexpr scalar_t kLeastExponent = sizeof(scalar_t) == 4 ? -127 : -2048;
 PGLCL_INLINE vec_t<float> exp2_to_zero(vec_t<float> x) {
-  // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits of the mantissa; with 127 more it is
-  // the exponent of the power, whose place is 23 bits higher.
+  // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits of the mantissa. Adding 127 makes it
+  // the exponent of the power; it is then shifted by 23 bits.
   const float magic = 12582912.0f + 127.0f;
   const vec_t<float> shifted = x + magic;
   const vec_t<float> scale = (vec_t<float>)((mask_t<float>)shifted << 23);
@@ -245,7 +245,7 @@ PGLCL_INLINE vec_t<float> log_of_normal(vec_t<float> x) {
 }
 
 #if !defined(__AVX512F__)
-// Natural logarithm of x in [1, infinity). NaN gives a number: what is computed from 1 / x beside it is NaN.
+// Natural logarithm of x in [1, infinity). NaN gives a number, but callers also compute 1 / x, which is then NaN.
 PGLCL_INLINE vec_t<float> log_from_one(vec_t<float> x) { return log_of_normal(x); }
 #endif
 
@@ -253,7 +253,7 @@ PGLCL_INLINE vec_t<float> log_from_one(vec_t<float> x) { return log_of_normal(x)
 PGLCL_INLINE vec_t<float> log(vec_t<float> x) {
   const mask_t<float> subnormal = x < 1.17549435e-38f;
   const vec_t<float> result = log_of_normal(subnormal ? x * 33554432.0f : x);  // 2^25
-  // NaN and infinity pass through the bits as numbers: put them back.
+  // The bit operations turn NaN and infinity into numbers, so these are put back.
   return subnormal ? result - 17.3286795f : x - x == 0.0f ? result : x;
 }
 

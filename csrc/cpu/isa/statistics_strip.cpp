@@ -18,7 +18,7 @@ PGLCL_INLINE vec_t<scalar_t> p_log_p(vec_t<scalar_t> p) {
   return p <= scalar_t(0) ? vec_t<scalar_t>{} : p * log(p);
 }
 
-// What is compiled apart: the number of classes (0: any number, in scratch memory), and images of probabilities.
+// Each kind is compiled separately: a number of classes (0: any number, in scratch memory), logits or probabilities.
 template <int kNumber, bool kGiven>
 struct Classes {
   static constexpr int number = kNumber;
@@ -26,14 +26,14 @@ struct Classes {
   static int64_t count(int64_t classes) { return kNumber > 0 ? kNumber : classes; }
 };
 
-// Of one vector of pixels. Of logits: the highest, the sum of the exponentials above it, and their sum weighted with
-// the exponents. Of probabilities: the entropy, as `weighted`.
+// Sums of one vector of pixels. For logits: the highest, the sum of the exponentials relative to it, and their sum
+// weighted with the exponents. For probabilities: the entropy, as `weighted`.
 template <typename scalar_t>
 struct Sums {
   vec_t<scalar_t> highest, sum, weighted;
 };
 
-// p[k] = exponential of class k, or its probability where that is given.
+// p[k] = exponential of class k, or its probability if that is given.
 template <typename scalar_t, typename Kind, typename element_t, typename P>
 PGLCL_INLINE Sums<scalar_t> sum_classes(const element_t* input, int64_t class_stride, int64_t classes, P& p) {
   using vec = vec_t<scalar_t>;
@@ -49,7 +49,7 @@ PGLCL_INLINE Sums<scalar_t> sum_classes(const element_t* input, int64_t class_st
 #pragma GCC unroll 4
   for (int64_t k = 1; k < count; ++k) result.highest = maximum<scalar_t>(result.highest, p[k]);
   const auto exponent = [&](int64_t k) __attribute__((always_inline)) {
-    // In units of log 2, so that 2^x replaces e^x. The distance of two logits may be infinite, and 0 times infinity
+    // In units of log 2, so that 2^x replaces e^x. The distance of two logits may be infinite, and 0 times infinity is
     // NaN.
     return at_least(vec(p[k] - result.highest) * scalar_t(kLog2E), kLeastExponent<scalar_t>);
   };
@@ -67,9 +67,9 @@ PGLCL_INLINE Sums<scalar_t> sum_classes(const element_t* input, int64_t class_st
   return result;
 }
 
-// Of one vector of pixels: what makes p[k] a probability, the entropy, and for logits the log of the sum of
-// exponentials above the highest. The log and the highest stay apart: their rounded sum would be off by as much as the
-// logits are large.
+// For one vector of pixels: the factor that makes p[k] a probability, the entropy, and for logits the log of the sum of
+// exponentials relative to the highest. The log and the highest logit are not added, since rounding large logits would
+// lose the digits of the log.
 template <typename scalar_t>
 struct Prediction {
   vec_t<scalar_t> inverse, entropy, log_sum;
@@ -79,7 +79,7 @@ template <typename scalar_t, typename Kind>
 PGLCL_INLINE Prediction<scalar_t> predict(const Sums<scalar_t>& sums) {
   if constexpr (Kind::given) return {broadcast(scalar_t(1)), sums.weighted, vec_t<scalar_t>{}};
   const vec_t<scalar_t> inverse = scalar_t(1) / sums.sum, log_sum = log_from_one(sums.sum);
-  // Rounding can leave a certain pixel a little below zero.
+  // Rounding can bring the entropy of a certain pixel a little below zero.
   return {inverse, at_least(log_sum - sums.weighted * inverse * scalar_t(kLn2), scalar_t(0)), log_sum};
 }
 
@@ -273,7 +273,7 @@ __attribute__((noinline)) void ragged_columns(const StatisticsGradientStrip<scal
   backward_columns<scalar_t, element_t, Classes<0, kGiven>>(s, first, last, x, lanes);
 }
 
-// Calls for each vector of columns, and in it for the rows of the strip, a few at once.
+// Calls a function for each vector of columns and, within it, for a few rows of the strip at once.
 template <typename element_t, typename Kind, template <typename> class Strip, typename scalar_t, typename Whole>
 PGLCL_INLINE void walk(const Strip<scalar_t>& s, Whole whole) {
   constexpr int kLanes = Simd<scalar_t>::kLanes;
@@ -301,7 +301,7 @@ void backward_strip(const StatisticsGradientStrip<scalar_t>& s) {
   });
 }
 
-// Calls run(element, kind) with the types that a strip asks for: of its elements, and of its classes.
+// Calls run(element, kind) with the types of a strip's elements and of its classes.
 template <typename scalar_t, typename Strip, typename Run>
 PGLCL_INLINE void by_types(const Strip& s, Run run) {
   const auto by_classes = [&](auto element) {
