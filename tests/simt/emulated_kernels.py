@@ -423,11 +423,12 @@ def test_a_logit_that_is_infinite(path, sign: float) -> None:
     """
     dtype, device = path
     z = torch.zeros(40, 8, dtype=dtype)
-    z[0, 0], z[1, 0] = 4, sign * 4
+    length, temperature = (4e110, 1e-100) if dtype == torch.float64 else (4, 1e-38)
+    z[0, 0], z[1, 0] = length, sign * length
     y = torch.ones(40, dtype=torch.long)
     y[:2] = 0
     upstream = torch.ones(40).index_fill(0, torch.tensor([0, 1]), 0)
-    options = {"temperature": 1e-308 if dtype == torch.float64 else 1e-38, "reduction": "none", "upstream": upstream}
+    options = {"temperature": temperature, "reduction": "none", "upstream": upstream}
     loss, (grad,) = calls.patch_contrast(z, y, **options, **device)
     # log(37 positives and 2 negatives, all of logit 0); the positive itself is far above, or below.
     torch.testing.assert_close(loss[2:].double(), torch.full((38,), math.log(39)).double(), rtol=1e-5, atol=1e-5)
