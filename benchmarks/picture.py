@@ -1,7 +1,7 @@
 """python -m benchmarks.picture: the picture of README, one slice of a test volume with the outlines of three methods.
 
-Networks are trained on the data of ``pglcl demo`` (the MNI152 template in slabs, two of them labelled), alike but for
-the method. The volume shown is the one with the median Dice of the base. Runs that have ended are used again.
+Networks that differ only in the method are trained on the data of ``pglcl demo`` (the MNI152 template in slabs, two of
+them labelled). The picture shows the volume with the median Dice of the base. Runs that have ended are used again.
 """
 
 from __future__ import annotations

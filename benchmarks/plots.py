@@ -72,7 +72,7 @@ def peers(folder: Path) -> None:
 
 
 def outlines(path: Path, case: Any, runs: dict[str, Path]) -> None:
-    """Draws the slice of a labelled case that holds most foreground: the truth, and the masks of runs by title."""
+    """Draws the slice of a labelled case with the most foreground: the truth, and the mask of each titled run."""
     import torch
     from pglcl.figures import colour
     from pglcl.model import load_model
@@ -89,7 +89,7 @@ def outlines(path: Path, case: Any, runs: dict[str, Path]) -> None:
     size = (3.0 * len(shown), 3.0 * picture.shape[0] / picture.shape[1] + 0.4)
     figure, axes = plt.subplots(1, len(shown), figsize=size)
     for axis, (title, mask) in zip(axes, shown.items()):
-        axis.imshow(picture, cmap="gray", interpolation="nearest")  # one channel in grey, three as colours
+        axis.imshow(picture, cmap="gray", interpolation="nearest")  # one channel is grey, three are colours
         for k in range(1, first.num_classes):
             axis.contour((mask[..., z] == k).float(), [0.5], colors=[colour(k)], linewidths=1.2)
         axis.set_title(title, fontsize=10)

@@ -313,7 +313,7 @@ def verdicts(results: list[dict[str, Any]]) -> list[str]:
 
 
 def _met(reached: Any) -> str:
-    """None: what is not measured may still decide it."""
+    """Whether a goal is met, in words; None: this depends on runs that have not ended."""
     return "not decided yet" if reached is None else "met" if reached else "missed"
 
 

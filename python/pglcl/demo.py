@@ -67,14 +67,14 @@ def check_folder(output: Path) -> None:
 
 
 def write_data(output: Path) -> Path:
-    """Writes the slabs to ``output/data``, and which of them are for what to the file whose path it returns."""
+    """Writes the slabs to ``output/data``, and their split to a JSON file. Returns the path of that file."""
     split_file = output / "split.json"
     write_json(split_file, write_template(output / "data"))
     return split_file
 
 
 def training_options(split_file: Path, steps: int) -> dict[str, Any]:
-    """The options of a run on the slabs, whatever its method."""
+    """The options that all runs on the slabs share."""
     return {
         "split_file": str(split_file),
         "steps": steps,
