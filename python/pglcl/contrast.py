@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -27,6 +28,55 @@ from pglcl_ext.distributed import gather_rows
 
 APART = 1e3  # nats; no two entropies differ so much
 CROPS_OBSERVED = 8  # crops of each class and image that move the coverage threshold
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Which patches the options of a run let be positives and negatives: for the loss, and for the report.
+
+    Two descriptors guide the patches: the entropy of a prediction in the patch, and whether the patch is mixed, that
+    is, whether its class leaves part of it unfilled. The second descriptor is 0 or APART. A difference of APART exceeds
+    every bound, so a mixed patch and a filled one of the same class are neither positives nor negatives.
+
+    Args:
+        config: the options of the run.
+        num_classes: K.
+    """
+
+    config: TrainConfig
+    num_classes: int
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether there is a descriptor of mixed patches."""
+        return self.config.mixed_patches != "together" and self.config.loss == "infonce"
+
+    @property
+    def dims(self) -> int:
+        """The number of descriptors."""
+        return 1 + self.told_apart
+
+    @property
+    def bounds(self) -> dict[str, Any]:
+        """`max_positive_disparity` and `min_negative_disparity` in nats, as :class:`PatchContrastLoss` takes them."""
+        bounds: dict[str, Any] = {"max_positive_disparity": APART / 4} if self.told_apart else {}
+        if self.config.guidance:
+            unit = math.log(self.num_classes) / self.dims  # disparity is the mean over the descriptors
+            bounds["max_positive_disparity"] = self.config.max_positive_disparity * unit
+            bounds["min_negative_disparity"] = self.config.min_negative_disparity * unit
+        return bounds
+
+    def mixed(self, coverage: Tensor) -> Tensor:
+        """(N,) bool, of the share (N,) of each patch that its class covers."""
+        return coverage < self.config.inside_coverage
+
+    def descriptors(self, entropy: Tensor, coverage: Tensor, *, keys: bool = False) -> Tensor:
+        """(N, 1): the entropy (N,); or (N, 2): the entropy, and APART for a mixed patch, 0 for another."""
+        if not self.told_apart:
+            return entropy[:, None]
+        # With the sign opposite to that of anchors, a mixed key differs from all anchors of its class, mixed or not.
+        apart = -APART if keys and self.config.mixed_patches == "leave-out" else APART
+        return torch.stack([entropy, apart * self.mixed(coverage)], dim=1)
 
 
 class Keys(NamedTuple):
@@ -64,10 +114,8 @@ class PatchContrast(nn.Module):
     """One of the two contrastive losses, on guided patches and on the teacher's keys, which are queued by class.
 
     Anchors are patches of the student, keys are patches of the teacher. Annotations or pseudo-labels give their
-    classes. An anchor is worth most where the student is unsure and the annotation, or the teacher, is sure. Two
-    descriptors guide the patches: the entropy of the teacher's prediction in the patch, and whether the patch is mixed,
-    that is, whether its class leaves part of it unfilled. The second descriptor is 0 or APART. A difference of APART
-    exceeds every bound, so a mixed patch and a filled one of the same class are neither positives nor negatives.
+    classes. An anchor is worth most where the student is unsure and the annotation, or the teacher, is sure.
+    :class:`Guidance` chooses the pairs, by the entropy of the teacher's prediction.
 
     Args:
         config: the options of the run.
@@ -78,7 +126,7 @@ class PatchContrast(nn.Module):
     def __init__(self, config: TrainConfig, num_classes: int, process_group: Any = None) -> None:
         super().__init__()
         self.config, self.num_classes, self.process_group = config, num_classes, process_group
-        self.told_apart = config.mixed_patches != "together" and config.loss == "infonce"
+        self.guidance = Guidance(config, num_classes)
         self.threshold = CoverageThreshold(num_classes, target=config.coverage_target)
         self.gaussian: GaussianContrastLoss | None = None
         self.infonce: PatchContrastLoss | None = None
@@ -93,25 +141,17 @@ class PatchContrast(nn.Module):
                 process_group=process_group,
             )
             return
-        bounds: dict[str, Any] = {}
-        # Disparity is the mean over the descriptors, so each of two counts half.
-        unit, dims = math.log(num_classes) / (1 + self.told_apart), 1 + self.told_apart
-        if self.told_apart:
-            bounds["max_positive_disparity"] = APART / 4
-        if config.guidance:
-            bounds["max_positive_disparity"] = config.max_positive_disparity * unit
-            bounds["min_negative_disparity"] = config.min_negative_disparity * unit
         if config.queue_length:
             self.queue = EmbeddingQueue(
                 num_classes,
                 config.embedding_dim,
                 config.queue_length,
-                descriptor_dim=dims,
+                descriptor_dim=self.guidance.dims,
                 process_group=process_group,
             )
         # The queue of each rank holds the keys of all ranks. Without a queue, the loss gathers the keys.
         group = None if config.queue_length else process_group
-        self.infonce = PatchContrastLoss(config.temperature, normalize=False, group=group, **bounds)
+        self.infonce = PatchContrastLoss(config.temperature, normalize=False, group=group, **self.guidance.bounds)
 
     def forward(
         self,
@@ -153,7 +193,7 @@ class PatchContrast(nn.Module):
         loss: Tensor = self.infonce(
             anchors,
             batch.labels,
-            self._descriptors(batch, APART).to(anchors.dtype),
+            self.guidance.descriptors(batch.entropy, batch.coverage).to(anchors.dtype),
             keys=keys.embeddings,
             key_labels=keys.labels,
             key_descriptors=keys.descriptors,
@@ -167,15 +207,6 @@ class PatchContrast(nn.Module):
         if self.config.anchors == "certain":
             return (views.certainty >= self.config.anchor_confidence).float()
         return views.certainty
-
-    def _descriptors(self, batch: PatchBatch, apart: float) -> Tensor:
-        """(N, 1): the entropy; or (N, 2): the entropy, and `apart` for a mixed patch, 0 for another."""
-        if not self.told_apart:
-            return batch.entropy[:, None]
-        return torch.stack([batch.entropy, apart * self._mixed(batch)], dim=1)
-
-    def _mixed(self, rows: PatchRows | PatchBatch) -> Tensor:
-        return rows.coverage < self.config.inside_coverage
 
     @torch.no_grad()
     def teacher_keys(
@@ -194,9 +225,8 @@ class PatchContrast(nn.Module):
         """
         weights = seen.class_weights(self.num_classes)
         batch = self.patches(teacher, seen, weights, features, self.config.keys_per_class, generator)
-        # With the sign opposite to that of anchors, a mixed key differs from all anchors of its class, mixed or not.
-        apart = -APART if self.config.mixed_patches == "leave-out" else APART
-        keys = Keys(teacher.projection(batch.embeddings), batch.labels, self._descriptors(batch, apart))
+        descriptors = self.guidance.descriptors(batch.entropy, batch.coverage, keys=True)
+        keys = Keys(teacher.projection(batch.embeddings), batch.labels, descriptors)
         if self.gaussian is not None:
             self.gaussian.enqueue(keys.embeddings, keys.labels)
         elif self.queue is not None:
@@ -256,7 +286,7 @@ class PatchContrast(nn.Module):
         """Leaves mixed patches out of the Gaussian loss, whose statistics of a class cannot leave out single pairs."""
         if self.gaussian is None or self.config.mixed_patches == "together":
             return rows
-        return rows._replace(labels=rows.labels.masked_fill(self._mixed(rows), -1))
+        return rows._replace(labels=rows.labels.masked_fill(self.guidance.mixed(rows.coverage), -1))
 
     def _move_threshold(self, coverage: Tensor, labels: Tensor) -> None:
         """Updates the threshold with the patches of all ranks, so that all ranks and the checkpoint have the same."""

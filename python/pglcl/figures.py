@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pglcl.bases import one_hot
+from pglcl.contrast import Guidance
 from pglcl.evaluate import score_volume
 from pglcl.labels import IGNORE
 from pglcl.layouts import Case
@@ -24,7 +25,7 @@ from pglcl.postprocess import components, keep_largest
 from pglcl.predict import Predictor, network_output
 from pglcl.prepare import Prepared, prepare
 from pglcl.volumes import read_label, read_volume
-from pglcl_ext import patch_embeddings, patch_statistics, semantic_disparity
+from pglcl_ext import patch_embeddings, patch_statistics, reference, semantic_disparity
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -213,7 +214,7 @@ class Shown:
         return pictures
 
     def disparity(self) -> list[Picture]:
-        """Entropies of patches, and their disparity from one of them; at the resolution of the network."""
+        """Entropies of patches, their disparity from one of them, and its pairs; at the resolution of the network."""
         model, config, image = self.model, self.model.config, self.prepared.image
         z = min(self.slice, image.shape[-1] - 1)
         # Without what was padded.
@@ -224,23 +225,19 @@ class Shown:
         patch = config.patch_size if config.spatial_dims == 2 else max(4, config.patch_size // 2)
         patch = min(patch, *inside)
         statistics = patch_statistics(p, patch, probabilities=True)
-        entropy = statistics.entropy[0]
-        label = _patch_labels(statistics.confidence[0])
-        delta = semantic_disparity(entropy.flatten())
-        candidates = (label > 0).nonzero().squeeze(1)
-        anchor = int(candidates[entropy.flatten()[candidates].argmax()]) if len(candidates) else int(entropy.argmax())
-        unit = math.log(model.num_classes)
-        row = delta[anchor]
-        positive = (label == label[anchor]) & (row <= config.max_positive_disparity * unit)
-        positive[anchor] = False
-        negative = (label != label[anchor]) & (row >= config.min_negative_disparity * unit)
-        rows, columns = entropy.shape
+        rows, columns = statistics.entropy.shape[1:]
+        share, class_entropy = statistics.confidence[0], statistics.class_entropy[0]
+        label = _patch_labels(share)
+        # As in training, the entropy of a patch is that of its class, and its coverage is the share of its class.
+        entropy, coverage = (x.flatten(1).gather(0, label[None])[0] for x in (class_entropy, share))
+        anchor, positive, negative = choose_pairs(Guidance(config, model.num_classes), label, entropy, coverage)
+        row = semantic_disparity(entropy[anchor][None], entropy)[0]
         boxed = [j for j in range(rows * columns) if j == anchor or positive[j] or (negative[j] and label[j] > 0)]
         window = _window(boxed, rows, columns, patch)
         pictures = []
         for values, caption, boxes in (
             (None, "image", True),
-            (entropy, "average entropy [nats]", False),
+            (entropy.view(rows, columns), "entropy of the patches [nats]", False),
             (row.view(rows, columns), "disparity from the anchor [nats]", True),
         ):
             (left, right), (top, bottom) = window
@@ -275,6 +272,26 @@ def _patch_labels(share: Tensor) -> Tensor:
     present = share.clone()
     present[0] = torch.where(share[1:].amax(dim=0) > 0.1, 0, share[0])
     return present.argmax(dim=0).flatten()
+
+
+def choose_pairs(guidance: Guidance, label: Tensor, entropy: Tensor, coverage: Tensor) -> tuple[int, Tensor, Tensor]:
+    """An anchor, the index of the foreground patch of the highest entropy, and which patches the loss pairs with it.
+
+    Args:
+        guidance: the rule of the run.
+        label, entropy, coverage: (N,): the class of each patch, its entropy in nats, the share that its class covers.
+
+    Returns:
+        The anchor, its positives and its negatives, two (N,) bool masks.
+    """
+    own, others = (guidance.descriptors(entropy, coverage, keys=keys) for keys in (False, True))
+    paired = (own == others).all(dim=1)  # a patch that is left out differs from itself
+    candidates = next((m for m in ((label > 0) & paired, label > 0) if m.any()), torch.ones_like(paired))
+    anchor = int(torch.where(candidates, entropy, -math.inf).argmax())
+    one = slice(anchor, anchor + 1)
+    positive, negative, _ = reference.guided_masks(label[one], own[one], label, others, **guidance.bounds)
+    positive[0, anchor] = False
+    return anchor, positive[0], negative[0]
 
 
 def _window(boxed: Iterable[int], rows: int, columns: int, patch: int) -> list[tuple[int, int]]:

@@ -196,11 +196,7 @@ def _page(run: Path, predictor: Predictor, folder: DataFolder, cases: Sequence[C
         "class (--postprocess largest-component). Red: the pieces that this removes. The slice with the most of them "
         "is shown; without any, the slice with the most errors.</p>",
         *(f"<h3>{_text(view.case.name)}</h3>{_pictures(view.islands(), 'two')}" for view in worst),
-        "<h2>Entropy, disparity, and the patches that they choose</h2>",
-        "<p class=note>Average entropy of the patches; disparity of all patches from one anchor (white). Solid: "
-        "positives, of the same class and similar entropy. Dashed: negatives, of another class.</p>",
-        f"<h3>{_text(middle.case.name)}</h3>",
-        _pictures(middle.disparity(), "three"),
+        *_chosen_patches(middle),
         "<h2>Embeddings of patches</h2>",
         "<p class=note>First two principal components of the projected patches of test volumes, coloured by their true "
         "class.</p>",
@@ -215,6 +211,36 @@ def _page(run: Path, predictor: Predictor, folder: DataFolder, cases: Sequence[C
         '<meta name=viewport content="width=device-width, initial-scale=1">'
         f"<title>{_text(title)}</title><style>{STYLE}</style></head><body><main>{''.join(parts)}</main></body></html>\n"
     )
+
+
+def _chosen_patches(view: Shown) -> list[str]:
+    """The section of the patches that the contrast pairs, or a sentence why there is no picture."""
+    config = view.model.config
+    title = "<h2>Entropy, disparity, and the patches that they choose</h2>"
+    if not config.contrast:
+        return [title, f"<p class=note>None: --method {config.method} has no contrast, so it chose no patches.</p>"]
+    if config.loss != "infonce":
+        note = f"None: --loss {config.loss} compares patches with the statistics of classes, not with other patches."
+        return [title, f"<p class=note>{note}</p>"]
+    similar = " and similar entropy" if config.guidance else ""
+    mixed = {
+        "split": ", both filled or both not filled by it",
+        "leave-out": ", both filled by it",
+        "together": "",
+    }[config.mixed_patches]
+    distant = " that differ enough in entropy" if config.guidance and config.min_negative_disparity else ""
+    note = (
+        "Average entropy of the patches, each over its class; its disparity from one anchor (white). "
+        f"Solid: positives, of the same class{similar}{mixed}. Dashed: negatives, of another class{distant}."
+    )
+    if not config.guidance:
+        note = f"This run was not guided (--no-guidance): its pairs do not depend on entropy. {note}"
+    return [
+        title,
+        f"<p class=note>{note}</p>",
+        f"<h3>{_text(view.case.name)}</h3>",
+        _pictures(view.disparity(), "three"),
+    ]
 
 
 def _text(value: object) -> str:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from pglcl.bases import labelled_alone
-from pglcl.contrast import APART, PatchContrast
+from pglcl.contrast import PatchContrast
 from pglcl.step import StepLoss
 from torch import Tensor
 
@@ -113,8 +113,8 @@ def test_mixed_patches_and_filled_ones_of_a_class_are_no_pair(choice: str, guida
     h, e = (torch.rand(20, generator=g) for _ in range(2))
     full, filled = (torch.rand(20, generator=g) * 0.4 + 0.6 for _ in range(2))
     anchors, keys = PatchBatch(z, y, h, full, y), PatchBatch(k, t, e, filled, t)
-    apart = -APART if choice == "leave-out" else APART
-    own, others = contrast._descriptors(anchors, APART), contrast._descriptors(keys, apart)
+    own = contrast.guidance.descriptors(anchors.entropy, anchors.coverage)
+    others = contrast.guidance.descriptors(keys.entropy, keys.coverage, keys=True)
     loss = contrast.infonce(z, y, own, keys=k, key_labels=t, key_descriptors=others)
     mixed, also = full[:, None] < 0.9, filled[None] < 0.9
     pair = {"split": mixed == also, "leave-out": ~mixed & ~also, "together": torch.ones(20, 20, dtype=torch.bool)}
