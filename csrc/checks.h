@@ -33,6 +33,8 @@ inline int64_t require_two_descriptors(const Tensor& a, const char* a_name, cons
 inline int64_t require_disparity_bounds(const Tensor& descriptors, const Tensor& labels, const Tensor& key_descriptors,
                                         const Tensor& key_labels, int64_t count) {
   const int64_t channels = require_two_descriptors(descriptors, "descriptors", key_descriptors, "key_descriptors");
+  require(descriptors.size(0) < kMostRows, "descriptors");
+  require(key_descriptors.size(0) < kMostRows, "key_descriptors");
   require_tensor(labels, "labels", descriptors, ScalarType::Long, {descriptors.size(0)});
   require_tensor(key_labels, "key_labels", descriptors, ScalarType::Long, {key_descriptors.size(0)});
   require(count > 0, "count");

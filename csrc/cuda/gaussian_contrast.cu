@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(PGLCL_GAUSSIAN_PARAMETERS) {
   const bool fits = with_accumulate_type(
       anchors, [&]<typename scalar_t>() { return cuda::gaussian_rows_per_block<scalar_t>(depth, shared) > 0; });
   STD_TORCH_CHECK(fits, "anchors must have rows that fit the shared memory of the GPU, ", shared,
-                  " bytes, three times; got rows of ", depth);
+                  " bytes, ten times; got rows of ", depth);
   const Tensor losses = empty(anchors, {n}, type), count = empty(anchors, {n}, ScalarType::Int);
   const Tensor num_valid = empty(anchors, {}, ScalarType::Long);
   const Tensor gradients = empty(anchors, {needs_gradients ? n : 0, depth}, type);

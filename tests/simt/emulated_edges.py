@@ -572,8 +572,16 @@ def test_gaussian_rows_that_do_not_fit() -> None:
     anchors, *rest = gaussian_problem(3, 200)
     rest = [rest[0], *(t.float() for t in rest[1:3]), rest[3]]
     calls.gaussian_contrast(anchors.float(), *rest, shared_bytes=11 * 1024)
-    with pytest.raises(RuntimeError, match="anchors must have rows that fit the shared memory"):
+    with pytest.raises(RuntimeError, match="fit the shared memory of the GPU, 11264 bytes, ten times; got rows of 200"):
         calls.gaussian_contrast(anchors, *rest, shared_bytes=11 * 1024)
+
+
+def test_gaussian_rows_that_take_all_shared_memory() -> None:
+    """The kernel that computes in float64 what float32 had no room for asks for more than 48 KiB here."""
+    anchors, *rest = gaussian_problem(2, 2048)
+    want = reference.gaussian_contrast_loss(anchors, *rest, reduction="none")
+    loss, _, _ = calls.gaussian_contrast(anchors.float(), *rest, reduction="none")
+    torch.testing.assert_close(loss.double(), want, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("pairwise", [False, True])
@@ -581,7 +589,7 @@ def test_gaussian_blocks_of_fewer_rows(pairwise: bool) -> None:
     anchors, *rest = gaussian_problem(7, 40, pairwise=pairwise)
     want = reference.gaussian_contrast_loss(anchors, *rest, reduction="none")
     # Eight anchors, and products and gradients of three; in float32.
-    loss, _, _ = calls.gaussian_contrast(anchors.float(), *rest, shared_bytes=14 * 160 + 256, reduction="none")
+    loss, _, _ = calls.gaussian_contrast(anchors.float(), *rest, shared_bytes=14 * 160 + 272, reduction="none")
     torch.testing.assert_close(loss.double(), want, rtol=1e-4, atol=1e-4)
 
 

@@ -224,6 +224,11 @@ void copy_of_old_device(bool bad) {
 
 void nothing(bool) {}
 
+void some_static(bool) {
+  const Shared<int> s = simt::static_shared<int>(4);
+  if (thread_index() < 4) s.store(thread_index(), 1);
+}
+
 struct Launch {
   int64_t blocks = 1, blocks_y = 1, shared_bytes = 1024, asked = 0;
   int stream = simt::kCurrentStream;
@@ -268,6 +273,8 @@ const Case kCases[] = {
     {"pack_of_old_device", pack_of_old_device},
     {"copy_of_old_device", copy_of_old_device},
     {"shared_not_asked_for", nothing, {.shared_bytes = 50000}, {.shared_bytes = 50000, .asked = 60000}},
+    {"static_beside_all", some_static, {.asked = 163 * 1024}, {.asked = 163 * 1024 - 16}},
+    {"static_beside_48_kib", some_static, {.shared_bytes = 48 * 1024}, {.shared_bytes = 48 * 1024 - 16}},
     {"shared_above_the_limit", nothing, {.asked = 200000}, {.asked = 160000}},
     {"grid_too_high", nothing, {.blocks_y = 65536}, {.blocks_y = 2}},
     {"grid_of_nothing", nothing, {.blocks = 0}},

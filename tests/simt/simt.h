@@ -217,8 +217,11 @@ class Block {
   std::string kernel;
   GlobalMemory* global = nullptr;
 
-  void run(const std::function<void()>& body, int threads, size_t shared_bytes) {
+  // allowed: dynamic shared memory that the kernel may have, and the most that it and the static one may be together.
+  void run(const std::function<void()>& body, int threads, size_t shared_bytes, size_t allowed, size_t most) {
     instance() = this;
+    allowed_dynamic_ = allowed;
+    most_shared_ = most;
     body_ = &body;
     shared_.assign(shared_bytes + kStaticShared, 0xff);
     shadow_.assign(shared_.size() / kGranule, History{});
@@ -308,6 +311,10 @@ class Block {
     const size_t at = (dynamic_bytes_ + 15) / 16 * 16 + static_used_;
     static_used_ += (bytes + 15) / 16 * 16;
     if (static_used_ + 16 > kStaticShared) fail("more than 48 KiB of static shared memory", where);
+    if (allowed_dynamic_ + static_used_ > most_shared_)
+      fail(std::to_string(static_used_) + " bytes of static shared memory beside " + std::to_string(allowed_dynamic_) +
+               " of dynamic, of " + std::to_string(most_shared_),
+           where);
     return static_arrays_[key] = at;
   }
 
@@ -494,7 +501,7 @@ class Block {
   uint32_t epoch_ = 0, number_ = 0;
   std::vector<unsigned char> shared_;
   std::vector<History> shadow_;
-  size_t dynamic_bytes_ = 0, static_used_ = 0;
+  size_t dynamic_bytes_ = 0, static_used_ = 0, allowed_dynamic_ = 0, most_shared_ = 0;
   std::map<std::pair<unsigned, unsigned>, size_t> static_arrays_;
 };
 
@@ -569,6 +576,10 @@ inline void launch(const std::string& name, const void* kernel, Dim3 grid, Dim3 
   check_launch(name, kernel, grid, block, shared_bytes, stream);
   launches().push_back(name + ' ' + std::to_string(grid.x) + ' ' + std::to_string(grid.y));
   ++current_call().unchecked;
+  const auto& asked_for = current_call().allowed_shared;
+  const auto asked = asked_for.find(kernel);
+  const size_t allowed = asked == asked_for.end() ? shared_bytes : size_t(asked->second);
+  const size_t most = asked == asked_for.end() ? 48 * 1024 : size_t(device().shared_bytes);
   static Block machine;
   machine.kernel = name;
   machine.global = &global_memory();
@@ -577,7 +588,7 @@ inline void launch(const std::string& name, const void* kernel, Dim3 grid, Dim3 
   for (int64_t y = 0; y < grid.y; ++y)
     for (int64_t x = 0; x < grid.x; ++x) {
       machine.block_index = {x, y, 0};
-      machine.run(body, int(block.x), shared_bytes);
+      machine.run(body, int(block.x), shared_bytes, allowed, most);
     }
   global_memory().forget_touches();
 }

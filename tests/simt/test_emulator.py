@@ -39,6 +39,8 @@ EXPECTED = {
     "pack_of_old_device": "rounding to pairs of 16 bits needs compute capability 80, the code is of 75",
     "copy_of_old_device": "race on a shared address",
     "shared_not_asked_for": "50000 bytes of shared memory, of 49152 asked for",
+    "static_beside_all": "16 bytes of static shared memory beside 166912 of dynamic, of 166912",
+    "static_beside_48_kib": "16 bytes of static shared memory beside 49152 of dynamic, of 49152",
     "shared_above_the_limit": "asks for 200000 bytes of shared memory, the device has 166912",
     "grid_too_high": "a grid of 1 x 65536 blocks",
     "grid_of_nothing": "a grid of 0 x 1 blocks",

@@ -238,9 +238,11 @@ using PglclStream = cudaStream_t;
 
 namespace pglcl {
 
-// CUDA's word for what went wrong, as an exception.
+// CUDA's word for what went wrong, as an exception. It is taken from the thread, whose next launch is not to blame.
 inline void check_cuda(cudaError_t result, const char* what) {
-  if (result != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(result));
+  if (result == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(result));
 }
 
 // A grid has up to 2^31 - 1 blocks in x and 65535 in y.
@@ -252,7 +254,8 @@ inline dim3 checked_grid(int64_t x, int64_t y) {
 }
 
 // More than 48 KiB of dynamic shared memory has to be asked for, kernel by kernel. All that the device has is asked
-// for, every time the same: host threads that launch a kernel at once cannot take it from each other.
+// for, every time the same: host threads that launch a kernel at once cannot take it from each other. So a kernel that
+// asks has no static shared memory, which counts towards the same limit.
 template <typename Kernel>
 void allow_shared(Kernel kernel, int64_t bytes, int64_t device_bytes) {
   if (bytes <= 48 * 1024) return;

@@ -188,13 +188,12 @@ PGLCL_KERNEL gaussian_contrast_rows(const GaussianArguments<T> x, const Gaussian
   const Shared<number_t> products = memory.take<number_t>(rows_per_block * depth);
   const Shared<number_t> gradients = memory.take<number_t>(rows_per_block * depth);
   const Shared<number_t> partial = memory.take<number_t>(kGaussianThreads / 32 * kAnchors * 2);
+  const Shared<int> flags = memory.take<int>(kGaussianThreads / 32);
   const Global<const int64_t> labels(x.labels), counts(x.counts);
   const int64_t first = int64_t(block_index()) * rows_per_block;
   const int rows = int(x.n - first < rows_per_block ? x.n - first : rows_per_block);
-  if constexpr (kWide<T, number_t>) {
-    PGLCL_STATIC_SHARED(int, flags, kGaussianThreads / 32);
+  if constexpr (kWide<T, number_t>)
     if (!out.unfinished(x.order ? Global<const int64_t>(x.order).load(first) : first, depth, flags)) return;
-  }
 
   // Load the anchors, and the class of each: -1 where it does not count.
   int64_t row[kAnchors], own[kAnchors];
@@ -276,7 +275,7 @@ template <typename number_t, int kAnchors>
 int64_t gaussian_shared_bytes(int rows, int64_t depth) {
   return (kAnchors * depth * int64_t(sizeof(number_t)) + 15) / 16 * 16 +
          2 * ((rows * depth * int64_t(sizeof(number_t)) + 15) / 16 * 16) +
-         kGaussianThreads / 32 * kAnchors * 2 * int64_t(sizeof(number_t));
+         kGaussianThreads / 32 * (kAnchors * 2 * int64_t(sizeof(number_t)) + int64_t(sizeof(int)));
 }
 
 // Anchors a block can hold, or 0: the rows are too long for the device.
