@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,26 +158,39 @@ def memory() -> str:
 
 
 def verdict() -> str:
-    """A sentence about the best and the worst change of a base by the contrast, over all variants and data sets."""
+    """What the contrast changes of its base: the best and the worst change, or the only one with its interval."""
     from benchmarks.segmentation import budget_of, summarise
 
-    dice, hd95, seeds = [], [], []
-    for record in summarise(results("segmentation")):
-        if " + " not in record["method"] or record["minus_base"] is None:
-            continue
-        name = f"{record['method']}; {budget_of(record['dataset'])}"
-        seeds.append(len(record["seeds"]))
-        dice.append((100 * record["minus_base"]["dice"][0], name))
-        hd95.append((record["minus_base"]["hd95"][0], name))
-    if not seeds:
+    found = [r for r in summarise(results("segmentation")) if " + " in r["method"] and r["minus_base"] is not None]
+    if not found:
         return "That is not measured yet with the training scheme of this version."
-    (best, where), (worst, there) = max(dice), min(dice)
-    (near, closer), (far, farther) = min(hd95), max(hd95)
+    named = [f"{record['method']}; {budget_of(record['dataset'])}" for record in found]
+    seeds = [len(record["seeds"]) for record in found]
+    if len(found) == 1:
+        change = found[0]["minus_base"]
+        dice, hd95 = with_interval([100 * x for x in change["dice"]], " points"), with_interval(change["hd95"])
+        runs = "one run of one seed" if seeds == [1] else f"{seeds[0]} seeds"
+        return (
+            f"On patients never used in training, the contrast changes the Dice of its base method by {dice} and "
+            f"HD95 by {hd95}: {named[0]}, {runs}."
+        )
+    dices = [(100 * record["minus_base"]["dice"][0], name) for record, name in zip(found, named)]
+    hd95s = [(record["minus_base"]["hd95"][0], name) for record, name in zip(found, named)]
+    (best, where), (worst, there) = max(dices), min(dices)
+    (near, closer), (far, farther) = min(hd95s), max(hd95s)
+    runs = f"{min(seeds)} to {max(seeds)}" if min(seeds) < max(seeds) else str(seeds[0])
     return (
         f"On patients never used in training, the contrast changes the Dice of its base method by {best:+.1f} points "
         f"at best ({where}) and {worst:+.1f} at worst ({there}). It changes HD95 by {near:+.1f} at best ({closer}) and "
-        f"{far:+.1f} at worst ({farther}). Runs of each: {min(seeds)} to {max(seeds)}."
+        f"{far:+.1f} at worst ({farther}). Seeds of each: {runs}."
     )
+
+
+def with_interval(change: Sequence[float], unit: str = "") -> str:
+    """A change with its 95 % interval, of (change, low, high), and whether that includes 0."""
+    value, low, high = change
+    zero = ", which includes 0" if low <= 0 <= high else ""
+    return f"{value:+.1f}{unit} (95 % interval {low:+.1f} to {high:+.1f}{zero})"
 
 
 SECTIONS = {

@@ -306,34 +306,58 @@ def test_the_table_of_the_segmentation_is_that_of_its_results() -> None:
     assert segmentation.table(pages.results("segmentation")) + "\n" == table
 
 
+def test_the_verdict_names_one_comparison_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def record(dataset: str, seeds: list[int], dice: tuple[float, float, float]) -> dict[str, Any]:
+        change = {"dice": dice, "hd95": (-2.5, -3.0, -2.0)}
+        return {"dataset": dataset, "method": "copy-paste + patchcl", "seeds": seeds, "minus_base": change}
+
+    found = [record("histology", [0], (0.003, -0.001, 0.008))]
+    monkeypatch.setattr(segmentation, "summarise", lambda _: found)
+    start = "On patients never used in training, the contrast changes the Dice of its base method by "
+    name = f"copy-paste + patchcl; {segmentation.budget_of('histology')}"
+    assert pages.verdict() == (
+        f"{start}+0.3 points (95 % interval -0.1 to +0.8, which includes 0) and HD95 by -2.5 (95 % interval -3.0 to "
+        f"-2.0): {name}, one run of one seed."
+    )
+    found.append(record("hippocampus", [0, 1], (-0.01, -0.02, -0.001)))
+    other = f"copy-paste + patchcl; {segmentation.budget_of('hippocampus')}"
+    assert pages.verdict().startswith(f"{start}+0.3 points at best ({name}) and -1.0 at worst ({other}).")
+    assert pages.verdict().endswith("Seeds of each: 1 to 2.")
+    found.clear()
+    assert "not measured yet" in pages.verdict()
+
+
+def save_results(folder: Path, question: str, content: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{question}.json").write_text(json.dumps(content))
+
+
 def test_pages_quote_the_least_favourable_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test adds a second processor, on which the other contenders take half the time, and ours more memory."""
-    [first] = list(pages.records("loss"))[:1]
-    second = {"processor": "Another", "cpu_instruction_set": "avx2"}
+    """On the second processor the other contenders take half the time, and ours takes twice the memory."""
+    alone, both = tmp_path / "alone", tmp_path / "both"
     for question in pages.MEASURED:
-        content = pages.records(question)[first]
-        (tmp_path / first.name).mkdir(exist_ok=True)
-        (tmp_path / first.name / f"{question}.json").write_text(json.dumps(content))
+        content = next(iter(pages.records(question).values()))
+        content["machine"].update({"processor": "One", "cpu_instruction_set": "avx512"})
+        for results in (alone, both):
+            save_results(results / "one-avx512", question, content)
         for row in content["results"]:
             if row.get("contender") == "pglcl_ext":
                 row["bytes"] = row.get("bytes", 0) * 2
             elif "seconds" in row:
                 row["seconds"] = [s / 2 for s in row["seconds"]]
-        content["machine"].update(second)
-        monkeypatch.setattr(runner, "RESULTS", tmp_path)
-        folder = runner.folder_of(content["machine"])
-        assert folder.name == "another-avx2"
-        folder.mkdir(exist_ok=True)
-        (folder / f"{question}.json").write_text(json.dumps(content))
-    alone, peers = pages.figures(), pages.peers()
-    monkeypatch.setattr(pages, "RESULTS", tmp_path)
-    both = pages.figures()
+        content["machine"].update({"processor": "Another", "cpu_instruction_set": "avx2"})
+        save_results(both / "another-avx2", question, content)
+    monkeypatch.setattr(pages, "RESULTS", alone)
+    one, peers = pages.figures(), pages.peers()
+    monkeypatch.setattr(pages, "RESULTS", both)
+    two = pages.figures()
 
     def ratios(text: str) -> list[float]:
         return [float(value) for value in re.findall(r"([0-9.]+)x(?=[ ,])", text.split("authors")[0])]
 
-    assert ratios(both) == pytest.approx([value / 2 for value in ratios(alone)], rel=0.01)
-    assert "[Another, avx2](../benchmarks/results/another-avx2/loss.md)" in both
+    assert len(ratios(one)) == 6
+    assert ratios(two) == pytest.approx([value / 2 for value in ratios(one)], rel=0.01)
+    assert "[Another, avx2](../benchmarks/results/another-avx2/loss.md)" in two
     assert pages.peers().count("| N |") == 2 * peers.count("| N |")
     assert "Another, avx2, 2 threads" in pages.peers()
     case = {"N": 65536, "D": 128, "dtype": "float32", "passes": pages.BOTH, "contender": "pglcl_ext"}
