@@ -27,7 +27,7 @@ from pglcl.layouts import Case
 from pglcl.prepare import Prepared, prepare
 from pglcl.volumes import Geometry
 
-VERSION = 2  # of the format; entries of another version are not used
+VERSION = 3  # of the format; entries of another version are not used
 PARTIAL = ".partial-"
 
 

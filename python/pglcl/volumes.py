@@ -223,13 +223,9 @@ def resize_image(x: Tensor, shape: Sequence[int]) -> Tensor:
     """Resizes (C, X, Y, Z) linearly. Axes that shrink are averaged first, which avoids aliasing."""
     if tuple(x.shape[1:]) == tuple(shape):
         return x
-    for axis, (now, then) in enumerate(zip(x.shape[1:], shape)):
-        if then < now:  # averaging is exact for whole factors and close between them
-            x = (
-                F.adaptive_avg_pool1d(x.movedim(axis + 1, -1).flatten(0, -2)[None], then)[0]
-                .unflatten(0, [n for d, n in enumerate(x.shape) if d != axis + 1])
-                .movedim(-1, axis + 1)
-            )
+    shrunk = (min(x.shape[1], shape[0]), min(x.shape[2], shape[1]), min(x.shape[3], shape[2]))
+    if tuple(x.shape[1:]) != shrunk:  # averaging is exact for whole factors and close between them
+        x = F.adaptive_avg_pool3d(x[None], shrunk)[0]
     if tuple(x.shape[1:]) == tuple(shape):
         return x
     return F.interpolate(x[None], tuple(shape), mode="trilinear", align_corners=False)[0]

@@ -106,6 +106,11 @@ def test_resizing_keeps_means_and_labels() -> None:
     x = torch.rand(2, 9, 10, 11)
     torch.testing.assert_close(resize_image(x, (3, 5, 11)).mean(), x.mean(), atol=0.02, rtol=0)
     assert torch.equal(resize_image(x, (9, 10, 11)), x)
+    halves = x.double()[:, :8].unflatten(1, (4, 2)).unflatten(3, (5, 2)).mean(dim=(2, 4))
+    torch.testing.assert_close(resize_image(x[:, :8], (4, 5, 11)).double(), halves, atol=1e-6, rtol=0)
+    # One axis shrinks, another one grows.
+    wide = torch.nn.functional.interpolate(halves[None], (4, 5, 22), mode="trilinear")[0]
+    torch.testing.assert_close(resize_image(x[:, :8], (4, 5, 22)).double(), wide, atol=1e-6, rtol=0)
     y = torch.randint(0, 3, (4, 5, 6))
     assert torch.equal(resize_label(resize_label(y, (8, 10, 12)), (4, 5, 6)), y)
 

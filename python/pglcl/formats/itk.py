@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from nibabel.affines import voxel_sizes
 
 from pglcl.errors import UserError
 from pglcl.formats.names import suffix_of
@@ -279,7 +280,7 @@ def write(data: np.ndarray, source: Source, path: Path) -> None:
         array = array[0]
     image = sitk.GetImageFromArray(np.ascontiguousarray(array), isVector=vector)
     affine = LPS_TO_RAS @ source.affine
-    spacing = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    spacing = voxel_sizes(affine)
     axes = source.axes
     image.SetSpacing([float(s) for s in spacing[:axes]])
     image.SetOrigin([float(x) for x in affine[:axes, 3]])

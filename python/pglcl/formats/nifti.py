@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import voxel_sizes
 from nibabel.spatialimages import HeaderDataError
 from nibabel.volumeutils import apply_read_scaling
 
@@ -168,6 +169,6 @@ def _copy_geometry(old: nib.Nifti1Header, header: nib.Nifti1Header, source: Sour
         header.set_sform(source.affine, 1)
     spatial = np.asarray(old["pixdim"][1:4], np.float64)
     if not (np.isfinite(spatial).all() and (spatial > 0).all()):
-        spatial = np.sqrt((source.affine[:3, :3] ** 2).sum(axis=0))
+        spatial = voxel_sizes(source.affine)
     header.set_zooms([*spatial, *[1.0] * 4][: len(header.get_data_shape())])
     header.set_xyzt_units(*_units(old))

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from nibabel.affines import voxel_sizes
 
 from pglcl.errors import UserError
 
@@ -38,14 +39,14 @@ class Source:
     @property
     def spacing(self) -> tuple[float, ...]:
         """mm (or pixels) along the axes of the file."""
-        return tuple(float(s) * self.scale for s in np.sqrt((self.affine[:3, :3] ** 2).sum(axis=0)))
+        return tuple(float(s) * self.scale for s in voxel_sizes(self.affine))
 
 
 def check_affine(affine: np.ndarray, path: Path) -> np.ndarray:
     """`affine` itself; raises UserError if it is singular or not finite."""
     if not np.isfinite(affine).all():
         raise UserError(f"{path}: the affine is not usable: it has entries that are NaN or infinite")
-    lengths = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    lengths = voxel_sizes(affine)
     # The determinant of axes of length 1 is 0 if they lie in a plane.
     if not (lengths > 0).all() or abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-4:
         raise UserError(f"{path}: the affine is singular")
