@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["unit_rows", "without_autocast"]
+__all__ = ["accumulate_dtype", "unit_rows", "without_autocast"]
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over elements of `dtype` are kept: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def without_autocast(like: Tensor) -> contextlib.AbstractContextManager[None]:
@@ -27,6 +32,6 @@ def unit_rows(x: Tensor) -> Tensor:
     """
     if x.shape[1] == 0:  # an empty row has no largest entry
         return x
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x.to(accumulate_dtype(x.dtype))
     largest = wide.detach().abs().amax(dim=1, keepdim=True)
     return F.normalize(wide / (largest + (largest == 0)), dim=1, eps=1.0).to(x.dtype)

@@ -18,6 +18,7 @@ from pglcl_ext._checks import (
     check_patch_grid,
     per_dimension,
 )
+from pglcl_ext._precision import accumulate_dtype
 from pglcl_ext.patch_statistics import patch_grid_arguments
 
 __all__ = ["ClassPatches", "class_patches"]
@@ -98,7 +99,7 @@ def class_patches(
     threshold: Any = 0.0 if coverage is None else coverage
 
     starts = [_starts(extent, p, s) for extent, p, s in zip(images.shape[2:], patch, step)]
-    wide = torch.promote_types(weights.dtype, torch.float32)  # 16 bits have no room for sums over a crop
+    wide = accumulate_dtype(weights.dtype)  # 16 bits have no room for sums over a crop
     share = _mean_over(weights.to(wide), starts, patch)  # (B, K, *g)
     k_first = share.movedim(1, -1)
     present = ((k_first > threshold) & (k_first > 0)).movedim(-1, 1)

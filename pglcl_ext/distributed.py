@@ -18,6 +18,7 @@ from pglcl_ext._arguments import ContrastArguments, ContrastOutputs, Side
 from pglcl_ext._autograd import run
 from pglcl_ext._checks import REDUCTIONS, dtype_name
 from pglcl_ext._library import ops
+from pglcl_ext._precision import accumulate_dtype
 
 __all__ = ["GATHERS", "SharedGroup", "all_keys_contrast", "first_row", "gather_rows", "ring_contrast"]
 
@@ -102,7 +103,7 @@ class _GatherKeys(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        wide = grad.to(torch.promote_types(grad.dtype, torch.float32)).contiguous()
+        wide = grad.to(accumulate_dtype(grad.dtype)).contiguous()
         dist.all_reduce(wide, group=ctx.group)
         return wide[ctx.first : ctx.first + ctx.rows].to(grad.dtype), None
 
@@ -246,7 +247,7 @@ class _RingContrast(torch.autograd.Function):
         x = ContrastArguments.nested((*tensors, *ctx.numbers))
         anchors, own_keys = x.anchors.embeddings, _own_keys(x).embeddings
         needs_anchors, needs_keys, _, _ = ctx.needs_input_grad
-        wide = torch.promote_types(anchors.dtype, torch.float32)
+        wide = accumulate_dtype(anchors.dtype)
         grad_anchors = torch.zeros(anchors.shape, dtype=wide, device=anchors.device)
         # The gradient of the keys travels behind them. Each rank adds its part; at the end it is back at its own rank.
         travelling = torch.zeros(max(ctx.sizes), own_keys.shape[1], dtype=wide, device=own_keys.device)

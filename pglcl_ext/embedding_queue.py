@@ -17,7 +17,7 @@ from pglcl_ext._checks import (
     check_labels,
     dtype_name,
 )
-from pglcl_ext._precision import without_autocast
+from pglcl_ext._precision import accumulate_dtype, without_autocast
 from pglcl_ext.distributed import SharedGroup, gather_rows
 
 __all__ = ["EmbeddingQueue", "QueuedKeys"]
@@ -204,7 +204,7 @@ class EmbeddingQueue(nn.Module):
         Raises:
             TypeError: another dtype.
         """
-        dtype = dtype or torch.promote_types(self.storage.dtype, torch.float32)
+        dtype = dtype or accumulate_dtype(self.storage.dtype)
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
         keys, filled = self.class_keys()

@@ -24,10 +24,9 @@ from pglcl_ext._checks import (
     check_tensor,
 )
 from pglcl_ext._library import ops
-from pglcl_ext._precision import unit_rows
+from pglcl_ext._precision import accumulate_dtype, unit_rows
 from pglcl_ext.embedding_queue import EmbeddingQueue
 from pglcl_ext.hard_negatives import hard_negative_statistics
-from pglcl_ext.semantic_disparity import accumulate_dtype
 
 __all__ = ["GaussianContrastLoss", "gaussian_contrast_loss"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pglcl_ext._checks import check_device, check_embeddings, check_integer, check_labels
-from pglcl_ext._precision import without_autocast
+from pglcl_ext._precision import accumulate_dtype, without_autocast
 from pglcl_ext.embedding_queue import EmbeddingQueue
 
 __all__ = ["hard_negative_statistics"]
@@ -74,7 +74,7 @@ def hard_negative_statistics(
 def _pairwise_statistics(
     anchors: Tensor, labels: Tensor, queue: EmbeddingQueue, num_samples: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    k, dtype = queue.num_classes, torch.promote_types(queue.storage.dtype, torch.float32)
+    k, dtype = queue.num_classes, accumulate_dtype(queue.storage.dtype)
     means, covariances = queue.statistics(torch.float64)
     keys, filled = queue.class_keys()
     keys = keys.double()

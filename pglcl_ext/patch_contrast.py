@@ -26,9 +26,9 @@ from pglcl_ext._checks import (
     check_temperature,
 )
 from pglcl_ext._library import allow_tf32, ops
-from pglcl_ext._precision import unit_rows
+from pglcl_ext._precision import accumulate_dtype, unit_rows
 from pglcl_ext.distributed import GATHERS, SharedGroup, all_keys_contrast, first_row, gather_rows, ring_contrast
-from pglcl_ext.semantic_disparity import accumulate_dtype, disparity_bounds
+from pglcl_ext.semantic_disparity import disparity_bounds
 
 __all__ = ["PatchContrastLoss", "patch_contrast_loss"]
 

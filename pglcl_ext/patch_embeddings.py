@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pglcl_ext._checks import check_coverage, check_image, check_integer, check_same_space, check_tensor
-from pglcl_ext._precision import without_autocast
+from pglcl_ext._precision import accumulate_dtype, without_autocast
 from pglcl_ext.patch_statistics import patch_grid_arguments, patch_statistics
 
 __all__ = ["PatchBatch", "PatchRows", "patch_embeddings"]
@@ -184,7 +184,7 @@ def patch_embeddings(
     patch, step = patch_grid_arguments(weights, patch_size, stride)
     check_coverage(coverage, weights.shape[1], weights)
     check_integer("ignore_index", ignore_index)
-    wide = torch.promote_types(features.dtype, torch.float32)
+    wide = accumulate_dtype(features.dtype)
     weights = weights.detach().to(wide)
     statistics = patch_statistics(weights, patch, step, probabilities=True)
     share = statistics.confidence

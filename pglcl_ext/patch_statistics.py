@@ -12,7 +12,7 @@ from pglcl_ext._arguments import StatisticsArguments
 from pglcl_ext._autograd import OpFunction, in_graph, is_traced, register
 from pglcl_ext._checks import check_statistics, check_tensor, per_dimension
 from pglcl_ext._library import ops
-from pglcl_ext.semantic_disparity import accumulate_dtype
+from pglcl_ext._precision import accumulate_dtype
 
 __all__ = ["PatchStatistics", "patch_entropy", "patch_statistics"]
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pglcl_ext._arguments import BoundsArguments
 from pglcl_ext._autograd import OpFunction, in_graph, is_traced, op_in_graph, register, register_op
 from pglcl_ext._checks import check_disparity, check_disparity_bounds
 from pglcl_ext._library import ops
+from pglcl_ext._precision import accumulate_dtype
 
 __all__ = ["semantic_disparity"]
 
@@ -52,11 +52,6 @@ def disparity_bounds(x: BoundsArguments) -> Tensor:
     op = _bounds_in_graph if is_traced() else ops.disparity_bounds.default
     bounds: Tensor = op(*x)
     return bounds
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums over elements of `dtype` are kept."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _fake(a: Tensor, b: Tensor) -> Tensor:

@@ -31,74 +31,56 @@ namespace pglcl {
    isa::gaussian_kernels<float>(),    \
    isa::gaussian_kernels<double>()}
 
-PGLCL_DECLARE(baseline)
+// X(name, whether it multiplies pairs of bfloat16), from the least to the most demanding.
 #if defined(__x86_64__)
-PGLCL_DECLARE(avx2)
-PGLCL_DECLARE(avx512)
-PGLCL_DECLARE(avx512_bf16)
+#define PGLCL_FOR_EACH_ISA(X) X(baseline, false) X(avx2, false) X(avx512, false) X(avx512_bf16, true)
 #elif defined(__aarch64__)
-PGLCL_DECLARE(neon)
+#define PGLCL_FOR_EACH_ISA(X) X(baseline, false) X(neon, false)
+#else
+#define PGLCL_FOR_EACH_ISA(X) X(baseline, false)
 #endif
+
+#define PGLCL_DECLARE_ONE(isa, bf16) PGLCL_DECLARE(isa)
+PGLCL_FOR_EACH_ISA(PGLCL_DECLARE_ONE)
 
 namespace {
 
-// From the least to the most demanding.
-const char* const kNames[] = {
-    "baseline",
-#if defined(__x86_64__)
-    "avx2",
-    "avx512",
-    "avx512_bf16",
-#elif defined(__aarch64__)
-    "neon",
-#endif
+#define PGLCL_LEVEL(isa, bf16) isa,
+struct Level {
+  enum : int { PGLCL_FOR_EACH_ISA(PGLCL_LEVEL) };
 };
+
+#define PGLCL_NAME(isa, bf16) #isa,
+const char* const kNames[] = {PGLCL_FOR_EACH_ISA(PGLCL_NAME)};
 
 // A table is made on first use. The functions that fill it are compiled for its instruction set, too, so they must not
 // run on a processor without it.
 const KernelTable& table_of(int level) {
-  switch (level) {
-#if defined(__x86_64__)
-    case 3: {
-      static const KernelTable table = PGLCL_TABLE(avx512_bf16, true);
-      return table;
-    }
-    case 2: {
-      static const KernelTable table = PGLCL_TABLE(avx512, false);
-      return table;
-    }
-    case 1: {
-      static const KernelTable table = PGLCL_TABLE(avx2, false);
-      return table;
-    }
-#elif defined(__aarch64__)
-    case 1: {
-      static const KernelTable table = PGLCL_TABLE(neon, false);
-      return table;
-    }
-#endif
-    default: {
-      static const KernelTable table = PGLCL_TABLE(baseline, false);
-      return table;
-    }
+#define PGLCL_CASE(isa, bf16)                                \
+  case Level::isa: {                                         \
+    static const KernelTable table = PGLCL_TABLE(isa, bf16); \
+    return table;                                            \
   }
+  switch (level) { PGLCL_FOR_EACH_ISA(PGLCL_CASE) }
+  throw std::logic_error("no instruction set has the number " + std::to_string(level));
 }
 
 int best_supported() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return 0;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
+    return Level::baseline;
 #if defined(PGLCL_EMULATE_AVX512)
-  return 3;
+  return Level::avx512_bf16;
 #endif
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (!avx512) return 1;
-  return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+  if (!avx512) return Level::avx2;
+  return __builtin_cpu_supports("avx512bf16") ? Level::avx512_bf16 : Level::avx512;
 #elif defined(__aarch64__)
-  return 1;
+  return Level::neon;
 #else
-  return 0;
+  return Level::baseline;
 #endif
 }
 
