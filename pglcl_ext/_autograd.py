@@ -145,7 +145,15 @@ def register_op(op: Any, fake: Callable[..., Any]) -> None:
     torch.library.register_vmap(op, _for_each(op), lib=library)
 
 
+def _of_one_level(function: type[OpFunction]) -> Any:
+    """The same node without torch.func, which takes every ``torch.autograd.Function`` for one of all levels."""
+    methods = {name: staticmethod(getattr(function, name)) for name in ("forward", "setup_context", "backward", "jvp")}
+    return type(f"{function.__name__}OfOneLevel", (torch.autograd.function._SingleLevelFunction,), methods)
+
+
 def _register_function(function: type[OpFunction]) -> None:
+    one_level = _of_one_level(function)
+
     def kernel(*flat: Any) -> Any:
         arguments = function.nested(flat)
         if not in_functorch():
@@ -155,8 +163,7 @@ def _register_function(function: type[OpFunction]) -> None:
                 return function.op(*flat)
         # The transform is at its own level of autograd, where PyTorch's own kernels add their nodes, too.
         with enable_single_level_autograd_function():
-            inputs = function.differentiable(arguments)
-            return super(torch.autograd.Function, function).apply(*inputs, arguments)  # type: ignore[misc]
+            return one_level.apply(*function.differentiable(arguments), arguments)
 
     library.impl(function.op, kernel, "Autograd")
     register_op(function.op, function.fake)
