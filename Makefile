@@ -77,7 +77,8 @@ mutants: setup
 
 # Runs all tests of the ops on emulated CUDA devices; `make test` runs a draw of them.
 EMULATED ?= 75 80 86 90
-OP_TESTS := $(patsubst %,tests/test_%.py,semantic_disparity patch_statistics patch_contrast gaussian_contrast hard_negatives autograd)
+OP_TESTS := $(patsubst %,tests/test_%.py,semantic_disparity patch_statistics patch_contrast gaussian_contrast \
+  hard_negatives autograd)
 emulated: setup
 	for device in $(EMULATED); do $(BIN)/python -m pytest --emulated $$device $(OP_TESTS) || exit 1; done
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import pglcl_ext
+from pglcl_ext._checks import REDUCTIONS
 from pglcl_ext._library import ops
 from tests.simt import emulator
 
@@ -87,6 +88,6 @@ def gaussian_contrast(anchors: Tensor, *statistics: Tensor, **options: Any) -> t
     """(loss, gradients of the losses, num_valid)."""
     values = {"temperature": 0.2, "covariance_scale": 4.0, "negative_weight": 4096.0, "ignore_index": -1, **options}
     limits = {name: values.pop(name) for name in ("capability", "shared_bytes") if name in values}
-    reduction = {"none": 0, "mean": 1, "sum": 2}[values.pop("reduction", "mean")]
+    reduction = REDUCTIONS[values.pop("reduction", "mean")]
     with device(**limits):
         return ops.gaussian_contrast(anchors, *statistics, **values, reduction=reduction, needs_gradients=True)
