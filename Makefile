@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-fast durations bench docs docs-setup torture fuzz sanitize avx512 aarch64 format lint clean cuda-setup test-cuda bench-cuda cuda-all cuda-check emulated mutants witness
+.PHONY: setup demo test test-fast durations bench docs docs-setup torture fuzz sanitize avx512 aarch64 format lint clean cuda-setup test-cuda bench-cuda cuda-all cuda-check emulated op-tests mutants witness
 
 # The native sources are part of the stamp: the extension is rebuilt when one changes.
 SOURCES := $(shell find csrc tools -type f -not -name '*.pyc') CMakeLists.txt setup.py pyproject.toml
@@ -79,6 +79,9 @@ mutants: setup
 EMULATED ?= 75 80 86 90
 OP_TESTS := $(patsubst %,tests/test_%.py,semantic_disparity patch_statistics patch_contrast gaussian_contrast \
   hard_negatives autograd)
+# What must pass wherever the ops are used: under another torch, and another Python.
+op-tests:
+	@echo $(OP_TESTS) tests/test_embedding_queue.py
 emulated: setup
 	for device in $(EMULATED); do $(BIN)/python -m pytest --emulated $$device $(OP_TESTS) || exit 1; done
 
