@@ -49,7 +49,7 @@ class OpFunction(torch.autograd.Function):
     @classmethod
     def apply(cls, *inputs: Any) -> Any:
         if in_functorch():
-            return super().apply(*inputs)
+            return super().apply(*inputs)  # type: ignore[no-untyped-call]
         # Function.apply would first bind default arguments. There are none, and that takes longer than a small op.
         return super(torch.autograd.Function, cls).apply(*inputs)  # type: ignore[misc]
 

@@ -152,7 +152,7 @@ def all_keys_contrast(
     """
     own = _own_keys(x)
     embeddings, *others = _given(own)
-    keys = Side(_GatherKeys.apply(embeddings, group), *gather_rows(others, group))
+    keys = Side(_GatherKeys.apply(embeddings, group), *gather_rows(others, group))  # type: ignore[no-untyped-call]
     offset = first_row(embeddings, group) if x.keys is None else -1
     outputs = contrast(_with_keys(x, keys, offset, NONE if x.numbers.reduction == NONE else SUM))
     return _reduce(outputs.loss, outputs.num_valid, x.numbers.reduction, group)
@@ -268,7 +268,7 @@ class _RingContrast(torch.autograd.Function):
             travelling[: len(own_keys)].to(own_keys.dtype) if needs_keys else None,
         )
         if torch.is_grad_enabled():
-            return (*(None if g is None else _Twice.apply(g, grad, anchors, own_keys) for g in grads), None, None)
+            return (*(None if g is None else _Twice.apply(g, grad, anchors, own_keys) for g in grads), None, None)  # type: ignore[no-untyped-call]
         return (*grads, None, None)
 
     @staticmethod
@@ -290,5 +290,5 @@ class _Twice(torch.autograd.Function):
 
 def ring_contrast(x: ContrastArguments, group: Any) -> tuple[Tensor, Tensor]:
     """As :func:`all_keys_contrast`, but holds the keys of only two ranks at a time."""
-    losses, count = _RingContrast.apply(x.anchors.embeddings, _own_keys(x).embeddings, x, group)
+    losses, count = _RingContrast.apply(x.anchors.embeddings, _own_keys(x).embeddings, x, group)  # type: ignore[no-untyped-call]
     return _reduce(losses, (count > 0).sum(), x.numbers.reduction, group)

@@ -66,7 +66,7 @@ def _header(start: bytes, path: Path) -> nib.Nifti1Header:
     for kind in (nib.Nifti2Header, nib.Nifti1Header):
         size = kind.sizeof_hdr
         if len(start) >= size and size in (int.from_bytes(start[:4], order) for order in ("little", "big")):
-            header = kind(start[:size], check=False)
+            header = kind(start[:size], check=False)  # type: ignore[no-untyped-call]
             break
     else:
         raise UserError(f"{path}: not readable as NIfTI: it does not begin with a NIfTI header")
@@ -147,7 +147,7 @@ def write(data: np.ndarray, source: Source, path: Path) -> None:
         data = data[..., 0]
     wide = isinstance(old, nib.Nifti2Header) or max(data.shape) > 32767  # the largest side of NIfTI-1
     kind = nib.Nifti2Image if wide else nib.Nifti1Image
-    image = kind(data, source.affine)
+    image = kind(data, source.affine)  # type: ignore[no-untyped-call]
     header = image.header
     if old is None:
         header.set_qform(source.affine, 1)
