@@ -121,6 +121,43 @@ def statistics(counts: dict[str, Any], batch: int, image: int, gpu: Gpu, *, back
     }
 
 
+def tiles(n: int, gpu: Gpu, *, backward: bool) -> dict[str, float]:
+    """Seconds by resource: float32 without TF32, D = 128, anchors = keys.
+
+    Only multiply-adds, exponentials and bytes are counted, not the other instructions of the loops.
+    """
+    pairs, rows = float(n) * n, 32
+    return {
+        "multiply-adds": pairs * DEPTH * (2 if backward else 1) / (128 * gpu.cycles),
+        "exponentials": pairs * (2 if backward else 1) / (16 * gpu.cycles),
+        "cache": n / rows * n * DEPTH * 4 / gpu.cache,
+        "memory": (2 if backward else 1) * n * DEPTH * 4 / gpu.memory,
+    }
+
+
+def gaussian(counts: dict[str, Any], n: int, classes: int, gpu: Gpu) -> dict[str, float]:
+    """Seconds by resource: float32, D = 128, loss and gradient, one covariance for each class."""
+    kernel, rows = counts["gaussian_contrast_rows<float, float, 8>"], 8
+    blocks, row = math.ceil(n / rows), DEPTH * 4
+    waves, issue = Launch(blocks, kernel["registers"], 3 * rows * row + 272).stretch(gpu)
+    products = float(n) * classes * DEPTH * DEPTH
+    return {
+        "issue": products / 8 * kernel["instructions for 8 FFMA"] / (128 * gpu.cycles) * issue,
+        "multiply-adds": products / (128 * gpu.cycles) * waves,
+        "cache": blocks * classes * DEPTH * row / gpu.cache,
+        "memory": (2 * n * row + classes * DEPTH * row) / gpu.memory,
+    }
+
+
+def disparity(n: int, gpu: Gpu, *, backward: bool) -> dict[str, float]:
+    """Seconds by resource: N x N disparities of one channel in float32; backward, the gradients of both sides."""
+    pairs = float(n) * n
+    return {
+        "memory": 4 * pairs * (2 if backward else 1) / gpu.memory,
+        "arithmetic": 3 * pairs * (2 if backward else 1) / (128 * gpu.cycles),
+    }
+
+
 def table(counts: dict[str, Any]) -> str:
     rows = []
     for backward in (False, True):
@@ -128,9 +165,15 @@ def table(counts: dict[str, Any]) -> str:
         for n in (4096, 65536):
             cells = [_cell(contrast(counts, n, g, backward=backward)) for g in GPUS]
             rows.append([f"contrast {name}, N = {n}, D = 128, bfloat16", *cells])
+        cells = [_cell(tiles(65536, g, backward=backward)) for g in GPUS]
+        rows.append([f"contrast {name}, N = 65536, D = 128, float32, at least", *cells])
         for batch, image in ((16, 256), (64, 512)):
             cells = [_cell(statistics(counts, batch, image, g, backward=backward)) for g in GPUS]
             rows.append([f"statistics {name}, {batch}x4x{image}x{image}, float32", *cells])
+        cells = [_cell(disparity(8192, g, backward=backward)) for g in GPUS]
+        rows.append([f"disparity {name}, 8192 x 8192, float32", *cells])
+    cells = [_cell(gaussian(counts, 4096, 4, g)) for g in GPUS]
+    rows.append(["gaussian, both passes, N = 4096, K = 4, D = 128, float32", *cells])
     return markdown(["kernel (predicted, not measured)", *(g.name for g in GPUS)], rows)
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from benchmarks import cuda_report
+import json
+
+import pytest
+
+from benchmarks import cuda_report, roofline
 from benchmarks.cuda_report import Instruction, Kernel, read_instruction
 
 SASS = """
@@ -59,3 +63,14 @@ def test_the_loop_with_most_ffma_is_the_one_that_counts() -> None:
     lines += ["        /*00a0*/      @P0 BRA 0x90 ;"]
     kernel = Kernel("gaussian_contrast_rows<float, float, 8>", 80, 100, 0, 0, sass=read("\n".join(lines)))
     assert kernel.counted() == [(cuda_report.EIGHTS, 9, 30)]
+
+
+def test_predictions_are_those_of_the_counts() -> None:
+    """The committed table follows from the committed counts; twice the pairs take twice the time."""
+    counts = json.loads(roofline.COUNTS.read_text(encoding="utf-8"))["kernels"]
+    committed = (roofline.COUNTS.parent / "cuda_roofline.md").read_text(encoding="utf-8")
+    assert roofline.table(counts) + "\n" == committed
+    gpu = roofline.GPUS[0]
+    small, large = (roofline.gaussian(counts, n, 4, gpu)["issue"] for n in (8 * 4 * 108 * 4, 8 * 4 * 108 * 8))
+    assert large == pytest.approx(2 * small)
+    assert roofline.disparity(8192, gpu, backward=False)["memory"] == pytest.approx(4 * 8192**2 / 2.04e12)
