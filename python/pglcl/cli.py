@@ -27,7 +27,7 @@ from rich.console import Console
 from pglcl import launcher
 from pglcl.config import DEFAULTS, OPTIONS, TrainConfig, flag, read_toml, with_preset
 from pglcl.errors import UserError, WriteError, explained
-from pglcl.launcher import own_rank
+from pglcl.launcher import is_first_process, own_rank
 
 SKIPPED, REFUSED, BUG, STOPPED = 1, 2, 70, 130  # exit codes; 0 is done, 3 a missing package
 
@@ -90,7 +90,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def guarded(*arguments: Any, **options: Any) -> None:
         _reading.close()
-        if own_rank() and function is not _train:
+        if not is_first_process() and function is not _train:
             return  # under torchrun: ranks share training alone, the first one does everything else
         try:
             function(*arguments, **options)
@@ -116,8 +116,8 @@ def _explain(error: Exception, what: str = "") -> int:
         return BUG
     launcher.tell_launcher(lines)
     rank = own_rank()
-    if rank == 0 or not (isinstance(error, UserError) and error.everywhere):
-        who = "pglcl: " if rank == 0 else f"pglcl, rank {rank}: "
+    if is_first_process() or not (isinstance(error, UserError) and error.everywhere):
+        who = "pglcl: " if is_first_process() else f"pglcl, rank {rank}: "
         for line in lines:
             _complain(f"{who}{what}{line}")
     return REFUSED
@@ -202,10 +202,10 @@ def _train(ctx: typer.Context, data: Path | None, output: Path | None, **options
     try:
         training.run()
     except Interrupted as reason:
-        if training.speaks:
+        if training.is_first:
             console(own["quiet"]).print(f"{run}: {reason}")
         raise typer.Exit(STOPPED) from None
-    if training.speaks:
+    if training.is_first:
         console(own["quiet"]).print(
             f"{run}: done. Next: pglcl evaluate {run} {root}{_part_of(run)}; pglcl report {run}"
         )
@@ -441,7 +441,7 @@ def main(arguments: list[str] | None = None) -> int:
         _reading.close()
     if wrong.getvalue():
         launcher.tell_launcher(wrong.getvalue().splitlines()[-1:])
-        if own_rank() == 0:
+        if is_first_process():
             sys.stderr.write(wrong.getvalue())
     try:
         sys.stdout.flush()

@@ -78,6 +78,11 @@ def own_rank() -> int:
     return int(rank) if rank.isdecimal() and size.isdecimal() and int(size) > 1 else 0
 
 
+def is_first_process() -> bool:
+    """Whether this is rank 0 of a launch, or no part of one: the process that prints and writes."""
+    return own_rank() == 0
+
+
 def tell_launcher(lines: Sequence[str]) -> None:
     """Writes `lines` to the file from which torchrun takes the error of this process for its final summary."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")

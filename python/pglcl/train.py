@@ -14,7 +14,7 @@ from pglcl.cases import split_patients
 from pglcl.config import TrainConfig
 from pglcl.errors import UserError
 from pglcl.files import Unchanged, write_json
-from pglcl.launcher import own_rank
+from pglcl.launcher import is_first_process
 from pglcl.layouts import open_folder
 from pglcl.learner import Learner, validation_dice
 from pglcl.limits import check_resources
@@ -63,8 +63,8 @@ class Training:
         self.lock: FolderLock | None = None  # held by the first rank alone
         self.device = device_of_rank(choose_device(config.device))
         self.profile = Profile(self.device, profile)
-        self.speaks = own_rank() == 0  # known before the ranks meet
-        self.progress = Progress(config.steps, quiet=quiet or not self.speaks)
+        self.is_first = is_first_process()  # known before the ranks meet
+        self.progress = Progress(config.steps, quiet=quiet or not self.is_first)
         self.stop = StopRequest()
         self.validation = Unchanged(())  # on the first rank: the files that each validation reads again
 
