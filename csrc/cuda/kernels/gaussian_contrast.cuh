@@ -275,7 +275,8 @@ template <typename number_t, int kAnchors>
 int64_t gaussian_shared_bytes(int rows, int64_t depth) {
   return (kAnchors * depth * int64_t(sizeof(number_t)) + 15) / 16 * 16 +
          2 * ((rows * depth * int64_t(sizeof(number_t)) + 15) / 16 * 16) +
-         kGaussianThreads / 32 * (kAnchors * 2 * int64_t(sizeof(number_t)) + int64_t(sizeof(int)));
+         kGaussianThreads / 32 * int64_t(sizeof(int)) +
+         kGaussianThreads / 32 * kAnchors * 2 * int64_t(sizeof(number_t));
 }
 
 // Anchors a block can hold, or 0: the rows are too long for the device.
