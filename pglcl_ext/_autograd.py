@@ -98,8 +98,7 @@ class OpFunction(torch.autograd.Function):
         """Runs the backward op, which refuses to be differentiated again."""
         if torch.is_grad_enabled() or forward_ad._current_level >= 0 or in_functorch():
             return cls.backward_function.call(arguments)
-        with below_autograd():  # the usual case: gradients are not differentiated again
-            return cls.backward_op(*arguments)
+        return run(cls.backward_op, arguments)  # the usual case: gradients are not differentiated again
 
     @classmethod
     def jvp(cls, ctx: Any, *tangents: Any) -> Any:
