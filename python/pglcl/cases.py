@@ -140,9 +140,12 @@ def _split_of_folds(data: DataFolder, config: TrainConfig, path: Path, folds: li
     if not all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in lists):
         raise UserError(f"{path}: fold {config.fold} must have the lists train and val of names")
     train, validation = ([str(n) for n in names or []] for names in lists)
-    for name in (*train, *validation):
-        if name not in data.patients:
-            raise UserError(f"{path}: fold {config.fold} has {name!r}, which is no patient of {data.root}")
+    for part, names in (("train", train), ("val", validation)):
+        for name in names:
+            if name not in data.patients:
+                raise UserError(f"{path}: fold {config.fold} has {name!r}, which is no patient of {data.root}")
+            if names.count(name) > 1:
+                raise UserError(f"{path}: {name!r} is twice in {part} of fold {config.fold}")
     both = sorted(set(train) & set(validation))
     if both:
         raise UserError(f"{path}: {both[0]!r} is in train and in val of fold {config.fold}")
@@ -170,7 +173,8 @@ def _split_from_file(data: DataFolder, config: TrainConfig) -> Split:
             if patient not in data.patients:
                 raise UserError(f"{path}: {part} has {patient!r}, which is no patient of {data.root}")
             if patient in seen:
-                raise UserError(f"{path}: {patient!r} is in {seen[patient]} and in {part}")
+                where = f"twice in {part}" if seen[patient] == part else f"in {seen[patient]} and in {part}"
+                raise UserError(f"{path}: {patient!r} is {where}")
             seen[patient] = part
     split = Split(*(tuple(content.get(part, [])) for part in PARTS))
     with_label = {case.patient for case in data.cases if case.label is not None}

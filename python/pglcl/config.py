@@ -210,9 +210,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         problems = []
         for name, option in OPTIONS.items():
-            problem = option.problem(getattr(self, name))
+            value = getattr(self, name)
+            problem = _wrong_type(value, type(DEFAULTS[name])) or option.problem(value)
             if problem:
-                problems.append(f"{flag(name)} {problem}, got {_written(getattr(self, name))}")
+                problems.append(f"{flag(name)} {problem}, got {_written(value)}")
         problems += [] if problems else self._disagreements()
         if problems:
             raise UserError(*problems)
@@ -382,7 +383,16 @@ def numbers_in(text: str, kind: type[Number]) -> list[Number]:
 
 
 def _written(value: Any) -> str:
-    return repr(value) if isinstance(value, str) and ("," in value or not value.isidentifier()) else str(value)
+    return str(value) if isinstance(value, str) and value.isidentifier() else repr(value)
+
+
+def _wrong_type(value: Any, wanted: type) -> str:
+    """What is wrong with the type of an option's value, or nothing. A whole number may stand for a number."""
+    fits = isinstance(value, (int, float) if wanted is float else wanted) and isinstance(value, bool) == (
+        wanted is bool
+    )
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    return "" if fits else f"must be {words[wanted]}"
 
 
 def flag(name: str) -> str:
@@ -392,7 +402,7 @@ def flag(name: str) -> str:
 def read_toml(path: Path) -> dict[str, Any]:
     """The options of a TOML file, by the names of :class:`TrainConfig` (dashes may stand for underscores)."""
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: not found") from None
     except (OSError, ValueError, RecursionError) as error:

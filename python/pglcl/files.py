@@ -106,13 +106,23 @@ def read_bytes(path: Path) -> bytes:
 
 def read_json(path: Path) -> Any:
     try:
-        return json.loads(read_bytes(path).decode("utf-8"))
+        # Programs of Windows often write a byte order mark.
+        return json.loads(read_bytes(path).decode("utf-8-sig"), object_pairs_hook=_without_repeats)
     except FileNotFoundError:
         raise UserError(f"{path}: not found") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from error
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Python would keep only the last of several values of one name."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import nibabel as nib
@@ -16,7 +17,7 @@ from pglcl.cases import Split, cases_of, distance_unit, split_patients
 from pglcl.config import TrainConfig
 from pglcl.errors import UserError
 from pglcl.intensity import Intensity, Measured, choose_intensity, measure
-from pglcl.labels import LabelMap, parse_labels, value_counts
+from pglcl.labels import MOST_CLASSES, LabelMap, parse_labels, value_counts
 from pglcl.layouts import Case, DataFolder
 from pglcl.limits import check_memory
 from pglcl.memory import in_words
@@ -88,6 +89,8 @@ def inspect_case(case: Case, labels: LabelMap | None = None) -> CaseReport:
             report.label_voxels = value_counts(values, case.label)
             if labels is not None:
                 labels.check(report.label_voxels, case.label)
+            elif negative := {v: n for v, n in report.label_voxels.items() if v < 0}:
+                report.problems.append(_negative(case.label, negative))
             if set(report.label_voxels) == {0}:
                 report.notes.append(f"{case.label}: an empty label, every voxel is background")
         except UserError as error:
@@ -102,6 +105,12 @@ def inspect_case(case: Case, labels: LabelMap | None = None) -> CaseReport:
         if low == high:
             report.problems.append(f"{case.images[0]}: a constant image, every voxel is {low:g}")
     return report
+
+
+def _negative(path: Path, found: dict[int, int]) -> str:
+    """A line for negative label values: they may mark what is to be ignored, or come from a type with a sign."""
+    words = ", ".join(f"{value} in {n} voxel{'s' * (n != 1)}" for value, n in [*found.items()][:4])
+    return f"{path}: has negative values: {words}; --labels says what they mean, such as 0,1,{next(iter(found))}=ignore"
 
 
 def inspect_cases(cases: Iterable[Case], labels: LabelMap | None = None) -> list[CaseReport]:
@@ -151,9 +160,20 @@ def declared_labels(data: DataFolder, config: TrainConfig) -> LabelMap | None:
 
 
 def labels_of(data: DataFolder, reports: Iterable[CaseReport], declared: LabelMap | None) -> LabelMap:
-    """The declared classes; without any, a class for every value that was found."""
+    """The declared classes; without any, a class for every value that was found.
+
+    Raises:
+        UserError: too many values were found in all files together, although not in one.
+    """
+    if declared:
+        return declared
     found = {value for report in reports for value in report.label_voxels}
-    return declared or LabelMap.of_values(found, data.class_names)
+    if len(found) > MOST_CLASSES:
+        raise UserError(
+            f"{data.root}: the label files have {len(found)} different values, there are at most {MOST_CLASSES} "
+            "classes; if values number the objects of one class, --labels 0,1-1000=cell makes them one"
+        )
+    return LabelMap.of_values(found, data.class_names)
 
 
 def survey(

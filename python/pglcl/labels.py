@@ -14,6 +14,7 @@ from pglcl.errors import UserError
 
 IGNORE = -1  # the class of voxels that are left out of losses and scores
 MOST_CLASSES = 256  # TotalSegmentator has 118; a file with more values is an image, not a label
+MOST_VALUE = 2**31 - 1  # the largest absolute value of a label
 WHOLE = 1e-3  # how far a label of a float file may lie from a whole number
 SHOWN = 8  # values that a message lists
 
@@ -114,9 +115,9 @@ class LabelMap:
     def of_values(
         cls, values: Iterable[int], names: Mapping[int, str] | None = None, ignore: Iterable[int] = ()
     ) -> LabelMap:
-        """A class for each value, in ascending order. 0 is the background, even if it is not among `values`."""
+        """A class for each value: 0, the background, even if it is not among `values`; then the others, ascending."""
         ignore = tuple(sorted(set(ignore)))
-        each = sorted({0, *values} - set(ignore))
+        each = sorted({0, *values} - set(ignore), key=lambda value: (value != 0, value))
         names = names or {}
         singles = tuple((v,) for v in each)
         return cls(singles, tuple(names.get(v) or default_name(k, (v,)) for k, v in enumerate(each)), ignore)
@@ -185,12 +186,13 @@ def whole_numbers(data: np.ndarray, path: Path) -> np.ndarray:
     """Label values as whole numbers, in an integer type. Floats may differ from whole numbers by :data:`WHOLE`.
 
     Raises:
-        UserError: other values; the message shows them with all digits.
+        UserError: other values, which the message shows with all digits, or values beyond :data:`MOST_VALUE`.
     """
-    if data.dtype.kind in "iu":
-        return data
     if data.dtype.kind == "b":
         return data.astype(np.uint8)
+    if data.dtype.kind in "iu":
+        _check_size(max(int(data.max(initial=0)), -int(data.min(initial=0))), path)
+        return data
     bad = ~np.isfinite(data)
     if bad.any():
         raise UserError(f"{path}: labels must be whole numbers, got {int(bad.sum())} voxels that are NaN or infinite")
@@ -201,9 +203,13 @@ def whole_numbers(data: np.ndarray, path: Path) -> np.ndarray:
         words = [f"{float(v)!r} in {n} voxel{'s' if n > 1 else ''}" for v, n in zip(values[:4], counts[:4])]
         more = f" and {len(values) - 4} other values" if len(values) > 4 else ""
         raise UserError(f"{path}: labels must be whole numbers within {WHOLE:g}, got {', '.join(words)}{more}")
-    if np.abs(rounded).max() > 2**31 - 1:
-        raise UserError(f"{path}: labels must be whole numbers below 2^31, got {float(np.abs(rounded).max()):g}")
+    _check_size(float(np.abs(rounded).max(initial=0)), path)
     return rounded.astype(np.int32)
+
+
+def _check_size(most: float, path: Path) -> None:
+    if most > MOST_VALUE:
+        raise UserError(f"{path}: labels must be whole numbers below 2^31, got {most:.12g}")
 
 
 def value_counts(data: np.ndarray, path: Path) -> dict[int, int]:

@@ -471,7 +471,7 @@ def _read_list(file: Path) -> list[str]:
     if not _is_there(file):
         return []
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: not readable as a list of names: {error}") from error
     return [line.removesuffix(".h5") for line in lines if line]
@@ -510,6 +510,7 @@ def _list(file: Path) -> DataFolder:
             cases.append(_listed_case(file, row))
         except UserError as error:
             problems += [f"{file}: entry {number}: {line}" for line in error.lines]
+    problems += _without_patient(file, content)
     if problems:
         raise UserError(*problems)
     images = Counter(path.resolve() for case in cases for path in case.images)
@@ -518,6 +519,19 @@ def _list(file: Path) -> DataFolder:
     if twice:
         raise UserError(*twice)
     return DataFolder(file, "list", cases, labels)
+
+
+def _without_patient(file: Path, rows: list[dict[str, Any]]) -> list[str]:
+    """Lines for entries without a patient beside others with one.
+
+    Each would become a patient of its own. Spreadsheets leave the cells below a merged one empty: so the volumes of a
+    patient could come into training and test.
+    """
+    without = [number for number, row in enumerate(rows, start=1) if not row.get("patient")]
+    if not without or len(without) == len(rows):
+        return []
+    numbers = ", ".join(map(str, without[:5])) + (", ..." if len(without) > 5 else "")
+    return [f"{file}: no patient in the entries {numbers}, while others have one; give it in all of them, or in none"]
 
 
 def _wrong_labels(file: Path, cases: Iterable[Case]) -> list[str]:
@@ -568,6 +582,10 @@ def _csv_rows(file: Path) -> list[dict[str, Any]]:
             separator = max(",;\t", key=header.count)  # the comma if there is one column
             text.seek(0)
             reader = csv.DictReader(text, strict=True, restkey="more than the header", delimiter=separator)
+            columns = Counter(str(name).strip() for name in reader.fieldnames or ())
+            twice = [name for name, count in columns.items() if count > 1]
+            if twice:
+                raise UserError(f"{file}: has the column {twice[0]!r} twice")
             return [{str(k).strip(): v.strip() if isinstance(v, str) else v for k, v in row.items()} for row in reader]
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{file}: not readable as CSV: {error}") from error

@@ -132,6 +132,7 @@ def test_split_from_a_file(tmp_path: Path) -> None:
         ({"test": ["case01"]}, "is in labelled and in test"),
         ({"labelled": ["case07"]}, "without a label file"),
         ({"labelled": []}, "labelled is empty"),
+        ({"labelled": ["case01", "case01"]}, "'case01' is twice in labelled"),
         ({"other": []}, "must be an object with the lists"),
     ):
         file.write_text(json.dumps({**parts, **change}))
@@ -140,6 +141,17 @@ def test_split_from_a_file(tmp_path: Path) -> None:
     file.write_text("{")
     with pytest.raises(UserError, match="not readable as JSON"):
         split_patients(data, tiny(split_file=str(file)))
+
+
+def test_a_fold_that_names_a_patient_twice(tmp_path: Path) -> None:
+    """Otherwise --labelled 2 would train on one patient."""
+    data, file = open_folder(plain(tmp_path / "data")), tmp_path / "splits_final.json"
+    for part in ("train", "val"):
+        fold = {"train": ["case00"], "val": ["case02"]}
+        fold[part] *= 2
+        file.write_text(json.dumps([fold]))
+        with pytest.raises(UserError, match=f"{fold[part][0]}' is twice in {part} of fold 0"):
+            split_patients(data, tiny(split_file=str(file), validation=-1, test=-1))
 
 
 def test_too_few_volumes(tmp_path: Path) -> None:

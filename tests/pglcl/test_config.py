@@ -75,6 +75,12 @@ def test_whole_numbers_have_bounds(name: str, value: int) -> None:
         ({"folds": 5, "split_file": "a.json", "validation": -1}, "--folds and --split-file exclude each other"),
         ({"folds": 5, "validation": 2}, "--folds and --validation 2 exclude each other"),
         ({"spacing": "1"}, "--spacing needs --spatial-dims 3, got 2"),
+        ({"steps": "100"}, "--steps must be a whole number, got '100'"),
+        ({"batch_size": 4.5}, "--batch-size must be a whole number, got 4.5"),
+        ({"labelled": True}, "--labelled must be a whole number, got True"),
+        ({"shuffle": "no"}, "--shuffle must be true or false, got no"),
+        ({"learning_rate": None}, "--learning-rate must be a number, got None"),
+        ({"channels": [4, 8, 8]}, "--channels must be a text, got [4, 8, 8]"),
     ],
 )
 def test_one_line_names_option_expectation_and_value(options: dict[str, Any], message: str) -> None:
@@ -92,6 +98,11 @@ def test_every_problem_is_named_at_once() -> None:
 
 def test_a_warm_up_does_not_matter_without_unlabelled_images() -> None:
     assert tiny(method="supervised", warmup=100).warmup_steps == 100
+
+
+def test_toml_as_windows_writes_it(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("steps = 7\r\nlearning-rate = 1\r\n", encoding="utf-8-sig")
+    assert read_toml(tmp_path / "a.toml") == {"steps": 7, "learning_rate": 1.0}
 
 
 def test_deep_toml(tmp_path: Path) -> None:

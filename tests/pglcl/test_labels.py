@@ -29,6 +29,7 @@ def test_values_come_back(values: tuple[int, ...]) -> None:
 
 def test_background_is_a_class_whether_it_occurs_or_not() -> None:
     assert LabelMap.of_values([2, 5]).values == ((0,), (2,), (5,))
+    assert LabelMap.of_values([-1, 3, 2]).values == ((0,), (-1,), (2,), (3,))
 
 
 def test_options() -> None:
@@ -79,6 +80,12 @@ def test_whole_numbers_within_a_thousandth() -> None:
         whole_numbers(np.array([0, np.nan]), HERE)
     with pytest.raises(UserError, match=r"below 2\^31"):
         whole_numbers(np.array([0, 1e30]), HERE)
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(5_000_000_000, "i8"), (-(2**63), "i8"), (2**63, "u8"), (2**31, "u4")])
+def test_a_value_that_no_mask_could_hold(value: int, dtype: str) -> None:
+    with pytest.raises(UserError, match=rf"below 2\^31, got {abs(value):.12g}".replace("+", r"\+")):
+        whole_numbers(np.array([0, value], dtype), HERE)
 
 
 @given(st.lists(st.integers(-5, 300), min_size=1, max_size=60))

@@ -11,7 +11,7 @@ import pytest
 from pglcl.cases import distance_unit, split_patients
 from pglcl.errors import UserError
 from pglcl.inspection import inspect_folder, labels_of, propose, warnings_of
-from pglcl.labels import LabelMap
+from pglcl.labels import LabelMap, parse_labels
 from pglcl.layouts import group_files, group_inputs, open_folder
 from pglcl.volumes import read_label
 
@@ -375,7 +375,7 @@ def test_lists_that_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError) as error:
             open_folder(tmp_path / "list.json")
         assert message in error.value.lines[0]
-    for text in ("", "image\n", 'image\n"a', "image\na,b\n"):
+    for text in ("", "image\n", 'image\n"a', "image\na,b\n", "image,label,image\na,b,c\n"):
         (tmp_path / "list.csv").write_text(text)
         with pytest.raises(UserError, match=r"list\.csv"):
             open_folder(tmp_path / "list.csv")
@@ -383,6 +383,67 @@ def test_lists_that_are_refused(tmp_path: Path) -> None:
         (tmp_path / "list.json").write_text(text)
         with pytest.raises(UserError, match=r"list\.json"):
             open_folder(tmp_path / "list.json")
+
+
+def test_patients_of_some_entries_alone(tmp_path: Path) -> None:
+    """As a spreadsheet writes merged cells. The second scan of a patient could come into the test."""
+    rows = listed(tmp_path)
+    for number in (1, 3):
+        rows[number]["patient"] = ""
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    with pytest.raises(UserError, match=r"list\.json: no patient in the entries 2, 4, while others have one"):
+        open_folder(tmp_path / "list.json")
+    for row in rows:
+        row["patient"] = ""
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    assert len(open_folder(tmp_path / "list.json").patients) == 4
+
+
+def test_descriptions_as_windows_writes_them(tmp_path: Path) -> None:
+    root = nnunet(tmp_path / "nnunet")
+    (root / "dataset.json").write_text((root / "dataset.json").read_text(), encoding="utf-8-sig")
+    assert len(open_folder(root).cases) == 8
+    root = ssl4mis(tmp_path / "ssl4mis")
+    (root / "test.list").write_text("patient008_frame01\r\n", encoding="utf-8-sig", newline="")
+    assert open_folder(root).parts["test"] == ("patient008",)
+
+
+def test_a_name_that_json_gives_twice(tmp_path: Path) -> None:
+    """Python would keep the last one: here, the class of value 1 would be gone."""
+    root = nnunet(tmp_path)
+    text = (root / "dataset.json").read_text()
+    (root / "dataset.json").write_text(text.replace('"cube": 2', '"ball": 2'))
+    with pytest.raises(UserError, match=r"dataset\.json: not readable as JSON: the name 'ball' is there twice"):
+        open_folder(root)
+
+
+def test_negative_label_values_need_a_meaning(tmp_path: Path) -> None:
+    root = plain(tmp_path, 3, unlabelled=0)
+    label = volume(1, (31, 26, 6))[1].astype(np.int16)
+    label[label == 1] = -1
+    save(root / "labels" / "case01.nii.gz", label)
+    found = inspect_folder(open_folder(root))
+    count = int((label == -1).sum())
+    (line,) = (line for report in found for line in report.problems)
+    assert line.endswith(
+        f"case01.nii.gz: has negative values: -1 in {count} voxels; --labels says what they mean, such as 0,1,-1=ignore"
+    )
+    declared = parse_labels("0,1,2,-1=ignore")
+    assert not any(report.problems for report in inspect_folder(open_folder(root), declared))
+
+
+def test_numbers_of_objects_are_no_classes(tmp_path: Path) -> None:
+    root = tmp_path
+    for i in range(2):
+        image = volume(i, (30, 26, 10))[0]
+        save(root / "images" / f"case{i}.nii.gz", image)
+        numbers = np.arange(200 * i, 200 * i + 200).repeat(39).reshape(30, 26, 10)
+        save(root / "labels" / f"case{i}.nii.gz", numbers.astype(np.int16))
+    data = open_folder(root)
+    reports = inspect_folder(data)
+    with pytest.raises(UserError, match="have 400 different values, there are at most 256 classes"):
+        labels_of(data, reports, None)
+    assert len(labels_of(data, reports, parse_labels("0,1-1000=cell"))) == 2
 
 
 def test_labels_of_one_patient_or_blank_are_warned_of(tmp_path: Path) -> None:
