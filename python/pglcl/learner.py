@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from pglcl.config import TrainConfig
 from pglcl.contrast import PatchContrast
 from pglcl.evaluate import Score, patient_means, score_case
+from pglcl.intensity import Intensity
+from pglcl.labels import LabelMap
 from pglcl.model import TrainedModel, network_for, update_teacher
 from pglcl.organs import organs_of_pseudo_labels
 from pglcl.ranks import Ranks, averaging
@@ -95,12 +97,34 @@ class Learner:
         optimizer = state["optimizer"]
         if state["step"] and len(optimizer["state"]) != len(self.parameters):
             raise ValueError(f"its optimiser knows {len(optimizer['state'])} of {len(self.parameters)} parameters")
+        self._compare_survey(state["model"])
         self.student.load_state_dict(state["student"])
         self.teacher.load_state_dict(state["model"]["network"])
         self.optimizer.load_state_dict(optimizer)
         self.best = {name: state["best"][name] for name in ("step", "dice")}
         if self.contrast is not None:
             self.contrast.load_state_dict(state["contrast"])
+
+    def _compare_survey(self, model: dict[str, Any]) -> None:
+        """Compares what a run began with to what the data now say: the files may be the same, and dataset.json not."""
+        now, labels, intensity = self.data.survey, LabelMap.from_state(model["labels"]), model["intensity"]
+        if labels != now.labels:
+            raise ValueError(
+                f"the run began with the classes {labels.describe()}, the data have {now.labels.describe()}"
+            )
+        if model["slice_axis"] != now.slice_axis:
+            raise ValueError(f"the run began with slices across axis {model['slice_axis']}, got {now.slice_axis}")
+        began = Intensity.from_state(intensity)
+        if not _same(began, now.intensity):
+            raise ValueError(f"the run began with intensities {began.describe()}; now {now.intensity.describe()}")
+
+
+def _same(first: Intensity, second: Intensity) -> bool:
+    """Whether two normalisations differ at most in the last digits, which another machine may compute otherwise."""
+    a, b = first.channels, second.channels
+    return [c.kind for c in a] == [c.kind for c in b] and all(
+        np.allclose([x.low, x.high, x.mean, x.std], [y.low, y.high, y.mean, y.std], rtol=1e-6) for x, y in zip(a, b)
+    )
 
 
 def validation_dice(learner: Learner, step: int) -> float:

@@ -12,7 +12,8 @@ import dataclasses
 import datetime
 import os
 import secrets
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,10 @@ from pglcl.files import (
     save_tensors,
     write_json,
 )
+from pglcl.layouts import Case
 from pglcl.model import TrainedModel, weights_hash
 from pglcl.record import environment, read_metrics
+from pglcl.training_data import files_of_cases
 
 STARTED = ("run.json", "split.json", "environment.json")  # written before config.json
 FILES = (*STARTED, "config.json", "metrics.jsonl", "checkpoint.pt", "best.pt", "model.pt")
@@ -48,6 +51,7 @@ class RunRecord:
 
     id: random. split: patients of each part. files: hash of every file that the run reads, by its path from the data
     folder. ranks: number of processes. threads: of each process. initial: hash of the weights of `--init`, or "".
+    cases: patient, images and label of every case that the run reads, by its name; empty in runs of older versions.
     """
 
     id: str
@@ -56,6 +60,7 @@ class RunRecord:
     ranks: int
     threads: int
     initial: str = ""
+    cases: dict[str, list[str]] = field(default_factory=dict)
 
 
 class RunFolder:
@@ -110,37 +115,44 @@ class RunFolder:
         self._compare_split_file(saved)
 
     def begin(
-        self, split: Split, root: Path, files: list[Path], ranks: int, initial: TrainedModel | None = None
+        self, split: Split, root: Path, cases: Sequence[Case], ranks: int, initial: TrainedModel | None = None
     ) -> None:
         """Writes the files of a run before its first step; `initial` is the model that it starts from."""
         # A share of the steps becomes a number, which a larger --steps does not change.
         self.config = dataclasses.replace(self.config, warmup=self.config.warmup_steps)
-        known = {_name(file, root): fingerprint(file) for file in files}
+        known = {_name(file, root): fingerprint(file) for file in sorted(files_of_cases(cases))}
         hashes = {name: print["sha256"] for name, print in known.items()}
         threads = torch.get_num_threads()
-        self.record = RunRecord(secrets.token_hex(8), split.as_dict(), hashes, ranks, threads, _hash_of(initial))
+        described = _described(cases, root)
+        self.record = RunRecord(
+            secrets.token_hex(8), split.as_dict(), hashes, ranks, threads, _hash_of(initial), described
+        )
         started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         identity = {"id": self.record.id, "started": started, "ranks": ranks, "threads": threads}
         # Written first: it shows that the files beside it are ours.
-        write_json(self.path / "run.json", {**identity, "initial": self.record.initial, "files": known})
+        write_json(
+            self.path / "run.json", {**identity, "initial": self.record.initial, "cases": described, "files": known}
+        )
         write_json(self.path / "split.json", self.record.split)
         write_json(self.path / "environment.json", environment())
         self._write_options()  # written last: from now on the folder holds a run
 
-    def resume(self, root: Path, files: list[Path]) -> dict[str, Any] | None:
+    def resume(self, root: Path, cases: Sequence[Case]) -> dict[str, Any] | None:
         """The state to continue from; None before the first checkpoint.
 
         Args:
             root: the data folder.
-            files: those that the run reads.
+            cases: those that the run reads.
 
         Raises:
-            UserError: one of `files` has changed since the run began, or the checkpoint is not of this run.
+            UserError: files or cases have changed since the run began, or the checkpoint is not of this run.
         """
         assert self.record is not None
         state = self.load_checkpoint()
         read_metrics(self.path)  # raises for damaged metrics before anything is written
-        changed = _changed_files(self.record.files, root, files)
+        changed = _changed_files(self.record.files, root, sorted(files_of_cases(cases)))
+        if self.record.cases and not changed:
+            changed = _changed_cases(self.record.cases, _described(cases, root))
         if changed:
             more = [f"... and {len(changed) - SHOWN} more files"] if len(changed) > SHOWN else []
             raise UserError(f"{self.path}: its data are no longer those it began with:", *changed[:SHOWN], *more)
@@ -260,7 +272,7 @@ def _check_files(run: Path) -> None:
 def _is_start_of_a_run(path: Path) -> bool:
     """Whether a file is the run.json of a run, the first file that a run writes."""
     try:
-        return {"id", "started", "ranks", "threads", "initial", "files"} == set(read_object(path))
+        return {"id", "started", "ranks", "threads", "initial", "files"} == set(read_object(path)) - {"cases"}
     except UserError:
         return False
 
@@ -309,7 +321,8 @@ def read_record(run: Path) -> RunRecord:
         files = {str(name): str(print["sha256"]) for name, print in content["files"].items()}
         numbers = (int(content["ranks"]), int(content["threads"]))
         parts = {part: split[part] for part in PARTS}
-        return RunRecord(str(content["id"]), parts, files, *numbers, str(content["initial"]))
+        cases = {str(name): [str(text) for text in case] for name, case in content.get("cases", {}).items()}
+        return RunRecord(str(content["id"]), parts, files, *numbers, str(content["initial"]), cases)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: not what a run wrote: {error!r}") from None
 
@@ -325,6 +338,8 @@ def check_identity(state: dict[str, Any], path: Path, record: RunRecord, config:
     lines = split_differences(folder / "split.json", record.split, own.get("split", {}))
     if own.get("files") != record.files:
         lines.append(f"{folder / 'run.json'}: its files are not those that the run began with")
+    if own.get("cases", {}) != record.cases:
+        lines.append(f"{folder / 'run.json'}: its cases are not those that the run began with")
     if own.get("initial") != record.initial:
         lines.append(f"{folder / 'run.json'}: its initial weights are not those that the run began with")
     for name, before in own.get("config", {}).items():
@@ -360,6 +375,34 @@ def split_differences(path: Path, now: Any, began: dict[str, list[str]]) -> list
 def _name(file: Path, root: Path) -> str:
     """The path of a file from the data folder, which stays the same when that folder is moved."""
     return Path(os.path.relpath(file.absolute(), root.absolute())).as_posix()
+
+
+def _described(cases: Iterable[Case], root: Path) -> dict[str, list[str]]:
+    """Patient, images and label of each case, by its name. Without a label, the last text is empty."""
+    return {
+        case.name: [
+            case.patient,
+            *(_name(path, root) for path in case.images),
+            _name(case.label, root) if case.label else "",
+        ]
+        for case in cases
+    }
+
+
+def _changed_cases(began: dict[str, list[str]], now: dict[str, list[str]]) -> list[str]:
+    """A line for each case that a list or description now describes in another way, with the same files."""
+    return [
+        f"{name}: the run began with {_words(began.get(name))}; it is now {_words(now.get(name))}"
+        for name in sorted(set(began) | set(now))
+        if began.get(name) != now.get(name)
+    ]
+
+
+def _words(case: list[str] | None) -> str:
+    if not case:
+        return "no such case"
+    patient, *images, label = case
+    return f"{', '.join(images)} with {f'the label {label}' if label else 'no label'}, of the patient {patient}"
 
 
 def _changed_files(began: dict[str, str], root: Path, files: list[Path]) -> list[str]:

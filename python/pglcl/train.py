@@ -26,7 +26,7 @@ from pglcl.ranks import Ranks, device_of_rank, launched_ranks
 from pglcl.record import MetricsLog, Profile
 from pglcl.run_folder import RunFolder
 from pglcl.stopping import StopRequest
-from pglcl.training_data import files_of_cases, files_read, load_training_data
+from pglcl.training_data import cases_read, files_of_cases, load_training_data
 from pglcl.workers import choose_workers
 
 LOG_EVERY = 10  # steps; reading a loss waits for the device
@@ -95,10 +95,10 @@ class Training:
         with ranks.together():
             data_folder = open_folder(self.root)
             split = folder.split or split_patients(data_folder, folder.config)
-            files = files_read(data_folder, split) if ranks.is_first else []
-            read = Unchanged(files)
+            cases = cases_read(data_folder, split) if ranks.is_first else []
+            read = Unchanged(files_of_cases(cases))
             if ranks.is_first and folder.record is not None:
-                state = folder.resume(self.root, files)
+                state = folder.resume(self.root, cases)
         if ranks.from_first(state is not None and state["step"] == folder.config.steps and folder.model.exists()):
             progress.print_line(
                 f"{self.output}: this run is finished; nothing to resume. A larger --steps would continue it"
@@ -109,7 +109,7 @@ class Training:
             data = load_training_data(self.root, folder.config, split, progress=progress)
             initial = initial_model(folder.config, data.channels, data.survey.labels) if state is None else None
             if ranks.is_first and folder.record is None:
-                folder.begin(split, self.root, files, ranks.size, initial)
+                folder.begin(split, self.root, cases, ranks.size, initial)
             elif ranks.is_first:
                 if state is None:
                     folder.check_initial(initial)

@@ -78,11 +78,10 @@ def load_training_data(
     return TrainingData(folder, split, found, labelled, without, cases_of(folder, split.validation, with_label=True))
 
 
-def files_read(folder: DataFolder, split: Split) -> list[Path]:
-    """The files that a training on this split reads: not the test, and no labels of unlabelled patients."""
+def cases_read(folder: DataFolder, split: Split) -> list[Case]:
+    """The cases that a training on this split reads: not the test, and no labels of unlabelled patients."""
     with_label = cases_of(folder, (*split.labelled, *split.validation), with_label=True)
-    without = [dataclasses.replace(case, label=None) for case in cases_of(folder, split.unlabelled)]
-    return sorted(files_of_cases([*with_label, *without]))
+    return [*with_label, *(dataclasses.replace(case, label=None) for case in cases_of(folder, split.unlabelled))]
 
 
 def files_behind(folder: DataFolder, cases: Iterable[Case]) -> list[Path]:

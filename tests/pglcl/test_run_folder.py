@@ -23,7 +23,7 @@ from pglcl.record import read_metrics
 from pglcl.run_folder import FILES, read_record
 from pglcl.train import Interrupted, Training
 
-from tests.pglcl.folders import plain, save, tiny, volume
+from tests.pglcl.folders import describe, nnunet, plain, save, tiny, volume
 
 STOPPED_AT = 5
 
@@ -181,6 +181,43 @@ def test_other_data_are_refused_file_by_file(copies: tuple[Path, Path]) -> None:
     assert "images/case02.nii.gz: the run began with it; it is gone" in said
     assert "case01" not in said
     assert content != (data / "labels" / "case00.nii.gz").read_bytes()
+
+
+def test_a_list_that_pairs_the_same_files_otherwise(data: Path, tmp_path: Path) -> None:
+    """No file has changed. Yet a resume would learn from patients of the validation, or from another's label."""
+    rows = [
+        {"image": f"images/{name}.nii.gz", "label": f"labels/{name}.nii.gz" if i < 6 else "", "patient": f"p{i}"}
+        for i, name in enumerate(f"case{i:02d}" for i in range(8))
+    ]
+    shutil.copytree(data, tmp_path / "data")
+    file, run = tmp_path / "data" / "list.json", tmp_path / "run"
+    file.write_text(json.dumps(rows))
+    stop_by(signal.SIGINT, file, run)
+    for column, said in (
+        ("patient", "with the label ../labels/case00.nii.gz, of the patient p3"),
+        ("label", "../images/case00.nii.gz with the label ../labels/case03.nii.gz, of the patient p0"),
+    ):
+        other = [dict(row) for row in rows]
+        other[0][column], other[3][column] = rows[3][column], rows[0][column]
+        file.write_text(json.dumps(other))
+        lines = refused(file, run)
+        assert "images_case00: the run began with ../images/case00.nii.gz with the label ../labels/case00" in lines
+        assert f"it is now {'../images/case00.nii.gz ' if column == 'patient' else ''}{said}" in lines
+        assert "images_case01" not in lines
+    file.write_text(json.dumps(rows[::-1]))
+    resume(file, run)
+
+
+def test_a_description_that_was_edited(tmp_path: Path) -> None:
+    """The files are the same, and dataset.json now asks for other intensities, or for other names of classes."""
+    root, run = nnunet(tmp_path / "data"), tmp_path / "run"
+    stop_by(signal.SIGINT, root, run)
+    describe(root, channel_names={"0": "zscore"})
+    assert "the run began with intensities percentile" in refused(root, run)
+    describe(root, channel_names={"0": "MR0"}, labels={"background": 0, "ball": 1, "ignore": 2})
+    assert "the run began with the classes 0,1=ball,2=cube, the data have 0,1=ball,2=ignore" in refused(root, run)
+    describe(root, channel_names={"0": "other MR"})
+    resume(root, run)
 
 
 def test_files_that_were_only_touched_or_moved_are_the_same(copies: tuple[Path, Path], ended: Path) -> None:
@@ -364,6 +401,8 @@ def spoil(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
         (lambda s: s["student"].popitem(), r"does not fit this run"),
         (lambda s: s["run"]["config"].update(learning_rate=0.5), r"--learning-rate: the run has 0.5"),
         (lambda s: s["run"]["files"].popitem(), r"run.json: its files are not those"),
+        (lambda s: s["run"]["cases"].popitem(), r"run.json: its cases are not those"),
+        (lambda s: s["model"].update(slice_axis=0), r"the run began with slices across axis 0, got 2"),
     ],
 )
 def test_a_checkpoint_that_is_whole_but_wrong(
