@@ -9,15 +9,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 from torch._C import DispatchKey
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.utils import _pytree
 
-__all__ = ["OpFunction", "in_functorch", "in_graph", "is_traced", "op_in_graph", "register", "register_op", "run"]
+__all__ = [
+    "OpFunction",
+    "exportable",
+    "in_functorch",
+    "in_graph",
+    "is_traced",
+    "op_in_graph",
+    "register",
+    "register_op",
+    "run",
+    "savable",
+]
+
+Result = TypeVar("Result")
 
 library = torch.library.Library("pglcl_ext", "FRAGMENT")
 in_functorch = torch._C._are_functorch_transforms_active
@@ -86,7 +100,7 @@ class OpFunction(torch.autograd.Function):
     def save(cls, ctx: Any, outputs: tuple[Tensor, ...], arguments: Any) -> None:
         """Saves `outputs` and the op's tensors as ``saved_tensors``, and its other arguments as ``options``."""
         flat = cls.flat(arguments)
-        ctx.save_for_backward(*outputs, *flat[: cls.leading_tensors])
+        ctx.save_for_backward(*outputs, *map(savable, flat[: cls.leading_tensors]))
         ctx.options = flat[cls.leading_tensors :]
 
     @classmethod
@@ -103,6 +117,11 @@ class OpFunction(torch.autograd.Function):
     @classmethod
     def jvp(cls, ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError(f"pglcl_ext.{cls.name} has no forward-mode derivative")
+
+
+def savable(t: Tensor | None) -> Tensor | None:
+    """`t`, or a copy if it was made in inference mode: autograd saves no such tensor, which may change unseen."""
+    return t.clone() if t is not None and t.is_inference() else t
 
 
 def run(op: Any, arguments: tuple[Any, ...]) -> Any:
@@ -198,6 +217,12 @@ def register(function: type[OpFunction]) -> type[OpFunction]:
 def is_traced() -> bool:
     """Whether a graph is being made, which must hold the op itself."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
+def exportable(result: type[Result]) -> type[Result]:
+    """Gives a NamedTuple the name by which torch.export.save writes it, and load finds it."""
+    _pytree._register_namedtuple(result, serialized_type_name=f"pglcl_ext.{result.__name__}")
+    return result
 
 
 def _floats(op: Any) -> frozenset[int]:

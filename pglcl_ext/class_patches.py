@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pglcl_ext._autograd import exportable
 from pglcl_ext._checks import (
     check_choice,
     check_class_labels,
@@ -24,6 +25,7 @@ from pglcl_ext.patch_statistics import patch_grid_arguments
 __all__ = ["ClassPatches", "class_patches"]
 
 
+@exportable
 class ClassPatches(NamedTuple):
     """Crops, each of one class.
 

@@ -62,12 +62,19 @@ class CoverageThreshold(nn.Module):
         if not 0 < check_number("target", target) < 1:
             raise ValueError(f"target must lie in (0, 1), got {target}")
         self.num_classes = num_classes
+        self.initial = float(initial)
         self.target = target
         self.gain = gain
         self.ignore_index = ignore_index
-        self.register_buffer("value", torch.full((num_classes,), float(initial)))
-        self.value.clamp_(max=_below_one(self.value))
-        self.register_buffer("updates", torch.zeros(num_classes, dtype=torch.int64))
+        self.register_buffer("value", torch.empty(num_classes))
+        self.register_buffer("updates", torch.empty(num_classes, dtype=torch.int64))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Goes back to the start. PyTorch calls it by this name for modules that were made on the meta device."""
+        self.value.fill_(min(self.initial, _below_one(self.value)))
+        self.updates.zero_()
 
     @torch.no_grad()
     def update(self, coverage: Tensor, labels: Tensor) -> None:

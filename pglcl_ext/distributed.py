@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pglcl_ext._arguments import ContrastArguments, ContrastOutputs, Side
-from pglcl_ext._autograd import run
+from pglcl_ext._autograd import run, savable
 from pglcl_ext._checks import REDUCTIONS, dtype_name
 from pglcl_ext._library import ops
 from pglcl_ext._precision import accumulate_dtype
@@ -221,7 +221,7 @@ class _RingContrast(torch.autograd.Function):
             part_sums = _AnchorSums(outputs.max_logit, outputs.log_sum, positive, count)
             sums = part_sums if sums is None else sums.merge(part_sums)
         assert sums is not None
-        ctx.save_for_backward(sums.max_logit, sums.log_sum, sums.num_positives, *x.tensors())
+        ctx.save_for_backward(sums.max_logit, sums.log_sum, sums.num_positives, *map(savable, x.tensors()))
         ctx.numbers = x.numbers
         ctx.mark_non_differentiable(sums.num_positives)
         return torch.where(sums.num_positives > 0, sums.log_sum - sums.positive, 0), sums.num_positives

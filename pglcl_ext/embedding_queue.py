@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pglcl_ext._autograd import in_functorch
+from pglcl_ext._autograd import exportable, in_functorch
 from pglcl_ext._checks import (
     check_device,
     check_embeddings,
@@ -23,6 +23,7 @@ from pglcl_ext.distributed import SharedGroup, gather_rows
 __all__ = ["EmbeddingQueue", "QueuedKeys"]
 
 
+@exportable
 class QueuedKeys(NamedTuple):
     """The content of a queue, for :func:`pglcl_ext.patch_contrast_loss`.
 
@@ -59,8 +60,8 @@ class EmbeddingQueue(nn.Module):
 
     Attributes:
         counts: (K,) int64, the keys held of each class.
-        num_refused: int64 scalar, the keys that were left out since they were not finite. It is not saved. Reading it
-            on a GPU waits.
+        num_refused: int64 scalar, the keys that were left out since they were not finite. It is not saved, and 0 after
+            a state is loaded. Reading it on a GPU waits.
 
     Raises:
         TypeError: sizes that are not ints.
@@ -97,6 +98,17 @@ class EmbeddingQueue(nn.Module):
         self.register_buffer("positions", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("num_refused", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Empties the queue. PyTorch calls it by this name for modules that were made on the meta device."""
+        for buffer in self.buffers():
+            buffer.zero_()
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        # A count that is not saved would keep what it held: no number at all if the queue was made on the meta device.
+        self.num_refused = torch.zeros((), dtype=torch.int64, device=self.counts.device)
 
     @property
     def process_group(self) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pglcl_ext._arguments import GaussianArguments
-from pglcl_ext._autograd import OpFunction, in_functorch, in_graph, is_traced, register
+from pglcl_ext._autograd import OpFunction, in_functorch, in_graph, is_traced, register, savable
 from pglcl_ext._checks import (
     REDUCTIONS,
     check_device,
@@ -226,9 +226,18 @@ def _fake_backward(grad: Tensor, anchors: Tensor, gradients: Tensor, num_valid: 
 def _product(grad: Tensor, anchors: Tensor, gradients: Tensor, num_valid: Tensor, reduction: int) -> Tensor:
     """The gradient of the anchors, on any device. `gradients` (N, D) are d loss_i / d anchor_i, by the forward pass."""
     scale = grad.to(gradients.dtype)
+    if reduction == REDUCTIONS["none"]:
+        return (gradients * scale.unsqueeze(1)).to(anchors.dtype)
     if reduction == REDUCTIONS["mean"]:
-        scale = scale / num_valid.clamp(min=1)
-    return (gradients * (scale.unsqueeze(1) if reduction == REDUCTIONS["none"] else scale)).to(anchors.dtype)
+        scale = scale / num_valid
+    return (gradients * torch.where(num_valid > 0, scale, 0)).to(anchors.dtype)  # also if the gradient is infinite
+
+
+def _takes_part(labels: Tensor, counts: Tensor, ignore_index: int) -> Tensor:
+    """(N,) bool: whether an anchor's class has keys."""
+    k = counts.shape[0]
+    known = (labels != ignore_index) & (labels >= 0) & (labels < k)
+    return known & (counts.index_select(0, labels.clamp(0, k - 1)) > 0)
 
 
 @register
@@ -253,9 +262,10 @@ class _Gaussian(OpFunction):
         _, gradients, num_valid = output
         ctx.mark_non_differentiable(gradients, num_valid)
         ctx.set_materialize_grads(False)
-        ctx.reduction, ctx.has_gradients = x.reduction, x.needs_gradients
+        ctx.reduction, ctx.ignore_index, ctx.has_gradients = x.reduction, x.ignore_index, x.needs_gradients
         if x.needs_gradients:
-            ctx.save_for_backward(num_valid, x.anchors, gradients)
+            of_rows = (savable(x.labels), savable(x.counts)) if x.reduction == REDUCTIONS["none"] else ()
+            ctx.save_for_backward(num_valid, x.anchors, gradients, *of_rows)
         else:
             cls.save(ctx, (num_valid,), x)
 
@@ -265,11 +275,14 @@ class _Gaussian(OpFunction):
             return None, None
         num_valid, anchors, *rest = ctx.saved_tensors
         if ctx.has_gradients:
-            (gradients,) = rest
+            gradients, *of_rows = rest
         else:  # the graph was made for inputs that need no gradient
             with torch.no_grad():
                 x = cls.nested((anchors, *rest, *ctx.options))
                 _, gradients, _ = cls.call(x._replace(needs_gradients=True))
+            of_rows = [x.labels, x.counts]
+        if ctx.reduction == REDUCTIONS["none"]:  # what follows the loss of an anchor that is left out has no effect
+            grad = torch.where(_takes_part(*of_rows, ctx.ignore_index), grad, 0)
         return cls.run_backward(grad, anchors, gradients, num_valid, ctx.reduction), None
 
 

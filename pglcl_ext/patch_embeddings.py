@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pglcl_ext._autograd import exportable
 from pglcl_ext._checks import check_coverage, check_image, check_integer, check_same_space, check_tensor
 from pglcl_ext._precision import accumulate_dtype, without_autocast
 from pglcl_ext.patch_statistics import patch_grid_arguments, patch_statistics
@@ -17,6 +18,7 @@ from pglcl_ext.patch_statistics import patch_grid_arguments, patch_statistics
 __all__ = ["PatchBatch", "PatchRows", "patch_embeddings"]
 
 
+@exportable
 class PatchRows(NamedTuple):
     """Class-aware patches of a batch, before features are pooled. Every class of every patch is a row.
 
@@ -57,6 +59,7 @@ class PatchRows(NamedTuple):
         return self._replace(labels=_limited(self.labels, per_class, priority, ignore_index))
 
 
+@exportable
 class PatchBatch(NamedTuple):
     """:class:`PatchRows` with their embeddings.
 
@@ -81,8 +84,8 @@ class PatchBatch(NamedTuple):
 
 
 def _qualifying(rows: PatchRows | PatchBatch, ignore_index: int) -> Iterator[Tensor]:
-    keep = rows.labels != ignore_index
-    return (column[keep] for column in rows)
+    places = (rows.labels != ignore_index).nonzero().squeeze(1)  # once: each call waits
+    return (column.index_select(0, places) for column in rows)
 
 
 def _limited(labels: Tensor, per_class: int, priority: Tensor, ignore_index: int) -> Tensor:
@@ -222,8 +225,8 @@ def _checked_rows(rows: Any) -> PatchRows:
     """The result of `select`, after checks."""
     if not isinstance(rows, PatchRows):
         raise TypeError(f"select must return PatchRows, got {type(rows).__name__}")
-    if any(len(column) != len(rows.labels) for column in rows):
-        raise ValueError(f"select must return as many of each, got {', '.join(str(len(column)) for column in rows)}")
+    if any(column.shape[0] != rows.labels.shape[0] for column in rows):
+        raise ValueError(f"select must return as many of each, got {', '.join(str(c.shape[0]) for c in rows)}")
     return rows
 
 

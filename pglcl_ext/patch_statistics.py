@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pglcl_ext._arguments import StatisticsArguments
-from pglcl_ext._autograd import OpFunction, in_graph, is_traced, register
+from pglcl_ext._autograd import OpFunction, exportable, in_graph, is_traced, register
 from pglcl_ext._checks import check_statistics, check_tensor, per_dimension
 from pglcl_ext._library import ops
 from pglcl_ext._precision import accumulate_dtype
@@ -17,6 +17,7 @@ from pglcl_ext._precision import accumulate_dtype
 __all__ = ["PatchStatistics", "patch_entropy", "patch_statistics"]
 
 
+@exportable
 class PatchStatistics(NamedTuple):
     """Statistics of each patch, in the dtype of the input; ``*g`` is the patch grid.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +16,12 @@ from torch.autograd import forward_ad
 from torch.export import Dim
 
 from pglcl_ext import (
+    EmbeddingQueue,
     GaussianContrastLoss,
     PatchContrastLoss,
     gaussian_contrast_loss,
     patch_contrast_loss,
+    patch_embeddings,
     patch_entropy,
     patch_statistics,
     semantic_disparity,
@@ -273,3 +276,79 @@ def test_other_devices_are_refused(position: int) -> None:
             gaussian_contrast_loss(*call)
     with pytest.raises(ValueError, match="b must be on the device of a, cpu, got meta"):
         semantic_disparity(cpu[0], meta[0])
+
+
+def made_in_inference_mode(t: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return t.clone()
+
+
+NOT_LEARNT: dict[str, Callable[..., Tensor]] = {
+    "keys": lambda of, z: patch_contrast_loss(
+        z, of(LABELS), of(CONTRAST.descriptors), **{name: of(t) for name, t in KEYS.items()}, num_positives=2
+    ),
+    "anchors": lambda of, z: patch_contrast_loss(of(CONTRAST.anchors), LABELS, keys=z, key_labels=of(LABELS)),
+    "bounds": lambda of, z: patch_contrast_loss(
+        z, LABELS, of(CONTRAST.descriptors), max_positive_disparity=of(CONTRAST.descriptors)
+    ),
+    "masks": lambda of, z: patch_contrast_loss(
+        z, of(LABELS), positive_mask=of(LABELS[:, None] == LABELS), negative_mask=of(LABELS[:, None] != LABELS)
+    ),
+    "disparity": lambda of, z: semantic_disparity(z, of(CONTRAST.keys)).sum(),
+    "mean": lambda of, z: gaussian_contrast_loss(z, *map(of, GAUSSIAN)),
+    "none": lambda of, z: gaussian_contrast_loss(z, *map(of, GAUSSIAN), reduction="none").sum(),
+}
+
+
+@pytest.mark.parametrize("name", NOT_LEARNT)
+def test_what_a_teacher_made_in_inference_mode(name: str) -> None:
+    """PyTorch's autograd saves no tensor that was made there."""
+    assert made_in_inference_mode(LABELS).is_inference()
+    gradients = []
+    for of in (made_in_inference_mode, lambda t: t):
+        leaf = CONTRAST.anchors.clone().requires_grad_()
+        gradients += torch.autograd.grad(NOT_LEARNT[name](of, leaf), leaf)
+    assert gradients[0].abs().max() > 0
+    assert torch.equal(*gradients)
+
+
+class Results(nn.Module):
+    """A module that returns a named tuple of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue = EmbeddingQueue(3, 5, 4)
+
+    def forward(self, x: Tensor) -> tuple[Any, ...]:
+        return patch_statistics(x, 4), patch_embeddings(x, x.softmax(1), 4), self.queue.keys()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_that_returns_named_tuples_is_saved_and_loaded(strict: bool) -> None:
+    module, x = Results(), torch.randn(2, 3, 8, 8)
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(module, (x,), strict=strict), file)
+    file.seek(0)
+    for got, want in zip(torch.export.load(file).module()(x), module(x)):
+        assert type(got) is type(want)
+        torch.testing.assert_close(got, want)
+
+
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+@pytest.mark.parametrize("within", [False, True])
+def test_a_number_of_rows_that_depends_on_data_compiles_whole(within: bool) -> None:
+    weights, loss = torch.rand(2, 3, 8, 8).softmax(1), PatchContrastLoss()
+
+    def step(features: Tensor) -> Tensor:
+        select = (lambda rows: rows.compact()) if within else None
+        batch = patch_embeddings(features, weights, 4, coverage=0.33, select=select)
+        batch = batch if within else batch.compact()
+        return loss(batch.embeddings, batch.labels, batch.entropy)
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        features = torch.linspace(-3, 3, 2 * 4 * 8 * 8).sin().view(2, 4, 8, 8).requires_grad_()
+        value = function(features)
+        results.append((value.detach(), *torch.autograd.grad(value, features)))
+    for got, want in zip(*results):
+        torch.testing.assert_close(got, want)

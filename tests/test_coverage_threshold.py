@@ -90,3 +90,13 @@ def test_bad_updates(message: str, coverage, labels) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         threshold.update(coverage, labels)
     assert threshold.value.tolist() == [0.5, 0.5]
+
+
+def test_made_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        threshold = CoverageThreshold(3, initial=1.0)
+    threshold.to_empty(device="cpu").reset_parameters()
+    made = CoverageThreshold(3, initial=1.0)
+    assert torch.equal(threshold.value, made.value)
+    assert (made.value < 1).all()
+    assert torch.equal(threshold.updates, torch.zeros(3, dtype=torch.int64))

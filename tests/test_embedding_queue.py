@@ -123,6 +123,25 @@ def test_state_survives_bit_for_bit_and_moves(tmp_path) -> None:
     assert all(t.device.type == "meta" for t in queue.to("meta").buffers())
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_made_on_the_meta_device(assign: bool) -> None:
+    """As large models are made. What is not saved must get a value, too."""
+    full = EmbeddingQueue(2, 3, 4)
+    full.enqueue(torch.randn(5, 3), torch.arange(5) % 2)
+    with torch.device("meta"):
+        queue = EmbeddingQueue(2, 3, 4)
+    if not assign:
+        queue.to_empty(device="cpu")
+        queue.num_refused.fill_(77)  # what lay in the memory
+    queue.load_state_dict(full.state_dict(), assign=assign)
+    with pytest.warns(UserWarning, match="1 of 1 keys"):
+        queue.enqueue(torch.full((1, 3), math.nan), torch.zeros(1, dtype=torch.int64))
+    assert queue.num_refused.device.type == "cpu"
+    assert queue.num_refused == 1
+    queue.reset_parameters()
+    assert all((buffer == 0).all() for buffer in queue.buffers())
+
+
 def test_nothing_waits_for_a_device() -> None:
     # Tensors without values, which cannot be read.
     queue = EmbeddingQueue(3, 4, 5).to("meta")

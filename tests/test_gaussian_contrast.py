@@ -308,6 +308,28 @@ def test_an_anchor_that_takes_no_part_may_hold_anything(device: torch.device) ->
         torch.testing.assert_close(torch.autograd.grad(loss, spoilt), torch.autograd.grad(expected, plain))
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("upstream", [math.inf, math.nan])
+def test_an_upstream_gradient_that_is_not_finite_spoils_no_anchor_that_is_left_out(
+    upstream: float, reduction: str, device: torch.device
+) -> None:
+    """As in plain PyTorch, where the loss of such an anchor is a constant. The root of a loss has such a gradient."""
+    anchors, labels, *statistics = (t.to(device) for t in gaussian_problem(9, 5, empty=(2,)))
+    labels = torch.arange(9, device=device) % 4
+    labels[labels == 3] = -1
+    left_out = (labels == -1) | (labels == 2)
+    if reduction != "none":  # one number reaches all anchors
+        labels, left_out = torch.full_like(labels, 2), torch.ones_like(left_out)
+    gradients = []
+    for function in (gaussian_contrast_loss, reference.gaussian_contrast_loss):
+        leaf = anchors.clone().requires_grad_()
+        loss = function(leaf, labels, *statistics, reduction=reduction)
+        weights = torch.where(left_out, upstream, 1.0) if reduction == "none" else torch.tensor(upstream)
+        gradients += torch.autograd.grad(loss, leaf, weights.to(loss))
+    assert (gradients[0][left_out] == 0).all()
+    torch.testing.assert_close(*gradients)
+
+
 def test_module_names_what_the_user_gave() -> None:
     y = torch.zeros(6).long()
     for hard_negatives in (False, True):
