@@ -11,14 +11,12 @@ from typing import Any
 import torch
 
 REBUILD = "pip install --force-reinstall --no-deps --no-build-isolation ."
-
-
-# The binary uses only the stable interface of this version, which CMakeLists.txt sets as TORCH_TARGET_VERSION.
-OLDEST_TORCH = (2, 13)
+# The binary uses only the stable interface of this version. The build reads it from here (tools/find_torch.py).
+OLDEST_TORCH = "2.13"
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """(2, 14) for 2.14.1+cu130."""
+    """(2, 14) for 2.14.1+cu130, or for 2.14."""
     return tuple(int(part) for part in version.split("+")[0].split(".")[:2])
 
 
@@ -35,9 +33,8 @@ def _load() -> Any:
     # An editable install of another checkout also has a _build_config, which is not ours.
     if not Path(__file__).with_name("_build_config.py").exists():
         raise ImportError(_why_not_built())
-    if _release(torch.__version__) < OLDEST_TORCH:
-        oldest = ".".join(map(str, OLDEST_TORCH))
-        raise ImportError(f"pglcl_ext needs torch {oldest} or later, but torch {torch.__version__} is running")
+    if _release(torch.__version__) < _release(OLDEST_TORCH):
+        raise ImportError(f"pglcl_ext needs torch {OLDEST_TORCH} or later, but torch {torch.__version__} is running")
     # A CUDA runtime cannot use a stream of another major version.
     if _build_config.cuda_built and _major(_build_config.cuda_version) != _major(torch.version.cuda):
         running = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
@@ -92,11 +89,11 @@ def build_info() -> dict[str, Any]:
     Returns:
         A dict with ``version`` (of pglcl-ext), ``torch_built`` and ``torch_running``, ``cuda_built`` (bool),
         ``cuda_version`` (of the torch built against), ``cuda_reason`` (why there is no CUDA code, else ""),
-        ``cuda_architectures`` (list of str) and ``cpu_instruction_set`` (the one in use).
+        ``cuda_architectures`` (list of str), ``cpu_instruction_sets`` (list of str, those that the kernels are compiled
+        for, from the least to the most demanding) and ``cpu_instruction_set`` (the one in use).
 
         The instruction set is the best one that the processor and the environment variable ``PGLCL_CPU_ISA`` allow. The
-        variable may be ``baseline``, ``avx2``, ``avx512`` or ``avx512_bf16`` on x86-64, and ``baseline`` or ``neon`` on
-        aarch64. With any other value, the import fails.
+        variable names one of ``cpu_instruction_sets``. With any other value, the import fails.
     """
     from pglcl_ext import _build_config
 
@@ -108,5 +105,6 @@ def build_info() -> dict[str, Any]:
         "cuda_version": _build_config.cuda_version,
         "cuda_reason": _build_config.cuda_reason,
         "cuda_architectures": list(_build_config.cuda_architectures),
+        "cpu_instruction_sets": list(INSTRUCTION_SETS),
         "cpu_instruction_set": compiled.cpu_instruction_set(),
     }

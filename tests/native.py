@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+from find_torch import TORCH_TARGET_VERSION
+
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 TORCH = Path(torch.__file__).parent
 # The flags with which CMakeLists.txt compiles csrc. The last one allows names that torch hides and these builds show.
-STABLE = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020d000000000000", "-Wno-attributes"]
+STABLE = ["-DTORCH_STABLE_ONLY", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-Wno-attributes"]
 
 
 def compiler() -> str:

@@ -15,6 +15,9 @@ import pytest
 
 from tests.conftest import ROOT
 
+sys.path.insert(0, str(ROOT / "tools"))
+from find_torch import TORCH_REQUIREMENT
+
 pytest.importorskip("pybind11")
 if not all(map(shutil.which, ("cmake", "ninja", "c++"))):
     pytest.skip("cmake, ninja and a compiler are needed", allow_module_level=True)
@@ -137,8 +140,8 @@ def test_what_is_missing_is_said_in_one_line(project: Path, tmp_path: Path) -> N
     assert "could not compile the native module" in last_line(build(project))
     assert "CXX=no-such-compiler -x names no program" in last_line(build(project, CXX="no-such-compiler -x"))
     assert "no folder of a torch package" in last_line(build(project, PGLCL_TORCH_DIR=tmp_path))
-    old = fake_torch(tmp_path / "old", "2.12.1+cpu")
-    assert "needs torch>=2.13, found 2.12.1+cpu" in last_line(build(project, PGLCL_TORCH_DIR=old))
+    old = fake_torch(tmp_path / "old", "2.9.1+cpu")
+    assert f"needs {TORCH_REQUIREMENT}, found 2.9.1+cpu" in last_line(build(project, PGLCL_TORCH_DIR=old))
 
     (tmp_path / "bin").mkdir()
     code = "import native_build as n; n._check_compiler()"
@@ -231,7 +234,7 @@ def test_torch_of_another_python_is_not_taken(tmp_path: Path) -> None:
 
 def test_no_front_end_fetches_a_torch_of_its_own() -> None:
     code = "import pglcl_build as b; b.find_torch = lambda wanted: None; print(b._torch_if_missing())"
-    assert tool(code, PIP_BUILD_TRACKER="/tmp/tracker").stdout.strip() == "['torch>=2.13']"
+    assert tool(code, PIP_BUILD_TRACKER="/tmp/tracker").stdout.strip() == f"['{TORCH_REQUIREMENT}']"
     message = last_line(tool(code))
     assert "PGLCL_TORCH_DIR=" in message
     assert "activate" in message

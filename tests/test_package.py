@@ -13,7 +13,7 @@ import torch
 
 import pglcl_ext
 from pglcl_ext import build_info
-from pglcl_ext._library import INSTRUCTION_SETS, compiled
+from pglcl_ext._library import INSTRUCTION_SETS, OLDEST_TORCH, compiled
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -30,6 +30,7 @@ def test_build_info() -> None:
     info = build_info()
     assert info["torch_running"] == torch.__version__
     assert info["torch_built"]
+    assert info["cpu_instruction_sets"] == list(INSTRUCTION_SETS)
     assert info["cpu_instruction_set"] in INSTRUCTION_SETS
     assert info["cuda_built"] == bool(info["cuda_architectures"])
     assert info["cuda_built"] or info["cuda_reason"]
@@ -39,7 +40,7 @@ def test_an_older_torch_is_refused_by_name() -> None:
     result = run_python("import torch; torch.__version__ = '2.9.1'; import pglcl_ext")
     assert result.returncode != 0
     message = result.stderr.strip().splitlines()[-1]
-    assert message == "ImportError: pglcl_ext needs torch 2.13 or later, but torch 2.9.1 is running"
+    assert message == f"ImportError: pglcl_ext needs torch {OLDEST_TORCH} or later, but torch 2.9.1 is running"
 
 
 def test_a_later_torch_is_accepted() -> None:

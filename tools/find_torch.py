@@ -1,4 +1,6 @@
-"""Prints `folder;version;cuda` of the torch to build against, without importing it.
+"""Prints `folder;version;cuda;target` of the torch to build against, without importing it.
+
+`target` is the oldest supported torch as the macro TORCH_TARGET_VERSION has it.
 
 An isolated build does not see the packages of the environment that asked for it. Their folders are still known: pip
 leaves them in sysconfig, and other front ends in environment variables. Torch's version file tells the rest. So the
@@ -15,8 +17,17 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-OLDEST_TORCH = "2.13"
+
+def _constant(file: Path, name: str) -> str | None:
+    """The text that a Python file assigns to `name`, without running the file."""
+    pattern = rf"^{name}(?:\s*:[^=]+)?\s*=\s*['\"]([^'\"]+)['\"]"
+    match = re.search(pattern, file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return match.group(1) if match else None
+
+
+OLDEST_TORCH = _constant(Path(__file__).parents[1] / "pglcl_ext" / "_library.py", "OLDEST_TORCH") or ""
 TORCH_REQUIREMENT = f"torch>={OLDEST_TORCH}"
+TORCH_TARGET_VERSION = "0x" + "".join(f"{int(number):02x}" for number in OLDEST_TORCH.split(".")) + 12 * "0"
 
 
 class NoTorch(SystemExit):
@@ -51,16 +62,10 @@ def find_torch(wanted: str | None = None) -> Path | None:
 
 def torch_versions(folder: Path) -> tuple[str, str]:
     """(version, CUDA version or "none") from torch's own version file."""
-    text = (folder / "version.py").read_text()
-
-    def value(name: str) -> str | None:
-        match = re.search(rf"^{name}(?:\s*:[^=]+)?\s*=\s*['\"]([^'\"]+)['\"]", text, flags=re.MULTILINE)
-        return match.group(1) if match else None
-
-    version = value("__version__")
+    version, cuda = (_constant(folder / "version.py", name) for name in ("__version__", "cuda"))
     if version is None:
         raise NoTorch(f"pglcl-ext: {folder / 'version.py'} names no version")
-    return version, value("cuda") or "none"
+    return version, cuda or "none"
 
 
 def _is_torch(folder: Path) -> bool:
@@ -114,4 +119,4 @@ if __name__ == "__main__":
     found = find_torch(sys.argv[1] if len(sys.argv) > 1 else None)
     if found is None:
         raise NoTorch("pglcl-ext: no torch found to build against: install it, or set PGLCL_TORCH_DIR to its folder")
-    print(";".join([str(found), *torch_versions(found)]))
+    print(";".join([str(found), *torch_versions(found), TORCH_TARGET_VERSION]))

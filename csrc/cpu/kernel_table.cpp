@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "instruction_sets.h"
+
 namespace pglcl {
 
 // Declared here and defined in contrast_tile.cpp, statistics_strip.cpp and gaussian_tile.cpp, compiled once per
@@ -30,15 +32,6 @@ namespace pglcl {
    isa::statistics_kernels<double>(), \
    isa::gaussian_kernels<float>(),    \
    isa::gaussian_kernels<double>()}
-
-// X(name, whether it multiplies pairs of bfloat16), from the least to the most demanding.
-#if defined(__x86_64__)
-#define PGLCL_FOR_EACH_ISA(X) X(baseline, false) X(avx2, false) X(avx512, false) X(avx512_bf16, true)
-#elif defined(__aarch64__)
-#define PGLCL_FOR_EACH_ISA(X) X(baseline, false) X(neon, false)
-#else
-#define PGLCL_FOR_EACH_ISA(X) X(baseline, false)
-#endif
 
 #define PGLCL_DECLARE_ONE(isa, bf16) PGLCL_DECLARE(isa)
 PGLCL_FOR_EACH_ISA(PGLCL_DECLARE_ONE)

@@ -2,9 +2,9 @@
 # Installs as users do it, with the real compiler: isolated, twice, from an sdist, by front ends that hide the environment.
 # Takes two compilations. The build folder's other states are tested in seconds by tests/test_build.py.
 #
-#   tests/install/run.sh [torch requirement]
+#   tests/install/run.sh TORCH
 set -euo pipefail
-torch=${1:-torch==2.13.0}
+torch=$1
 . "$(dirname "$0")/checkout.sh"
 
 python3 -m venv "$work/venv"

@@ -169,10 +169,10 @@ constexpr scalar_t kLeastExponent = sizeof(scalar_t) == 4 ? -256 : -2048;
 PGLCL_INLINE vec_t<float> exp2_to_zero(vec_t<float> x) { return exp2_of_any(x); }
 
 // The larger, or the smaller, of x and a limit; NaN stays NaN.
-PGLCL_INLINE vec_t<float> at_least(vec_t<float> x, float least) {
+PGLCL_INLINE vec_t<float> clamp_min(vec_t<float> x, float least) {
   return (vec_t<float>)_mm512_max_ps(_mm512_set1_ps(least), (__m512)x);
 }
-PGLCL_INLINE vec_t<float> at_most(vec_t<float> x, float most) {
+PGLCL_INLINE vec_t<float> clamp_max(vec_t<float> x, float most) {
   return (vec_t<float>)_mm512_min_ps(_mm512_set1_ps(most), (__m512)x);
 }
 
@@ -207,8 +207,8 @@ PGLCL_INLINE vec_t<float> exp2_to_zero(vec_t<float> x) {
   return exp2_polynomial(x - (shifted - magic)) * scale;
 }
 PGLCL_INLINE vec_t<float> exp2(vec_t<float> x) { return exp2_to_zero(maximum<float>(broadcast(-126.0f), x)); }
-PGLCL_INLINE vec_t<float> at_least(vec_t<float> x, float least) { return maximum<float>(broadcast(least), x); }
-PGLCL_INLINE vec_t<float> at_most(vec_t<float> x, float most) {
+PGLCL_INLINE vec_t<float> clamp_min(vec_t<float> x, float least) { return maximum<float>(broadcast(least), x); }
+PGLCL_INLINE vec_t<float> clamp_max(vec_t<float> x, float most) {
 #if defined(__AVX2__)
   return (vec_t<float>)_mm256_min_ps(_mm256_set1_ps(most), (__m256)x);
 #else
@@ -258,8 +258,8 @@ PGLCL_INLINE vec_t<float> log(vec_t<float> x) {
 }
 
 PGLCL_INLINE vec_t<double> exp2_to_zero(vec_t<double> x) { return exp2(x); }
-PGLCL_INLINE vec_t<double> at_least(vec_t<double> x, double least) { return x < least ? broadcast(least) : x; }
-PGLCL_INLINE vec_t<double> at_most(vec_t<double> x, double most) { return x > most ? broadcast(most) : x; }
+PGLCL_INLINE vec_t<double> clamp_min(vec_t<double> x, double least) { return x < least ? broadcast(least) : x; }
+PGLCL_INLINE vec_t<double> clamp_max(vec_t<double> x, double most) { return x > most ? broadcast(most) : x; }
 
 PGLCL_INLINE vec_t<double> log(vec_t<double> x) {
   vec_t<double> result = x;
@@ -272,7 +272,7 @@ PGLCL_INLINE vec_t<double> log_from_one(vec_t<double> x) { return log(x); }
 // e^x for x <= 0; 0 at minus infinity. An x above 0, from rounding or of a pair that does not count, gives 1.
 template <typename scalar_t>
 PGLCL_INLINE vec_t<scalar_t> exp_of_nonpositive(vec_t<scalar_t> x) {
-  return exp2_to_zero(at_least(at_most(x, scalar_t(0)) * scalar_t(1.4426950408889634), kLeastExponent<scalar_t>));
+  return exp2_to_zero(clamp_min(clamp_max(x, scalar_t(0)) * scalar_t(1.4426950408889634), kLeastExponent<scalar_t>));
 }
 
 }  // namespace pglcl::PGLCL_ISA

@@ -51,7 +51,7 @@ PGLCL_INLINE Sums<scalar_t> sum_classes(const element_t* input, int64_t class_st
   const auto exponent = [&](int64_t k) __attribute__((always_inline)) {
     // In units of log 2, so that 2^x replaces e^x. The distance of two logits may be infinite, and 0 times infinity is
     // NaN.
-    return at_least(vec(p[k] - result.highest) * scalar_t(kLog2E), kLeastExponent<scalar_t>);
+    return clamp_min(vec(p[k] - result.highest) * scalar_t(kLog2E), kLeastExponent<scalar_t>);
   };
   vec x = exponent(0);
   p[0] = result.sum = exp2_to_zero(x);
@@ -80,7 +80,7 @@ PGLCL_INLINE Prediction<scalar_t> predict(const Sums<scalar_t>& sums) {
   if constexpr (Kind::given) return {broadcast(scalar_t(1)), sums.weighted, vec_t<scalar_t>{}};
   const vec_t<scalar_t> inverse = scalar_t(1) / sums.sum, log_sum = log_from_one(sums.sum);
   // Rounding can bring the entropy of a certain pixel a little below zero.
-  return {inverse, at_least(log_sum - sums.weighted * inverse * scalar_t(kLn2), scalar_t(0)), log_sum};
+  return {inverse, clamp_min(log_sum - sums.weighted * inverse * scalar_t(kLn2), scalar_t(0)), log_sum};
 }
 
 template <typename scalar_t>
@@ -252,7 +252,7 @@ PGLCL_INLINE void backward_columns(const StatisticsGradientStrip<scalar_t>& s, i
                                 } else {
                                   // dh/dlogit_k = -p_k (log p_k + h), and the softmax Jacobian for dp.
                                   const vec centred = read(input + k * class_stride) - highest;
-                                  const vec log_pk_and_h = at_least(centred, kLeastExponent<scalar_t>) + offset;
+                                  const vec log_pk_and_h = clamp_min(centred, kLeastExponent<scalar_t>) + offset;
                                   gradient = pk * (dp - dp_mean - dh * log_pk_and_h);
                                 }
                                 write_part<scalar_t>(out + k * s.class_stride, gradient, lanes);
