@@ -20,7 +20,7 @@ from pglcl_ext._checks import REDUCTIONS, dtype_name
 from pglcl_ext._library import ops
 from pglcl_ext._precision import accumulate_dtype
 
-__all__ = ["GATHERS", "SharedGroup", "all_keys_contrast", "first_row", "gather_rows", "ring_contrast"]
+__all__ = ["GATHERS", "SharedGroup", "all_keys_contrast", "first_row", "gather_rows", "ring_contrast", "row_counts"]
 
 GATHERS = ("all", "ring")
 NONE, MEAN, SUM = REDUCTIONS["none"], REDUCTIONS["mean"], REDUCTIONS["sum"]
@@ -44,8 +44,11 @@ class SharedGroup:
         )
 
 
-def _sizes(tensors: list[Tensor], group: Any, manner: str) -> list[int]:
-    """The number of rows of every rank. Ranks must agree in all else, since they exchange bytes without a type."""
+def row_counts(tensors: list[Tensor], group: Any, manner: str = "gathering") -> list[int]:
+    """The number of rows of every rank.
+
+    Ranks must agree in all else, since they exchange bytes without a type, and wait for each other.
+    """
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"a process group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
     kind = ", ".join(f"{dtype_name(t)} {('rows', *t.shape[1:])}".replace("'", "") for t in tensors)
@@ -56,8 +59,9 @@ def _sizes(tensors: list[Tensor], group: Any, manner: str) -> list[int]:
     for rank, other in enumerate(kinds):
         if other != kinds[dist.get_rank(group)]:
             raise ValueError(
-                f"every rank must give tensors of the same dtypes and sizes, except for the number of rows, and the "
-                f"same options: rank {rank} of the group differs from this one, which gives {kind} by {manner}"
+                f"every rank must give tensors of the same dtypes and sizes, except for the number of rows, with or "
+                f"without gradients, and the same options: rank {rank} of the group differs from this one, which gives "
+                f"{kind} by {manner}"
             )
     return list(sizes)
 
@@ -77,12 +81,12 @@ def _from_bytes(rows: Tensor, like: Tensor) -> Tensor:
     return rows.contiguous().view(like.dtype).view(len(rows), *like.shape[1:])
 
 
-def gather_rows(tensors: list[Tensor], group: Any) -> list[Tensor]:
+def gather_rows(tensors: list[Tensor], group: Any, sizes: list[int] | None = None) -> list[Tensor]:
     """The rows of all ranks, in the order of the ranks, for each of `tensors`. No gradient flows.
 
-    All `tensors` of a rank must have the same number of rows, which may differ between ranks.
+    All `tensors` of a rank must have the same number of rows. `sizes` are their :func:`row_counts`, if these are known.
     """
-    sizes = _sizes(tensors, group, "gathering")
+    sizes = row_counts(tensors, group) if sizes is None else sizes
     packed = torch.cat([_bytes(t, max(sizes)) for t in tensors], dim=1)
     parts = [torch.empty_like(packed) for _ in sizes]
     dist.all_gather(parts, packed, group=group)
@@ -95,22 +99,27 @@ class _GatherKeys(torch.autograd.Function):
     """Gathers the rows of all ranks. In the backward pass, a rank gets the sum of all ranks' gradients of its rows."""
 
     @staticmethod
-    def forward(ctx: Any, keys: Tensor, group: Any) -> Tensor:
-        ctx.group, ctx.rows = group, len(keys)
-        (gathered,) = gather_rows([keys], group)
-        ctx.first = first_row(keys, group)
+    def forward(ctx: Any, keys: Tensor, sizes: list[int], group: Any) -> Tensor:
+        ctx.group, ctx.rows, ctx.first = group, len(keys), first_row(sizes, group)
+        (gathered,) = gather_rows([keys], group, sizes)
         return gathered
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         wide = grad.to(accumulate_dtype(grad.dtype)).contiguous()
         dist.all_reduce(wide, group=ctx.group)
-        return wide[ctx.first : ctx.first + ctx.rows].to(grad.dtype), None
+        return wide[ctx.first : ctx.first + ctx.rows].to(grad.dtype), None, None
 
 
-def first_row(own: Tensor, group: Any) -> int:
-    """The index at which this rank's rows begin among those of all ranks."""
-    return sum(_sizes([own], group, "gathering")[: dist.get_rank(group)])
+def first_row(sizes: list[int], group: Any) -> int:
+    """The index at which this rank's rows begin among those of all ranks, of which there are `sizes`."""
+    return sum(sizes[: dist.get_rank(group)])
+
+
+def _with_gradients(manner: str, **tensors: Tensor) -> str:
+    """`manner`, and which of `tensors` get a gradient. A rank would wait for one that others do not send."""
+    learnt = [name for name, t in tensors.items() if torch.is_grad_enabled() and t.requires_grad]
+    return f"{manner}, with gradients of {' and '.join(learnt) or 'nothing'}"
 
 
 def _own_keys(x: ContrastArguments) -> Side:
@@ -152,8 +161,10 @@ def all_keys_contrast(
     """
     own = _own_keys(x)
     embeddings, *others = _given(own)
-    keys = Side(_GatherKeys.apply(embeddings, group), *gather_rows(others, group))  # type: ignore[no-untyped-call]
-    offset = first_row(embeddings, group) if x.keys is None else -1
+    sizes = row_counts(_given(own), group, _with_gradients("gathering", keys=embeddings))
+    gathered = _GatherKeys.apply(embeddings, sizes, group)  # type: ignore[no-untyped-call]
+    keys = Side(gathered, *gather_rows(others, group, sizes))
+    offset = first_row(sizes, group) if x.keys is None else -1
     outputs = contrast(_with_keys(x, keys, offset, NONE if x.numbers.reduction == NONE else SUM))
     return _reduce(outputs.loss, outputs.num_valid, x.numbers.reduction, group)
 
@@ -210,8 +221,10 @@ class _RingContrast(torch.autograd.Function):
     """The loss and number of positives of each anchor. Keys, labels and descriptors travel as one block of bytes."""
 
     @staticmethod
-    def forward(ctx: Any, anchors: Tensor, own_keys: Tensor, x: ContrastArguments, group: Any) -> tuple[Tensor, Tensor]:
-        ctx.sizes = _sizes(_given(_own_keys(x)), group, "a ring")
+    def forward(
+        ctx: Any, anchors: Tensor, own_keys: Tensor, x: ContrastArguments, sizes: list[int], group: Any
+    ) -> tuple[Tensor, Tensor]:
+        ctx.sizes = sizes
         ctx.ring = _Ring(group)
         sums = None
         for part in _RingContrast.parts(ctx, x):
@@ -246,7 +259,7 @@ class _RingContrast(torch.autograd.Function):
         max_logit, log_sum, count, *tensors = ctx.saved_tensors
         x = ContrastArguments.nested((*tensors, *ctx.numbers))
         anchors, own_keys = x.anchors.embeddings, _own_keys(x).embeddings
-        needs_anchors, needs_keys, _, _ = ctx.needs_input_grad
+        needs_anchors, needs_keys, *_ = ctx.needs_input_grad
         wide = accumulate_dtype(anchors.dtype)
         grad_anchors = torch.zeros(anchors.shape, dtype=wide, device=anchors.device)
         # The gradient of the keys travels behind them. Each rank adds its part; at the end it is back at its own rank.
@@ -268,8 +281,8 @@ class _RingContrast(torch.autograd.Function):
             travelling[: len(own_keys)].to(own_keys.dtype) if needs_keys else None,
         )
         if torch.is_grad_enabled():
-            return (*(None if g is None else _Twice.apply(g, grad, anchors, own_keys) for g in grads), None, None)  # type: ignore[no-untyped-call]
-        return (*grads, None, None)
+            return (*(None if g is None else _Twice.apply(g, grad, anchors, own_keys) for g in grads), None, None, None)  # type: ignore[no-untyped-call]
+        return (*grads, None, None, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -290,5 +303,8 @@ class _Twice(torch.autograd.Function):
 
 def ring_contrast(x: ContrastArguments, group: Any) -> tuple[Tensor, Tensor]:
     """As :func:`all_keys_contrast`, but holds the keys of only two ranks at a time."""
-    losses, count = _RingContrast.apply(x.anchors.embeddings, _own_keys(x).embeddings, x, group)  # type: ignore[no-untyped-call]
+    own = _own_keys(x)
+    anchors, keys = x.anchors.embeddings, own.embeddings
+    sizes = row_counts(_given(own), group, _with_gradients("a ring", anchors=anchors, keys=keys))
+    losses, count = _RingContrast.apply(anchors, keys, x, sizes, group)  # type: ignore[no-untyped-call]
     return _reduce(losses, (count > 0).sum(), x.numbers.reduction, group)

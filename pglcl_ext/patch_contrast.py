@@ -27,7 +27,15 @@ from pglcl_ext._checks import (
 )
 from pglcl_ext._library import allow_tf32, ops
 from pglcl_ext._precision import accumulate_dtype, unit_rows
-from pglcl_ext.distributed import GATHERS, SharedGroup, all_keys_contrast, first_row, gather_rows, ring_contrast
+from pglcl_ext.distributed import (
+    GATHERS,
+    SharedGroup,
+    all_keys_contrast,
+    first_row,
+    gather_rows,
+    ring_contrast,
+    row_counts,
+)
 from pglcl_ext.semantic_disparity import disparity_bounds
 
 __all__ = ["PatchContrastLoss", "patch_contrast_loss"]
@@ -236,8 +244,9 @@ def _with_counted_bounds(
     assert keys.descriptors is not None
     labels, descriptors, self_offset = keys.labels, keys.descriptors, 0
     if group is not None:
-        labels, descriptors = gather_rows([labels, descriptors], group)
-        self_offset = first_row(keys.labels, group)
+        sizes = row_counts([labels, descriptors], group)
+        labels, descriptors = gather_rows([labels, descriptors], group, sizes)
+        self_offset = first_row(sizes, group)
     dtype = accumulate_dtype(x.anchors.embeddings.dtype)
     bounds = {}
     for name, count, positives in (("positive", num_positives, True), ("negative", num_negatives, False)):

@@ -181,6 +181,8 @@ def disagree(rank: int, world: int, folder: str) -> None:
             (z[:, :2] if other else z[:, :4].float(), y),  # as many bytes
             (z, y, h if other else None),
             (z, y, h[:, None] if other else h[:, None].expand(9, 2)),
+            (z.clone().requires_grad_(), y) if other else (z, y),  # the one would wait for the other's gradient
+            (z.clone().requires_grad_() if other else z[:0], y if other else y[:0]),  # as a rank without patches
         ):
             with pytest.raises(ValueError, match=f"every rank must give tensors of the same dtypes .*: {differs}"):
                 module(*call)
