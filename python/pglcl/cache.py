@@ -7,8 +7,8 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,8 @@ def _store(entry: Path, prepared: Prepared) -> None:
     """Writes under a temporary name and renames, so that no entry is incomplete. Slices follow one another."""
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=entry.parent))
+        partial = entry.parent / f"{PARTIAL}{secrets.token_hex(8)}"
+        partial.mkdir()  # with the rights that the umask leaves: tempfile's folders are closed to other users
         held = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
         try:
             with contextlib.suppress(OSError):  # some file systems have no locks

@@ -13,6 +13,7 @@ import importlib.metadata
 import inspect as inspection
 import io
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -207,8 +208,14 @@ def _train(ctx: typer.Context, data: Path | None, output: Path | None, **options
         raise typer.Exit(STOPPED) from None
     if training.is_first:
         console(own["quiet"]).print(
-            f"{run}: done. Next: pglcl evaluate {run} {root}{_part_of(run)}; pglcl report {run}"
+            f"{run}: done. Next: pglcl evaluate {_quoted(run)} {_quoted(root)}{_part_of(run)}; "
+            f"pglcl report {_quoted(run)}"
         )
+
+
+def _quoted(path: Path) -> str:
+    """As a shell takes it."""
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 def _part_of(run: Path) -> str:

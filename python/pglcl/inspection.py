@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -16,14 +17,17 @@ import numpy as np
 from pglcl.cases import Split, cases_of, distance_unit, split_patients
 from pglcl.config import TrainConfig
 from pglcl.errors import UserError
+from pglcl.formats import Source
 from pglcl.intensity import Intensity, Measured, choose_intensity, measure
 from pglcl.labels import MOST_CLASSES, LabelMap, parse_labels, value_counts
 from pglcl.layouts import Case, DataFolder
 from pglcl.limits import check_memory
 from pglcl.memory import in_words
 from pglcl.model import choose_device
-from pglcl.prepare import choose_slice_axis, padded_shape
+from pglcl.prepare import choose_slice_axis, does_not_suit, padded_shape
 from pglcl.volumes import read_label_values, read_volume, resized_shape
+
+SHOWN = 8  # lines of one kind
 
 
 @dataclass
@@ -31,7 +35,8 @@ class CaseReport:
     """What was found in one case. Problems stop a training, notes do not.
 
     shape, spacing: in canonical axes. orientation: of the file's axes, such as RAS. unit: of the spacing. axes: of the
-    file, 2 or 3. dtype: of the file. label_voxels: number of voxels of each value of the label.
+    file, 2 or 3. dtype: of the file. source: of its first image. digest: SHA-256 of the voxels. label_voxels: number of
+    voxels of each value of the label.
     """
 
     case: Case
@@ -42,6 +47,8 @@ class CaseReport:
     unit: str = "mm"
     axes: int = 3
     dtype: str = ""
+    source: Source | None = None
+    digest: str = ""
     measured: Measured | None = None
     label_voxels: dict[int, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -80,6 +87,7 @@ def inspect_case(case: Case, labels: LabelMap | None = None) -> CaseReport:
         data, source = volume.data, volume.source
         report.shape, report.channels, report.spacing = data.shape[1:], len(data), volume.spacing
         report.unit, report.axes, report.dtype = source.unit, source.axes, str(source.dtype)
+        report.source, report.digest = source, hashlib.sha256(data).hexdigest()
         report.orientation = "".join(nib.aff2axcodes(source.affine)) if source.unit == "mm" else "-"
     except UserError as error:
         report.problems.extend(error.lines)
@@ -123,6 +131,23 @@ def inspect_cases(cases: Iterable[Case], labels: LabelMap | None = None) -> list
             if r.channels not in (0, usual):
                 r.problems.append(f"{r.case.images[0]}: has {r.channels} channels, the others have {usual}")
     return reports
+
+
+def same_images(reports: Sequence[CaseReport], split: Split | None = None) -> list[str]:
+    """A line for each image of one patient whose voxels are those of another patient's.
+
+    If one of them is trained on, the score of the other says nothing about new patients.
+    """
+    parts = {patient: part for part, patients in split.as_dict().items() for patient in patients} if split else {}
+    first: dict[str, CaseReport] = {}
+    lines = []
+    for report in reports:
+        other = first.setdefault(report.digest, report) if report.digest else report
+        if other.case.patient != report.case.patient:
+            names = [f"{r.case.name} ({parts[r.case.patient]})" if parts else r.case.name for r in (other, report)]
+            lines.append(f"{names[0]} and {names[1]} have the same voxels, and count as two patients")
+    more = [f"and {len(lines) - SHOWN} more images with the voxels of another"] if len(lines) > SHOWN else []
+    return lines[:SHOWN] + more
 
 
 def inspect_folder(data: DataFolder, labels: LabelMap | None = None) -> list[CaseReport]:
@@ -208,8 +233,7 @@ def survey(
         print_line(f"{data.root}: checking {len(cases)} volumes")
     reports = inspect_cases(cases, declared)
     problems = [line for report in reports for line in report.problems]
-    if config.spatial_dims == 3:
-        problems += [f"{r.case.images[0]}: is a 2-D image; use --spatial-dims 2" for r in reports if r.axes == 2]
+    problems += [f"{r.case.images[0]}: {why}" for r in reports if r.source and (why := does_not_suit(r.source, config))]
     if problems:
         raise UserError(
             *problems, f"{len(problems)} problems; pglcl inspect {data.root} lists those of the whole folder"
@@ -222,7 +246,7 @@ def survey(
         )
     labelled = reports[: len(parts["labelled"])]
     labels = labels_of(data, reports, declared)
-    notes = [*data.notes, *_missing_classes(data, labels, labelled)]
+    notes = [*data.notes, *same_images(reports, split), *_missing_classes(data, labels, labelled)]
     trained = reports[: len(parts["labelled"]) + len(parts["unlabelled"])]
     intensity = choose_intensity(
         config.normalise, config.level_and_width, data.modalities, [r.measured for r in trained if r.measured]
@@ -289,7 +313,7 @@ def class_table(data: DataFolder, reports: Sequence[CaseReport], labels: LabelMa
 
 def warnings_of(data: DataFolder, reports: Sequence[CaseReport], labels: LabelMap) -> list[str]:
     """Lines that do not stop a training but that its user should know."""
-    lines = list(data.notes)
+    lines = [*data.notes, *same_images(reports)]
     with_label = [r for r in reports if r.label_voxels]
     blank = [r for r in with_label if not sum(labels.class_counts(r.label_voxels)[1:])]
     if 2 * len(blank) > len(with_label):

@@ -69,6 +69,17 @@ class Intensity:
         """Normalises (C, X, Y, Z); the result is float32."""
         return torch.cat([channel(image[c : c + 1]) for c, channel in enumerate(self.channels)])
 
+    def problem(self, image: np.ndarray) -> str:
+        """Why an image (C, X, Y, Z) does not suit these constants, or nothing. Only `rgb` knows its range."""
+        for c, channel in enumerate(self.channels):
+            if channel.kind != "rgb":
+                continue
+            low, high = float(image[c].min()), float(image[c].max())
+            share = high <= 1 and bool((image[c] != np.rint(image[c])).any())
+            if low < 0 or high > 255 or share:
+                return f"channel {c} must have values from 0 to 255 for --normalise rgb, got {low:g} to {high:g}"
+        return ""
+
     def describe(self) -> str:
         kinds = [channel.describe() for channel in self.channels]
         words = kinds[0] if len(set(kinds)) == 1 else "; ".join(f"channel {c}: {k}" for c, k in enumerate(kinds))
@@ -87,8 +98,8 @@ class Intensity:
 class Measured:
     """What was measured of the intensities of one case.
 
-    low, high: of each channel. whole: whether a channel's values are all whole numbers. eight_bits: whether the file
-    has unsigned bytes. foreground: (C, n) float32, a sample of the labelled foreground, where there is a label.
+    low, high: of each channel. whole: whether a channel's values are all whole numbers. eight_bits: whether all
+    values are unsigned bytes. foreground: (C, n) float32, a sample of the labelled foreground, where there is a label.
     """
 
     low: tuple[float, ...]
@@ -188,11 +199,11 @@ def measure(data: np.ndarray, dtype: np.dtype, foreground: np.ndarray | None) ->
     """
     flat = data.reshape(len(data), -1)
     low, high = flat.min(axis=1), flat.max(axis=1)
-    whole = [dtype.kind in "iub" or bool((channel == np.rint(channel)).all()) for channel in flat]
+    # A file of whole numbers may hold fractions, by the slope in its header.
+    whole = [bool((channel == np.rint(channel)).all()) for channel in flat]
     sample = None
     if foreground is not None:
         inside = np.flatnonzero(foreground)
         sample = flat[:, inside[:: max(1, -(-len(inside) // SAMPLES))]]
-    return Measured(
-        tuple(float(v) for v in low), tuple(float(v) for v in high), tuple(whole), dtype == np.uint8, sample
-    )
+    eight_bits = dtype == np.uint8 and all(whole) and bool(low.min() >= 0 and high.max() <= 255)
+    return Measured(tuple(float(v) for v in low), tuple(float(v) for v in high), tuple(whole), eight_bits, sample)

@@ -13,7 +13,7 @@ from typing import Any
 
 from pglcl.errors import UserError
 from pglcl.files import read_json
-from pglcl.formats import hdf5, read_source
+from pglcl.formats import hdf5, itk, read_source
 from pglcl.formats.names import (
     inputs_in,
     is_dicom_folder,
@@ -274,7 +274,29 @@ def _acdc(root: Path) -> DataFolder:
 
 
 def _plain(root: Path) -> DataFolder:
-    return DataFolder(root, "plain", _pair(root / "images", root / "labels"))
+    images, labels = root / "images", root / "labels"
+    return DataFolder(root, "plain", _pair(images, labels), notes=_not_read(images, labels))
+
+
+def _not_read(*folders: Path) -> list[str]:
+    """Lines about files beside images and labels that are not read: of other formats, or in folders of their own.
+
+    A label among them would make its image count as unlabelled.
+    """
+    lines = []
+    for folder in folders:
+        found = list_folder(folder) if folder.is_dir() else []
+        voxels = {file.name for path in found if suffix_of(path) == ".mhd" for file in itk.voxel_files(path)}
+        others = [path.name for path in found if path.is_file() and not suffix_of(path) and path.name not in voxels]
+        below = [path.name for path in found if path.is_dir() and not is_dicom_folder(path) and _files_below(path)]
+        for names, why in (
+            (others, "their format is not known by its suffix"),
+            (below, "folders of images; images and labels must lie directly there"),
+        ):
+            if names:
+                some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+                lines.append(f"{folder}: {some} ({len(names)}): not read, {why}")
+    return lines
 
 
 def _pair(images: Path, labels: Path, channels: int = 0) -> list[Case]:
@@ -382,6 +404,7 @@ def _nnunet(root: Path) -> DataFolder:
             problems.append(f"{case.images[0]}: must have {len(modalities)} channel files, got {len(case.images)}")
     if problems:
         raise UserError(*problems)
+    notes += _not_read(*(root / name for name in ("imagesTr", "labelsTr", "imagesUn")))
     return DataFolder(root, "nnunet", cases, labels, modalities=modalities, notes=notes)
 
 

@@ -47,7 +47,7 @@ class FolderLock:
             self.folder.mkdir(parents=True, exist_ok=True)
             # O_NOFOLLOW: a link could lead to another file, whose content would be lost.
             self.descriptor = os.open(
-                self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644
+                self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666
             )
         except OSError as error:
             raise WriteError(f"{self.folder}: cannot be written: {error.strerror or error}") from error

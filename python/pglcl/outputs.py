@@ -61,12 +61,17 @@ def check_outside_data(folder: Path, root: Path) -> None:
     from pglcl.layouts import open_folder
 
     inner, outer = _resolved(folder), _resolved(root)
-    if not inner.is_relative_to(outer):
+    is_list = root.is_file()
+    if not (is_list or inner.is_relative_to(outer)):
         return
     try:
         data = open_folder(root)
     except UserError:
         return  # not a data folder, so nothing there is read as an image
+    if is_list:  # it names its files, so others beside them are not read; yet their names may be those of masks
+        if any(_resolved(case.label).parent == inner for case in data.cases if case.label):
+            raise UserError(f"{folder}: holds the labels that {root} lists; choose another --output")
+        return
     first = inner.relative_to(outer).parts[:1]
     files = [path for case in data.cases for path in (*case.images, case.label) if path is not None]
     used = {_resolved(path).relative_to(outer).parts[0] for path in files if _resolved(path).is_relative_to(outer)}

@@ -242,6 +242,8 @@ class Predictor:
         step = max(1, SLAB_ELEMENTS // p[:, 0].numel())
         for first in range(0, p.shape[1], step):
             rows = p[:, first : first + step]
+            if not torch.isfinite(rows).all():  # its most probable class would be background
+                raise UserError(f"{prepared.case.images[0]}: the network gives NaN; are its intensities damaged?")
             rows.copy_(rows.softmax(dim=0))  # in place: the logits are not needed again
         if model.slice_axis is not None:
             p = p.movedim(-1, model.slice_axis + 1)

@@ -64,12 +64,16 @@ def prepare(
         labels: the map of label values to classes; without it, the label file is not read.
 
     Raises:
-        UserError: a damaged file, another number of channels than `intensity` has, or a volume too large for memory.
+        UserError: a damaged file, an image that does not suit `config` or `intensity`, or one too large for memory.
     """
     volume = read_volume(case.images)
     shape, channels = volume.data.shape[1:], len(volume.data)
+    problem = does_not_suit(volume.source, config)
     if channels != len(intensity.channels):
-        raise UserError(f"{case.images[0]}: must have {len(intensity.channels)} channels, got {channels}")
+        problem = f"must have {len(intensity.channels)} channels, got {channels}"
+    problem = problem or intensity.problem(volume.data)
+    if problem:
+        raise UserError(f"{case.images[0]}: {problem}")
     resized = resized_shape(
         shape, volume.spacing, slice_axis=slice_axis, size=config.size, target=config.target_spacing
     )
@@ -95,6 +99,15 @@ def prepare(
         target = None if target is None else target.movedim(slice_axis, -1)
     target = None if target is None else target.contiguous()
     return Prepared(case, image.contiguous(), target, geometry, spacing, source)
+
+
+def does_not_suit(source: Source, config: TrainConfig) -> str:
+    """Why an image cannot be prepared with these options, or nothing."""
+    if config.spatial_dims == 3 and source.axes == 2:
+        return "is a 2-D image; --spatial-dims 3 needs volumes"
+    if config.target_spacing and source.unit != "mm":
+        return f"cannot be resampled to --spacing {config.spacing} mm: its format does not say how large a voxel is"
+    return ""
 
 
 def padded_shape(resized: Sequence[int], config: TrainConfig, slice_axis: int | None) -> tuple[int, ...]:

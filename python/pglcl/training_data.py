@@ -11,6 +11,7 @@ from pglcl.cache import clear_partial, prepare_cached
 from pglcl.cases import Split, cases_of, split_patients
 from pglcl.config import TrainConfig
 from pglcl.formats import itk
+from pglcl.formats.names import READERS, suffix_of
 from pglcl.inspection import Survey, survey
 from pglcl.labels import LabelMap
 from pglcl.layouts import Case, DataFolder, open_folder
@@ -96,9 +97,8 @@ def files_of_cases(cases: Iterable[Case]) -> set[Path]:
 
 
 def files_of(path: Path) -> list[Path]:
-    """All files of an image: a folder of DICOM slices, a header (.mhd) with its voxels beside it, or one file."""
-    if path.is_dir():
-        return [file for file in path.rglob("*") if file.is_file()]
-    if path.suffix.lower() == ".mhd":
-        return [path, *itk.voxel_files(path)]
-    return [path]
+    """All files of an image: a folder of DICOM slices, a header with its voxels beside it, or one file."""
+    if path.is_dir():  # without hidden files, such as macOS and others leave in folders that are looked at
+        found = (file for file in path.rglob("*") if file.is_file())
+        return [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    return [path, *itk.voxel_files(path)] if READERS.get(suffix_of(path)) == "itk" else [path]

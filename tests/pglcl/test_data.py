@@ -19,13 +19,15 @@ from pglcl.config import TrainConfig
 from pglcl.errors import UserError
 from pglcl.formats import read
 from pglcl.inspection import labels_of, propose, survey
-from pglcl.layouts import open_folder
+from pglcl.intensity import Channel, Intensity
+from pglcl.layouts import Case, open_folder
 from pglcl.model import load_model
+from pglcl.prepare import prepare
 from pglcl.train import Training
 from pglcl.training_data import load_training_data
 
 from tests.conftest import data_folder
-from tests.pglcl.folders import decathlon, describe, kits, nnunet, pictures, plain, save, ssl4mis, tiny, volume
+from tests.pglcl.folders import acdc, decathlon, describe, kits, nnunet, pictures, plain, save, ssl4mis, tiny, volume
 
 
 def values_of(path: Path) -> set[int]:
@@ -183,8 +185,55 @@ def test_sizes_that_no_memory_holds(tmp_path: Path) -> None:
 
 
 def test_two_dimensional_images_need_two_dimensions(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cell00\.png: is a 2-D image; use --spatial-dims 2"):
+    with pytest.raises(UserError, match=r"cell00\.png: is a 2-D image; --spatial-dims 3 needs volumes"):
         checked(pictures(tmp_path), spatial_dims=3, image_size="32,32,16")
+
+
+def test_images_that_do_not_suit_the_model(tmp_path: Path) -> None:
+    """They would be padded to a volume, or resampled as if a voxel without a size had 1 mm, without a word."""
+    root = ssl4mis(tmp_path / "ssl4mis")
+    with pytest.raises(UserError, match=r"\.h5: cannot be resampled to --spacing 2 mm: its format does not say how"):
+        checked(root, spatial_dims=3, image_size="16", spacing="2", validation=-1, test=-1)
+    image = volume(0)[0]
+    flat = Case("flat", "p", (save(tmp_path / "flat.nii.gz", image[:, :, 2]),), None)
+    grey = Intensity((Channel("percentile"),), "")
+    with pytest.raises(UserError, match=r"flat\.nii\.gz: is a 2-D image; --spatial-dims 3 needs volumes"):
+        prepare(flat, tiny(spatial_dims=3, image_size="16"), None, grey)
+    assert prepare(flat, tiny(), 2, grey).image.shape == (1, 32, 32, 1)
+    colours = np.stack([image / image.max()] * 3, axis=-1)
+    shares = Case("shares", "p", (save(tmp_path / "shares.nii.gz", colours),), None)
+    rgb = Intensity((Channel("rgb", 0, 255, 124, 58),) * 3, "")
+    with pytest.raises(
+        UserError, match=r"shares\.nii\.gz: channel 0 must have values from 0 to 255 for --normalise rgb"
+    ):
+        prepare(shares, tiny(), 2, rgb)
+
+
+def test_one_image_of_two_patients_is_said(tmp_path: Path) -> None:
+    """The score of the second says nothing about new patients."""
+    root = plain(tmp_path)
+    for name in ("images", "labels"):  # labelled, and of the test; another name, and other bytes
+        image = nib.load(root / name / "case01.nii.gz")
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj), image.affine), root / name / "case05.nii.gz")
+    said = "case01 (labelled) and case05 (test) have the same voxels, and count as two patients"
+    assert said in checked(root).notes
+    folder = open_folder(root)
+    found = inspection.inspect_folder(folder)
+    lines = inspection.warnings_of(folder, found, inspection.labels_of(folder, found, None))
+    assert "case01 and case05 have the same voxels, and count as two patients" in lines
+    assert inspection.same_images(inspection.inspect_folder(open_folder(acdc(tmp_path / "acdc", 2)))) == []
+
+
+def test_a_cache_is_open_to_others(tmp_path: Path) -> None:
+    """As open as the umask lets any new folder be: several users may share it."""
+    before = os.umask(0o022)
+    try:
+        load_training_data(plain(tmp_path / "data"), tiny(cache=str(tmp_path / "cache")))
+    finally:
+        os.umask(before)
+    entries = [*(tmp_path / "cache").iterdir()]
+    assert {entry.stat().st_mode & 0o777 for entry in entries} == {0o755}
+    assert {path.stat().st_mode & 0o777 for entry in entries for path in entry.iterdir()} == {0o644}
 
 
 def test_ct_is_measured_on_training_cases_alone(tmp_path: Path) -> None:

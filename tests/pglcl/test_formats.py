@@ -218,6 +218,30 @@ def test_voxels_that_a_header_keeps_elsewhere(tmp_path: Path) -> None:
     assert refused(path).endswith("gone.raw, which is no file")
 
 
+@pytest.mark.parametrize("ending", [".mha", ".nrrd"])
+def test_voxels_beside_a_header_that_usually_holds_them(ending: str, tmp_path: Path) -> None:
+    """Otherwise a run would not see that they change, nor a reader that half of them is gone."""
+    voxels, path = tmp_path / "voxels.raw", tmp_path / f"a{ending}"
+    whole = write(tmp_path / "whole.nii.gz", VOXELS, np.diag([-1.0, -1, 1, 1]))
+    voxels.write_bytes(VOXELS.tobytes(order="F"))
+    size = " ".join(map(str, VOXELS.shape))
+    text = {
+        ".mha": f"ObjectType = Image\nNDims = 3\nDimSize = {size}\nElementType = MET_SHORT\nElementDataFile = FILE\n",
+        ".nrrd": "NRRD0004\ntype: short\ndimension: 3\nspace: left-posterior-superior\n"
+        f"sizes: {size}\nspace directions: (1,0,0) (0,1,0) (0,0,1)\nspace origin: (0,0,0)\nendian: little\n"
+        "encoding: raw\ndata file: FILE\n\n",
+    }[ending]
+    path.write_text(text.replace("FILE", "voxels.raw"))
+    np.testing.assert_array_equal(read_volume([path]).data, read_volume([whole]).data)
+    assert files_of(path) == [path, voxels]
+    voxels.write_bytes(VOXELS.tobytes(order="F")[:-100])
+    assert "damaged" in refused(path)
+    path.write_text(text.replace("FILE", "LIST"))
+    refused(path)
+    path.write_text(text.replace("FILE", "gone.raw"))
+    assert "gone.raw" in refused(path)
+
+
 @pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".mha", ".png", ".h5"])
 def test_a_pipe_where_a_list_names_an_image(ending: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / f"a{ending}")
@@ -273,6 +297,25 @@ def test_dicom_folders_that_are_refused(tmp_path: Path) -> None:
     middle = sorted(files, key=positions.__getitem__)[2]
     middle.unlink()
     assert "is one missing?" in refused(folder)
+
+
+def test_dicom_of_a_tilted_gantry(tmp_path: Path) -> None:
+    """Read as straight, its last slice would lie beside its place; a mask as well."""
+    tilted = STRAIGHT.copy()
+    tilted[:3, 2] += 0.3 * STRAIGHT[:3, 0]
+    assert "slices must lie straight behind each other, and are shifted by up to 1.68 mm" in refused(
+        dicom(tmp_path / "scan", VOXELS, tilted)
+    )
+
+
+def test_hidden_files_are_no_part_of_a_dicom_folder(tmp_path: Path) -> None:
+    """A file manager may leave one at any time, for example between the start of a run and its resume."""
+    folder = dicom(tmp_path / "scan", VOXELS, STRAIGHT)
+    before = files_of(folder)
+    (folder / ".DS_Store").write_bytes(b"macOS")
+    (folder / ".copy.dcm").write_bytes((folder / "000.dcm").read_bytes())
+    assert sorted(files_of(folder)) == sorted(before)
+    assert read_volume([folder]).data.shape == (1, 26, 30, 5)
 
 
 PICTURES = {
@@ -346,6 +389,32 @@ def test_pictures_that_would_be_read_as_something_else(tmp_path: Path) -> None:
     image.fromarray(grey[:, :5]).save(tmp_path / "small.png")
     with pytest.raises(UserError, match="must have the shape of its image"):
         read_label_values(tmp_path / "small.png", tmp_path / "image.png")
+
+
+@pytest.mark.parametrize("ending", [".jpg", ".png", ".tif"])
+def test_pictures_that_are_stored_turned(ending: str, tmp_path: Path) -> None:
+    """A camera's turn: programs that heed it and those that do not draw masks in two ways."""
+    image = pytest.importorskip("PIL.Image")
+    picture = image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8))
+    path = tmp_path / f"a{ending}"
+    for orientation in (1, 3, 6):
+        exif = image.Exif()
+        exif[274] = orientation
+        picture.save(path, exif=exif)
+        if orientation == 1:
+            assert read_volume([path]).data.shape == (1, 6, 8, 1)
+        else:
+            assert f"is stored turned or mirrored (EXIF orientation {orientation})" in refused(path)
+
+
+def test_a_mask_whose_white_is_0(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    mask = np.arange(48, dtype=np.uint8).reshape(6, 8) % 2 * 255
+    image.fromarray(mask).save(tmp_path / "image.png")
+    image.fromarray(mask).save(tmp_path / "mask.tif", tiffinfo={262: 0})
+    with pytest.raises(UserError, match=r"mask\.tif: stores white as 0"):
+        read_label_values(tmp_path / "mask.tif", tmp_path / "image.png")
+    np.testing.assert_array_equal(read_volume([tmp_path / "mask.tif"]).data[0, ..., 0], mask)
 
 
 def png_of_16_bit_colours(path: Path) -> Path:

@@ -57,6 +57,15 @@ def test_foreground_that_reaches_into_the_padding() -> None:
     assert channel.low >= 0
 
 
+def test_whole_numbers_of_a_file_may_be_scaled() -> None:
+    """By the slope in its header: values are what counts, not the type that stores them."""
+    scaled = measure(np.linspace(-900, 900, 125, dtype=np.float32).reshape(1, 5, 5, 5), SHORT, None)
+    assert scaled.hounsfield == (False,)
+    for values in (np.arange(192) / 255, np.arange(192) * 2.0, np.arange(192) - 1.0):
+        shares = measure(values.astype(np.float32).reshape(3, 8, 8, 1), BYTES, None)
+        assert choose_intensity("auto", None, (), [shares]).channels == (Channel("percentile"),) * 3
+
+
 def test_what_auto_takes() -> None:
     grey = measure(np.random.default_rng(0).random((1, 5, 5, 5), np.float32), FLOAT, None)
     colour = measure(np.arange(3 * 64, dtype=np.float32).reshape(3, 8, 8, 1), BYTES, None)

@@ -408,6 +408,22 @@ def test_descriptions_as_windows_writes_them(tmp_path: Path) -> None:
     assert open_folder(root).parts["test"] == ("patient008",)
 
 
+def test_files_that_are_not_read_are_said(tmp_path: Path) -> None:
+    """A label among them would make its image count as unlabelled."""
+    root = plain(tmp_path, 4, unlabelled=1)
+    assert open_folder(root).notes == []
+    label = (root / "labels" / "case01.nii.gz").read_bytes()
+    for name in ("case01.npz", ".hidden", "more/case03.nii.gz", "empty/readme.txt"):
+        (root / "labels" / name).parent.mkdir(exist_ok=True)
+        (root / "labels" / name).write_bytes(label)
+    for name in ("scan.mhd", "scan.raw"):
+        (root / "images" / name).write_text("ElementDataFile = scan.raw\n")
+    assert open_folder(root).notes == [
+        f"{root / 'labels'}: case01.npz (1): not read, their format is not known by its suffix",
+        f"{root / 'labels'}: more (1): not read, folders of images; images and labels must lie directly there",
+    ]
+
+
 def test_a_name_that_json_gives_twice(tmp_path: Path) -> None:
     """Python would keep the last one: here, the class of value 1 would be gone."""
     root = nnunet(tmp_path)

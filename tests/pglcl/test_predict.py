@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -150,6 +151,35 @@ def test_masks_do_not_lie_beside_a_folders_images(
         assert "holds the images; next time, masks would count as images, too" in capsys.readouterr().err
     assert sorted(path.suffix for path in folder.iterdir()) in ([".mhd", ".raw"], [".mhd", ".zraw"])
     assert main(["predict", str(trained[1]), str(folder), "-o", str(folder / "masks")]) == 0
+
+
+def test_masks_do_not_replace_the_labels_of_a_list(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = plain(tmp_path / "data", 3, unlabelled=0)
+    (root / "labels").rename(root / "truth")
+    rows = [f"images/case0{i}.nii.gz,truth/case0{i}.nii.gz" for i in range(3)]
+    (root / "list.csv").write_text("\n".join(["image,label", *rows]))
+    run = tmp_path / "run"
+    shutil.copytree(trained[1], run)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "data": str(root / "list.csv")}))
+    before = (root / "truth" / "case00.nii.gz").read_bytes()
+    images = str(root / "images")
+    assert main(["predict", str(run), images, "-o", str(root / "truth"), "--overwrite"]) == 2
+    assert "truth: holds the labels that" in capsys.readouterr().err
+    assert (root / "truth" / "case00.nii.gz").read_bytes() == before
+    assert main(["predict", str(run), images, "-o", str(root / "masks"), "-q"]) == 0
+
+
+def test_a_network_that_gives_nan_predicts_nothing(trained: Trained) -> None:
+    """Its most probable class would be the background, everywhere."""
+    root, run = trained
+    model = load_model(run)
+    with torch.no_grad():
+        next(model.network.parameters())[0] = torch.nan
+    with pytest.raises(UserError, match=r"case00\.nii\.gz: the network gives NaN"):
+        Predictor([model])(case(root))
 
 
 def test_an_earlier_mask_is_kept(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,13 +22,14 @@ import numpy as np
 from nibabel.affines import voxel_sizes
 
 from pglcl.errors import UserError
-from pglcl.formats.names import suffix_of
+from pglcl.formats.names import is_hidden, suffix_of
 from pglcl.formats.source import Source, check_affine, check_shape, library, reading
 from pglcl.memory import check_claim
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 LONGEST_HEADER = 1 << 16  # bytes of a .mhd file that are searched
 UNEVEN = 0.01  # share of the slice distance by which distances may differ
+SHIFTED = 0.1  # pixels by which slices may be shifted within their plane
 
 
 def _sitk(path: Path) -> Any:
@@ -141,17 +142,16 @@ def _check_content(path: Path, claimed: int) -> None:
         return
     header = content[: end.start()].decode("latin-1")
     if suffix_of(path) == ".nrrd":
-        if re.search(r"(?im)^(data ?file|byte ?skip|line ?skip):", header):
-            return  # voxels in other files, or at an offset
+        if re.search(r"(?im)^(byte ?skip|line ?skip):", header):
+            return  # at an offset
         encoding = re.search(r"(?im)^encoding:\s*(\w+)", header)
         kind = {"gz": "gzip", "bz2": "bzip2"}.get(encoding[1].lower(), encoding[1].lower()) if encoding else "raw"
-        voxels = content[end.end() :]
+        voxels = content[end.end() :] if not (beside := voxel_files(path)) else beside[0].read_bytes()
     else:
         kind = "zlib" if re.search(r"(?im)^CompressedData\s*=\s*True", header) else "raw"
-        name = os.fsdecode(end[1].strip())
         if re.search(r"(?im)^HeaderSize\s*=\s*-?[1-9]", header):
             return
-        voxels = content[end.end() :] if name.upper() == "LOCAL" else (path.parent / name).read_bytes()
+        voxels = content[end.end() :] if not (beside := voxel_files(path)) else beside[0].read_bytes()
     del content
     if kind not in ("raw", "gzip", "bzip2", "zlib"):
         return
@@ -175,26 +175,31 @@ def _decompressed_size(kind: str, voxels: bytes) -> int:
 
 
 def voxel_files(path: Path) -> list[Path]:
-    """The files beside a header (.mhd) that hold its voxels."""
-    name = _element_data_file(path)
-    return [] if name.upper() == "LOCAL" else [path.parent / name]
+    """The files beside a header (.mhd; also .mha and .nrrd may be one) that hold its voxels."""
+    name = _voxel_file(path)
+    return [path.parent / name] if name else []
 
 
-def _element_data_file(path: Path) -> str:
+def _voxel_file(path: Path) -> str:
+    """What a header says of the file of its voxels; empty if they follow the header."""
     with contextlib.suppress(OSError), path.open("rb") as file:
-        named = re.search(rb"(?m)^ElementDataFile[ \t]*=[ \t]*([^\r\n]*)", file.read(LONGEST_HEADER))
-        return os.fsdecode(named[1].strip()) if named else "LOCAL"
-    return "LOCAL"
+        start = file.read(LONGEST_HEADER)
+        if suffix_of(path) == ".nrrd":
+            header = re.split(rb"\r?\n\r?\n", start, maxsplit=1)[0]
+            named = re.search(rb"(?im)^data ?file:[ \t]*([^\r\n]*)", header)
+        else:
+            named = re.search(rb"(?m)^ElementDataFile[ \t]*=[ \t]*([^\r\n]*)", start)
+        name = os.fsdecode(named[1].strip()) if named else ""
+        return "" if name.upper() == "LOCAL" else name
+    return ""
 
 
 def _bytes_of(path: Path) -> int:
-    """The size of the file, and for .mhd that of the file with its voxels."""
-    size = path.stat().st_size
-    if suffix_of(path) != ".mhd":
-        return size
-    name = _element_data_file(path)
+    """The size of the file, and of the one beside it that holds its voxels."""
+    size, name = path.stat().st_size, _voxel_file(path)
     if name.startswith("LIST") or "%" in name:  # such files cannot be checked to be complete
-        raise UserError(f"{path}: must have its voxels in one file, got ElementDataFile = {name}")
+        field = "data file:" if suffix_of(path) == ".nrrd" else "ElementDataFile ="
+        raise UserError(f"{path}: must have its voxels in one file, got {field} {name}")
     for file in voxel_files(path):
         if not file.is_file():
             raise UserError(f"{path}: its voxels must be in {file}, which is no file")
@@ -213,8 +218,8 @@ def _read_series(folder: Path, *, voxels: bool) -> tuple[Source, np.ndarray]:
         if len(series) != 1:
             raise UserError(f"{folder}: must hold one DICOM series, got {len(series)}")
         names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
-        slices = [_information(Path(name), "GDCMImageIO") for name in names]
-        return _stack(folder, [Path(name) for name in names], slices, voxels=voxels)
+        files = [path for path in map(Path, names) if not is_hidden(path)]
+        return _stack(folder, files, [_information(path, "GDCMImageIO") for path in files], voxels=voxels)
 
 
 def _stack(folder: Path, files: list[Path], slices: list[Any], *, voxels: bool) -> tuple[Source, np.ndarray]:
@@ -233,6 +238,13 @@ def _stack(folder: Path, files: list[Path], slices: list[Any], *, voxels: bool) 
     positions = np.array([np.dot(one.GetOrigin(), direction[:, 2]) for one in slices])
     order = np.argsort(positions, kind="stable")
     distance = _slice_distance(folder, positions[order], float(first.GetSpacing()[2]))
+    origins = np.array([slices[index].GetOrigin() for index in order]) - slices[order[0]].GetOrigin()
+    shifted = origins - np.outer(origins @ direction[:, 2], direction[:, 2])
+    if (shift := np.linalg.norm(shifted, axis=1).max()) > SHIFTED * min(first.GetSpacing()[:2]):
+        raise UserError(
+            f"{folder}: slices must lie straight behind each other, and are shifted by up to {shift:.3g} mm, as with a "
+            "tilted gantry; convert the series first, for example with dcm2niix"
+        )
     affine = np.eye(4)
     affine[:3, :3] = direction * np.array([*first.GetSpacing()[:2], distance])
     affine[:3, 3] = slices[order[0]].GetOrigin()

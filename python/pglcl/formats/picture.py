@@ -16,6 +16,7 @@ from pglcl.memory import check_claim
 
 GREY = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
 COLOUR = ("RGB", "RGBA")
+ORIENTATION, PHOTOMETRIC, WHITE_IS_ZERO = 274, 262, 0  # tags of EXIF and TIFF, and a value
 # Pillow stretches grey values of 2 and 4 bits to 0..255; labels want what was stored.
 STRETCHED = {"L;2": 85, "L;4": 17}
 
@@ -63,6 +64,14 @@ def _source(image: Any, path: Path, *, label: bool) -> Source:
     colour = image.mode in COLOUR or (image.mode == "P" and not label)
     if image.mode not in (*GREY, *COLOUR, "P"):
         raise UserError(f"{path}: must be grey or RGB, got mode {image.mode}")
+    turned = _orientation(image)
+    if turned != 1:
+        raise UserError(
+            f"{path}: is stored turned or mirrored (EXIF orientation {turned}), so that a mask could be meant in two "
+            "ways; store it upright, for example with ImageMagick's mogrify -auto-orient"
+        )
+    if label and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        raise UserError(f"{path}: stores white as 0, so that its values could be meant in two ways; store black as 0")
     if "16" in raw and image.mode in (*COLOUR, "LA"):
         raise UserError(f"{path}: has 16 bits a channel and several channels ({raw}), of which Pillow keeps 8 bits")
     dtype = {"F": np.float32, "I": np.int32}.get(image.mode, np.uint16 if image.mode.startswith("I;16") else np.uint8)
@@ -73,6 +82,13 @@ def _source(image: Any, path: Path, *, label: bool) -> Source:
     return Source(
         path, "picture", (rows, columns, pages), 2 if pages == 1 else 3, channels, np.dtype(dtype), np.eye(4), "pixel"
     )
+
+
+def _orientation(image: Any) -> int:
+    """How the picture is to be turned for the eye; 1: as it is. Pillow turns a TIFF by itself, and other files not."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1  # getexif would read all pixels to look for it behind them
+    return int(image.getexif().get(ORIENTATION, 1))
 
 
 def _raw_mode(image: Any) -> str:
