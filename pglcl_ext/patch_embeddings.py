@@ -13,7 +13,7 @@ from torch import Tensor
 from pglcl_ext._autograd import exportable
 from pglcl_ext._checks import check_coverage, check_image, check_integer, check_same_space, check_tensor
 from pglcl_ext._precision import accumulate_dtype, without_autocast
-from pglcl_ext.patch_statistics import patch_grid_arguments, patch_statistics
+from pglcl_ext.patch_statistics import patch_grid_arguments, patch_statistics, pixel_entropy
 
 __all__ = ["PatchBatch", "PatchRows", "patch_embeddings"]
 
@@ -196,8 +196,7 @@ def patch_embeddings(
     else:
         check_image("prediction", prediction, "K'")
         check_same_space("prediction", prediction, "features", features)
-        p = prediction.detach().to(wide)
-        h = -torch.special.xlogy(p, p).sum(dim=1, keepdim=True)
+        h = pixel_entropy(prediction.detach().to(wide)).unsqueeze(1)
         entropy = _quotient(_patch_sums(weights * RAISE * h, patch, step), _patch_sums(weights * RAISE, patch, step))
 
     batch, k, *cells = share.shape

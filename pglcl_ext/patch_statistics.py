@@ -14,7 +14,7 @@ from pglcl_ext._checks import check_statistics, check_tensor, per_dimension
 from pglcl_ext._library import ops
 from pglcl_ext._precision import accumulate_dtype
 
-__all__ = ["PatchStatistics", "patch_entropy", "patch_statistics"]
+__all__ = ["PatchStatistics", "patch_entropy", "patch_statistics", "pixel_entropy"]
 
 
 @exportable
@@ -30,6 +30,15 @@ class PatchStatistics(NamedTuple):
     entropy: Tensor
     confidence: Tensor
     class_entropy: Tensor
+
+
+def pixel_entropy(p: Tensor, dim: int = 1) -> Tensor:
+    """The entropy, in nats, of probabilities whose classes lie along `dim`, which the result lacks.
+
+    Its gradient at a probability of 0 is infinite, unlike that of :func:`patch_entropy`.
+    """
+    entropy: Tensor = torch.special.entr(p).sum(dim=dim)
+    return entropy
 
 
 def patch_grid_arguments(

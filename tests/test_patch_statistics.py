@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from pglcl_ext import PatchStatistics, patch_entropy, patch_statistics, reference
 from pglcl_ext._library import ops
+from pglcl_ext.patch_statistics import pixel_entropy
 from tests.problems import DTYPES
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -387,3 +388,10 @@ def test_gradients_are_rounded_to_16_bits_as_pytorch_does(dtype: torch.dtype, is
         confidence = patch_statistics(images, (1, 2), (1, stride), probabilities=True).confidence
         [gradient] = torch.autograd.grad(confidence, images, upstream)
         assert torch.equal(gradient, want.to(dtype))
+
+
+def test_entropy_of_a_pixel_is_that_of_a_patch_of_one_pixel() -> None:
+    p = torch.randn(2, 3, 4, 5, dtype=torch.float64).mul(3).softmax(dim=1)
+    p[0, :, 0, 0] = torch.tensor([0.0, 1.0, 0.0])
+    torch.testing.assert_close(pixel_entropy(p), patch_entropy(p, 1, probabilities=True))
+    assert torch.equal(pixel_entropy(p.movedim(1, 0), dim=0), pixel_entropy(p))

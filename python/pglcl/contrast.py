@@ -15,6 +15,7 @@ from pglcl.bases import ViewBatch
 from pglcl.config import TrainConfig
 from pglcl.model import SegmentationNetwork
 from pglcl_ext import (
+    ClassPatches,
     CoverageThreshold,
     EmbeddingQueue,
     GaussianContrastLoss,
@@ -25,6 +26,7 @@ from pglcl_ext import (
     patch_embeddings,
 )
 from pglcl_ext.distributed import gather_rows
+from pglcl_ext.patch_statistics import pixel_entropy
 
 APART = 1e3  # nats; no two entropies differ so much
 CROPS_OBSERVED = 8  # crops of each class and image that move the coverage threshold
@@ -261,7 +263,7 @@ class PatchContrast(nn.Module):
         if self.config.patches == "crop":
             crops = self._cropped(network, weights, views.prediction, views.images, observe)
             size = self.config.patch_size
-            priority = None if unsure is None else lambda rows: _entropy_of_crops(rows, weights, unsure, size)
+            priority = None if unsure is None else lambda rows: entropy_of_crops(rows, weights, unsure, size)
             return limit_per_class(self._inside(crops), count, priority, generator)
         weights, cell = halved(weights), self.config.patch_size // network.feature_stride
 
@@ -319,18 +321,12 @@ class PatchContrast(nn.Module):
         _, features = network.with_features(crops.images)
         embeddings = features.flatten(2).mean(dim=2)
         batch = PatchBatch(embeddings, crops.labels, crops.coverage, crops.coverage, crops.index)
-        return batch._replace(entropy=_entropy_of_crops(batch, weights, prediction, size))
+        return batch._replace(entropy=entropy_of_crops(batch, weights, prediction, size))
 
 
-def _pixel_entropy(prediction: Tensor) -> Tensor:
-    """(B, *S), in nats."""
-    entropy: Tensor = torch.special.entr(prediction).sum(dim=1)
-    return entropy
-
-
-def _entropy_of_crops(crops: PatchBatch, weights: Tensor, prediction: Tensor, size: int) -> Tensor:
+def entropy_of_crops(crops: PatchBatch | ClassPatches, weights: Tensor, prediction: Tensor, size: int) -> Tensor:
     """(N,): the entropy of the prediction, averaged over each crop with the weights of its class."""
-    h = _pixel_entropy(prediction)
+    h = pixel_entropy(prediction)
     entropy = [h.new_zeros(0)]
     for (b, *first), k in zip(crops.index.tolist(), crops.labels.tolist()):
         place = tuple(slice(f, f + size) for f in first)
@@ -341,7 +337,7 @@ def _entropy_of_crops(crops: PatchBatch, weights: Tensor, prediction: Tensor, si
 
 def _entropy_of_rows(rows: PatchRows, weights: Tensor, prediction: Tensor, cell: int) -> Tensor:
     """(N,): the entropy of the prediction, averaged over each cell of the patch grid with the weights of its class."""
-    inside = weights * _pixel_entropy(prediction)[:, None]
+    inside = weights * pixel_entropy(prediction)[:, None]
     pool = F.avg_pool2d if inside.dim() == 4 else F.avg_pool3d
     image, *place = rows.index.unbind(1)
     return pool(inside, cell)[(image, rows.labels, *place)] / rows.coverage

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pglcl.bases import one_hot
-from pglcl.contrast import Guidance
 from pglcl.evaluate import score_volume
 from pglcl.labels import IGNORE
 from pglcl.layouts import Case
 from pglcl.model import TrainedModel
+from pglcl.pairs import pairs_of_prediction
 from pglcl.postprocess import components, keep_largest
 from pglcl.predict import Predictor, network_output
 from pglcl.prepare import Prepared, prepare
 from pglcl.volumes import read_label, read_volume
-from pglcl_ext import patch_embeddings, patch_statistics, reference, semantic_disparity
+from pglcl_ext import PatchRows, patch_embeddings, semantic_disparity
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -214,49 +214,74 @@ class Shown:
         return pictures
 
     def disparity(self) -> list[Picture]:
-        """Entropies of patches, their disparity from one of them, and its pairs; at the resolution of the network."""
-        model, config, image = self.model, self.model.config, self.prepared.image
-        z = min(self.slice, image.shape[-1] - 1)
-        # Without what was padded.
-        inside = [n for axis, n in enumerate(self.prepared.geometry.resized) if axis != self.axis]
-        logits = network_output(model.network, image, config)
-        p = logits[:, : inside[0], : inside[1], z].softmax(dim=0)[None]
-        del logits
-        patch = config.patch_size if config.spatial_dims == 2 else max(4, config.patch_size // 2)
-        patch = min(patch, *inside)
-        statistics = patch_statistics(p, patch, probabilities=True)
-        rows, columns = statistics.entropy.shape[1:]
-        share, class_entropy = statistics.confidence[0], statistics.class_entropy[0]
-        label = _patch_labels(share)
-        # As in training, the entropy of a patch is that of its class, and its coverage is the share of its class.
-        entropy, coverage = (x.flatten(1).gather(0, label[None])[0] for x in (class_entropy, share))
-        anchor, positive, negative = choose_pairs(Guidance(config, model.num_classes), label, entropy, coverage)
-        row = semantic_disparity(entropy[anchor][None], entropy)[0]
-        boxed = [j for j in range(rows * columns) if j == anchor or positive[j] or (negative[j] and label[j] > 0)]
-        window = _window(boxed, rows, columns, patch)
+        """Entropies of patches, their disparity from an anchor, and its pairs; at the resolution of the network.
+
+        A patch has a box for each class that it is paired by. Its colour is that of the class which covers most of it.
+        """
+        image, p, z = self._seen_by_the_network()
+        pairs, size = pairs_of_prediction(self.model.config, p), self.model.config.patch_size
+        keys = pairs.keys
+        disparity = semantic_disparity(pairs.anchor.entropy, keys.entropy)[0]
+        boxed = (pairs.positive | (pairs.negative & (keys.labels > 0))).nonzero().flatten()
+        rows = PatchRows(*(torch.cat([anchor, key[boxed]]) for anchor, key in zip(pairs.anchor, keys)))
+        solid = [True, *pairs.positive[boxed].tolist()]
+        (top, bottom), (left, right) = _window(rows.index[:, 1:3], size, image.shape[:2])
         pictures = []
         for values, caption, boxes in (
             (None, "image", True),
-            (entropy.view(rows, columns), "entropy of the patches [nats]", False),
-            (row.view(rows, columns), "disparity from the anchor [nats]", True),
+            (keys.entropy, "entropy of the patches [nats]", False),
+            (disparity, "disparity from the anchor [nats]", True),
         ):
-            (left, right), (top, bottom) = window
             figure, axis = panel((bottom - top) / (right - left), strip=True)
-            axis.imshow(image[0, : inside[0], : inside[1], z].numpy(), cmap="gray")
+            axis.imshow(image[..., z].numpy(), cmap="gray")
             if values is not None:
-                extent = (-0.5, columns * patch - 0.5, rows * patch - 0.5, -0.5)
-                scale(figure, axis.imshow(values.numpy(), cmap="viridis", alpha=0.65, extent=extent))
+                painted = _painted(keys, values, size, image.shape[:2])
+                scale(figure, axis.imshow(painted.numpy(), cmap="viridis", alpha=0.65))
             axis.set_xlim(left - 0.5, right - 0.5)
             axis.set_ylim(bottom - 0.5, top - 0.5)
-            for j in boxed if boxes else ():
-                y, x = divmod(j, columns)
-                edge = "white" if j == anchor else colour(int(label[j]))
-                box = Rectangle((x * patch, y * patch), patch - 1, patch - 1, fill=False, edgecolor=edge)
-                box.set_linestyle("-" if j == anchor or positive[j] else "--")
-                box.set_linewidth(2.5 if j == anchor else 1.0)
-                axis.add_patch(box)
+            if boxes:
+                _draw_boxes(axis, rows, solid, size)
             pictures.append(picture(figure, caption))
         return pictures
+
+    def _seen_by_the_network(self) -> tuple[Tensor, Tensor, int]:
+        """The image (X, Y, Z), the probabilities (1, K, X, Y) of its shown slice, and the index of the slice in it.
+
+        What was padded is left out, but for sides that are smaller than a patch, or odd. With networks of volumes, the
+        probabilities (1, K, X, Y, P) are those of the patches that the slice passes through.
+        """
+        config, image = self.model.config, self.prepared.image
+        size, z = config.patch_size, min(self.slice, image.shape[-1] - 1)
+        inside = [max(n, size) // 2 * 2 for axis, n in enumerate(self.prepared.geometry.resized) if axis != self.axis]
+        logits = network_output(self.model.network, image, config)[:, : inside[0], : inside[1]]
+        if config.spatial_dims == 2:
+            logits = logits[..., z]
+        else:
+            first = min(z // size * size, image.shape[-1] - size)
+            logits = logits[..., first : first + size]
+        return image[0, : inside[0], : inside[1]], logits.softmax(dim=0)[None], z
+
+
+def _painted(rows: PatchRows, values: Tensor, size: int, shape: Sequence[int]) -> Tensor:
+    """(X, Y): the value of the class that covers most of each patch, NaN outside of all patches."""
+    painted = torch.full(tuple(shape), math.nan)
+    for j in rows.coverage.argsort(stable=True).tolist():
+        x, y = rows.index[j, 1:3].tolist()
+        painted[x : x + size, y : y + size] = values[j]
+    return painted
+
+
+def _draw_boxes(axis: Axes, rows: PatchRows, solid: Sequence[bool], size: int) -> None:
+    """The first row in white, the others in the colours of their classes. Boxes of one patch lie in each other."""
+    drawn: dict[tuple[int, ...], int] = {}
+    for j, (_, x, y, *_) in enumerate(rows.index.tolist()):
+        inset = 0.12 * size * drawn.get((x, y), 0)
+        drawn[x, y] = drawn.get((x, y), 0) + 1
+        edge, side = "white" if j == 0 else colour(int(rows.labels[j])), size - 1 - 2 * inset
+        box = Rectangle((y + inset, x + inset), side, side, fill=False, edgecolor=edge)
+        box.set_linestyle("-" if solid[j] else "--")
+        box.set_linewidth(2.5 if j == 0 else 1.0)
+        axis.add_patch(box)
 
 
 def _count(number: int, what: str) -> str:
@@ -267,40 +292,13 @@ def _fullest(mask: Tensor, axis: int) -> int:
     return int(mask.movedim(axis, 0).flatten(1).sum(dim=1).argmax())
 
 
-def _patch_labels(share: Tensor) -> Tensor:
-    """(N,): the class of each patch, of shares (K, gy, gx). A tenth of foreground outweighs any background."""
-    present = share.clone()
-    present[0] = torch.where(share[1:].amax(dim=0) > 0.1, 0, share[0])
-    return present.argmax(dim=0).flatten()
-
-
-def choose_pairs(guidance: Guidance, label: Tensor, entropy: Tensor, coverage: Tensor) -> tuple[int, Tensor, Tensor]:
-    """An anchor, the index of the foreground patch of the highest entropy, and which patches the loss pairs with it.
-
-    Args:
-        guidance: the rule of the run.
-        label, entropy, coverage: (N,): the class of each patch, its entropy in nats, the share that its class covers.
-
-    Returns:
-        The anchor, its positives and its negatives, two (N,) bool masks.
-    """
-    own, others = (guidance.descriptors(entropy, coverage, keys=keys) for keys in (False, True))
-    paired = (own == others).all(dim=1)  # a patch that is left out differs from itself
-    candidates = next((m for m in ((label > 0) & paired, label > 0) if m.any()), torch.ones_like(paired))
-    anchor = int(torch.where(candidates, entropy, -math.inf).argmax())
-    one = slice(anchor, anchor + 1)
-    positive, negative, _ = reference.guided_masks(label[one], own[one], label, others, **guidance.bounds)
-    positive[0, anchor] = False
-    return anchor, positive[0], negative[0]
-
-
-def _window(boxed: Iterable[int], rows: int, columns: int, patch: int) -> list[tuple[int, int]]:
-    """The range of pixels to show along x and y: around the boxes, which are small in a whole image."""
-    boxed = list(boxed)
+def _window(corners: Tensor, size: int, shape: Sequence[int]) -> list[tuple[int, int]]:
+    """The range of pixels to show along each axis: around boxes at `corners` (N, 2), which are small in an image."""
     window = []
-    for places, count in (([j % columns for j in boxed], columns), ([j // columns for j in boxed], rows)):
-        margin = 2 + (max(places) - min(places)) // 4
-        window.append((max(0, min(places) - margin) * patch, min(count, max(places) + margin + 1) * patch))
+    for places, extent in zip(corners.T, shape):
+        low, high = int(places.min()), int(places.max())
+        margin = 2 * size + (high - low) // 4
+        window.append((max(0, low - margin), min(extent, high + size + margin)))
     return window
 
 

@@ -28,6 +28,7 @@ from pglcl.prepare import Prepared, prepare
 from pglcl.run_folder import data_of
 from pglcl.training_data import files_of
 from pglcl.volumes import Geometry, write_like
+from pglcl_ext.patch_statistics import pixel_entropy
 
 SLICES_AT_ONCE = 16
 SLAB_ELEMENTS = 1 << 24  # probabilities that are held at once while a volume is restored: 64 MiB
@@ -163,7 +164,7 @@ class Prediction:
         """(X, Y, Z) float32, nats."""
         whole = torch.empty(self.shape)
         for place, p in self.slabs():
-            whole[place] = entropy_map(p)
+            whole[place] = pixel_entropy(p, dim=0)
         return whole
 
 
@@ -183,12 +184,6 @@ def restore_rows(part: Part, place: slice) -> Tensor:
     if tuple(rows.shape[2:]) == tuple(geometry.shape[1:]):
         return rows
     return F.interpolate(rows, tuple(geometry.shape[1:]), mode="bilinear", align_corners=False)
-
-
-def entropy_map(p: Tensor) -> Tensor:
-    """Entropy (X, Y, Z) in nats of probabilities (K, X, Y, Z)."""
-    entropy: Tensor = torch.special.entr(p).sum(dim=0)
-    return entropy
 
 
 class Predictor:

@@ -230,7 +230,8 @@ def _chosen_patches(view: Shown) -> list[str]:
     }[config.mixed_patches]
     distant = " that differ enough in entropy" if config.guidance and config.min_negative_disparity else ""
     note = (
-        "Average entropy of the patches, each over its class; its disparity from one anchor (white). "
+        "Average entropy of the patches, each over the class that covers most of it; its disparity from one anchor "
+        "(white). As in training, a patch counts once for each class that it holds, and has a box for each. "
         f"Solid: positives, of the same class{similar}{mixed}. Dashed: negatives, of another class{distant}."
     )
     if not config.guidance:

@@ -17,10 +17,11 @@ from pglcl.labels import LabelMap
 from pglcl.layouts import Case
 from pglcl.model import load_model
 from pglcl.postprocess import keep_largest
-from pglcl.predict import FlipAverage, Part, Prediction, Predictor, entropy_map, restore_rows
+from pglcl.predict import FlipAverage, Part, Prediction, Predictor, restore_rows
 from pglcl.train import Training
 from pglcl.volumes import Geometry
 
+from pglcl_ext.patch_statistics import pixel_entropy
 from tests.pglcl.folders import STRAIGHT, plain, tiny, volume, write
 
 Trained = tuple[Path, Path]
@@ -44,7 +45,7 @@ def test_rows_are_those_of_the_whole_volume(resized: tuple[int, ...], monkeypatc
     assert len(list(prediction.slabs())) == 7
     torch.testing.assert_close(prediction.probabilities(), whole / whole.sum(dim=0))
     assert torch.equal(prediction.mask(), prediction.probabilities().argmax(dim=0).to(torch.uint8))
-    torch.testing.assert_close(prediction.entropy(), entropy_map(whole / whole.sum(dim=0)))
+    torch.testing.assert_close(prediction.entropy(), pixel_entropy(whole / whole.sum(dim=0), dim=0))
 
 
 def test_runs_are_averaged(trained: Trained) -> None:

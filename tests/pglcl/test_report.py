@@ -13,11 +13,9 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 from pglcl.cli import main
-from pglcl.contrast import Guidance
 from pglcl.evaluate import Evaluation, Score, Subject
-from pglcl.figures import Picture, choose_pairs, curves
+from pglcl.figures import Picture, curves
 from pglcl.layouts import Case
 from pglcl.report import _chosen, _chosen_patches, _metric_rows, _ranked
 from pglcl.train import Training
@@ -88,30 +86,6 @@ def test_what_a_reader_looks_for(run: Path, trained: Trained) -> None:
     assert page.tags.count("caption") == page.tags.count("table") - 3  # the folded ones have a summary
     sizes = re.findall(r"alt='(?:image|truth|entropy \[nats\])' src='data:image/png;base64,([^']+)'", _row(run))
     assert len({_size(data) for data in sizes}) == 1
-
-
-@pytest.mark.parametrize(("options", "anchor", "positives", "negatives"), [
-    ({}, 0, [1], [4, 5, 6]),
-    ({"mixed_patches": "together"}, 0, [1, 2], [4, 5, 6]),
-    ({"mixed_patches": "leave-out"}, 2, [], [4, 5, 6]),
-    ({"mixed_patches": "leave-out", "guidance": False}, 2, [3], [4, 5, 6]),
-    ({"guidance": False}, 0, [1], [4, 5, 6]),
-    ({"guidance": False, "mixed_patches": "together"}, 0, [1, 2, 3], [4, 5, 6]),
-    ({"min_negative_disparity": 0.5}, 0, [1], [4, 6]),
-    ({"min_negative_disparity": 0.5, "mixed_patches": "together"}, 0, [1, 2], [4]),
-])  # fmt: skip
-def test_the_picture_draws_the_pairs_of_the_loss(
-    options: dict, anchor: int, positives: list[int], negatives: list[int]
-) -> None:
-    """Patches 0 and 1 are mixed, 2 and 3 filled, all of class 1; 4 and 6 are filled, 5 is mixed. K = 3."""
-    label = torch.tensor([1, 1, 1, 1, 0, 2, 2])
-    entropy = torch.tensor([0.9, 0.7, 0.65, 0.1, 0.0, 0.8, 0.6])
-    coverage = torch.tensor([0.5, 0.6, 0.95, 1.0, 1.0, 0.7, 1.0])
-    config = tiny(**{"max_positive_disparity": 0.3, "inside_coverage": 0.9, **options})
-    found = choose_pairs(Guidance(config, 3), label, entropy, coverage)
-    assert found[0] == anchor
-    assert found[1].nonzero().flatten().tolist() == positives
-    assert found[2].nonzero().flatten().tolist() == negatives
 
 
 @pytest.mark.parametrize(("options", "says", "panels"), [
