@@ -220,10 +220,9 @@ def _quoted(path: Path) -> str:
 
 def _part_of(run: Path) -> str:
     """The --part that `pglcl evaluate` needs: none where the run has test patients; a fold, for one, has none."""
-    from pglcl.evaluate import read_split
+    from pglcl.evaluate import part_to_score
 
-    split = read_split(run)
-    part = next(part for part in ("test", "validation", "labelled") if split[part])
+    part = part_to_score(run)
     return "" if part == "test" else f" --part {part}"
 
 
@@ -433,8 +432,9 @@ def _complain(line: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit code. Each error that a user can mend is printed as one line."""
-    # MONAI's warnings to its own developers.
+    # MONAI's warnings to its own developers, and one about images that are nearly everywhere the same.
     warnings.filterwarnings("ignore", category=FutureWarning, module="monai")
+    warnings.filterwarnings("ignore", message="Divide by zero", module="monai")
     wrong = io.StringIO()
     if "RANK" in os.environ:
         _reading.enter_context(contextlib.redirect_stderr(wrong))

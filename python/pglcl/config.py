@@ -378,8 +378,12 @@ def with_preset(name: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def numbers_in(text: str, kind: type[Number]) -> list[Number]:
-    """The numbers of an option that is a list."""
-    return [kind(part) for part in str(text).replace(" ", "").split(",") if part]
+    """The numbers of an option that is a list; none of an empty text.
+
+    Raises:
+        ValueError: a part is no number. Spaces within one are not left out: `1 1 3` is not 113.
+    """
+    return [kind(part) for part in text.split(",")] if text.strip() else []
 
 
 def _written(value: Any) -> str:

@@ -382,6 +382,12 @@ def read_split(run: Path) -> dict[str, list[str]]:
     return {part: names for part, names in zip(PARTS, lists) if names is not None}
 
 
+def part_to_score(run: Path) -> str:
+    """The part of a run's split whose scores say most: the test; validation where it is empty, as for a fold."""
+    split = read_split(run)
+    return next((part for part in ("test", "validation", "labelled") if split[part]), "test")
+
+
 def _split_of(run: Path, model: TrainedModel) -> dict[str, list[str]]:
     """The patients of each part.
 

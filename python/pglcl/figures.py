@@ -111,7 +111,7 @@ def curves(rows: Sequence[dict[str, Any]]) -> list[Picture]:
 
 
 class Shown:
-    """A test volume with its truth and its prediction.
+    """A volume with its truth and its prediction.
 
     Attributes:
         mask, plain: (X, Y, Z), the prediction after and before post-processing. entropy: (X, Y, Z), in nats.
@@ -319,7 +319,7 @@ def embeddings(model: TrainedModel, cases: Sequence[Case]) -> Picture:
     axis.set_xticks([])
     axis.set_yticks([])
     axis.spines[:].set_visible(False)
-    return picture(figure, f"{len(z)} patches of {_count(len(cases), 'test volume')}", "Embeddings coloured by class")
+    return picture(figure, f"{len(z)} patches of {_count(len(cases), 'volume')}", "Embeddings coloured by class")
 
 
 def _case_embeddings(model: TrainedModel, case: Case) -> tuple[Tensor, Tensor]:

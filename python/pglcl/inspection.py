@@ -253,11 +253,26 @@ def survey(
     )
     notes.append(f"intensities: {intensity.describe()}")
     slice_axis = choose_slice_axis(config, labelled[0].shape)
+    notes += _sliced_otherwise(reports, slice_axis) if config.slice_axis < 0 else []
     kept = trained if config.method != "supervised" else labelled
     needed = prepared_bytes(kept, config, slice_axis, len(labels))
     check_memory(config, choose_device(config.device), reports[0].channels, len(labels), needed)
     notes.append(f"{len(kept)} prepared volumes take {in_words(needed)}")
     return Survey(labels, intensity, reports[0].channels, slice_axis, needed, tuple(notes))
+
+
+def _sliced_otherwise(reports: Sequence[CaseReport], slice_axis: int | None) -> list[str]:
+    """A line about volumes whose thick slices lie across another axis than those of the training."""
+    if slice_axis is None:
+        return []
+    others = [r.case.name for r in reports if r.shape[slice_axis] > 2 * min(r.shape)]
+    if not others:
+        return []
+    some = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+    return [
+        f"slices are taken across axis {slice_axis}, as in the first labelled volume; {len(others)} volumes have far "
+        f"fewer voxels along another axis: {some}; --slice-axis chooses"
+    ]
 
 
 def _missing_classes(data: DataFolder, labels: LabelMap, labelled: Sequence[CaseReport]) -> list[str]:

@@ -256,6 +256,14 @@ def _files_below(root: Path, above: tuple[Path, ...] = ()) -> list[Path]:
     return files + below
 
 
+def _holds_images(folder: Path) -> bool:
+    """Whether images lie at any depth of a folder. What cannot be looked at there does not matter."""
+    try:
+        return bool(_files_below(folder))
+    except UserError:
+        return False
+
+
 def _refuse_lonely(labels: Iterable[Path], images: Path) -> None:
     problems = [f"{path}: a label without an image in {images}" for path in labels]
     if problems:
@@ -288,7 +296,7 @@ def _not_read(*folders: Path) -> list[str]:
         found = list_folder(folder) if folder.is_dir() else []
         voxels = {file.name for path in found if suffix_of(path) == ".mhd" for file in itk.voxel_files(path)}
         others = [path.name for path in found if path.is_file() and not suffix_of(path) and path.name not in voxels]
-        below = [path.name for path in found if path.is_dir() and not is_dicom_folder(path) and _files_below(path)]
+        below = [path.name for path in found if path.is_dir() and not is_dicom_folder(path) and _holds_images(path)]
         for names, why in (
             (others, "their format is not known by its suffix"),
             (below, "folders of images; images and labels must lie directly there"),
@@ -355,11 +363,20 @@ def _decathlon(root: Path) -> DataFolder:
             images = _decathlon_images(image)
             if images[0].exists():  # the official test images have no labels: they are unlabelled volumes
                 cases.append(Case(stem(image), stem(image), images, None))
-        labels = _named_values({str(name): value for value, name in content.get("labels", {}).items()}, file)
+        labels = _named_values(_by_name(content.get("labels", {}), file), file)
         modalities = tuple(str(content.get("modality", {})[k]) for k in sorted(content.get("modality", {}), key=int))
     except (TypeError, KeyError, AttributeError, ValueError, OSError) as error:
         raise UserError(f"{file}: not a Decathlon description: {error!r}") from error
     return DataFolder(root, "decathlon", cases, labels, modalities=modalities)
+
+
+def _by_name(names: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """The value of each name, from the name of each value."""
+    twice = [name for name, count in Counter(map(str, names.values())).items() if count > 1]
+    if twice:
+        values = ", ".join(value for value, name in names.items() if str(name) == twice[0])
+        raise UserError(f"{file}: the labels {values} have one name, {twice[0]!r}; --labels can merge values")
+    return {str(name): value for value, name in names.items()}
 
 
 def _decathlon_images(image: Path) -> tuple[Path, ...]:
@@ -421,12 +438,11 @@ def _channels_inside(case: Case) -> int:
 
 def _nnunet_labels(content: Mapping[str, Any], file: Path, notes: list[str]) -> LabelMap | None:
     labels = dict(content["labels"])
-    ignore = labels.pop("ignore", None)
     regions = {name: value for name, value in labels.items() if isinstance(value, list)}
     if not regions:
-        return _named_values(labels, file, ignore)
+        return _named_values(labels, file)
     order = content.get("regions_class_order")
-    foreground = [name for name in labels if name != "background"]
+    foreground = [name for name in labels if name not in ("background", "ignore")]
     if not isinstance(order, list) or len(order) != len(foreground):
         raise UserError(
             f"{file}: labels that are lists (regions) need regions_class_order, a value for each of "
@@ -440,24 +456,22 @@ def _nnunet_labels(content: Mapping[str, Any], file: Path, notes: list[str]) -> 
         + ", ".join(f"value {value} is {name} alone" for name, value in zip(foreground, order))
     )
     named = {"background": 0, **{f"{name} alone": value for name, value in zip(foreground, order)}}
-    return _named_values(named, file, ignore)
+    return _named_values({**named, **{name: labels[name] for name in ("ignore",) if name in labels}}, file)
 
 
-def _named_values(labels: Mapping[str, Any], file: Path, ignore: Any = None) -> LabelMap | None:
-    """The map of `labels`, which give a value for each name; None without any."""
+def _named_values(labels: Mapping[str, Any], file: Path) -> LabelMap | None:
+    """The map of `labels`, which give a value for each name; None without any. Voxels called ignore are left out."""
     values: dict[int, str] = {}
-    for name, value in [*labels.items(), *([] if ignore is None else [("ignore", ignore)])]:
+    for name, value in labels.items():
         if isinstance(value, bool) or not re.fullmatch(r"\d{1,9}", str(value)):
             raise UserError(f"{file}: labels must be whole numbers from 0, got {value!r} for {name!r}")
         if int(value) in values:
             raise UserError(f"{file}: labels {values[int(value)]!r} and {name!r} have one value, {value}")
+        if name.lower() == "background" and int(value):
+            raise UserError(f"{file}: the background must have the value 0, got {value}; --labels may begin with it")
         values[int(value)] = name
-    if not labels:
-        return None
-    ignored = () if ignore is None else (int(ignore),)
-    if values.get(0, "background") != "background":
-        values[0] = str(values[0])
-    return LabelMap.of_values(set(values) - set(ignored), values, ignored)
+    ignored = [value for value, name in values.items() if name.lower() == "ignore"]
+    return LabelMap.of_values(set(values) - set(ignored), values, ignored) if labels else None
 
 
 # --- SSL4MIS --------------------------------------------------------------------------------------------------------

@@ -320,6 +320,8 @@ def _listed(values: Sequence[Any]) -> str:
 
 def choose_device(name: str) -> torch.device:
     """The device of `--device`; "auto" is a GPU where there is one. Raises UserError if it is not available."""
+    if name == "meta":
+        raise UserError("--device meta: computes nothing")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -18,6 +18,7 @@ from pglcl.evaluate import (
     Subject,
     may_renew,
     number_or_dash,
+    part_to_score,
     patient_means,
     read_scores,
     read_split,
@@ -37,7 +38,7 @@ from pglcl.run_folder import data_of
 from pglcl.training_data import files_behind, files_of_cases
 
 GENERATOR = "<meta name=generator content=pglcl>"
-FIGURE_VOLUMES = 6  # test volumes that embeddings are taken from
+FIGURE_VOLUMES = 6  # volumes that embeddings are taken from
 WORST = 3  # volumes whose outlines are shown
 OPEN_ROWS = 12  # patients: a longer table is folded
 
@@ -92,6 +93,8 @@ def write_report(
 ) -> Path:
     """Writes the report of a run on its test volumes, which are scored first if they are not yet.
 
+    A run without test patients, such as that of a fold, is shown on its validation volumes, or else on labelled ones.
+
     Args:
         run: the folder that training wrote.
         data: the data folder; default: that of the run.
@@ -110,7 +113,7 @@ def write_report(
     predictor = Predictor([load_model(run, device)])
     folder = open_folder(data or data_of(run))
     before = Unchanged(files_of_cases(folder.cases))
-    subject, cases = subject_of(run, predictor, folder)
+    subject, cases = subject_of(run, predictor, folder, part_to_score(run))
     before = before.only(files_of_cases(cases))
     read = files_behind(folder, folder.cases)
     mine = output is None and _is_report(path)
@@ -175,7 +178,7 @@ def _page(run: Path, predictor: Predictor, folder: DataFolder, cases: Sequence[C
         f"<h1>{_text(title)}</h1>",
         f"<p class=note>{_text(_subtitle(run, model, folder))}</p>",
         *_warnings(run, folder, subject),
-        "<h2>Scores on the test volumes</h2>",
+        f"<h2>Scores on the {subject.part} volumes</h2>",
         _score_table(found),
         _patient_table(found),
         "<h2>Training</h2>",
@@ -183,7 +186,7 @@ def _page(run: Path, predictor: Predictor, folder: DataFolder, cases: Sequence[C
         *([_warning(problem)] if problem else []),
         _pictures(curves(rows), "three" if len(CURVES) > 2 else "two"),
         _split_lists(run),
-        f"<h2>The {_text(named)} test volume{'s' if len(ranked) > 1 else ''}</h2>",
+        f"<h2>The {_text(named)} {subject.part} volume{'s' if len(ranked) > 1 else ''}</h2>",
         _legend(model),
         "<p class=note>The slice with the most foreground: image, truth, prediction, and the entropy of the "
         "prediction in nats.</p>",
@@ -198,8 +201,8 @@ def _page(run: Path, predictor: Predictor, folder: DataFolder, cases: Sequence[C
         *(f"<h3>{_text(view.case.name)}</h3>{_pictures(view.islands(), 'two')}" for view in worst),
         *_chosen_patches(middle),
         "<h2>Embeddings of patches</h2>",
-        "<p class=note>First two principal components of the projected patches of test volumes, coloured by their true "
-        "class.</p>",
+        f"<p class=note>First two principal components of the projected patches of {subject.part} volumes, coloured by "
+        "their true class.</p>",
         _legend(model, background=True),
         _pictures([embeddings(model, ranked[:FIGURE_VOLUMES])], "single"),
         "<h2>Configuration</h2>",
@@ -256,6 +259,9 @@ def _warnings(run: Path, folder: DataFolder, subject: Subject) -> list[str]:
     found = []
     if not subject.finished:
         found.append(f"This run is unfinished: step {subject.step} of {subject.steps}.")
+    if subject.part != "test":
+        seen = "of which the best weights were chosen" if subject.part == "validation" else "that it was trained on"
+        found.append(f"This run has no test patients. Scores are of the {subject.part} patients, {seen}.")
     with contextlib.suppress(UserError):
         own = data_of(run)
         if own.resolve() != folder.root.resolve():

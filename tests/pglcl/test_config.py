@@ -42,6 +42,8 @@ def test_whole_numbers_have_bounds(name: str, value: int) -> None:
         ({"seed": 10**19}, "--seed must be at most 4294967295, got 10000000000000000000"),
         ({"slice_axis": 7}, "--slice-axis must be at most 2, got 7"),
         ({"spacing": "1e-6", "spatial_dims": 3}, "--spacing must be at least 0.01, got '1e-6'"),
+        ({"spacing": "1 1 3", "spatial_dims": 3}, "--spacing must be numbers with commas between, got '1 1 3'"),
+        ({"channels": "16,,64"}, "--channels must be numbers with commas between, got '16,,64'"),
         ({"spacing": "nan", "spatial_dims": 3}, "--spacing must be a finite number, got nan"),
         ({"channels": "4"}, "--channels must have at least two numbers"),
         ({"channels": "4,-8"}, "--channels must be at least 1, got '4,-8'"),

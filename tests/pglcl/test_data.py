@@ -209,6 +209,18 @@ def test_images_that_do_not_suit_the_model(tmp_path: Path) -> None:
         prepare(shares, tiny(), 2, rgb)
 
 
+def test_slices_that_lie_across_another_axis_are_said(tmp_path: Path) -> None:
+    root = plain(tmp_path)
+    assert not any("--slice-axis" in note for note in checked(root).notes)
+    image, label = volume(4, (5, 26, 31))
+    save(root / "images" / "case04.nii.gz", image, np.eye(4))
+    save(root / "labels" / "case04.nii.gz", label, np.eye(4))
+    (note,) = (note for note in checked(root).notes if "--slice-axis" in note)
+    assert note.startswith("slices are taken across axis 2, as in the first labelled volume; 1 volumes have far fewer")
+    assert "another axis: case04;" in note
+    assert not any("--slice-axis chooses" in note for note in checked(root, slice_axis=2).notes)
+
+
 def test_one_image_of_two_patients_is_said(tmp_path: Path) -> None:
     """The score of the second says nothing about new patients."""
     root = plain(tmp_path)

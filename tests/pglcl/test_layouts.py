@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -211,6 +212,35 @@ def test_nnunet_labels_to_ignore(tmp_path: Path) -> None:
     classes = read_label(case.label, case.images[0], data.labels)
     assert (classes == -1).sum() == 3 * image.shape[1] * image.shape[2]
     assert len(data.labels) == 3
+
+
+def declared_by_decathlon(root: Path, labels: dict[str, str]) -> LabelMap | None:
+    (root / "dataset.json").write_text(json.dumps({"labels": labels, "test": ["a.nii.gz"]}))
+    return open_folder(root).labels
+
+
+def declared_by_a_list(root: Path, labels: dict[str, str]) -> LabelMap | None:
+    by_name = {name: int(value) for value, name in labels.items()}
+    (root / "list.json").write_text(json.dumps({"cases": [{"image": "a.nii.gz"}], "labels": by_name}))
+    return open_folder(root / "list.json").labels
+
+
+@pytest.mark.parametrize("declared", [declared_by_decathlon, declared_by_a_list])
+def test_names_that_say_what_a_value_is(
+    declared: Callable[[Path, dict[str, str]], LabelMap | None], tmp_path: Path
+) -> None:
+    """What is called ignore is left out, not learned. The value 0 is the background, whatever its name."""
+    save(tmp_path / "a.nii.gz", volume(0)[0])
+    labels = declared(tmp_path, {"0": "air", "2": "organ", "7": "Ignore"})
+    assert labels is not None
+    assert (labels.values, labels.names, labels.ignore) == (((0,), (2,)), ("air", "organ"), (7,))
+    with pytest.raises(UserError, match="the background must have the value 0, got 1"):
+        declared(tmp_path, {"0": "organ", "1": "background"})
+
+
+def test_two_values_of_one_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the labels 1, 2 have one name, 'organ'; --labels can merge values"):
+        declared_by_decathlon(tmp_path, {"0": "background", "1": "organ", "2": "organ"})
 
 
 def test_nnunet_regions_become_exclusive_classes(tmp_path: Path) -> None:

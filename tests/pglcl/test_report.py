@@ -118,6 +118,19 @@ def _size(data: str) -> tuple[int, int]:
     return int.from_bytes(header[:4], "big"), int.from_bytes(header[4:], "big")
 
 
+def test_a_fold_is_reported_by_its_validation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has no test patients, and its training ends with the advice to call report."""
+    root, run = plain(tmp_path / "data"), tmp_path / "run"
+    options = {"folds": 3, "validation": -1, "test": -1, "method": "supervised", "steps": 2, "warmup": 0}
+    Training(root, run, tiny(**options), quiet=True).run()
+    assert main(["report", str(run), "-q"]) == 0, capsys.readouterr().err
+    words = "".join(Page((run / "report.html").read_text()).words)
+    assert "Scores on the validation volumes" in words
+    assert "This run has no test patients. Scores are of the validation patients, of which the best" in words
+    assert "test volume" not in words
+    assert (run / "scores_validation.json").exists()
+
+
 def test_volumes_that_are_shown_differ() -> None:
     cases = [Case(f"c{i}", f"p{i}", (), None) for i in range(4)]
     for count, expected in ((1, ["only"]), (2, ["worst", "best"]), (3, ["worst", "median", "best"])):

@@ -88,7 +88,8 @@ def _orientation(image: Any) -> int:
     """How the picture is to be turned for the eye; 1: as it is. Pillow turns a TIFF by itself, and other files not."""
     if image.format == "PNG" and "exif" not in image.info:
         return 1  # getexif would read all pixels to look for it behind them
-    return int(image.getexif().get(ORIENTATION, 1))
+    found = int(image.getexif().get(ORIENTATION, 1))
+    return found if 2 <= found <= 8 else 1  # other numbers mean nothing, and 0 is often written
 
 
 def _raw_mode(image: Any) -> str:
