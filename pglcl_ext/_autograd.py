@@ -25,6 +25,7 @@ __all__ = [
     "in_graph",
     "is_traced",
     "op_in_graph",
+    "readable",
     "register",
     "register_op",
     "run",
@@ -212,6 +213,13 @@ def register(function: type[OpFunction]) -> type[OpFunction]:
 
 
 # --- compilers ------------------------------------------------------------------------------------------------------
+
+
+def readable(t: Tensor) -> bool:
+    """Whether the elements of `t` can be read now, without waiting for a device or splitting a graph."""
+    # Tracers' tensors override __torch_dispatch__. Other subclasses hold their elements.
+    plain = type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ and not in_functorch()
+    return plain and t.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def is_traced() -> bool:

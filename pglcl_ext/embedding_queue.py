@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pglcl_ext._autograd import exportable, in_functorch
+from pglcl_ext._autograd import exportable, readable
 from pglcl_ext._checks import (
     check_device,
     check_embeddings,
@@ -156,10 +156,7 @@ class EmbeddingQueue(nn.Module):
         finite = embeddings.isfinite().all(dim=1) & descriptors.isfinite().all(dim=1)
         refused = (known & ~finite).sum()
         self.num_refused.add_(refused)
-        # The number cannot be read from tracers' tensors, which override __torch_dispatch__. Other subclasses hold it.
-        plain = type(refused).__torch_dispatch__ is Tensor.__torch_dispatch__ and not in_functorch()
-        readable = not torch.compiler.is_compiling() and plain and refused.device.type == "cpu"
-        if readable and refused > 0:
+        if readable(refused) and refused > 0:
             count = f"{int(refused)} of {len(known)} keys"
             warnings.warn(f"EmbeddingQueue leaves out {count}: not finite in {dtype_name(embeddings)}", stacklevel=4)
         return finite
@@ -175,6 +172,8 @@ class EmbeddingQueue(nn.Module):
                 raise ValueError(f"descriptors must be given: the queue keeps {self.descriptor_dim} of each key")
             return embeddings.new_zeros(len(embeddings), 0)
         check_floating("descriptors", descriptors)
+        if not self.descriptor_dim:
+            raise ValueError("descriptors must be None: the queue keeps none, since its descriptor_dim is 0")
         if descriptors.dim() == 1:
             descriptors = descriptors[:, None]
         if descriptors.shape != (len(embeddings), self.descriptor_dim):

@@ -312,6 +312,12 @@ class PatchContrastLoss(nn.Module):
         check_flag("normalize", normalize)
         placeholder = torch.empty(0)  # only the call shows whether there are descriptors
         check_choice_of_pairs(placeholder, max_positive_disparity, min_negative_disparity, num_positives, num_negatives)
+        for name, bound in (
+            ("max_positive_disparity", max_positive_disparity),
+            ("min_negative_disparity", min_negative_disparity),
+        ):
+            if bound is not None:
+                check_bound(name, bound)  # not a tensor, as the function takes: a parameter would never learn
         self.temperature = temperature
         self.normalize = normalize
         self.max_positive_disparity = max_positive_disparity

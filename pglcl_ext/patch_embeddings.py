@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pglcl_ext._autograd import exportable
-from pglcl_ext._checks import check_coverage, check_image, check_integer, check_same_space, check_tensor
+from pglcl_ext._autograd import exportable, readable
+from pglcl_ext._checks import (
+    check_coverage,
+    check_device,
+    check_image,
+    check_integer,
+    check_known_labels,
+    check_labels,
+    check_same_space,
+    check_tensor,
+    dtype_name,
+)
 from pglcl_ext._precision import accumulate_dtype, without_autocast
 from pglcl_ext.patch_statistics import patch_grid_arguments, patch_statistics, pixel_entropy
 
@@ -50,11 +60,12 @@ class PatchRows(NamedTuple):
 
         Args:
             per_class: at least 0.
-            priority: (N,), of each row; NaN is the lowest.
+            priority: (N,) real numbers, of each row; NaN is the lowest.
             ignore_index: label of rows that do not qualify, before or after.
 
         Raises:
-            ValueError: a priority of another shape, a negative `per_class`.
+            ValueError: a priority of another shape or device, a negative `per_class`.
+            TypeError: arguments of the wrong type.
         """
         return self._replace(labels=_limited(self.labels, per_class, priority, ignore_index))
 
@@ -83,16 +94,21 @@ class PatchBatch(NamedTuple):
         return self._replace(labels=_limited(self.labels, per_class, priority, ignore_index))
 
 
-def _qualifying(rows: PatchRows | PatchBatch, ignore_index: int) -> Iterator[Tensor]:
+def _qualifying(rows: PatchRows | PatchBatch, ignore_index: int) -> tuple[Tensor, ...]:
+    check_integer("ignore_index", ignore_index)
     places = (rows.labels != ignore_index).nonzero().squeeze(1)  # once: each call waits
-    return (column.index_select(0, places) for column in rows)
+    return tuple(column.index_select(0, places) for column in rows)
 
 
 def _limited(labels: Tensor, per_class: int, priority: Tensor, ignore_index: int) -> Tensor:
     check_tensor("priority", priority)
     if priority.shape != labels.shape:
         raise ValueError(f"priority must have shape (N,) = {tuple(labels.shape)}, got {tuple(priority.shape)}")
+    check_device("priority", priority, "labels", labels)
+    if priority.is_complex():
+        raise TypeError(f"priority must be real numbers, got {dtype_name(priority)}")
     per_class = check_integer("per_class", per_class, least=0)
+    check_integer("ignore_index", ignore_index)
     if priority.is_floating_point():
         priority = priority.masked_fill(priority.isnan(), -math.inf)  # NaN would sort as the largest number
     order = priority.argsort(descending=True, stable=True)
@@ -176,7 +192,8 @@ def patch_embeddings(
         have the dtype of `features`; sums are kept in float32 or wider, also under autocast.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit; on the CPU also labels or places that `select` returns and that there are
+            not.
         TypeError: not floating point, or `select` returns something else.
     """
     check_image("features", features, "D")
@@ -215,17 +232,30 @@ def patch_embeddings(
     if select is None:
         embeddings = _weighted_means(features, weights, patch, step)
         return PatchBatch(embeddings.flatten(0, -2), *found)
-    chosen = _checked_rows(select(found))
+    chosen = _checked_rows(select(found), (batch, *cells), k, ignore_index)
     known = chosen.labels != ignore_index
     return PatchBatch(_means_of_rows(features, weights, patch, step, chosen, known), *chosen)
 
 
-def _checked_rows(rows: Any) -> PatchRows:
-    """The result of `select`, after checks."""
+def _checked_rows(rows: Any, grid: tuple[int, ...], classes: int, ignore_index: int) -> PatchRows:
+    """The result of `select`, after checks. `grid` is the number of images, and of cells in each dimension."""
     if not isinstance(rows, PatchRows):
         raise TypeError(f"select must return PatchRows, got {type(rows).__name__}")
-    if any(column.shape[0] != rows.labels.shape[0] for column in rows):
+    for name, column in zip(rows._fields, rows):
+        check_tensor(f"{name} of select", column)
+    if any(column.shape[:1] != rows.labels.shape[:1] for column in rows):
         raise ValueError(f"select must return as many of each, got {', '.join(str(c.shape[0]) for c in rows)}")
+    check_labels("labels of select", rows.labels, "N", "index", rows.index)
+    if rows.index.dtype != torch.int64:
+        raise TypeError(f"index of select must be int64, got {dtype_name(rows.index)}")
+    if rows.index.dim() != 2 or rows.index.shape[1] != len(grid):
+        raise ValueError(f"index of select must have shape (N, {len(grid)}), got {tuple(rows.index.shape)}")
+    if readable(rows.labels):
+        check_known_labels(rows.labels, classes, ignore_index)
+        outside = (rows.index < 0) | (rows.index >= rows.index.new_tensor(grid))
+        if outside.any():
+            bad = rows.index[outside.any(dim=1)][0].tolist()
+            raise ValueError(f"index of select must lie in the grid of patches, {list(grid)}, got {bad}")
     return rows
 
 

@@ -159,13 +159,16 @@ def test_keys_are_those_of_the_loss(device: torch.device) -> None:
     torch.testing.assert_close(loss(*anchors, keys=keys, key_labels=labels), loss(*anchors, keys=z, key_labels=y))
 
 
+ROWS = (torch.zeros(5, 4), torch.zeros(5).long())
+
+
 @pytest.mark.parametrize(
     ("message", "error", "arguments"),
     [
         ("embeddings must have shape", ValueError, (torch.zeros(5, 3), torch.zeros(5).long())),
         ("labels must be int64", TypeError, (torch.zeros(5, 4), torch.zeros(5))),
         ("labels must have shape", ValueError, (torch.zeros(5, 4), torch.zeros(4).long())),
-        ("descriptors must have shape", ValueError, (torch.zeros(5, 4), torch.zeros(5).long(), torch.zeros(5))),
+        ("descriptors must be None: the queue keeps none", ValueError, (*ROWS, torch.zeros(5))),
         ("labels must be int64, got int32", TypeError, (torch.zeros(5, 4), torch.zeros(5).int())),
         ("labels must be a tensor, got list", TypeError, (torch.zeros(5, 4), [0] * 5)),
         (
@@ -186,6 +189,8 @@ def test_bad_input(message: str, error: type[Exception], arguments: tuple[Tensor
 
 
 def test_bad_options() -> None:
+    with pytest.raises(ValueError, match=r"descriptors must have shape \(M, C\) = \(5, 2\), got \(5, 1\)"):
+        EmbeddingQueue(3, 4, 5, descriptor_dim=2).enqueue(*ROWS, torch.zeros(5))
     with pytest.raises(ValueError, match="length must be at least 1, got 0"):
         EmbeddingQueue(3, 4, 0)
     with pytest.raises(ValueError, match="descriptors must be given"):

@@ -677,6 +677,9 @@ def test_module_refuses_bad_options_at_once() -> None:
         PatchContrastLoss(max_positive_disparity=10**400)
     with pytest.raises(ValueError, match="temperature must be a number that a float has room for, got 1000"):
         PatchContrastLoss(Fraction(10**400))  # type: ignore[arg-type]
+    for bound in ("max_positive_disparity", "min_negative_disparity"):
+        with pytest.raises(TypeError, match=f"{bound} must be a number, got a tensor of shape .* would never learn"):
+            PatchContrastLoss(**{bound: torch.nn.Parameter(torch.tensor(0.3))})  # type: ignore[arg-type]
 
 
 def test_module_normalises(device: torch.device) -> None:

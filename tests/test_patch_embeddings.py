@@ -279,6 +279,15 @@ def test_a_priority_that_is_not_a_number_is_the_lowest(device: torch.device) -> 
     assert rows.limited(4, rows.entropy).labels.tolist() == [0, 0, 0, -1, 0]
     with pytest.raises(TypeError, match="priority must be a tensor, got list"):
         rows.limited(1, [1.0])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="priority must be real numbers, got complex64"):
+        rows.limited(1, rows.entropy + 0j)
+    with pytest.raises(ValueError, match=r"priority must be on the device of labels, .*, got meta"):
+        rows.limited(1, rows.entropy.to("meta"))
+    for ignore_index in (None, -1.0, "none"):
+        with pytest.raises(TypeError, match="ignore_index must be an int"):
+            rows.limited(1, rows.entropy, ignore_index)
+        with pytest.raises(TypeError, match="ignore_index must be an int"):
+            rows.compact(ignore_index)
 
 
 @pytest.mark.parametrize(
@@ -287,6 +296,20 @@ def test_a_priority_that_is_not_a_number_is_the_lowest(device: torch.device) -> 
         (TypeError, "select must return PatchRows, got NoneType", lambda rows: None),
         (ValueError, "select must return as many of each, got 2, 24, 24, 24",
          lambda rows: rows._replace(labels=rows.labels[:2])),
+        (TypeError, "coverage of select must be a tensor, got float", lambda rows: rows._replace(coverage=0.5)),
+        (TypeError, "labels of select must be int64, got float32",
+         lambda rows: rows._replace(labels=rows.labels.float())),
+        (ValueError, r"labels of select must have shape \(N,\) = \(24,\), got \(24, 1\)",
+         lambda rows: rows._replace(labels=rows.labels[:, None])),
+        (TypeError, "index of select must be int64, got int32", lambda rows: rows._replace(index=rows.index.int())),
+        (ValueError, r"index of select must have shape \(N, 3\), got \(24, 2\)",
+         lambda rows: rows._replace(index=rows.index[:, :2])),
+        (ValueError, r"labels must lie in \[0, K\) = \[0, 3\) or be ignore_index = -1, got 3 at 2",
+         lambda rows: rows._replace(labels=rows.labels + 1)),
+        (ValueError, r"index of select must lie in the grid of patches, \[2, 2, 2\], got \[-1, -1, -1\]",
+         lambda rows: rows._replace(index=rows.index - 1)),
+        (ValueError, r"index of select must lie in the grid of patches, \[2, 2, 2\], got \[2, 0, 0\]",
+         lambda rows: rows._replace(index=rows.index + torch.tensor([1, 0, 0]))),
     ],
 )  # fmt: skip
 def test_what_select_returns_is_checked(error: type[Exception], message: str, select) -> None:
