@@ -18,6 +18,8 @@ AIR = -1024.0  # HU; lower values (-2048, -3024) are padding outside the scanner
 HOUNSFIELD = -500.0  # an image of whole numbers that reaches below this is a CT
 # Mean and deviation of red, green and blue over ImageNet, for values from 0 to 1.
 RGB_MEAN, RGB_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Of largest and smallest value: beyond, float32 has no variance of them (zscore), or no quotient (percentile).
+SPREAD = {"zscore": (1e-15, 1e15), "percentile": (1e-30, 1e30)}
 KINDS = ("percentile", "zscore", "ct", "window", "rgb", "none")
 
 
@@ -70,11 +72,16 @@ class Intensity:
         return torch.cat([channel(image[c : c + 1]) for c, channel in enumerate(self.channels)])
 
     def problem(self, image: np.ndarray) -> str:
-        """Why an image (C, X, Y, Z) does not suit these constants, or nothing. Only `rgb` knows its range."""
+        """Why an image (C, X, Y, Z) cannot be normalised, or nothing: its range does not suit."""
         for c, channel in enumerate(self.channels):
-            if channel.kind != "rgb":
+            if channel.kind not in ("rgb", *SPREAD):
                 continue
             low, high = float(image[c].min()), float(image[c].max())
+            if channel.kind in SPREAD:
+                least, most = SPREAD[channel.kind]
+                if low < high and not least <= high - low <= most:
+                    return f"channel {c} has values from {low:g} to {high:g}, beyond what {channel.kind} can normalise"
+                continue
             share = high <= 1 and bool((image[c] != np.rint(image[c])).any())
             if low < 0 or high > 255 or share:
                 return f"channel {c} must have values from 0 to 255 for --normalise rgb, got {low:g} to {high:g}"

@@ -135,6 +135,18 @@ def test_headers_that_are_read_and_written(case: str, tmp_path: Path) -> None:
     assert np.isfinite(back.header["pixdim"]).all()
 
 
+def test_a_qform_without_a_handedness(tmp_path: Path) -> None:
+    """pixdim[0] is 0 in many old files; by the standard, it then counts as 1."""
+    affine = np.diag([2.0, 3.0, 4.0, 1.0])
+    path = rewritten(save(tmp_path / "a.nii", VOXELS, affine), header_change(sform_code=0, qform_code=1))
+    zooms = [0, 2, 3, 4, 1, 1, 1, 1]
+    rewritten(path, header_change(pixdim=zooms))
+    read = read_volume([path])
+    np.testing.assert_allclose(read.source.affine, affine, atol=1e-6)
+    write_like(read.data[0], read.source, tmp_path / "b.nii.gz")
+    np.testing.assert_allclose(nib.load(tmp_path / "b.nii.gz").affine, affine, atol=1e-6)
+
+
 def test_a_small_file_that_claims_much_takes_no_memory(tmp_path: Path) -> None:
     header = nib.Nifti1Header()
     header.set_data_dtype(np.int16)

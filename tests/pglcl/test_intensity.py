@@ -66,6 +66,19 @@ def test_whole_numbers_of_a_file_may_be_scaled() -> None:
         assert choose_intensity("auto", None, (), [shares]).channels == (Channel("percentile"),) * 3
 
 
+@pytest.mark.parametrize(("kind", "scale", "fits"), [
+    ("zscore", 1e30, False), ("zscore", 1e-25, False), ("zscore", 1e10, True), ("zscore", 0, True),
+    ("percentile", 2e38, False), ("percentile", 1e-35, False), ("percentile", 1e-25, True), ("percentile", 1e25, True),
+])  # fmt: skip
+def test_values_that_float32_cannot_standardise(kind: str, scale: float, fits: bool) -> None:
+    """The network would see 0 everywhere, without a word."""
+    x = (np.random.default_rng(0).random((1, 6, 6, 6)) * scale).astype(np.float32)
+    problem = Intensity((Channel(kind),), "").problem(x)
+    assert problem == "" if fits else f"beyond what {kind} can normalise" in problem
+    if fits and scale:
+        assert 0.5 < float(Channel(kind)(torch.from_numpy(x)).std()) < 2
+
+
 def test_what_auto_takes() -> None:
     grey = measure(np.random.default_rng(0).random((1, 5, 5, 5), np.float32), FLOAT, None)
     colour = measure(np.arange(3 * 64, dtype=np.float32).reshape(3, 8, 8, 1), BYTES, None)

@@ -77,6 +77,8 @@ def _header(start: bytes, path: Path) -> nib.Nifti1Header:
         raise UserError(f"{path}: not readable as NIfTI: the header has no magic string")
     if not 1 <= int(header["dim"][0]) <= 7:
         raise UserError(f"{path}: not readable as NIfTI: the header claims {int(header['dim'][0])} axes")
+    if header["pixdim"][0] == 0:
+        header["pixdim"][0] = 1  # the standard's meaning of a handedness that is not given
     offset = float(header["vox_offset"])
     if offset and not (size + 4 <= offset < 2**40 and offset == int(offset)):
         raise UserError(f"{path}: truncated or damaged: vox_offset must be at least {size + 4}, got {offset:g}")
