@@ -31,19 +31,27 @@ PAIRS = "instructions a pair"  # of the loop over tiles at a depth of 128, copie
 EIGHTS = "instructions for 8 FFMA"  # of the loop over the depth
 LOGITS = "instructions a logit"  # of the loop over the pixels of a patch
 LIMITS: list[tuple[str, str, float]] = [
-    (r"contrast_forward_mma<\w+, 128, rule>", PAIRS, 60),
-    (r"contrast_backward_mma<\w+, 128, \w+, rule>", PAIRS, 100),
+    (r"contrast_forward_mma<B?Float16, 128, rule>", PAIRS, 60),
+    (r"contrast_backward_mma<B?Float16, 128, \w+, rule>", PAIRS, 100),
+    (r"contrast_forward_mma<float, 128, rule>", PAIRS, 100),
+    (r"contrast_backward_mma<float, 128, \w+, rule>", PAIRS, 200),
+    (r"contrast_(forward|backward)_tiles<float, FFMA, 128, rule>", EIGHTS, 11),
     (r"gaussian_contrast_rows<float, float, 8>", EIGHTS, 30),
     (r"patch_statistics_(forward|coefficients)<float, 4, 4>", LOGITS, 60),
 ]
 ROWS, DEPTH, BLOCK = 64, 128, 128  # of an mma kernel: rows of a block, depth counted for, threads
 
 
+def size_of(name: str) -> int:
+    """Bytes of an element of the embeddings."""
+    return 4 if "float" in name else 2
+
+
 def columns_of_tile(name: str) -> int:
-    """Columns of a tile of an mma kernel: kMmaColumns in the sources, for a forward pass that holds a depth of 128."""
+    """Columns of a tile of an mma kernel: kMmaColumns in the sources, where rows of 128 in 16 bits are held forward."""
     if " 128," not in name:
         return 16
-    return 64 if "forward" in name else 32
+    return 64 if "forward" in name and size_of(name) == 2 else 32
 
 
 @dataclass
@@ -107,7 +115,7 @@ def instructions_per_pair(kernel: Kernel) -> float:
     all_loops = loops(sass)
     first, last = max((x for x in all_loops if holds(sass, *x, "HMMA")), key=lambda x: x[1] - x[0])
     length = float(usual_length(sass, first, last))
-    copies = columns * DEPTH * 2 // 16 / BLOCK  # 16 bytes each
+    copies = columns * DEPTH * size_of(kernel.name) // 16 / BLOCK  # 16 bytes each
     for inner in all_loops:
         if first < inner[0] and inner[1] < last and (body := holds(sass, *inner, "LDGSTS")):
             length += (copies / body - 1) * (inner[1] - inner[0] + 1)
@@ -150,21 +158,22 @@ class Kernel:
         if "_mma" in self.name:
             columns, deepest = columns_of_tile(self.name), 128 if " 128," in self.name else 256
             rows = 0 if columns == 64 else ROWS  # rows that are held pass through a stage
-            return (rows + 2 * columns) * (deepest + 8) * 2 + 2 * 44 * columns + 64
+            size = size_of(self.name)
+            return (rows + 2 * columns) * (deepest + 16 // size) * size + 2 * 40 * columns + 64
         if "_finish_gradients" in self.name:
             return 4 * 512 * 8
         if "_tiles" not in self.name:
             return 0
         depth, stages = (128, 1) if "deep" in self.name else (depth, 2)
-        size = 4 if "float" in self.name else 2
-        columns = 32 if size == 4 else 64
+        size = size_of(self.name)
+        rows, columns = 64 if depth <= 128 else 32, 32 if size == 4 else 64
         row = (depth + 15) // 16 * 16 + 16 // size
 
         def rounded(n: int) -> int:
             return (n + 15) // 16 * 16
 
-        tiles = rounded(32 * row * size) + rounded(stages * columns * row * size)
-        return tiles + rounded(32 * (columns + 4) * 4) + 44 * columns + 64 + 16
+        tiles = rounded(rows * row * size) + rounded(stages * columns * row * size)
+        return tiles + rounded(rows * (columns + 4) * 4) + 40 * columns + 64 + 16
 
     def counted(self) -> list[tuple[str, float, float]]:
         """(name, number, limit) of each count of LIMITS in this kernel."""

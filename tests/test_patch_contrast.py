@@ -199,10 +199,26 @@ def test_scaling_temperature_and_embeddings_changes_nothing(device: torch.device
     torch.testing.assert_close(patch_contrast_loss(3 * z, y, temperature=0.9), a)
 
 
-def test_other_label_values_change_nothing(device: torch.device) -> None:
-    z, y = embeddings(90, 10).to(device), torch.randint(0, 3, (90,), device=device)
-    names = torch.tensor([-(2**62), 5, 2**62], device=device)
-    torch.testing.assert_close(patch_contrast_loss(z, names[y]), patch_contrast_loss(z, y))
+# Some are alike in their lower 32 bits, some lie at the ends of 31 and 32 bits, and one may be a row's number there.
+LABELS = [0, 2**32, -(2**32), 2**30 - 1, 2**30, 2**30 + 3, -(2**30), -(2**30) - 1, 2**31, -(2**62), 2**63 - 1, -(2**63)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("m", [None, 70], ids=["self", "keys"])
+def test_other_label_values_change_nothing(device: torch.device, m: int | None, dtype: torch.dtype) -> None:
+    p = ContrastProblem.random(150, 16, m=m, max_positive_disparity=0.5, ignore_index=7).cast(dtype, device)
+    names = torch.tensor(LABELS, device=device)
+    p.labels = torch.arange(len(p.labels), device=device) % len(LABELS)
+    if p.key_labels is not None:
+        p.key_labels = torch.arange(len(p.key_labels), device=device) % len(LABELS)
+    loss = p.loss()
+    gradients = p.gradients(loss)
+    p.labels, p.key_labels = names[p.labels], None if p.key_labels is None else names[p.key_labels]
+    p.options["ignore_index"] = LABELS[7]
+    renamed = p.loss()
+    torch.testing.assert_close(renamed, loss)
+    for one, other in zip(p.gradients(renamed), gradients):
+        torch.testing.assert_close(one, other)
 
 
 def test_ignored_patches_are_as_if_absent(device: torch.device) -> None:

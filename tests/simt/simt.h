@@ -727,6 +727,7 @@ class Shared {
     matrices(i, out, false, where);
   }
   void load_matrices_transposed(int64_t i, uint32_t (&out)[4], Location where = Location::current()) const {
+    static_assert(sizeof(T) == 2);
     matrices(i, out, true, where);
   }
   // 16 bytes from global memory, or zeros; they appear when this thread waits.
@@ -740,7 +741,6 @@ class Shared {
 
  private:
   void matrices(int64_t i, uint32_t (&out)[4], bool transposed, const Location& where) const {
-    static_assert(sizeof(T) == 2);
     Block::current().need(75, "ldmatrix", where);
     struct Payload {
       uint16_t row[8];

@@ -72,10 +72,9 @@ class Shared {
   }
   PGLCL_DEVICE T atomic_add(int i, T value) const { return atomicAdd(data_ + i, value); }
 
-  // Four 8 x 8 matrices of 16-bit elements. Lane l names row l % 8 of matrix l / 8, 16 bytes aligned to 16, and gets
-  // two neighbours of row l / 4 in each matrix; transposed, of column l / 4 (ldmatrix in the PTX ISA).
+  // Four matrices of 8 rows of 16 bytes. Lane l names row l % 8 of matrix l / 8, aligned to 16 bytes, and gets word l % 4
+  // of row l / 4 in each matrix. Transposed, it gets two neighbours of column l / 4 (ldmatrix in the PTX ISA).
   PGLCL_DEVICE void load_matrices(int i, uint32_t (&out)[4]) const {
-    static_assert(sizeof(T) == 2);
     const unsigned from = unsigned(__cvta_generic_to_shared(data_ + i));
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
                  : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])

@@ -88,10 +88,10 @@ constexpr bool kWide = sizeof(number_t) > sizeof(typename Accumulate<T>::type);
 PGLCL_DEVICE bool is_wide(double max_logit) { return max_logit == max_logit && (double_bits(max_logit) & 1) != 0; }
 
 // An anchor or key as a pair sees it. Where there is none, or it is ignored, its descriptor is no number, so that no
-// comparison holds.
-template <typename scalar_t>
+// comparison holds. label_t: int64_t, or int32_t for the codes of labels.
+template <typename scalar_t, typename label_t = int64_t>
 struct Patch {
-  int64_t label;
+  label_t label;
   scalar_t descriptor;
   bool counts;
 };
@@ -145,9 +145,10 @@ PGLCL_DEVICE AnchorTerms<number_t> no_terms() {
   return {number_t(NAN), number_t(NAN), 0, 0, 0, 0, 0, false, false};
 }
 
-template <typename T, typename number_t = typename Accumulate<T>::type,
+template <typename T, typename number_t = typename Accumulate<T>::type, typename label_t,
           typename scalar_t = typename Accumulate<T>::type>
-PGLCL_DEVICE AnchorTerms<number_t> load_terms(const ContrastArguments<T>& x, int64_t i, const Patch<scalar_t>& anchor) {
+PGLCL_DEVICE AnchorTerms<number_t> load_terms(const ContrastArguments<T>& x, int64_t i,
+                                              const Patch<scalar_t, label_t>& anchor) {
   AnchorTerms<number_t> terms = no_terms<T, number_t>();
   if (!anchor.counts) return terms;
   terms.counts = true;
@@ -160,10 +161,10 @@ PGLCL_DEVICE AnchorTerms<number_t> load_terms(const ContrastArguments<T>& x, int
 
 // The same for the backward pass. An anchor without a positive has no part in the loss, and one whose loss nobody asks
 // for has none in the gradient, be it a number or not. Neither has one whose sums are of the other type than number_t.
-template <typename T, typename number_t = typename Accumulate<T>::type,
+template <typename T, typename number_t = typename Accumulate<T>::type, typename label_t,
           typename scalar_t = typename Accumulate<T>::type>
 PGLCL_DEVICE AnchorTerms<number_t> load_terms(const ContrastArguments<T>& x, const ContrastGradients<scalar_t>& g,
-                                              int64_t i, const Patch<scalar_t>& anchor) {
+                                              int64_t i, const Patch<scalar_t, label_t>& anchor) {
   if (!anchor.counts) return no_terms<T, number_t>();
   const int32_t count = Global<const int32_t>(g.num_positives).load(i);
   if (count == 0) return no_terms<T, number_t>();
@@ -187,9 +188,9 @@ PGLCL_DEVICE AnchorTerms<number_t> load_terms(const ContrastArguments<T>& x, con
 
 // Whether key j is a positive or negative of anchor i, by label and one descriptor (method, section 4). One comparison
 // decides: what does not count has a descriptor or bounds that are no numbers, and so is its margin.
-template <typename scalar_t>
-PGLCL_DEVICE PairKind decide_by_rule(const Patch<scalar_t>& a, const Patch<scalar_t>& b, scalar_t positive_bound,
-                                     scalar_t negative_bound) {
+template <typename scalar_t, typename label_t>
+PGLCL_DEVICE PairKind pair_kind_by_rule(const Patch<scalar_t, label_t>& a, const Patch<scalar_t, label_t>& b,
+                                        scalar_t positive_bound, scalar_t negative_bound) {
   const scalar_t disparity = absolute(a.descriptor - b.descriptor);
   const bool same = a.label == b.label;
   const bool counts = (same ? positive_bound - disparity : disparity - negative_bound) >= 0;
@@ -197,9 +198,9 @@ PGLCL_DEVICE PairKind decide_by_rule(const Patch<scalar_t>& a, const Patch<scala
 }
 
 // The same with masks or several channels, and with whether the pair could be decided at all.
-template <typename T, typename number_t, typename scalar_t = typename Accumulate<T>::type>
-PGLCL_DEVICE PairKind decide(const ContrastArguments<T>& x, int64_t i, const Patch<scalar_t>& anchor, int64_t j,
-                             const Patch<scalar_t>& key, const AnchorTerms<number_t>& terms) {
+template <typename T, typename number_t, typename label_t, typename scalar_t = typename Accumulate<T>::type>
+PGLCL_DEVICE PairKind pair_kind(const ContrastArguments<T>& x, int64_t i, const Patch<scalar_t, label_t>& anchor,
+                                int64_t j, const Patch<scalar_t, label_t>& key, const AnchorTerms<number_t>& terms) {
   PairKind kind{false, false, false};
   if (!terms.counts || !key.counts) return kind;
   if (x.self_offset >= 0 && j == i + x.self_offset) return kind;
@@ -236,14 +237,15 @@ PGLCL_DEVICE number_t pair_logit(const ContrastArguments<T>& x, number_t dot) {
     return logit;
 }
 
-// What a whole set of keys says about whether an anchor's pairs can be decided: as decide() has it pair by pair.
+// What a whole set of keys says about whether an anchor's pairs can be decided: as pair_kind() has it pair by pair.
 template <typename scalar_t>
 struct KeyScan {
   int32_t counted = 0;                                                  // keys that count
   int32_t unknown = 0;                                                  // whether a descriptor of theirs is not finite
   scalar_t lowest = scalar_t(INFINITY), highest = -scalar_t(INFINITY);  // of the others
 
-  PGLCL_DEVICE void add(const Patch<scalar_t>& key) {
+  template <typename label_t>
+  PGLCL_DEVICE void add(const Patch<scalar_t, label_t>& key) {
     if (!key.counts) return;
     ++counted;
     const bool finite = key.descriptor - key.descriptor == 0;
@@ -259,7 +261,9 @@ struct KeyScan {
   }
   // `itself`: whether the anchor is among the keys that count. A key that spoils an anchor of finite descriptor is
   // another one.
-  PGLCL_DEVICE bool undecided(const Patch<scalar_t>& anchor, const AnchorTerms<scalar_t>& terms, bool itself) const {
+  template <typename label_t>
+  PGLCL_DEVICE bool undecided(const Patch<scalar_t, label_t>& anchor, const AnchorTerms<scalar_t>& terms,
+                              bool itself) const {
     if (!terms.counts || counted == int32_t(itself)) return false;
     const scalar_t a = anchor.descriptor;
     const bool finite = a - a == 0 && !(a - lowest == scalar_t(INFINITY)) && !(highest - a == scalar_t(INFINITY));
@@ -267,10 +271,10 @@ struct KeyScan {
   }
 };
 
-// Sums of one anchor over the keys it has met, with a running maximum.
+// Sums of one anchor over the keys so far, with a running maximum.
 template <typename scalar_t>
 struct RunningSums {
-  scalar_t highest = kNothing<scalar_t>;  // of the logits met
+  scalar_t highest = kNothing<scalar_t>;  // of the logits so far
   scalar_t sum = 0, negative_sum = 0;     // of e^(logit - highest), of the positives and of the negatives
   scalar_t spread = 0;                    // of logit - highest over the positives: no large number is summed
   int32_t positives = 0;
@@ -308,7 +312,7 @@ struct RunningSums {
     positives += count_bits(positive);
   }
 
-  // What the neighbour at `lane_mask` has met is met here as well. The two lanes may differ in the last bit, as a
+  // Adds what the neighbour at `lane_mask` has summed. The two lanes may differ in the last bit, as a
   // product may go unrounded into a sum: one of them writes.
   PGLCL_DEVICE void merge(int lane_mask) {
     RunningSums other;
@@ -380,15 +384,15 @@ PGLCL_DEVICE number_t warp_dot(Global<const T> a, int64_t i, Global<const T> b, 
 // --- one row at a time, by a warp: in the type of T for the plain kernels, in float64 for wide anchors
 // --------------------------------------------------------------------------------------------------------
 
-// Anchor i meets every key.
+// The sums of anchor i over all keys.
 template <typename number_t, typename T>
-PGLCL_DEVICE RunningSums<number_t> meet_every_key(const ContrastArguments<T>& x, int64_t i) {
+PGLCL_DEVICE RunningSums<number_t> sum_over_keys(const ContrastArguments<T>& x, int64_t i) {
   using scalar_t = typename Accumulate<T>::type;
   const Patch<scalar_t> anchor = load_patch(x, i, true);
   const AnchorTerms<number_t> terms = load_terms<T, number_t>(x, i, anchor);
   RunningSums<number_t> sums;
   for (int64_t j = 0; j < x.m; ++j) {
-    const PairKind kind = decide(x, i, anchor, j, load_patch(x, j, false), terms);
+    const PairKind kind = pair_kind(x, i, anchor, j, load_patch(x, j, false), terms);
     sums.undecided = sums.undecided || kind.undecided;
     if (!kind.positive && !kind.negative) continue;  // the same in all lanes
     const number_t dot = warp_dot<number_t, T>(x.anchors, i, x.keys, j, x.depth);
@@ -424,8 +428,8 @@ PGLCL_DEVICE void sum_gradient_row(const ContrastArguments<T>& x,
       const AnchorTerms<number_t> other_terms =
           own_key ? load_terms<T, number_t>(x, g, j, other) : no_terms<T, number_t>();
       PairKind as_anchor{}, as_key{};
-      if (own_anchor) as_anchor = decide(x, row, own, j, other, own_terms);
-      if (own_key) as_key = decide(x, j, other, row, own, other_terms);
+      if (own_anchor) as_anchor = pair_kind(x, row, own, j, other, own_terms);
+      if (own_key) as_key = pair_kind(x, j, other, row, own, other_terms);
       if (!as_anchor.positive && !as_anchor.negative && !as_key.positive && !as_key.negative) continue;
       const number_t dot = warp_dot<number_t, T>(own_rows, row, other_rows, j, x.depth);
       const number_t weight = pair_weight(x, as_anchor, own_terms, dot) + pair_weight(x, as_key, other_terms, dot);
@@ -444,7 +448,7 @@ PGLCL_KERNEL contrast_forward_plain(ContrastArguments<T> x, ContrastSums<typenam
   using scalar_t = typename Accumulate<T>::type;
   const int64_t i = int64_t(block_index()) * (kContrastThreads / 32) + thread_index() / 32;
   if (i >= x.n) return;  // the whole warp
-  const RunningSums<scalar_t> sums = meet_every_key<scalar_t>(x, i);
+  const RunningSums<scalar_t> sums = sum_over_keys<scalar_t>(x, i);
   if (thread_index() % 32 == 0) sums.write(i, x.log_weight, out);
 }
 
@@ -524,7 +528,7 @@ PGLCL_KERNEL contrast_finish(ContrastArguments<T> x, ContrastParts parts, Contra
   for (int lane = 0; lane < 32; ++lane) {
     if ((wide >> lane & 1) == 0) continue;
     const int64_t anchor = i - thread_index() % 32 + lane;
-    const RunningSums<double> sums = meet_every_key<double>(x, anchor);
+    const RunningSums<double> sums = sum_over_keys<double>(x, anchor);
     if (thread_index() % 32 == 0 && sums.is_number()) sums.write(anchor, x.exact_log_weight, out);
   }
 }

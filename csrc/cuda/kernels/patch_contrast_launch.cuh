@@ -15,15 +15,17 @@ struct DeviceLimits {
 
 inline int64_t blocks_of(int64_t rows, int64_t per_block) { return (rows + per_block - 1) / per_block; }
 
+// A warp for each row; tiles with FFMA, or with tensor cores for long rows; tiles in registers, on tensor cores.
 enum class Path { kPlain, kFfma, kTf32, kMma };
 
 // Rows longer than kMaxDepth, in 16 bits, are widened: to float32 every number goes unchanged, and to TF32 as well.
 inline bool widens(int64_t depth, int64_t element_size) { return depth > kMaxDepth && element_size == 2; }
 
-// The kernel, and the stages of its pipeline that fit: 2 or 1.
+// The kernel, the stages of its pipeline that fit (2 or 1), and whether rows pass in chunks.
 struct Choice {
   Path path;
   int stages;
+  bool in_chunks = false;
 };
 
 template <typename T>
@@ -31,23 +33,18 @@ Choice choose_path(const ContrastArguments<T>& x, const DeviceLimits& device) {
   const bool aligned = x.depth * sizeof(T) % 16 == 0 && reinterpret_cast<uintptr_t>(x.anchors) % 16 == 0 &&
                        reinterpret_cast<uintptr_t>(x.keys) % 16 == 0;
   if (sizeof(T) == 8 || !aligned || x.depth == 0) return {Path::kPlain, 0};
-  const bool tensor = device.compiled_for >= 80;
-  if (x.depth > kMaxDepth) {
-    if (sizeof(T) == 2 || tile_shared_bytes<T>(kDepthChunk, 1) > device.shared_bytes) return {Path::kPlain, 0};
-    return {tensor && device.allow_tf32 ? Path::kTf32 : Path::kFfma, 1};
-  }
-  for (int stages = 2; stages > 0; --stages) {
-    if constexpr (sizeof(T) == 2) {
-      // The backward pass takes more, and chooses alike.
+  const bool tensor = device.compiled_for >= 80 && (sizeof(T) == 2 || device.allow_tf32);
+  for (int stages = 2; stages > 0 && x.depth <= kMaxDepth; --stages) {
+    // The backward pass takes more, and chooses alike.
+    if constexpr (sizeof(T) < 8) {
       const int64_t bytes =
-          x.depth <= 128 ? mma_shared_bytes<128, false>(stages) : mma_shared_bytes<256, false>(stages);
+          x.depth <= 128 ? mma_shared_bytes<T, 128, false>(stages) : mma_shared_bytes<T, 256, false>(stages);
       if (tensor && bytes <= device.shared_bytes) return {Path::kMma, stages};
     }
-    if (sizeof(T) == 2 && tensor) continue;
-    if (tile_shared_bytes<T>(x.depth, stages) <= device.shared_bytes)
-      return {tensor && device.allow_tf32 ? Path::kTf32 : Path::kFfma, stages};
+    if (!tensor && tile_shared_bytes<T>(x.depth, stages) <= device.shared_bytes) return {Path::kFfma, stages};
   }
-  return {Path::kPlain, 0};
+  if (sizeof(T) == 2 || tile_shared_bytes<T>(kDepthChunk, 1) > device.shared_bytes) return {Path::kPlain, 0};
+  return {tensor ? Path::kTf32 : Path::kFfma, 1, true};
 }
 
 // Calls body.operator()<general>(): whether masks or several channels decide which pairs count.
@@ -59,23 +56,25 @@ void with_rule(const ContrastArguments<T>& x, Body body) {
     body.template operator()<false>();
 }
 
-// Calls body.operator()<deep>(): whether rows pass in chunks. 16-bit rows never do.
-template <typename T, typename Body>
-void with_chunks(int64_t depth, Body body) {
+// Calls body.operator()<depth, deep>(): the most that fits, and whether rows pass in chunks. 16-bit rows never do, and
+// with TF32 all do.
+template <typename T, Math kMath, typename Body>
+void with_depth(int64_t depth, bool in_chunks, Body body) {
   if constexpr (sizeof(T) == 4)
-    if (depth > kMaxDepth) return body.template operator()<true>();
-  body.template operator()<false>();
+    if (kMath == Math::kTensor || in_chunks) return body.template operator()<kDepthChunk, true>();
+  if constexpr (kMath == Math::kFfma)
+    depth > 128 ? body.template operator()<256, false>() : body.template operator()<128, false>();
 }
 
 template <typename T, Math kMath>
 void launch_forward_tiles(const ContrastArguments<T>& x, const DeviceLimits& device, const ContrastSums<float>& out,
-                          int stages, PglclStream stream) {
+                          const Choice& choice, PglclStream stream) {
   with_rule(x, [&]<bool kGeneral>() {
-    with_chunks<T>(x.depth, [&]<bool kDeep>() {
-      const int64_t bytes = tile_shared_bytes<T>(kDeep ? kDepthChunk : x.depth, stages);
-      PGLCL_ALLOW_SHARED((contrast_forward_tiles<T, kMath, kGeneral, kDeep>), bytes, device.shared_bytes);
-      PGLCL_LAUNCH((contrast_forward_tiles<T, kMath, kGeneral, kDeep>), blocks_of(x.n, kRows), 1, kContrastThreads,
-                   bytes, stream, x, out, stages);
+    with_depth<T, kMath>(x.depth, choice.in_chunks, [&]<int kDepth, bool kDeep>() {
+      const int64_t bytes = tile_shared_bytes<T>(kDeep ? kDepthChunk : x.depth, choice.stages);
+      PGLCL_ALLOW_SHARED((contrast_forward_tiles<T, kMath, kDepth, kGeneral, kDeep>), bytes, device.shared_bytes);
+      PGLCL_LAUNCH((contrast_forward_tiles<T, kMath, kDepth, kGeneral, kDeep>), blocks_of(x.n, kRows<kDepth>), 1,
+                   kContrastThreads, bytes, stream, x, out, choice.stages);
     });
   });
 }
@@ -91,7 +90,9 @@ inline int part_count(int64_t rows, int64_t columns, int tile, const DeviceLimit
 
 template <typename T>
 int contrast_part_count(const ContrastArguments<T>& x, const DeviceLimits& device) {
-  return choose_path(x, device).path == Path::kMma ? part_count(x.n, x.m, kMmaColumns<128, true>, device) : 1;
+  return choose_path(x, device).path == Path::kMma
+             ? part_count(x.n, x.m, kMmaColumns<128, kHeldForward<T, 128>>, device)
+             : 1;
 }
 
 // The same for the gradient of the anchors, or of the keys.
@@ -105,7 +106,7 @@ template <typename T, int kDepth>
 void launch_forward_mma(const ContrastArguments<T>& x, const DeviceLimits& device, const ContrastSums<float>& out,
                         const ContrastParts& parts, int stages, PglclStream stream) {
   with_rule(x, [&]<bool kGeneral>() {
-    const int64_t bytes = mma_shared_bytes<kDepth, kHeldForward<kDepth>>(stages);
+    const int64_t bytes = mma_shared_bytes<T, kDepth, kHeldForward<T, kDepth>>(stages);
     PGLCL_ALLOW_SHARED((contrast_forward_mma<T, kDepth, kGeneral>), bytes, device.shared_bytes);
     PGLCL_LAUNCH((contrast_forward_mma<T, kDepth, kGeneral>), blocks_of(x.n, kMmaRows), parts.count, kContrastThreads,
                  bytes, stream, x, out, parts, stages);
@@ -120,16 +121,16 @@ void run_contrast_forward(const ContrastArguments<T>& x, const DeviceLimits& dev
   if (x.n > 0) {
     const Choice choice = choose_path(x, device);
     const ContrastParts parts = contrast_parts(workspace, contrast_part_count(x, device), x.n);
-    if constexpr (sizeof(T) == 2) {
+    if constexpr (sizeof(T) < 8) {
       if (choice.path == Path::kMma && x.depth <= 128)
         launch_forward_mma<T, 128>(x, device, out, parts, choice.stages, stream);
       else if (choice.path == Path::kMma)
         launch_forward_mma<T, 256>(x, device, out, parts, choice.stages, stream);
     }
     if constexpr (sizeof(T) == 4)
-      if (choice.path == Path::kTf32) launch_forward_tiles<T, Math::kTensor>(x, device, out, choice.stages, stream);
+      if (choice.path == Path::kTf32) launch_forward_tiles<T, Math::kTensor>(x, device, out, choice, stream);
     if constexpr (sizeof(T) < 8)
-      if (choice.path == Path::kFfma) launch_forward_tiles<T, Math::kFfma>(x, device, out, choice.stages, stream);
+      if (choice.path == Path::kFfma) launch_forward_tiles<T, Math::kFfma>(x, device, out, choice, stream);
     if (choice.path == Path::kPlain)
       PGLCL_LAUNCH(contrast_forward_plain<T>, blocks_of(x.n, kContrastThreads / 32), 1, kContrastThreads, 0, stream, x,
                    out);
@@ -142,20 +143,14 @@ void run_contrast_forward(const ContrastArguments<T>& x, const DeviceLimits& dev
 
 template <typename T, Math kMath>
 void launch_backward_tiles(const ContrastArguments<T>& x, const ContrastGradients<float>& g, const DeviceLimits& device,
-                           T* grad, bool own_anchor, bool own_key, int stages, PglclStream stream) {
+                           T* grad, bool own_anchor, bool own_key, const Choice& choice, PglclStream stream) {
   with_rule(x, [&]<bool kGeneral>() {
-    with_chunks<T>(x.depth, [&]<bool kDeep>() {
-      const auto launch = [&]<int kDepth>() {
-        const int64_t bytes = tile_shared_bytes<T>(kDeep ? kDepthChunk : x.depth, stages);
-        PGLCL_ALLOW_SHARED((contrast_backward_tiles<T, kMath, kDepth, kGeneral, kDeep>), bytes, device.shared_bytes);
-        PGLCL_LAUNCH((contrast_backward_tiles<T, kMath, kDepth, kGeneral, kDeep>),
-                     blocks_of(own_anchor ? x.n : x.m, kRows), kDeep ? blocks_of(x.depth, kDepthChunk) : 1,
-                     kContrastThreads, bytes, stream, x, g, grad, own_anchor, own_key, stages);
-      };
-      if constexpr (kDeep)
-        launch.template operator()<kDepthChunk>();
-      else
-        x.depth > 128 ? launch.template operator()<256>() : launch.template operator()<128>();
+    with_depth<T, kMath>(x.depth, choice.in_chunks, [&]<int kDepth, bool kDeep>() {
+      const int64_t bytes = tile_shared_bytes<T>(kDeep ? kDepthChunk : x.depth, choice.stages);
+      PGLCL_ALLOW_SHARED((contrast_backward_tiles<T, kMath, kDepth, kGeneral, kDeep>), bytes, device.shared_bytes);
+      PGLCL_LAUNCH((contrast_backward_tiles<T, kMath, kDepth, kGeneral, kDeep>),
+                   blocks_of(own_anchor ? x.n : x.m, kRows<kDepth>), kDeep ? blocks_of(x.depth, kDepthChunk) : 1,
+                   kContrastThreads, bytes, stream, x, g, grad, own_anchor, own_key, choice.stages);
     });
   });
 }
@@ -164,7 +159,7 @@ template <typename T, int kDepth, Owner kOwner>
 void launch_backward_mma(const ContrastArguments<T>& x, const ContrastGradients<float>& g, const DeviceLimits& device,
                          const GradientParts<T>& out, int stages, PglclStream stream) {
   with_rule(x, [&]<bool kGeneral>() {
-    const int64_t bytes = mma_shared_bytes<kDepth, false>(stages);
+    const int64_t bytes = mma_shared_bytes<T, kDepth, false>(stages);
     PGLCL_ALLOW_SHARED((contrast_backward_mma<T, kDepth, kOwner, kGeneral>), bytes, device.shared_bytes);
     PGLCL_LAUNCH((contrast_backward_mma<T, kDepth, kOwner, kGeneral>),
                  blocks_of(kOwner == Owner::kKeys ? x.m : x.n, kMmaRows), out.count, kContrastThreads, bytes, stream, x,
@@ -192,7 +187,7 @@ void run_contrast_backward(const ContrastArguments<T>& x, const ContrastGradient
   const int64_t rows = own_anchor ? x.n : x.m;
   if (rows == 0 || x.depth == 0) return;
   const Choice choice = choose_path(x, device);
-  if constexpr (sizeof(T) == 2) {
+  if constexpr (sizeof(T) < 8) {
     if (choice.path == Path::kMma && x.depth <= 128)
       return launch_backward_mma<T, 128>(x, g, device, out, own_anchor, own_key, choice.stages, stream);
     if (choice.path == Path::kMma)
@@ -200,12 +195,10 @@ void run_contrast_backward(const ContrastArguments<T>& x, const ContrastGradient
   }
   if constexpr (sizeof(T) == 4)
     if (choice.path == Path::kTf32)
-      return launch_backward_tiles<T, Math::kTensor>(x, g, device, out.gradient, own_anchor, own_key, choice.stages,
-                                                     stream);
+      return launch_backward_tiles<T, Math::kTensor>(x, g, device, out.gradient, own_anchor, own_key, choice, stream);
   if constexpr (sizeof(T) < 8)
     if (choice.path == Path::kFfma)
-      return launch_backward_tiles<T, Math::kFfma>(x, g, device, out.gradient, own_anchor, own_key, choice.stages,
-                                                   stream);
+      return launch_backward_tiles<T, Math::kFfma>(x, g, device, out.gradient, own_anchor, own_key, choice, stream);
   const int64_t bytes = kContrastThreads / 32 * kPlainDepth * sizeof(scalar_t);
   PGLCL_LAUNCH(contrast_backward_plain<T>, blocks_of(rows, kContrastThreads / 32), 1, kContrastThreads, bytes, stream,
                x, g, out.gradient, own_anchor, own_key);

@@ -1,4 +1,5 @@
-// The fused contrastive loss in 16 bits on tensor cores (sm_80 and later), depth up to 256.
+// The fused contrastive loss on tensor cores (sm_80 and later), depth up to 256: 16-bit types, and float32 rounded to
+// TF32.
 //
 // A block owns kMmaRows rows (anchors, or keys for their gradient), 16 for each of its four warps, and streams tiles of
 // the others through shared memory, copied asynchronously, the next one while this one is worked on. A warp keeps what
@@ -15,48 +16,67 @@ constexpr int kMmaRows = 64;
 
 // kHeld below: a warp holds its rows in registers; else it reads them from shared memory for every tile. The forward
 // pass can where the depth is small, in the backward pass the gradient takes the registers.
-template <int kDepth>
-constexpr bool kHeldForward = kDepth <= 128;
+template <typename T, int kDepth>
+constexpr bool kHeldForward = kDepth * sizeof(T) <= 256;
 // Columns of a tile. Where the depth and the gradient leave few registers, a half or a quarter as many.
 template <int kDepth, bool kHeld>
 constexpr int kMmaColumns = kHeld           ? 64
                             : kDepth <= 128 ? 32
                                             : 16;
+// Elements that 16 bytes hold: what a lane names, and a thread copies, at once.
+template <typename T>
+constexpr int kChunk = 16 / int(sizeof(T));
 // Rows in shared memory are 16 bytes longer, so that the eight rows of a matrix meet 32 banks.
-template <int kDepth>
-constexpr int kMmaStride = kDepth + 8;
-constexpr int kMmaStep = 32;  // of depth: what one load of four matrices brings
+template <typename T, int kDepth>
+constexpr int kMmaStride = kDepth + kChunk<T>;
+// Of depth: what one load of four matrices brings, operands of two mma.sync.
+template <typename T>
+constexpr int kMmaStep = 4 * kChunk<T>;
 
 template <int kDepth, bool kHeld>
 using MmaSide = ColumnSide<kMmaColumns<kDepth, kHeld>, 2>;
 
-template <int kDepth, bool kHeld>
+template <typename T, int kDepth, bool kHeld>
 constexpr int64_t mma_shared_bytes(int stages) {
-  const int64_t row = kMmaStride<kDepth> * 2;
+  const int64_t row = int64_t(kMmaStride<T, kDepth>) * int64_t(sizeof(T));
   return (kHeld ? 0 : kMmaRows * row) + stages * kMmaColumns<kDepth, kHeld> * row + MmaSide<kDepth, kHeld>::bytes() +
          ScanMemory::bytes();
 }
 
-// What the two 16-bit types have of their own.
+// What the types have of their own. operand: a word of a row as mma.sync takes it.
 template <typename T>
-struct Half;
+struct TensorCore;
 template <>
-struct Half<BFloat16> {
+struct TensorCore<BFloat16> {
   static constexpr uint32_t kExponent = 0x7f80;
+  PGLCL_DEVICE static uint32_t operand(uint32_t word) { return word; }
   PGLCL_DEVICE static uint32_t pack(float low, float high) { return pack_bf16(low, high); }
   PGLCL_DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_bf16(d, a, b); }
 };
 template <>
-struct Half<Float16> {
+struct TensorCore<Float16> {
   static constexpr uint32_t kExponent = 0x7c00;
+  PGLCL_DEVICE static uint32_t operand(uint32_t word) { return word; }
   PGLCL_DEVICE static uint32_t pack(float low, float high) { return pack_f16(low, high); }
   PGLCL_DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_f16(d, a, b); }
 };
+template <>
+struct TensorCore<float> {
+  PGLCL_DEVICE static uint32_t operand(uint32_t word) { return to_tf32(bits_float(word)); }
+  PGLCL_DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_tf32(d, a, b); }
+};
+
+// The same for the four words that a thread holds of four matrices.
+template <typename T>
+PGLCL_DEVICE void to_operands(uint32_t (&words)[4]) {
+#pragma unroll
+  for (int w = 0; w < 4; ++w) words[w] = TensorCore<T>::operand(words[w]);
+}
 
 // Two numbers, 0 in the place of one that is not finite.
 template <typename T>
 PGLCL_DEVICE uint32_t finite_halves(uint32_t pair) {
-  constexpr uint32_t kExponent = Half<T>::kExponent;
+  constexpr uint32_t kExponent = TensorCore<T>::kExponent;
   const uint32_t low = (pair & kExponent) == kExponent ? 0 : pair & 0xffffu;
   const uint32_t high = (pair >> 16 & kExponent) == kExponent ? 0 : pair & 0xffff0000u;
   return low | high;
@@ -65,31 +85,32 @@ PGLCL_DEVICE uint32_t finite_halves(uint32_t pair) {
 template <typename T, int kDepth, bool kHeld>
 struct MmaMemory {
   static constexpr int kColumns = kMmaColumns<kDepth, kHeld>;
-  static constexpr int kTileSize = kColumns * kMmaStride<kDepth>;
+  static constexpr int kTileSize = kColumns * kMmaStride<T, kDepth>;
   Shared<T> rows, columns;
   MmaSide<kDepth, kHeld> side;
   ScanMemory scan;
 
   PGLCL_DEVICE MmaMemory(SharedMemory& memory, int stages)
-      : rows(memory.take<T>(kHeld ? 0 : kMmaRows * kMmaStride<kDepth>)),
+      : rows(memory.take<T>(kHeld ? 0 : kMmaRows * kMmaStride<T, kDepth>)),
         columns(memory.take<T>(stages * kTileSize)),
         side(memory),
         scan(memory) {}
 };
 
-// The 16 rows of a warp as operand A of mma.sync.
+// The 16 rows of a warp as operand A of mma.sync, in steps of two chunks of depth.
 template <typename T, int kDepth, bool kHeld>
 class RowFragments {
  public:
   // Rows of the block at `at` in `memory`.
   PGLCL_DEVICE void load(const Shared<T>& memory, int at, int64_t depth) {
     memory_ = memory;
-    at_ = at + (thread_index() / 32 * 16 + thread_index() % 16) * kMmaStride<kDepth> + thread_index() % 32 / 16 * 8;
+    at_ = at + (thread_index() / 32 * 16 + thread_index() % 16) * kMmaStride<T, kDepth> +
+          thread_index() % 32 / 16 * kChunk<T>;
     if constexpr (kHeld) {
 #pragma unroll
-      for (int s = 0; s < kDepth / 16; ++s) {
-        if (s % 2 == 0 && 16 * s >= depth) break;
-        memory.load_matrices(at_ + 16 * s, held_[s]);
+      for (int s = 0; s < kSteps; ++s) {
+        if (s % 2 == 0 && kStep * s >= depth) break;
+        read(s, held_[s]);
       }
     }
   }
@@ -98,15 +119,22 @@ class RowFragments {
 #pragma unroll
       for (int w = 0; w < 4; ++w) a[w] = held_[step][w];
     } else {
-      memory_.load_matrices(at_ + 16 * step, a);
+      read(step, a);
     }
   }
   PGLCL_DEVICE explicit RowFragments(const Shared<T>& memory) : memory_(memory), at_(0) {}
 
  private:
+  static constexpr int kStep = kMmaStep<T> / 2, kSteps = kDepth / kStep;
+
+  PGLCL_DEVICE void read(int step, uint32_t (&a)[4]) const {
+    memory_.load_matrices(at_ + kStep * step, a);
+    to_operands<T>(a);
+  }
+
   Shared<T> memory_;
   int at_;
-  uint32_t held_[kHeld ? kDepth / 16 : 1][4];
+  uint32_t held_[kHeld ? kSteps : 1][4];
 };
 
 // Step 1. products[t][2 r + c]: row group + 8 r of the warp times column 8 t + 2 within + c of the tile, where lane =
@@ -115,50 +143,77 @@ template <typename T, int kDepth, bool kHeld, int kTiles>
 PGLCL_DEVICE void multiply_rows(const RowFragments<T, kDepth, kHeld>& rows, const Shared<T>& columns, int at,
                                 int64_t depth, float (&products)[kTiles][4]) {
   const int lane = thread_index() % 32;
-  const int mine = at + lane % 8 * kMmaStride<kDepth> + lane / 8 * 8;
+  const int mine = at + lane % 8 * kMmaStride<T, kDepth> + lane / 8 * kChunk<T>;
 #pragma unroll
   for (int t = 0; t < kTiles; ++t)
 #pragma unroll
     for (int i = 0; i < 4; ++i) products[t][i] = 0;
 #pragma unroll
-  for (int d = 0; d < kDepth; d += kMmaStep) {
+  for (int d = 0; d < kDepth; d += kMmaStep<T>) {
     if (d >= depth) break;  // the same in all threads
     uint32_t first[4], second[4];
-    rows.get(d / 16, first);
-    rows.get(d / 16 + 1, second);
+    rows.get(d / kMmaStep<T> * 2, first);
+    rows.get(d / kMmaStep<T> * 2 + 1, second);
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
       uint32_t b[4];
-      columns.load_matrices(mine + 8 * t * kMmaStride<kDepth> + d, b);
-      Half<T>::mma(products[t], first, {b[0], b[1]});
-      Half<T>::mma(products[t], second, {b[2], b[3]});
+      columns.load_matrices(mine + 8 * t * kMmaStride<T, kDepth> + d, b);
+      to_operands<T>(b);
+      TensorCore<T>::mma(products[t], first, {b[0], b[1]});
+      TensorCore<T>::mma(products[t], second, {b[2], b[3]});
     }
   }
 }
 
 // Step 3. gradient[n][2 r + c]: row group + 8 r, depth 8 n + 2 within + c. kFinite as in patch_contrast_tiles.cuh.
 template <typename T, int kDepth, bool kFinite, int kTiles>
+  requires(sizeof(T) == 2)
 PGLCL_DEVICE void add_columns(const float (&weights)[kTiles][4], const Shared<T>& columns, int at, int64_t depth,
                               float (&gradient)[kDepth / 8][4]) {
   const int lane = thread_index() % 32;
-  const int mine = at + lane % 16 * kMmaStride<kDepth> + lane / 16 * 8;
+  const int mine = at + lane % 16 * kMmaStride<T, kDepth> + lane / 16 * 8;
 #pragma unroll
   for (int t = 0; t < kTiles; t += 2) {
     // What a thread holds of two tiles of products is its part of operand A.
-    const uint32_t a[4] = {Half<T>::pack(weights[t][0], weights[t][1]), Half<T>::pack(weights[t][2], weights[t][3]),
-                           Half<T>::pack(weights[t + 1][0], weights[t + 1][1]),
-                           Half<T>::pack(weights[t + 1][2], weights[t + 1][3])};
+    const uint32_t a[4] = {TensorCore<T>::pack(weights[t][0], weights[t][1]),
+                           TensorCore<T>::pack(weights[t][2], weights[t][3]),
+                           TensorCore<T>::pack(weights[t + 1][0], weights[t + 1][1]),
+                           TensorCore<T>::pack(weights[t + 1][2], weights[t + 1][3])};
 #pragma unroll
     for (int d = 0; d < kDepth; d += 16) {
-      if (d % kMmaStep == 0 && d >= depth) break;
+      if (d % kMmaStep<T> == 0 && d >= depth) break;
       uint32_t b[4];
-      columns.load_matrices_transposed(mine + 8 * t * kMmaStride<kDepth> + d, b);
+      columns.load_matrices_transposed(mine + 8 * t * kMmaStride<T, kDepth> + d, b);
       if constexpr (!kFinite) {
 #pragma unroll
         for (int w = 0; w < 4; ++w) b[w] = finite_halves<T>(b[w]);
       }
-      Half<T>::mma(gradient[d / 8], a, {b[0], b[1]});
-      Half<T>::mma(gradient[d / 8 + 1], a, {b[2], b[3]});
+      TensorCore<T>::mma(gradient[d / 8], a, {b[0], b[1]});
+      TensorCore<T>::mma(gradient[d / 8 + 1], a, {b[2], b[3]});
+    }
+  }
+}
+
+// The same in TF32. A thread holds columns 2 within + c of a tile of products, where operand A has columns within +
+// 4 c. Columns are only summed over: they are renumbered in both operands.
+template <typename T, int kDepth, bool kFinite, int kTiles>
+  requires(sizeof(T) == 4)
+PGLCL_DEVICE void add_columns(const float (&weights)[kTiles][4], const Shared<T>& columns, int at, int64_t depth,
+                              float (&gradient)[kDepth / 8][4]) {
+  const int group = thread_index() % 32 / 4, within = thread_index() % 4;
+  const int mine = at + 2 * within * kMmaStride<T, kDepth> + group;
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+    const uint32_t a[4] = {to_tf32(weights[t][0]), to_tf32(weights[t][2]), to_tf32(weights[t][1]),
+                           to_tf32(weights[t][3])};
+#pragma unroll
+    for (int d = 0; d < kDepth; d += 8) {
+      if (d % kMmaStep<T> == 0 && d >= depth) break;
+      uint32_t b[2];
+#pragma unroll
+      for (int c = 0; c < 2; ++c)
+        b[c] = to_tf32(finite<kFinite>(columns.load(mine + (8 * t + c) * kMmaStride<T, kDepth> + d)));
+      mma_tf32(gradient[d / 8], a, b);
     }
   }
 }
@@ -172,9 +227,9 @@ PGLCL_DEVICE void stream_tiles(const MmaMemory<T, kDepth, kHeld>& memory, RowFra
                                int64_t column_count, int64_t first_tile, int64_t last_tile, int64_t depth, int stages,
                                Load load_side, Store store_side, Work work) {
   constexpr int kColumns = kMmaColumns<kDepth, kHeld>, kTileSize = MmaMemory<T, kDepth, kHeld>::kTileSize;
-  constexpr int kStride = kMmaStride<kDepth>;
+  constexpr int kStride = kMmaStride<T, kDepth>;
   if (first_tile >= last_tile) return;
-  const CopyPlan plan(int((depth + kMmaStep - 1) / kMmaStep * (kMmaStep / 8)));
+  const CopyPlan plan(int((depth + kMmaStep<T> - 1) / kMmaStep<T> * 4));
   const auto copy_tile = [&](int64_t tile, int stage) {
     copy_rows<T>(plan, memory.columns, stage * kTileSize, kStride, columns, tile * kColumns, kColumns, column_count,
                  depth);
@@ -212,10 +267,10 @@ PGLCL_DEVICE void stream_tiles(const MmaMemory<T, kDepth, kHeld>& memory, RowFra
 
 // Step 2 of the forward pass for the two rows of a thread.
 template <typename T, bool kHeld, bool kGeneral, bool kSelf, int kTiles>
-PGLCL_DEVICE void meet_columns(const ContrastArguments<T>& x, const ColumnSide<8 * kTiles, 2>& side,
-                               const int64_t (&index)[2], const Patch<float> (&anchor)[2],
-                               const AnchorTerms<float> (&terms)[2], int64_t first, const float (&products)[kTiles][4],
-                               RunningSums<float> (&sums)[2]) {
+PGLCL_DEVICE void sum_pairs(const ContrastArguments<T>& x, const ColumnSide<8 * kTiles, 2>& side,
+                            const int64_t (&index)[2], const CodedPatch (&anchor)[2],
+                            const AnchorTerms<float> (&terms)[2], int64_t first, const float (&products)[kTiles][4],
+                            RunningSums<float> (&sums)[2]) {
   constexpr int kColumns = 8 * kTiles;
   const int within = thread_index() % 4;
   float logits[2][2 * kTiles];
@@ -225,7 +280,7 @@ PGLCL_DEVICE void meet_columns(const ContrastArguments<T>& x, const ColumnSide<8
   for (int r = 0; r < 2; ++r) self[r] = kSelf ? own_column(index[r], x.self_offset, first, kColumns) : -1;
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) {
-    Patch<float> keys[2];
+    CodedPatch keys[2];
     side.template patches<2, kGeneral>(8 * t + 2 * within, keys);
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
@@ -234,10 +289,10 @@ PGLCL_DEVICE void meet_columns(const ContrastArguments<T>& x, const ColumnSide<8
       for (int r = 0; r < 2; ++r) {
         PairKind kind;
         if constexpr (kGeneral) {
-          kind = decide(x, index[r], anchor[r], first + column, keys[c], terms[r]);
+          kind = pair_kind(x, index[r], anchor[r], first + column, keys[c], terms[r]);
           sums[r].undecided = sums[r].undecided || kind.undecided;
         } else {
-          kind = decide_by_rule(anchor[r], keys[c], terms[r].positive_bound, terms[r].negative_bound);
+          kind = pair_kind_by_rule(anchor[r], keys[c], terms[r].positive_bound, terms[r].negative_bound);
           if (kSelf && column == self[r]) kind = {false, false, false};
         }
         const float logit = pair_logit(x, products[t][2 * r + c]);
@@ -251,23 +306,24 @@ PGLCL_DEVICE void meet_columns(const ContrastArguments<T>& x, const ColumnSide<8
   for (int r = 0; r < 2; ++r) sums[r].add(logits[r], positive[r], kGeneral ? negative[r] : ~positive[r]);
 }
 
-// kGeneral: masks or several channels decide, instead of decide_by_rule.
+// kGeneral: masks or several channels decide, instead of pair_kind_by_rule.
 template <typename T, int kDepth, bool kGeneral>
 PGLCL_KERNEL contrast_forward_mma(ContrastArguments<T> x, ContrastSums<float> out, ContrastParts parts, int stages) {
-  constexpr bool kHeld = kHeldForward<kDepth>;
+  constexpr bool kHeld = kHeldForward<T, kDepth>;
   constexpr int kColumns = kMmaColumns<kDepth, kHeld>, kTiles = kColumns / 8;
   SharedMemory shared;
   const MmaMemory<T, kDepth, kHeld> memory(shared, stages);
   const int64_t first_row = int64_t(block_index()) * kMmaRows;
   const int lane = thread_index() % 32;
   int64_t index[2];
-  Patch<float> anchor[2];
+  CodedPatch anchor[2];
   AnchorTerms<float> terms[2];
   RunningSums<float> sums[2];
+  const LabelCodes codes(x.labels, first_row, kMmaRows, x.n);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     index[r] = first_row + thread_index() / 32 * 16 + lane / 4 + 8 * r;
-    anchor[r] = load_patch(x, index[r], true);
+    anchor[r] = codes.of(load_patch(x, index[r], true));
     terms[r] = load_terms<T>(x, index[r], anchor[r]);
   }
   KeyScan<float> scan;
@@ -277,8 +333,10 @@ PGLCL_KERNEL contrast_forward_mma(ContrastArguments<T> x, ContrastSums<float> ou
   const int64_t last_tile = end < tiles ? end : tiles;
   stream_tiles<T, kDepth, kHeld>(
       memory, fragments, x.anchors, first_row, x.n, x.keys, x.m, first_tile, last_tile, x.depth, stages,
-      [&](int64_t first) { return load_patch(x, thread_index() < kColumns ? first + thread_index() : x.m, false); },
-      [&](const Patch<float>& patch, const MmaSide<kDepth, kHeld>& side) {
+      [&](int64_t first) {
+        return codes.of(load_patch(x, thread_index() < kColumns ? first + thread_index() : x.m, false));
+      },
+      [&](const CodedPatch& patch, const MmaSide<kDepth, kHeld>& side) {
         if (thread_index() >= kColumns) return;
         scan.add(patch);
         side.store(thread_index(), patch);
@@ -288,9 +346,9 @@ PGLCL_KERNEL contrast_forward_mma(ContrastArguments<T> x, ContrastSums<float> ou
         multiply_rows<T, kDepth, kHeld>(fragments, memory.columns, at, x.depth, products);
         const int64_t self = first_row + x.self_offset;
         if (!kGeneral && x.self_offset >= 0 && first < self + kMmaRows && first + kColumns > self)
-          meet_columns<T, kHeld, kGeneral, true>(x, side, index, anchor, terms, first, products, sums);
+          sum_pairs<T, kHeld, kGeneral, true>(x, side, index, anchor, terms, first, products, sums);
         else
-          meet_columns<T, kHeld, kGeneral, false>(x, side, index, anchor, terms, first, products, sums);
+          sum_pairs<T, kHeld, kGeneral, false>(x, side, index, anchor, terms, first, products, sums);
       });
   const KeyScan<float> keys = memory.scan.merged(scan);
 #pragma unroll
@@ -318,7 +376,7 @@ PGLCL_DEVICE float weight_scale(const ContrastArguments<T>& x, const ContrastGra
   } else {
     KeyScan<float> upstream;
     for (int64_t i = thread_index(); i < (g.grad_per_anchor ? x.n : 1); i += kContrastThreads)
-      upstream.add({0, Global<const float>(g.grad).load(i), true});
+      upstream.add(CodedPatch{0, Global<const float>(g.grad).load(i), true});
     upstream = memory.merged(upstream);
     float largest = maximum(maximum(upstream.highest, -upstream.lowest), 0.0f) * x.inverse_temperature;
     if (g.num_valid) largest /= float(maximum(float(Global<const int64_t>(g.num_valid).load(0)), 1.0f));
@@ -346,7 +404,7 @@ enum class Owner { kAnchors, kKeys, kBoth };
 // was not finite.
 template <typename T, Owner kOwner, bool kGeneral, bool kSelf, int kTiles>
 PGLCL_DEVICE float weigh_columns(const ContrastArguments<T>& x, const ColumnSide<8 * kTiles, 2>& side,
-                                 const int64_t (&index)[2], const Patch<float> (&own)[2],
+                                 const int64_t (&index)[2], const CodedPatch (&own)[2],
                                  const AnchorTerms<float> (&own_terms)[2], int64_t first,
                                  float (&products)[kTiles][4]) {
   constexpr bool kOwnAnchor = kOwner != Owner::kKeys, kOwnKey = kOwner != Owner::kAnchors;
@@ -358,7 +416,7 @@ PGLCL_DEVICE float weigh_columns(const ContrastArguments<T>& x, const ColumnSide
   float infinite = 0;
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) {
-    Patch<float> others[2];
+    CodedPatch others[2];
     AnchorTerms<float> terms[2];
     side.template patches<2, kGeneral>(8 * t + 2 * within, others);
     if constexpr (kOwnKey) side.template terms<2, kGeneral>(8 * t + 2 * within, terms);
@@ -373,17 +431,17 @@ PGLCL_DEVICE float weigh_columns(const ContrastArguments<T>& x, const ColumnSide
         if constexpr (kOwnAnchor) {
           PairKind kind;
           if constexpr (kGeneral)
-            kind = decide(x, index[r], own[r], first + column, others[c], own_terms[r]);
+            kind = pair_kind(x, index[r], own[r], first + column, others[c], own_terms[r]);
           else
-            kind = decide_by_rule(own[r], others[c], own_terms[r].positive_bound, own_terms[r].negative_bound);
+            kind = pair_kind_by_rule(own[r], others[c], own_terms[r].positive_bound, own_terms[r].negative_bound);
           weight = pair_weight(x, kind, own_terms[r], dot);
         }
         if constexpr (kOwnKey) {
           PairKind kind;
           if constexpr (kGeneral)
-            kind = decide(x, first + column, others[c], index[r], own[r], terms[c]);
+            kind = pair_kind(x, first + column, others[c], index[r], own[r], terms[c]);
           else
-            kind = decide_by_rule(others[c], own[r], terms[c].positive_bound, terms[c].negative_bound);
+            kind = pair_kind_by_rule(others[c], own[r], terms[c].positive_bound, terms[c].negative_bound);
           weight += pair_weight(x, kind, terms[c], dot);
         }
         products[t][2 * r + c] = kSelf && column == self[r] ? 0.0f : weight;
@@ -413,13 +471,14 @@ PGLCL_KERNEL contrast_backward_mma(ContrastArguments<T> x, ContrastGradients<flo
     terms.mean *= scale;
     return terms;
   };
+  const LabelCodes codes(kOwnAnchor ? x.labels : x.key_labels, first_row, kMmaRows, row_count);
   int64_t index[2];
-  Patch<float> own[2];
+  CodedPatch own[2];
   AnchorTerms<float> own_terms[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     index[r] = first_row + thread_index() / 32 * 16 + lane / 4 + 8 * r;
-    own[r] = load_patch(x, index[r], kOwnAnchor);
+    own[r] = codes.of(load_patch(x, index[r], kOwnAnchor));
     own_terms[r] = kOwnAnchor ? scaled(load_terms<T>(x, g, index[r], own[r])) : no_terms<T>();
   }
   float gradient[kDepth / 8][4];
@@ -429,7 +488,7 @@ PGLCL_KERNEL contrast_backward_mma(ContrastArguments<T> x, ContrastGradients<flo
     for (int i = 0; i < 4; ++i) gradient[n][i] = 0;
 
   struct Loaded {
-    Patch<float> patch;
+    CodedPatch patch;
     AnchorTerms<float> terms;
   };
   RowFragments<T, kDepth, false> fragments(memory.rows);
@@ -445,7 +504,7 @@ PGLCL_KERNEL contrast_backward_mma(ContrastArguments<T> x, ContrastGradients<flo
       column_count, first_tile, last_tile, x.depth, stages,
       [&](int64_t first) {
         const int64_t i = thread_index() < kColumns ? first + thread_index() : column_count;
-        Loaded loaded{load_patch(x, i, !kOwnAnchor), no_terms<T>()};
+        Loaded loaded{codes.of(load_patch(x, i, !kOwnAnchor)), no_terms<T>()};
         if constexpr (kOwnKey) loaded.terms = scaled(load_terms<T>(x, g, i, loaded.patch));
         return loaded;
       },

@@ -1,15 +1,16 @@
-// Tiles of the fused contrastive loss in shared memory: float32, with TF32 or FFMA, and 16-bit types where there are no
-// tensor cores. 16-bit types on tensor cores: patch_contrast_mma.cuh.
+// Tiles of the fused contrastive loss in shared memory: float32 with FFMA, 16-bit types where there are no tensor
+// cores, and long rows. On tensor cores, rows of a depth up to 256 are those of patch_contrast_mma.cuh.
 //
 // A block owns kRows rows (anchors, or keys for their gradient) and streams tiles of the others through shared memory,
 // copied asynchronously, the next one while this one is worked on. The steps of a tile:
-//   1. dots: rows times columns, on the tensor cores of a warp (mma.sync) or with FFMA, into shared memory;
-//   2. pairs: masks and exponentials, four threads to a row: running sums (forward) or dL/d(dot) in place (backward);
+//   1. dots: rows times columns, with FFMA or on the tensor cores of a warp (mma.sync), into shared memory;
+//   2. pairs: masks and exponentials, two or four threads to a row: running sums (forward) or dL/d(dot) in place
+//      (backward);
 //   3. backward: gradient += weights times columns, held in registers until the last tile.
-// Rows that are longer than kMaxDepth pass through shared memory in chunks. The backward pass then has a block for each
-// chunk of the gradient, which needs the dots of all chunks: at a depth of 512, 2.5 times the operations, where the
-// plain kernels would read every key from the cache for every anchor. Every row of every output is written by the block
-// that owns it: no atomics, the same bits on every run.
+// Rows that are longer than kMaxDepth, or that do not fit the shared memory, pass through it in chunks. The backward
+// pass then has a block for each chunk of the gradient, which needs the dots of all chunks: at a depth of 512, 2.5
+// times the operations, where the plain kernels would read every key from the cache for every anchor. Every row of
+// every output is written by the block that owns it: no atomics, the same bits on every run.
 #pragma once
 
 #include "patch_contrast.cuh"
@@ -19,13 +20,14 @@ namespace pglcl::cuda {
 // FFMA everywhere, or tensor cores with TF32.
 enum class Math { kFfma, kTensor };
 
-// 32 rows: with 128 threads the gradient of 32 x 256 takes 64 registers each.
-constexpr int kRows = 32;
+// Rows of a block: with 128 threads the gradient of 64 x 128 or 32 x 256 takes 64 registers each.
+template <int kDepth>
+constexpr int kRows = kDepth <= 128 ? 64 : 32;
 // Columns of a tile, by element size: 64 x 256 x 2 and 32 x 256 x 4 bytes are 32 KiB each.
 template <typename T>
 constexpr int kColumns = sizeof(T) == 2 ? 64 : 32;
 constexpr int kMaxDepth = 256;
-// Of longer rows: 32 + 32 rows of it and their weights are 40 KiB, four blocks a multiprocessor.
+// Of longer rows: 64 + 32 rows of it and their weights are 60 KiB, which fit every GPU.
 constexpr int kDepthChunk = 128;
 // Pads rows of the weights so that the lanes of a fragment (4 rows x 8 columns) meet 32 banks.
 template <typename T>
@@ -43,17 +45,45 @@ PGLCL_HOST_DEVICE constexpr int row_stride(int64_t depth) {
 
 constexpr int64_t rounded_to_16(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 
+using CodedPatch = Patch<float, int32_t>;
+
+// Labels in 32 bits for the rows of a block and the columns that pass it: a row and a column have the same code where
+// they have the same label. Most labels are their own code. That of another one is found by its first row in the block.
+class LabelCodes {
+ public:
+  // Of rows first to first + count of those with these labels.
+  PGLCL_DEVICE LabelCodes(const int64_t* labels, int64_t first, int count, int64_t total)
+      : labels_(labels + first), count_(int(total - first < count ? total - first : count)) {}
+
+  PGLCL_DEVICE CodedPatch of(const Patch<float>& patch) const {
+    return {code(patch.label), patch.descriptor, patch.counts};
+  }
+
+ private:
+  static constexpr int32_t kOwn = int32_t(1) << 30;  // labels from -kOwn to kOwn - 1 are their own code
+
+  PGLCL_DEVICE int32_t code(int64_t label) const {
+    if (label >= -kOwn && label < kOwn) return int32_t(label);
+    for (int r = 0; r < count_; ++r)
+      if (labels_.load(r) == label) return kOwn + r;
+    return -kOwn - 1;  // of no row
+  }
+
+  Global<const int64_t> labels_;
+  int count_;
+};
+
 // The anchors of a tile's columns, or its keys, in shared memory; those of two tiles where kTurns is 2.
 template <int kCount, int kTurns = 1>
 class ColumnSide {
  public:
   PGLCL_DEVICE explicit ColumnSide(SharedMemory& memory)
-      : label_(memory.take<int64_t>(kTurns * kCount)),
+      : label_(memory.take<int32_t>(kTurns * kCount)),
         number_(memory.take<float>(kNumbers * kTurns * kCount)),
         flags_(memory.take<int>(kTurns * kCount)) {}
 
   static constexpr int64_t bytes() {
-    return rounded_to_16(kTurns * kCount * sizeof(int64_t)) +
+    return rounded_to_16(kTurns * kCount * sizeof(int32_t)) +
            rounded_to_16(kNumbers * kTurns * kCount * sizeof(float)) + rounded_to_16(kTurns * kCount * sizeof(int));
   }
   // That of one tile of the two.
@@ -63,12 +93,12 @@ class ColumnSide {
     return side;
   }
 
-  PGLCL_DEVICE void store(int c, const Patch<float>& patch) const {
+  PGLCL_DEVICE void store(int c, const CodedPatch& patch) const {
     label_.store(first_ + c, patch.label);
     store_number(kDescriptor, c, patch.descriptor);
     flags_.store(first_ + c, patch.counts);
   }
-  PGLCL_DEVICE void store(int c, const Patch<float>& patch, const AnchorTerms<float>& terms) const {
+  PGLCL_DEVICE void store(int c, const CodedPatch& patch, const AnchorTerms<float>& terms) const {
     label_.store(first_ + c, patch.label);
     store_number(kDescriptor, c, patch.descriptor);
     store_number(kPositiveBound, c, terms.positive_bound);
@@ -81,9 +111,9 @@ class ColumnSide {
     flags_.store(first_ + c, int(patch.counts) | int(terms.counts) << 1 | int(terms.undecided) << 2);
   }
 
-  // kGroup columns beginning with c, at once. What only decide() asks for is left out by kGeneral = false.
+  // kGroup columns beginning with c, at once. What only pair_kind() asks for is left out by kGeneral = false.
   template <int kGroup, bool kGeneral>
-  PGLCL_DEVICE void patches(int c, Patch<float> (&out)[kGroup]) const {
+  PGLCL_DEVICE void patches(int c, CodedPatch (&out)[kGroup]) const {
     const auto label = label_.template load_vector<kGroup>(first_ + c);
     const auto descriptor = numbers<kGroup>(kDescriptor, c);
 #pragma unroll
@@ -115,9 +145,9 @@ class ColumnSide {
     return number_.template load_vector<kGroup>(which * kTurns * kCount + first_ + c);
   }
 
-  Shared<int64_t> label_;
+  Shared<int32_t> label_;
   Shared<float> number_;
-  Shared<int> flags_;  // for decide(): bit 0, the patch counts; 1, its terms do; 2, they are undecided
+  Shared<int> flags_;  // for pair_kind(): bit 0, the patch counts; 1, its terms do; 2, they are undecided
   int first_ = 0;
 };
 
@@ -166,9 +196,10 @@ PGLCL_DEVICE bool is_its_own_key(const ContrastArguments<T>& x, int64_t anchor, 
 
 template <typename T>
 constexpr int64_t tile_shared_bytes(int64_t depth, int stages) {
-  return rounded_to_16(int64_t(kRows) * row_stride<T>(depth) * sizeof(T)) +
+  const int64_t rows = depth <= 128 ? kRows<128> : kRows<256>;
+  return rounded_to_16(rows * row_stride<T>(depth) * sizeof(T)) +
          rounded_to_16(int64_t(stages) * kColumns<T> * row_stride<T>(depth) * sizeof(T)) +
-         rounded_to_16(int64_t(kRows) * kWeightStride<T> * sizeof(float)) + ColumnSide<kColumns<T>>::bytes() +
+         rounded_to_16(rows * kWeightStride<T> * sizeof(float)) + ColumnSide<kColumns<T>>::bytes() +
          ScanMemory::bytes() + rounded_to_16(2 * sizeof(int));
 }
 
@@ -216,19 +247,20 @@ PGLCL_DEVICE void copy_rows(const CopyPlan& plan, const Shared<T>& to, int at, i
 // The columns of a tile that this thread loads: keys for the forward pass, anchors with their terms for the gradient of
 // keys.
 template <typename T, int kCount>
-PGLCL_DEVICE void load_columns(const ContrastArguments<T>& x, int64_t first, const ColumnSide<kCount>& columns,
-                               KeyScan<float>& scan) {
+PGLCL_DEVICE void load_columns(const ContrastArguments<T>& x, const LabelCodes& codes, int64_t first,
+                               const ColumnSide<kCount>& columns, KeyScan<float>& scan) {
   for (int c = thread_index(); c < kCount; c += kContrastThreads) {
-    const Patch<float> patch = load_patch(x, first + c, false);
+    const CodedPatch patch = codes.of(load_patch(x, first + c, false));
     scan.add(patch);
     columns.store(c, patch);
   }
 }
 template <typename T, int kCount>
-PGLCL_DEVICE void load_columns(const ContrastArguments<T>& x, const ContrastGradients<float>& g, int64_t first,
-                               bool are_anchors, bool have_terms, const ColumnSide<kCount>& columns) {
+PGLCL_DEVICE void load_columns(const ContrastArguments<T>& x, const LabelCodes& codes,
+                               const ContrastGradients<float>& g, int64_t first, bool are_anchors, bool have_terms,
+                               const ColumnSide<kCount>& columns) {
   for (int c = thread_index(); c < kCount; c += kContrastThreads) {
-    const Patch<float> patch = load_patch(x, first + c, are_anchors);
+    const CodedPatch patch = codes.of(load_patch(x, first + c, are_anchors));
     columns.store(c, patch, have_terms ? load_terms<T>(x, g, first + c, patch) : no_terms<T>());
   }
 }
@@ -242,50 +274,53 @@ PGLCL_DEVICE int own_column(int64_t row, int64_t shift, int64_t first, int count
 // --- step 1: dots
 // -------------------------------------------------------------------------------------------------------------
 
-// FFMA: a thread has 2 rows and every eighth column; 16 bytes of depth per load. more: added to what is there.
-template <typename T>
+// FFMA: a thread has every sixteenth row and every eighth column; 16 bytes of depth per load. more: added to what is
+// there.
+template <typename T, int kRowCount>
 PGLCL_DEVICE void dots_ffma(const Shared<T>& rows, const Shared<T>& columns, int column_at, int64_t depth, bool more,
                             const Shared<float>& out) {
   constexpr int kElements = 16 / sizeof(T);
-  constexpr int kPerThread = kColumns<T> / 8;
+  constexpr int kOwnRows = kRowCount / 16, kOwnColumns = kColumns<T> / 8;
   const int stride = row_stride<T>(depth), steps = padded_depth<T>(depth);
-  const int row = thread_index() / 8 * 2, column = thread_index() % 8;
-  float sums[2][kPerThread] = {};
+  const int row = thread_index() / 8, column = thread_index() % 8;
+  float sums[kOwnRows][kOwnColumns] = {};
   for (int d = 0; d < steps; d += kElements) {
-    const Vector<T, kElements> a0 = rows.template load_vector<kElements>(row * stride + d);
-    const Vector<T, kElements> a1 = rows.template load_vector<kElements>((row + 1) * stride + d);
+    Vector<T, kElements> a[kOwnRows];
 #pragma unroll
-    for (int c = 0; c < kPerThread; ++c) {
+    for (int r = 0; r < kOwnRows; ++r) a[r] = rows.template load_vector<kElements>((row + 16 * r) * stride + d);
+#pragma unroll
+    for (int c = 0; c < kOwnColumns; ++c) {
       const Vector<T, kElements> b = columns.template load_vector<kElements>(column_at + (column + 8 * c) * stride + d);
 #pragma unroll
-      for (int e = 0; e < kElements; ++e) {
-        sums[0][c] += widen(a0.at[e]) * widen(b.at[e]);
-        sums[1][c] += widen(a1.at[e]) * widen(b.at[e]);
-      }
+      for (int e = 0; e < kElements; ++e)
+#pragma unroll
+        for (int r = 0; r < kOwnRows; ++r) sums[r][c] += widen(a[r].at[e]) * widen(b.at[e]);
     }
   }
 #pragma unroll
-  for (int r = 0; r < 2; ++r)
+  for (int r = 0; r < kOwnRows; ++r)
 #pragma unroll
-    for (int c = 0; c < kPerThread; ++c) {
-      const int place = (row + r) * kWeightStride<T> + column + 8 * c;
+    for (int c = 0; c < kOwnColumns; ++c) {
+      const int place = (row + 16 * r) * kWeightStride<T> + column + 8 * c;
       out.store(place, more ? out.load(place) + sums[r][c] : sums[r][c]);
     }
 }
 
 // Tensor cores, TF32: a warp has all rows and a quarter of the columns. Fragments are laid out as mma.sync has them in
 // the PTX ISA.
+template <int kRowCount>
 PGLCL_DEVICE void dots_tensor(const Shared<float>& rows, const Shared<float>& columns, int column_at, int64_t depth,
                               bool more, const Shared<float>& out) {
+  constexpr int kBands = kRowCount / 16;           // of 16 rows
   constexpr int kTiles = kColumns<float> / 4 / 8;  // of 8 columns, per warp
   const int stride = row_stride<float>(depth), steps = padded_depth<float>(depth);
   const int lane = thread_index() % 32, group = lane / 4, within = lane % 4;
   const int first_column = thread_index() / 32 * (kColumns<float> / 4);
-  float sums[2][kTiles][4] = {};
+  float sums[kBands][kTiles][4] = {};
   for (int d = 0; d < steps; d += 8) {
-    uint32_t a[2][4];
+    uint32_t a[kBands][4];
 #pragma unroll
-    for (int m = 0; m < 2; ++m)
+    for (int m = 0; m < kBands; ++m)
 #pragma unroll
       for (int w = 0; w < 4; ++w)
         a[m][w] = to_tf32(rows.load((16 * m + group + 8 * (w % 2)) * stride + d + 4 * (w / 2) + within));
@@ -295,12 +330,12 @@ PGLCL_DEVICE void dots_tensor(const Shared<float>& rows, const Shared<float>& co
 #pragma unroll
       for (int w = 0; w < 2; ++w)
         b[w] = to_tf32(columns.load(column_at + (first_column + 8 * n + group) * stride + d + 4 * w + within));
-      mma_tf32(sums[0][n], a[0], b);
-      mma_tf32(sums[1][n], a[1], b);
+#pragma unroll
+      for (int m = 0; m < kBands; ++m) mma_tf32(sums[m][n], a[m], b);
     }
   }
 #pragma unroll
-  for (int m = 0; m < 2; ++m)
+  for (int m = 0; m < kBands; ++m)
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
@@ -311,16 +346,16 @@ PGLCL_DEVICE void dots_tensor(const Shared<float>& rows, const Shared<float>& co
       }
 }
 
-template <typename T, Math kMath>
+template <typename T, Math kMath, int kRowCount>
 PGLCL_DEVICE void compute_dots(const Shared<T>& rows, const Shared<T>& columns, int column_at, int64_t depth, bool more,
                                const Shared<float>& out) {
   if constexpr (kMath == Math::kTensor)
-    dots_tensor(rows, columns, column_at, depth, more, out);
+    dots_tensor<kRowCount>(rows, columns, column_at, depth, more, out);
   else
-    dots_ffma<T>(rows, columns, column_at, depth, more, out);
+    dots_ffma<T, kRowCount>(rows, columns, column_at, depth, more, out);
 }
 
-// --- step 3: gradient += weights (kRows x kColumns) times columns (kColumns x depth)
+// --- step 3: gradient += weights (rows x columns) times columns (columns x depth)
 // ------------------------------------------
 
 // A column that is not finite makes weights of those rows that use it NaN; for the others, whose weight is 0, it must
@@ -330,42 +365,49 @@ PGLCL_DEVICE float finite(float x) {
   return kFinite || x - x == 0 ? x : 0.0f;
 }
 
-// FFMA: a warp has 8 rows, a lane every 32nd depth.
+// FFMA: a warp has a quarter of the rows, a lane every 32nd depth.
 template <typename T, int kDepth>
 struct GradientFfma {
-  static constexpr int kPerLane = kDepth / 32;
-  float sums[8][kPerLane];
+  static constexpr int kOwnRows = kRows<kDepth> / 4, kPerLane = kDepth / 32;
+  float sums[kOwnRows][kPerLane];
 
   PGLCL_DEVICE GradientFfma() {
 #pragma unroll
-    for (int r = 0; r < 8; ++r)
+    for (int r = 0; r < kOwnRows; ++r)
 #pragma unroll
       for (int c = 0; c < kPerLane; ++c) sums[r][c] = 0;
   }
 
   template <bool kFinite>
   PGLCL_DEVICE void add(const Shared<float>& weights, const Shared<T>& columns, int column_at, int64_t depth) {
+    constexpr int kGroup = 4;  // columns at once
     const int stride = row_stride<T>(depth), width = padded_depth<T>(depth);
-    const int row = thread_index() / 32 * 8, lane = thread_index() % 32;
-    for (int j = 0; j < kColumns<T>; ++j) {
-      float w[8];
+    const int row = thread_index() / 32 * kOwnRows, lane = thread_index() % 32;
+    for (int j = 0; j < kColumns<T>; j += kGroup) {
+      float values[kGroup][kPerLane];
 #pragma unroll
-      for (int r = 0; r < 8; ++r) w[r] = weights.load((row + r) * kWeightStride<T> + j);
+      for (int e = 0; e < kGroup; ++e)
 #pragma unroll
-      for (int c = 0; c < kPerLane; ++c) {
-        if (lane + 32 * c >= width) break;
-        const float value = finite<kFinite>(widen(columns.load(column_at + j * stride + lane + 32 * c)));
+        for (int c = 0; c < kPerLane; ++c) {
+          const int d = lane + 32 * c;
+          values[e][c] = d < width ? finite<kFinite>(widen(columns.load(column_at + (j + e) * stride + d))) : 0.0f;
+        }
 #pragma unroll
-        for (int r = 0; r < 8; ++r) sums[r][c] += w[r] * value;
+      for (int r = 0; r < kOwnRows; ++r) {
+        const Vector<float, kGroup> w = weights.template load_vector<kGroup>((row + r) * kWeightStride<T> + j);
+#pragma unroll
+        for (int e = 0; e < kGroup; ++e)
+#pragma unroll
+          for (int c = 0; c < kPerLane; ++c) sums[r][c] += w.at[e] * values[e][c];
       }
     }
   }
 
   template <typename Write>
   PGLCL_DEVICE void write(int64_t depth, Write write_one) const {
-    const int row = thread_index() / 32 * 8, lane = thread_index() % 32;
+    const int row = thread_index() / 32 * kOwnRows, lane = thread_index() % 32;
 #pragma unroll
-    for (int r = 0; r < 8; ++r)
+    for (int r = 0; r < kOwnRows; ++r)
 #pragma unroll
       for (int c = 0; c < kPerLane; ++c)
         if (lane + 32 * c < depth) write_one(row + r, lane + 32 * c, sums[r][c]);
@@ -375,12 +417,13 @@ struct GradientFfma {
 // TF32: a warp has all rows and a quarter of the depth.
 template <typename T, int kDepth>
 struct GradientTensor {
-  static constexpr int kTiles = kDepth / 4 / 8;  // of 8 depths, per warp
-  float sums[2][kTiles][4];
+  static constexpr int kBands = kRows<kDepth> / 16;  // of 16 rows
+  static constexpr int kTiles = kDepth / 4 / 8;      // of 8 depths, per warp
+  float sums[kBands][kTiles][4];
 
   PGLCL_DEVICE GradientTensor() {
 #pragma unroll
-    for (int m = 0; m < 2; ++m)
+    for (int m = 0; m < kBands; ++m)
 #pragma unroll
       for (int n = 0; n < kTiles; ++n)
 #pragma unroll
@@ -393,9 +436,9 @@ struct GradientTensor {
     const int lane = thread_index() % 32, group = lane / 4, within = lane % 4;
     const int first = thread_index() / 32 * (kDepth / 4);
     for (int j = 0; j < kColumns<T>; j += 8) {
-      uint32_t a[2][4];
+      uint32_t a[kBands][4];
 #pragma unroll
-      for (int m = 0; m < 2; ++m)
+      for (int m = 0; m < kBands; ++m)
 #pragma unroll
         for (int w = 0; w < 4; ++w)
           a[m][w] = to_tf32(weights.load((16 * m + group + 8 * (w % 2)) * kWeightStride<T> + j + within + 4 * (w / 2)));
@@ -407,8 +450,8 @@ struct GradientTensor {
         for (int w = 0; w < 2; ++w)
           b[w] = to_tf32(
               finite<kFinite>(widen(columns.load(column_at + (j + within + 4 * w) * stride + first + 8 * n + group))));
-        mma_tf32(sums[0][n], a[0], b);
-        mma_tf32(sums[1][n], a[1], b);
+#pragma unroll
+        for (int m = 0; m < kBands; ++m) mma_tf32(sums[m][n], a[m], b);
       }
     }
   }
@@ -418,7 +461,7 @@ struct GradientTensor {
     const int lane = thread_index() % 32, group = lane / 4, within = lane % 4;
     const int first = thread_index() / 32 * (kDepth / 4);
 #pragma unroll
-    for (int m = 0; m < 2; ++m)
+    for (int m = 0; m < kBands; ++m)
 #pragma unroll
       for (int n = 0; n < kTiles; ++n)
 #pragma unroll
@@ -442,7 +485,7 @@ struct GradientOf<T, Math::kTensor, kDepth> {
 // ----------------------------------------------------------------------------------------------------------------
 
 // Shared memory of a block, taken in the order that tile_shared_bytes counts.
-template <typename T>
+template <typename T, int kRowCount>
 struct TileMemory {
   Shared<T> rows, columns;
   Shared<float> weights;
@@ -451,9 +494,9 @@ struct TileMemory {
   Shared<int> seen;  // so far: threads that met a dot that was not finite; warps that met a weight that is not 0
 
   PGLCL_DEVICE TileMemory(SharedMemory& memory, int64_t depth, int stages)
-      : rows(memory.take<T>(kRows * row_stride<T>(depth))),
+      : rows(memory.take<T>(kRowCount * row_stride<T>(depth))),
         columns(memory.take<T>(stages * kColumns<T> * row_stride<T>(depth))),
-        weights(memory.take<float>(kRows * kWeightStride<T>)),
+        weights(memory.take<float>(kRowCount * kWeightStride<T>)),
         side(memory),
         scan(memory),
         seen(memory.take<int>(2)) {}
@@ -469,9 +512,9 @@ struct Operands {
 // Streams all columns past the block's rows: with two stages the next tile is copied while this one is worked on.
 // load_side(first column) brings what belongs to a tile's columns, the dots go into memory.weights, and work(first
 // column, place of the tile in memory.columns) runs between barriers.
-template <typename T, Math kMath, typename Side, typename Work>
-PGLCL_DEVICE void stream_columns(const TileMemory<T>& memory, const Operands<T>& x, int stages, Side load_side,
-                                 Work work) {
+template <typename T, Math kMath, int kRowCount, typename Side, typename Work>
+PGLCL_DEVICE void stream_columns(const TileMemory<T, kRowCount>& memory, const Operands<T>& x, int stages,
+                                 Side load_side, Work work) {
   const int stride = row_stride<T>(x.depth), tile_size = kColumns<T> * stride;
   const CopyPlan plan(padded_depth<T>(x.depth) * int(sizeof(T)) / 16);
   const int64_t tiles = (x.column_count + kColumns<T> - 1) / kColumns<T>;
@@ -481,7 +524,7 @@ PGLCL_DEVICE void stream_columns(const TileMemory<T>& memory, const Operands<T>&
                  x.column_count, x.depth);
     commit_copies();
   };
-  copy_rows<T>(plan, memory.rows, 0, stride, x.rows, x.first_row, kRows, x.row_count, x.depth);
+  copy_rows<T>(plan, memory.rows, 0, stride, x.rows, x.first_row, kRowCount, x.row_count, x.depth);
   copy_tile(0, 0);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int stage = stages == 2 ? int(tile % 2) : 0;
@@ -493,7 +536,7 @@ PGLCL_DEVICE void stream_columns(const TileMemory<T>& memory, const Operands<T>&
     }
     load_side(tile * kColumns<T>);
     sync_threads();
-    compute_dots<T, kMath>(memory.rows, memory.columns, stage * tile_size, x.depth, false, memory.weights);
+    compute_dots<T, kMath, kRowCount>(memory.rows, memory.columns, stage * tile_size, x.depth, false, memory.weights);
     sync_threads();
     work(tile * kColumns<T>, stage * tile_size);
     sync_threads();  // the tile and its side may be overwritten
@@ -503,8 +546,8 @@ PGLCL_DEVICE void stream_columns(const TileMemory<T>& memory, const Operands<T>&
 
 // The same for longer rows, of which a chunk of rows and columns is there at a time; that of number `last` comes last,
 // and is there while work runs.
-template <typename T, Math kMath, typename Side, typename Work>
-PGLCL_DEVICE void stream_chunks(const TileMemory<T>& memory, const Operands<T>& x, int last, Side load_side,
+template <typename T, Math kMath, int kRowCount, typename Side, typename Work>
+PGLCL_DEVICE void stream_chunks(const TileMemory<T, kRowCount>& memory, const Operands<T>& x, int last, Side load_side,
                                 Work work) {
   const int stride = row_stride<T>(kDepthChunk);
   const CopyPlan plan(kDepthChunk * int(sizeof(T)) / 16);
@@ -514,12 +557,12 @@ PGLCL_DEVICE void stream_chunks(const TileMemory<T>& memory, const Operands<T>& 
     for (int k = 1; k <= chunks; ++k) {
       const int chunk = last + k < chunks ? last + k : last + k - chunks;
       const int64_t start = int64_t(chunk) * kDepthChunk;
-      copy_rows<T>(plan, memory.rows, 0, stride, x.rows, x.first_row, kRows, x.row_count, x.depth, start);
+      copy_rows<T>(plan, memory.rows, 0, stride, x.rows, x.first_row, kRowCount, x.row_count, x.depth, start);
       copy_rows<T>(plan, memory.columns, 0, stride, x.columns, first, kColumns<T>, x.column_count, x.depth, start);
       commit_copies();
       wait_copies<0>();
       sync_threads();
-      compute_dots<T, kMath>(memory.rows, memory.columns, 0, kDepthChunk, k > 1, memory.weights);
+      compute_dots<T, kMath, kRowCount>(memory.rows, memory.columns, 0, kDepthChunk, k > 1, memory.weights);
       sync_threads();
     }
     work(first, 0);
@@ -527,35 +570,38 @@ PGLCL_DEVICE void stream_chunks(const TileMemory<T>& memory, const Operands<T>& 
   }
 }
 
-// kGeneral: masks or several channels decide, instead of decide_by_rule. kDeep: rows are longer than kMaxDepth.
-template <typename T, Math kMath, bool kGeneral, bool kDeep>
+// kDepth: most that fits; of a chunk where kDeep is true: rows pass in chunks. kGeneral: masks or several channels
+// decide which pairs count, instead of pair_kind_by_rule.
+template <typename T, Math kMath, int kDepth, bool kGeneral, bool kDeep>
 PGLCL_KERNEL contrast_forward_tiles(ContrastArguments<T> x, ContrastSums<float> out, int stages) {
-  constexpr int kPairs = kColumns<T> / 4;  // per thread: four neighbours share a row in step 2
+  constexpr int kThreadsPerRow = kContrastThreads / kRows<kDepth>;  // neighbours, in step 2
+  constexpr int kPairs = kColumns<T> / kThreadsPerRow;
   SharedMemory shared;
-  const TileMemory<T> memory(shared, kDeep ? kDepthChunk : x.depth, stages);
-  const int64_t first_row = int64_t(block_index()) * kRows;
-  const int row = thread_index() / 4, quarter = thread_index() % 4;
+  const TileMemory<T, kRows<kDepth>> memory(shared, kDeep ? kDepthChunk : x.depth, stages);
+  const int64_t first_row = int64_t(block_index()) * kRows<kDepth>;
+  const int row = thread_index() / kThreadsPerRow, part = thread_index() % kThreadsPerRow;
   const int64_t i = first_row + row;
-  const Patch<float> anchor = load_patch(x, i, true);
+  const LabelCodes codes(x.labels, first_row, kRows<kDepth>, x.n);
+  const CodedPatch anchor = codes.of(load_patch(x, i, true));
   const AnchorTerms<float> terms = load_terms<T>(x, i, anchor);
   RunningSums<float> sums;
   KeyScan<float> scan;
-  const auto load_side = [&](int64_t first) { load_columns<T>(x, first, memory.side, scan); };
-  const auto meet = [&](int64_t first, int) {
+  const auto load_side = [&](int64_t first) { load_columns<T>(x, codes, first, memory.side, scan); };
+  const auto sum_pairs = [&](int64_t first, int) {
     const int self = x.self_offset < 0 ? -1 : own_column(i, x.self_offset, first, kColumns<T>);
     float logits[kPairs];
     uint32_t positive = 0, negative = 0;
 #pragma unroll
     for (int k = 0; k < kPairs; ++k) {
-      const int c = quarter + 4 * k;
-      Patch<float> key[1];
+      const int c = part + kThreadsPerRow * k;
+      CodedPatch key[1];
       memory.side.template patches<1, kGeneral>(c, key);
       PairKind kind;
       if constexpr (kGeneral) {
-        kind = decide(x, i, anchor, first + c, key[0], terms);
+        kind = pair_kind(x, i, anchor, first + c, key[0], terms);
         sums.undecided = sums.undecided || kind.undecided;
       } else {
-        kind = decide_by_rule(anchor, key[0], terms.positive_bound, terms.negative_bound);
+        kind = pair_kind_by_rule(anchor, key[0], terms.positive_bound, terms.negative_bound);
         if (c == self) kind = {false, false, false};
       }
       logits[k] = pair_logit(x, memory.weights.load(row * kWeightStride<T> + c));
@@ -567,14 +613,13 @@ PGLCL_KERNEL contrast_forward_tiles(ContrastArguments<T> x, ContrastSums<float> 
   };
   const Operands<T> operands{x.anchors, x.keys, first_row, x.n, x.m, x.depth};
   if constexpr (kDeep)
-    stream_chunks<T, kMath>(memory, operands, 0, load_side, meet);
+    stream_chunks<T, kMath>(memory, operands, 0, load_side, sum_pairs);
   else
-    stream_columns<T, kMath>(memory, operands, stages, load_side, meet);
-  sums.merge(1);
-  sums.merge(2);
+    stream_columns<T, kMath>(memory, operands, stages, load_side, sum_pairs);
+  for (int lanes = 1; lanes < kThreadsPerRow; lanes *= 2) sums.merge(lanes);
   if constexpr (!kGeneral)
     sums.undecided = memory.scan.merged(scan).undecided(anchor, terms, is_its_own_key(x, i, 0, x.m));
-  if (quarter == 0 && i < x.n) sums.write(i, x.log_weight, out);
+  if (part == 0 && i < x.n) sums.write(i, x.log_weight, out);
 }
 
 // own_anchor, own_key: as in contrast_backward_plain.
@@ -582,42 +627,45 @@ template <typename T, Math kMath, int kDepth, bool kGeneral, bool kDeep>
 PGLCL_KERNEL contrast_backward_tiles(ContrastArguments<T> x, ContrastGradients<float> g, T* grad_data, bool own_anchor,
                                      bool own_key, int stages) {
   SharedMemory shared;
-  const int64_t width = kDeep ? kDepthChunk : x.depth;  // of the gradient that this block has
-  const TileMemory<T> memory(shared, width, stages);
-  const int64_t first_row = int64_t(block_index()) * kRows;
+  const int64_t width = kDeep ? kDepthChunk : x.depth;              // of the gradient that this block has
+  constexpr int kThreadsPerRow = kContrastThreads / kRows<kDepth>;  // neighbours, in step 2
+  const TileMemory<T, kRows<kDepth>> memory(shared, width, stages);
+  const int64_t first_row = int64_t(block_index()) * kRows<kDepth>;
   const int64_t rows = own_anchor ? x.n : x.m, columns = own_anchor ? x.m : x.n;
-  const int row = thread_index() / 4, quarter = thread_index() % 4;
+  const int row = thread_index() / kThreadsPerRow, part = thread_index() % kThreadsPerRow;
   const int64_t i = first_row + row;
-  const Patch<float> own = load_patch(x, i, own_anchor);
+  const LabelCodes codes(own_anchor ? x.labels : x.key_labels, first_row, kRows<kDepth>, rows);
+  const CodedPatch own = codes.of(load_patch(x, i, own_anchor));
   const AnchorTerms<float> own_terms = own_anchor ? load_terms<T>(x, g, i, own) : no_terms<T>();
   typename GradientOf<T, kMath, kDepth>::type gradient;
   if (thread_index() < 2) memory.seen.store(thread_index(), 0);
   int infinite_before = 0, weights_before = 0;
-  const auto load_side = [&](int64_t first) { load_columns<T>(x, g, first, !own_anchor, own_key, memory.side); };
+  const auto load_side = [&](int64_t first) { load_columns<T>(x, codes, g, first, !own_anchor, own_key, memory.side); };
   const auto weigh = [&](int64_t first, int at) {
     const int self =
         x.self_offset < 0 ? -1 : own_column(i, own_anchor ? x.self_offset : -x.self_offset, first, kColumns<T>);
     float infinite = 0;  // or NaN
     bool used = false;
-    for (int c = quarter; c < kColumns<T>; c += 4) {
+    for (int c = part; c < kColumns<T>; c += kThreadsPerRow) {
       const int place = row * kWeightStride<T> + c;
       const float dot = memory.weights.load(place);
-      Patch<float> others[1];
+      CodedPatch others[1];
       memory.side.template patches<1, kGeneral>(c, others);
-      const Patch<float>& other = others[0];
+      const CodedPatch& other = others[0];
       infinite = multiply_add(dot, 0.0f, infinite);
       float weight = 0;
       if (own_anchor) {
-        const PairKind kind = kGeneral ? decide(x, i, own, first + c, other, own_terms)
-                                       : decide_by_rule(own, other, own_terms.positive_bound, own_terms.negative_bound);
+        const PairKind kind = kGeneral
+                                  ? pair_kind(x, i, own, first + c, other, own_terms)
+                                  : pair_kind_by_rule(own, other, own_terms.positive_bound, own_terms.negative_bound);
         weight += pair_weight(x, kind, own_terms, dot);
       }
       if (own_key) {
         AnchorTerms<float> all_terms[1];
         memory.side.template terms<1, kGeneral>(c, all_terms);
         const AnchorTerms<float>& terms = all_terms[0];
-        const PairKind kind = kGeneral ? decide(x, first + c, other, i, own, terms)
-                                       : decide_by_rule(other, own, terms.positive_bound, terms.negative_bound);
+        const PairKind kind = kGeneral ? pair_kind(x, first + c, other, i, own, terms)
+                                       : pair_kind_by_rule(other, own, terms.positive_bound, terms.negative_bound);
         weight += pair_weight(x, kind, terms, dot);
       }
       if (c == self) weight = 0;
@@ -644,7 +692,7 @@ PGLCL_KERNEL contrast_backward_tiles(ContrastArguments<T> x, ContrastGradients<f
   else
     stream_columns<T, kMath>(memory, operands, stages, load_side, weigh);
   // An anchor whose loss is no number has no gradient that is one.
-  if (quarter == 0) memory.weights.store(row * kWeightStride<T>, own_terms.log_sum != own_terms.log_sum ? NAN : 0.0f);
+  if (part == 0) memory.weights.store(row * kWeightStride<T>, own_terms.log_sum != own_terms.log_sum ? NAN : 0.0f);
   sync_threads();
   const Global<T> grad(grad_data);
   const int64_t start = kDeep ? int64_t(block_index_y()) * kDepthChunk : 0;

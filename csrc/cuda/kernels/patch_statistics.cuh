@@ -211,18 +211,28 @@ struct PatchWalk {
   }
 };
 
-// Pixels of which a warp keeps entropy and log-sum in shared memory, and classes of which it keeps the sums, when there
-// are too many classes for registers: each logit is then read three times. More classes than that, which 38 KiB (44 for
-// float64) hold, take another pass over the pixels.
+// Pixels of which a warp keeps entropy and log-sum in shared memory when there are too many classes for registers. Each
+// logit is then read three times.
 constexpr int kChunkPixels = 128;
-template <typename scalar_t>
-constexpr int kChunkClasses = 4096 / int(sizeof(scalar_t));
 
 template <typename scalar_t>
-int64_t statistics_shared(int classes) {
-  const int kept = classes < kChunkClasses<scalar_t> ? classes : kChunkClasses<scalar_t>;
-  return kStatisticsWarps * (3 * kChunkPixels + 2 * kept) * int64_t(sizeof(scalar_t));
-}
+constexpr int64_t kStatisticsShared = kStatisticsWarps * 3 * kChunkPixels * int64_t(sizeof(scalar_t));
+
+// Two numbers for each class of a patch, (B, K, patches) each.
+template <typename scalar_t>
+struct ClassNumbers {
+  Global<scalar_t> first, second;
+  int64_t at, step;  // of class 0, and to the next
+
+  PGLCL_DEVICE ClassNumbers(scalar_t* first_data, scalar_t* second_data, const StatisticsGrid& g, int64_t b,
+                            int64_t patch)
+      : first(first_data), second(second_data), at(b * g.classes * g.patches + patch), step(g.patches) {}
+
+  PGLCL_DEVICE void store(int k, scalar_t a, scalar_t b) const {
+    first.store(at + k * step, a);
+    second.store(at + k * step, b);
+  }
+};
 
 template <typename T>
 struct StatisticsInput {
@@ -234,10 +244,10 @@ struct StatisticsInput {
 
 // Sums of one patch by its warp: write_class(k, sum of p_k, sum of p_k h), both times kMassScale, by lane 0; returns
 // the sum of h. kHeld: classes held in registers, so that every logit is read once; 0: any number, read three times.
-template <typename T, int kHeld, int kPixels, typename Write>
-PGLCL_DEVICE typename Accumulate<T>::type sum_patch(const StatisticsInput<T>& s, int64_t b, int gz, int gy, int gx,
-                                                    Write write_class) {
-  using scalar_t = typename Accumulate<T>::type;
+// The sums of some of the pixels are then kept in `classes_of_patch`, until write_class writes there.
+template <typename T, int kHeld, int kPixels, typename Write, typename scalar_t = typename Accumulate<T>::type>
+PGLCL_DEVICE scalar_t sum_patch(const StatisticsInput<T>& s, int64_t b, int gz, int gy, int gx,
+                                const ClassNumbers<scalar_t>& classes_of_patch, Write write_class) {
   const StatisticsGrid& g = s.grid;
   const Global<const T> input(s.input.data);
   const int lane = thread_index() % 32, classes = g.classes;
@@ -271,51 +281,42 @@ PGLCL_DEVICE typename Accumulate<T>::type sum_patch(const StatisticsInput<T>& s,
   } else {
     SharedMemory memory;
     const Shared<scalar_t> pixel = memory.take<scalar_t>(kStatisticsWarps * 3 * kChunkPixels);
-    const int kept = classes < kChunkClasses<scalar_t> ? classes : kChunkClasses<scalar_t>;
-    const Shared<scalar_t> sums = memory.take<scalar_t>(kStatisticsWarps * 2 * kept);
-    const int pixel_at = thread_index() / 32 * 3 * kChunkPixels, sums_at = thread_index() / 32 * 2 * kept;
-    for (int first = 0; first < classes; first += kept) {
-      const int count = classes - first < kept ? classes - first : kept;
-      for (int c = lane; c < 2 * count; c += 32) sums.store(sums_at + c, 0);
-      sync_warp();
-      bool more = true;
-      PatchWalk walk(g, lane, 1);
-      while (more) {  // one chunk of pixels; a lane reads back what it wrote itself
-        const PatchWalk begin = walk;
-        for (int i = lane; i < kChunkPixels && walk.there(); i += 32, walk.advance()) {
-          const PixelEntropy<scalar_t> found = scan_pixel<T, scalar_t>(
-              input, origin + s.input.offset(0, 0, walk.z, walk.y, walk.x), class_stride, classes, s.probabilities);
-          pixel.store(pixel_at + 3 * i, found.entropy);
-          pixel.store(pixel_at + 3 * i + 1, found.highest);
-          pixel.store(pixel_at + 3 * i + 2, found.log_sum);
-          if (first == 0) total += found.entropy;
-        }
-        for (int c = 0; c < count; ++c) {
-          scalar_t mass = 0, product = 0;
-          PatchWalk at = begin;
-          for (int i = lane; i < kChunkPixels && at.there(); i += 32, at.advance()) {
-            const scalar_t value = widen(input.load(origin + s.input.offset(0, first + c, at.z, at.y, at.x)));
-            const PixelEntropy<scalar_t> found{pixel.load(pixel_at + 3 * i), pixel.load(pixel_at + 3 * i + 1),
-                                               pixel.load(pixel_at + 3 * i + 2)};
-            const scalar_t p =
-                s.probabilities ? value * kMassScale<scalar_t> : scaled_exp(found.log_probability(value));
-            mass += p;
-            product += p * found.entropy;
-          }
-          mass = warp_sum(mass);
-          product = warp_sum(product);
-          if (lane == 0) {
-            sums.store(sums_at + 2 * c, sums.load(sums_at + 2 * c) + mass);
-            sums.store(sums_at + 2 * c + 1, sums.load(sums_at + 2 * c + 1) + product);
-          }
-        }
-        more = ballot(walk.there()) != 0;
+    const int pixel_at = thread_index() / 32 * 3 * kChunkPixels;
+    PatchWalk walk(g, lane, 1);
+    for (bool first = true, more = true; more; first = false) {  // a chunk of pixels; a lane reads what it wrote itself
+      const PatchWalk begin = walk;
+      for (int i = lane; i < kChunkPixels && walk.there(); i += 32, walk.advance()) {
+        const PixelEntropy<scalar_t> found = scan_pixel<T, scalar_t>(
+            input, origin + s.input.offset(0, 0, walk.z, walk.y, walk.x), class_stride, classes, s.probabilities);
+        pixel.store(pixel_at + 3 * i, found.entropy);
+        pixel.store(pixel_at + 3 * i + 1, found.highest);
+        pixel.store(pixel_at + 3 * i + 2, found.log_sum);
+        total += found.entropy;
       }
-      sync_warp();
-      if (lane == 0)
-        for (int c = 0; c < count; ++c)
-          write_class(first + c, sums.load(sums_at + 2 * c), sums.load(sums_at + 2 * c + 1));
-      sync_warp();
+      more = ballot(walk.there()) != 0;
+      for (int k = 0; k < classes; ++k) {
+        scalar_t mass = 0, product = 0;
+        PatchWalk at = begin;
+        for (int i = lane; i < kChunkPixels && at.there(); i += 32, at.advance()) {
+          const scalar_t value = widen(input.load(origin + s.input.offset(0, k, at.z, at.y, at.x)));
+          const PixelEntropy<scalar_t> found{pixel.load(pixel_at + 3 * i), pixel.load(pixel_at + 3 * i + 1),
+                                             pixel.load(pixel_at + 3 * i + 2)};
+          const scalar_t p = s.probabilities ? value * kMassScale<scalar_t> : scaled_exp(found.log_probability(value));
+          mass += p;
+          product += p * found.entropy;
+        }
+        mass = warp_sum(mass);
+        product = warp_sum(product);
+        if (lane != 0) continue;
+        if (!first) {
+          mass += classes_of_patch.first.load(classes_of_patch.at + k * classes_of_patch.step);
+          product += classes_of_patch.second.load(classes_of_patch.at + k * classes_of_patch.step);
+        }
+        if (more)
+          classes_of_patch.store(k, mass, product);
+        else
+          write_class(k, mass, product);
+      }
     }
   }
   return warp_sum(total);
@@ -352,22 +353,20 @@ PGLCL_KERNEL patch_statistics_forward(StatisticsInput<T> s, StatisticsOutput<typ
   const StatisticsGrid& g = s.grid;
   const PatchPosition patch(g);
   if (!patch.there) return;  // the whole warp
-  const Global<scalar_t> entropy(out.entropy), confidence(out.confidence), class_entropy(out.class_entropy);
+  const ClassNumbers<scalar_t> per_class(out.confidence, out.class_entropy, g, patch.b, patch.index);
   const scalar_t count = scalar_t(int64_t(g.patch[0]) * g.patch[1] * g.patch[2]);
   const scalar_t scale = s.normalize ? scalar_t(1 / s.log_classes) : scalar_t(1);
   const scalar_t highest = s.probabilities ? scalar_t(INFINITY) : s.normalize ? scalar_t(1) : scalar_t(s.log_classes);
-  const scalar_t total =
-      sum_patch<T, kHeld, kPixels>(s, patch.b, patch.z, patch.y, patch.x, [&](int k, scalar_t mass, scalar_t product) {
-        const int64_t at = (patch.b * g.classes + k) * g.patches + patch.index;
+  const scalar_t total = sum_patch<T, kHeld, kPixels>(
+      s, patch.b, patch.z, patch.y, patch.x, per_class, [&](int k, scalar_t mass, scalar_t product) {
         scalar_t h = mass == scalar_t(0) ? scalar_t(0) : product / mass * scale;
         if (h > highest) h = highest;
-        confidence.store(at, mass / kMassScale<scalar_t> / count);
-        class_entropy.store(at, h);
+        per_class.store(k, mass / kMassScale<scalar_t> / count, h);
       });
   if (thread_index() % 32 != 0) return;
   scalar_t h = total / count * scale;
   if (h > highest) h = highest;
-  entropy.store(patch.b * g.patches + patch.index, h);
+  Global<scalar_t>(out.entropy).store(patch.b * g.patches + patch.index, h);
 }
 
 // Of class k in a patch, of mass m = sum of p_k times kMassScale, entropy H_k and upstream gradient u of H_k:
@@ -387,13 +386,13 @@ PGLCL_KERNEL patch_statistics_coefficients(StatisticsInput<T> s,
   if (!patch.there) return;  // the whole warp
   const Global<const scalar_t> upstream(grad_class_entropy.data);
   const scalar_t scale = s.normalize ? scalar_t(1 / s.log_classes) : scalar_t(1);
-  sum_patch<T, kHeld, kPixels>(s, patch.b, patch.z, patch.y, patch.x, [&](int k, scalar_t mass, scalar_t product) {
-    const int64_t at = (patch.b * g.classes + k) * g.patches + patch.index;
-    const scalar_t u = upstream.load(grad_class_entropy.offset(patch.b, k, patch.z, patch.y, patch.x));
-    const scalar_t gamma = mass == scalar_t(0) ? scalar_t(0) : u * scale / mass;
-    Global<scalar_t>(out.gamma).store(at, gamma);
-    Global<scalar_t>(out.kappa).store(at, mass == scalar_t(0) ? scalar_t(0) : gamma * (product / mass));
-  });
+  const ClassNumbers<scalar_t> per_class(out.gamma, out.kappa, g, patch.b, patch.index);
+  sum_patch<T, kHeld, kPixels>(
+      s, patch.b, patch.z, patch.y, patch.x, per_class, [&](int k, scalar_t mass, scalar_t product) {
+        const scalar_t u = upstream.load(grad_class_entropy.offset(patch.b, k, patch.z, patch.y, patch.x));
+        const scalar_t gamma = mass == scalar_t(0) ? scalar_t(0) : u * scale / mass;
+        per_class.store(k, gamma, mass == scalar_t(0) ? scalar_t(0) : gamma * (product / mass));
+      });
 }
 
 // The patches along one dimension that hold pixel x, as patches_with has them.
@@ -513,7 +512,7 @@ void run_statistics_forward(const StatisticsInput<T>& s, const StatisticsOutput<
   if (blocks == 0) return;
   with_statistics_path(s, [&]<int kHeld, int kPixels>() {
     PGLCL_LAUNCH((patch_statistics_forward<T, kHeld, kPixels>), blocks, 1, kStatisticsThreads,
-                 kHeld > 0 ? 0 : statistics_shared<typename Accumulate<T>::type>(s.grid.classes), stream, s, out);
+                 kHeld > 0 ? 0 : kStatisticsShared<typename Accumulate<T>::type>, stream, s, out);
   });
 }
 
@@ -528,8 +527,7 @@ void run_statistics_backward(const StatisticsInput<T>& s, const Strided<const sc
   if (blocks == 0) return;
   with_statistics_path(s, [&]<int kHeld, int kPixels>() {
     PGLCL_LAUNCH((patch_statistics_coefficients<T, kHeld, kPixels>), blocks, 1, kStatisticsThreads,
-                 kHeld > 0 ? 0 : statistics_shared<scalar_t>(s.grid.classes), stream, s, grad_class_entropy,
-                 coefficients);
+                 kHeld > 0 ? 0 : kStatisticsShared<scalar_t>, stream, s, grad_class_entropy, coefficients);
   });
   const StatisticsGradients<T> grads{
       grad_entropy, grad_confidence, {coefficients.gamma, coefficients.kappa}, grad_input};
