@@ -88,7 +88,7 @@ def test_random_problems(data: st.DataObject) -> None:
             if kind == "number":
                 problem.options[bound] = data.draw(st.floats(0, 1, width=32), bound)
             elif kind == "tensor":
-                problem.options[bound] = torch.rand(n)
+                problem.options[bound] = torch.rand(len(problem.anchors))
             elif kind == "count":
                 problem.options[count] = data.draw(st.integers(1, 20), count)
     assert_matches_reference(problem, data.draw(st.sampled_from(DTYPES), "dtype"), "cpu")

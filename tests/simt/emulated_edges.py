@@ -448,7 +448,7 @@ def launched(dtype: torch.dtype, n: int, m: int, depth: int, **device: int) -> d
 
 
 # Bytes that one stage takes for 16 columns in float32, and for up to 128 in 16 bits (the backward pass).
-ONE_STAGE = {torch.float32: 11216, torch.bfloat16: 28992}
+ONE_STAGE = {torch.float32: 18256, torch.bfloat16: 28736}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -478,6 +478,31 @@ def test_rows_that_begin_at_16_bytes_are_not_copied() -> None:
     problem = ContrastProblem.random(5, 8).cast(torch.float32)
     called, _ = inside("patch_contrast", lambda: problem.loss())
     assert "aten::clone" not in called
+
+
+@pytest.mark.parametrize(("depth", "kernel"), [(4, "mma"), (128, "mma"), (132, "mma"), (256, "mma"), (260, "tiles")])
+def test_tf32_keeps_products_of_rows_up_to_256_in_registers(depth: int, kernel: str) -> None:
+    for channels in (1, 3):
+        problem = ContrastProblem.random(70, depth, m=37, channels=channels, classes=3, max_positive_disparity=0.4)
+        emulator.take_launches()
+        assert_contrast(problem, torch.float32, allow_tf32=True)
+        ways = ("forward", "backward", "backward")
+        assert [n for n in emulator.take_launches() if "ward" in n] == [f"contrast_{way}_{kernel}" for way in ways]
+
+
+def test_tf32_rows_are_shared_out_among_blocks() -> None:
+    problem = ContrastProblem.random(70, 16, m=300, classes=3, max_positive_disparity=0.5)
+    emulator.take_grids()
+    assert_contrast(problem, torch.float32, allow_tf32=True, multiprocessors=6)
+    assert all(y == 2 for name, _, y in emulator.take_grids() if "forward_mma" in name)
+
+
+@pytest.mark.parametrize("allow_tf32", [False, True])
+def test_rows_that_do_not_fit_pass_in_chunks(allow_tf32: bool) -> None:
+    """64 KiB, as on sm_75, have no room for rows of 240 in float32, and room for chunks of 128."""
+    blocks = launched(torch.float32, 70, 40, 240, shared_bytes=64 * 1024, allow_tf32=allow_tf32)
+    assert blocks["contrast_backward_tiles"] == 2  # of 128 and 112
+    assert "contrast_forward_tiles" in blocks
 
 
 def test_long_rows_where_no_chunk_fits() -> None:
