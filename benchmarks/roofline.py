@@ -69,36 +69,37 @@ class Launch:
         return waves, waves * max(1.0, WARPS_TO_ISSUE / warps)
 
 
-ROWS, DEPTH, SIZE = 64, 128, 2  # of a block; of a row; bytes of an element
+ROWS, DEPTH = 64, 128  # of a block; of a row
 
 
-def contrast(counts: dict[str, Any], n: int, gpu: Gpu, *, backward: bool) -> dict[str, float]:
-    """Seconds by resource: bfloat16, D = 128, anchors = keys, one temperature, labels and one descriptor."""
-    name = (
-        "contrast_backward_mma<BFloat16, 128, both, rule>" if backward else "contrast_forward_mma<BFloat16, 128, rule>"
-    )
-    kernel = counts[name]
-    columns = 32 if backward else 64
-    row = (DEPTH + 8) * SIZE
+def contrast(counts: dict[str, Any], n: int, gpu: Gpu, *, backward: bool, dtype: str = "BFloat16") -> dict[str, float]:
+    """Seconds by resource: D = 128, anchors = keys, one temperature, labels and one descriptor. float: TF32."""
+    kernel = counts[
+        f"contrast_backward_mma<{dtype}, 128, both, rule>" if backward else f"contrast_forward_mma<{dtype}, 128, rule>"
+    ]
+    size = 4 if dtype == "float" else 2
+    held = size == 2 and not backward  # rows, in registers
+    columns = 64 if held else 32
+    row = DEPTH * size + 16
     blocks = math.ceil(n / ROWS)
     # The other side is split into parts as in part_count in the sources.
     parts = max(1, min(3 * gpu.multiprocessors // blocks, n // (4 * columns), 16))
     blocks *= parts
-    launch = Launch(blocks, kernel["registers"], (2 * columns + (ROWS if backward else 0)) * row + 88 * columns + 64)
+    launch = Launch(blocks, kernel["registers"], (2 * columns + (0 if held else ROWS)) * row + 80 * columns + 64)
     waves, issue = launch.stretch(gpu)
     pairs = float(n) * n
     # A warp reads each column of a tile once per product for its 16 rows, and these rows again if it cannot hold them.
-    matrices = DEPTH * SIZE / 16 * (2 if backward else 1) + (DEPTH * SIZE / columns if backward else 0)
-    copies = DEPTH * SIZE / ROWS
-    side = (8 + 4 * (8 if backward else 1)) * 32 / 4 / 16 / 8  # 8 lanes of a warp read the same column at once
+    matrices = DEPTH * size / 16 * (2 if backward else 1) + (0 if held else DEPTH * size / columns)
+    copies = DEPTH * size / ROWS
+    side = (4 + 4 * (8 if backward else 1)) * 32 / 4 / 16 / 8  # 8 lanes of a warp read the same column at once
     written_and_read = 2 * parts * n * DEPTH * 4 if backward and parts > 1 else 0
     return {
         "issue": pairs * kernel["instructions a pair"] / (128 * gpu.cycles) * issue,
-        "tensor cores": pairs * 2 * DEPTH * (2 if backward else 1) / gpu.tensor * waves,
+        "tensor cores": pairs * 2 * DEPTH * (2 if backward else 1) / (gpu.tensor * 2 / size) * waves,
         "exponentials": pairs * (2 if backward else 1) / (16 * gpu.cycles) * waves,
         "shared memory": pairs * (matrices + copies + side) / (128 * gpu.cycles) * waves,
-        "cache": n / ROWS * n * DEPTH * SIZE / gpu.cache,
-        "memory": ((2 if backward else 1) * n * DEPTH * SIZE + written_and_read) / gpu.memory,
+        "cache": n / ROWS * n * DEPTH * size / gpu.cache,
+        "memory": ((2 if backward else 1) * n * DEPTH * size + written_and_read) / gpu.memory,
     }
 
 
@@ -121,16 +122,23 @@ def statistics(counts: dict[str, Any], batch: int, image: int, gpu: Gpu, *, back
     }
 
 
-def tiles(n: int, gpu: Gpu, *, backward: bool) -> dict[str, float]:
+def tiles(counts: dict[str, Any], n: int, gpu: Gpu, *, backward: bool) -> dict[str, float]:
     """Seconds by resource: float32 without TF32, D = 128, anchors = keys.
 
-    Only multiply-adds, exponentials and bytes are counted, not the other instructions of the loops.
+    Of the instructions, those of the loops over the depth are counted. Shared memory: for 64 FFMA of a dot, a thread
+    reads 8 times 16 bytes, with 128 bytes for a quarter of a warp in each cycle. For 256 FFMA of a gradient, a warp
+    reads 32 times up to 128 bytes.
     """
-    pairs, rows = float(n) * n, 32
+    pairs = float(n) * n
+    eights = sum(
+        counts[f"contrast_{way}_tiles<float, FFMA, 128, rule>"]["instructions for 8 FFMA"]
+        for way in (("forward", "backward") if backward else ("forward",))
+    )
     return {
-        "multiply-adds": pairs * DEPTH * (2 if backward else 1) / (128 * gpu.cycles),
+        "issue": pairs * DEPTH / 8 * eights / (128 * gpu.cycles),
+        "shared memory": pairs * DEPTH * (2.5 if backward else 2) / (128 * gpu.cycles),
         "exponentials": pairs * (2 if backward else 1) / (16 * gpu.cycles),
-        "cache": n / rows * n * DEPTH * 4 / gpu.cache,
+        "cache": n / ROWS * n * DEPTH * 4 / gpu.cache,
         "memory": (2 if backward else 1) * n * DEPTH * 4 / gpu.memory,
     }
 
@@ -165,7 +173,9 @@ def table(counts: dict[str, Any]) -> str:
         for n in (4096, 65536):
             cells = [_cell(contrast(counts, n, g, backward=backward)) for g in GPUS]
             rows.append([f"contrast {name}, N = {n}, D = 128, bfloat16", *cells])
-        cells = [_cell(tiles(65536, g, backward=backward)) for g in GPUS]
+        cells = [_cell(contrast(counts, 65536, g, backward=backward, dtype="float")) for g in GPUS]
+        rows.append([f"contrast {name}, N = 65536, D = 128, TF32", *cells])
+        cells = [_cell(tiles(counts, 65536, g, backward=backward)) for g in GPUS]
         rows.append([f"contrast {name}, N = 65536, D = 128, float32, at least", *cells])
         for batch, image in ((16, 256), (64, 512)):
             cells = [_cell(statistics(counts, batch, image, g, backward=backward)) for g in GPUS]
