@@ -30,14 +30,13 @@ SMALL = {
     "const int64_t bytes = kContrastThreads / 32 * kPlainDepth * sizeof(double);",
     "return (kHeld ? 0 : kMmaRows * row) + stages * kMmaColumns<kDepth, kHeld> * row + "
     "MmaSide<kDepth, kHeld>::bytes() +",
-    "const int64_t row = kMmaStride<kDepth> * 2;",
-    "if (s % 2 == 0 && 16 * s >= depth) break;",
+    "if (s % 2 == 0 && kStep * s >= depth) break;",
     "index[r] = first_row + thread_index() / 32 * 16 + lane / 4 + 8 * r;",
-    "return rounded_to_16(kTurns * kCount * sizeof(int64_t)) +",
+    "return rounded_to_16(kTurns * kCount * sizeof(int32_t)) +",
     "rounded_to_16(kNumbers * kTurns * kCount * sizeof(float)) + rounded_to_16(kTurns * kCount * sizeof(int));",
     "static constexpr int64_t bytes() { return 2 * rounded_to_16(2 * kWarps * sizeof(float)); }",
     "if (lane + 32 * c < depth) write_one(row + r, lane + 32 * c, sums[r][c]);",
-    "return kStatisticsWarps * (3 * kChunkPixels + 2 * kept) * int64_t(sizeof(scalar_t));",
+    "constexpr int64_t kStatisticsShared = kStatisticsWarps * 3 * kChunkPixels * int64_t(sizeof(scalar_t));",
     "kGaussianThreads / 32 * kAnchors * 2 * int64_t(sizeof(number_t));",
 }
 WARNING = re.compile(r"/csrc/(\S+):(\d+):\d+: warning: ")
