@@ -505,6 +505,18 @@ def test_rows_that_do_not_fit_pass_in_chunks(allow_tf32: bool) -> None:
     assert "contrast_forward_tiles" in blocks
 
 
+@pytest.mark.parametrize("device", [{}, {"allow_tf32": True}, {"capability": 75}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_labels_of_more_than_31_bits(dtype: torch.dtype, device: dict[str, Any]) -> None:
+    """Some are alike in 32 bits, some are those of no anchor, and some are what others are coded as in a block."""
+    names = torch.tensor([5, 5 + 2**32, 2**30 - 1, 2**30, 2**30 + 1, -(2**30), -(2**30) - 1, 2**62, -(2**63)])
+    p = ContrastProblem.random(70, 8, m=81, max_positive_disparity=0.6)
+    p.labels, p.key_labels = names[torch.arange(70) % 7], names[torch.arange(81) % 9]
+    assert_contrast(p, dtype, **device)
+    p.keys = p.key_labels = p.key_descriptors = None
+    assert_contrast(p, dtype, **device)
+
+
 def test_long_rows_where_no_chunk_fits() -> None:
     kernels = launched(torch.float32, 3, 4, 300, shared_bytes=16 * 1024)
     assert "contrast_forward_plain" in kernels
