@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pglcl_ext._arguments import GaussianArguments
-from pglcl_ext._autograd import OpFunction, in_functorch, in_graph, is_traced, register, savable
+from pglcl_ext._autograd import OpFunction, in_functorch, in_graph, is_traced, register
 from pglcl_ext._checks import (
     REDUCTIONS,
     check_device,
@@ -233,11 +233,11 @@ def _product(grad: Tensor, anchors: Tensor, gradients: Tensor, num_valid: Tensor
     return (gradients * torch.where(num_valid > 0, scale, 0)).to(anchors.dtype)  # also if the gradient is infinite
 
 
-def _takes_part(labels: Tensor, counts: Tensor, ignore_index: int) -> Tensor:
+def _takes_part(x: GaussianArguments) -> Tensor:
     """(N,) bool: whether an anchor's class has keys."""
-    k = counts.shape[0]
-    known = (labels != ignore_index) & (labels >= 0) & (labels < k)
-    return known & (counts.index_select(0, labels.clamp(0, k - 1)) > 0)
+    k = x.counts.shape[0]
+    known = (x.labels != x.ignore_index) & (x.labels >= 0) & (x.labels < k)
+    return known & (x.counts.index_select(0, x.labels.clamp(0, k - 1)) > 0)
 
 
 @register
@@ -262,10 +262,11 @@ class _Gaussian(OpFunction):
         _, gradients, num_valid = output
         ctx.mark_non_differentiable(gradients, num_valid)
         ctx.set_materialize_grads(False)
-        ctx.reduction, ctx.ignore_index, ctx.has_gradients = x.reduction, x.ignore_index, x.needs_gradients
+        ctx.reduction, ctx.has_gradients = x.reduction, x.needs_gradients
         if x.needs_gradients:
-            of_rows = (savable(x.labels), savable(x.counts)) if x.reduction == REDUCTIONS["none"] else ()
-            ctx.save_for_backward(num_valid, x.anchors, gradients, *of_rows)
+            # Not the counts themselves: keys may be queued before the backward pass.
+            counted = _takes_part(x) if x.reduction == REDUCTIONS["none"] else None
+            ctx.save_for_backward(num_valid, x.anchors, gradients, counted)
         else:
             cls.save(ctx, (num_valid,), x)
 
@@ -275,14 +276,14 @@ class _Gaussian(OpFunction):
             return None, None
         num_valid, anchors, *rest = ctx.saved_tensors
         if ctx.has_gradients:
-            gradients, *of_rows = rest
+            gradients, counted = rest
         else:  # the graph was made for inputs that need no gradient
             with torch.no_grad():
                 x = cls.nested((anchors, *rest, *ctx.options))
                 _, gradients, _ = cls.call(x._replace(needs_gradients=True))
-            of_rows = [x.labels, x.counts]
-        if ctx.reduction == REDUCTIONS["none"]:  # what follows the loss of an anchor that is left out has no effect
-            grad = torch.where(_takes_part(*of_rows, ctx.ignore_index), grad, 0)
+            counted = _takes_part(x) if x.reduction == REDUCTIONS["none"] else None
+        if counted is not None:  # what follows the loss of an anchor that is left out has no effect
+            grad = torch.where(counted, grad, 0)
         return cls.run_backward(grad, anchors, gradients, num_valid, ctx.reduction), None
 
 

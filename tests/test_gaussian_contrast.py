@@ -309,6 +309,21 @@ def test_an_anchor_that_takes_no_part_may_hold_anything(device: torch.device) ->
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_keys_may_be_queued_before_the_backward_pass(reduction: str, device: torch.device) -> None:
+    z, y = torch.randn(9, 5, device=device), torch.arange(9, device=device) % 3
+    gradients = []
+    for between in (False, True):
+        module = GaussianContrastLoss(4, 5, queue_length=8, reduction=reduction).to(device)
+        module.enqueue(z.flip(0), y)
+        leaf = z.clone().requires_grad_()
+        loss = module(leaf, y).sum()
+        if between:
+            module.enqueue(torch.ones_like(z), torch.full_like(y, 3))
+        gradients += torch.autograd.grad(loss, leaf)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("upstream", [math.inf, math.nan])
 def test_an_upstream_gradient_that_is_not_finite_spoils_no_anchor_that_is_left_out(
     upstream: float, reduction: str, device: torch.device
