@@ -1,6 +1,6 @@
 // The op gaussian_contrast on the CPU: check, allocate, run the tiles (gaussian_contrast_passes.cpp), reduce.
 //
-// The backward op is only a product then. It is the same on every device, and stands in gaussian_contrast.py.
+// The backward op is only a product then. It is the same on every device, and is in gaussian_contrast.py.
 #include "gaussian_contrast.h"
 
 #include "../checks.h"

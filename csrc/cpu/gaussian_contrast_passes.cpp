@@ -18,7 +18,7 @@ bool counts(const GaussianInputs<scalar_t>& x, int64_t label) {
 }
 
 struct TileOfClass {
-  int64_t label, first, rows;  // of `order`
+  int64_t label, first, rows;  // its anchors are order[first] to order[first + rows - 1]
 };
 
 // The statistics with padded rows and symmetric covariances, since only their symmetric part enters the quadratic form.
@@ -53,7 +53,8 @@ struct PackedStatistics {
   }
 
  private:
-  static constexpr int64_t kRows = 16;  // of one matrix at a time: a line of the columns that they are averaged with
+  // Rows of a matrix that are averaged with its columns at a time: the elements of a column's rows fill a cache line.
+  static constexpr int64_t kRows = 16;
 };
 
 template <typename scalar_t>

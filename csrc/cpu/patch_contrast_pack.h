@@ -17,7 +17,7 @@ namespace pglcl {
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// The larger of both; NaN stays.
+// Raises `largest` to `value`; NaN stays NaN.
 inline void raise_to(double& largest, double value) {
   if (!(value <= largest) && !std::isnan(largest)) largest = value;
 }

@@ -80,10 +80,10 @@ namespace {
 // With a fixed shift, no product of such a coefficient and an exponential comes near the largest float.
 constexpr double kLargestCoefficient = 1e30;
 
-// A power of two that keeps coefficients within the range of scalar_t, whatever gradient the loss is given; 1 for those
-// of any training.
+// A power of two that keeps coefficients within the range of scalar_t for any upstream gradient. It is 1 for the
+// gradients of ordinary training.
 template <typename scalar_t>
-double tamed(const scalar_t* grad_rows, int64_t n, double temperature) {
+double scale_of_coefficients(const scalar_t* grad_rows, int64_t n, double temperature) {
   constexpr int kLarge = 40, kModerate = 20;  // a negative weight of 1e20 goes with it
   double largest = 0;
   for (int64_t i = 0; i < n; ++i)
@@ -138,7 +138,7 @@ void patch_contrast_backward(const ContrastInputs<scalar_t>& inputs, const scala
       return backward_in_float64(inputs, grad_rows, {max_logit, log_sum, num_positives}, grad_anchors, grad_keys,
                                  parallel);
   ContrastTile<scalar_t>& tile = plan.tile();
-  const double scale = tamed(grad_rows, inputs.anchors.rows, inputs.temperature);
+  const double scale = scale_of_coefficients(grad_rows, inputs.anchors.rows, inputs.temperature);
   const auto coefficients_of = [&] {
     return Coefficients<scalar_t>(plan, inputs, tile, grad_rows, scale, max_logit, log_sum, num_positives);
   };

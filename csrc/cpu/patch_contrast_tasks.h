@@ -13,7 +13,7 @@ namespace pglcl {
 // One tile: a block of anchors and a block of keys.
 struct Step {
   int64_t row_block, column_block;
-  int64_t row_turn, column_turn;  // how many rounds must lie behind the last tile of the block before this one
+  int64_t row_turn, column_turn;  // rounds that the block must have finished before this tile
   int64_t round;
 };
 
@@ -33,7 +33,7 @@ class Rounds {
       return i <= j;
     }
     const int64_t longer = std::max(rows_, columns_), j = (i + round) % longer;
-    // A block of the longer side pauses after it has met the first block of the shorter one.
+    // A block of the longer side pauses after its tile with the first block of the shorter one.
     const int64_t turn = std::max<int64_t>(i + 1 < short_ ? round : round + short_ - longer, 0);
     if (rows_ <= columns_)
       out = {i, j, round, turn, round};
@@ -82,7 +82,7 @@ class StepQueue {
 
   Rounds rounds_;
   std::atomic<int64_t> next_{0};
-  // The number of rounds up to the last finished tile of each block.
+  // The number of rounds that each block has finished.
   std::vector<std::atomic<int64_t>> row_turn_, own_column_turn_;
   std::vector<std::atomic<int64_t>>& column_turn_;
 };

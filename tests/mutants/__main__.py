@@ -36,7 +36,6 @@ from tests.simt import emulator
 HERE = Path(__file__).parent
 KILLED = HERE / "killed.txt"
 RESULTS = native.ROOT / "build" / "mutants" / "results.jsonl"
-TESTS = ["tests/simt/emulated_kernels.py", "tests/simt/emulated_edges.py"]
 MOST_FAULTS = 4095  # kMostFaults of simt.h
 
 
@@ -200,7 +199,7 @@ def main() -> int:
             "-k",
             arguments.tests,
         ]
-        files = [file for file in TESTS if (native.ROOT / file).exists()]
+        files = [file for file in emulator.TESTS if (native.ROOT / file).exists()]
         code = pytest.main([*options, *files], plugins=[plugin])
         if plugin.error or code not in (0, 5):
             print(plugin.error or f"pytest ends with {code}")

@@ -11,8 +11,17 @@ import torch
 from torch import Tensor
 
 import pglcl_ext
+from pglcl_ext._arguments import (
+    BoundsArguments,
+    Choice,
+    ContrastArguments,
+    ContrastNumbers,
+    ContrastOutputs,
+    GaussianArguments,
+    Side,
+)
 from pglcl_ext._checks import REDUCTIONS
-from pglcl_ext._library import ops
+from pglcl_ext._library import allow_tf32, ops
 from tests.simt import emulator
 
 
@@ -50,6 +59,36 @@ def patch_contrast(
     return loss.detach(), list(grads)
 
 
+def contrast_arguments(
+    anchors: Side, keys: Side | None = None, choice: Choice | None = None, *, reduction: str = "mean", **numbers: Any
+) -> ContrastArguments:
+    """The arguments of the op, with the defaults of the public function where `numbers` has none."""
+    defaults = ContrastNumbers(
+        temperature=0.1,
+        positive_bound=math.inf,
+        negative_bound=0.0,
+        negative_weight=1.0,
+        ignore_index=-1,
+        self_offset=-1,
+        reduction=REDUCTIONS[reduction],
+        allow_tf32=allow_tf32(),
+    )
+    return ContrastArguments(anchors, keys, choice or Choice(), defaults._replace(**numbers))
+
+
+def contrast_outputs(x: ContrastArguments) -> ContrastOutputs:
+    return ContrastOutputs(*ops.patch_contrast(*x.flat()))
+
+
+def contrast_gradients(
+    upstream: Tensor, out: ContrastOutputs, x: ContrastArguments, *, needs_anchors: bool = True, needs_keys: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The gradients of anchors and keys; empty where there is none, or it is not needed."""
+    return ops.patch_contrast_backward(
+        upstream, *out.for_backward(), *x.flat(), needs_anchors=needs_anchors, needs_keys=needs_keys
+    )
+
+
 def patch_statistics(
     x: Tensor, patch: list[int], stride: list[int], grads: list[Tensor] | None, **options: bool
 ) -> tuple[list[Tensor], Tensor | None]:
@@ -65,14 +104,24 @@ def semantic_disparity(a: Tensor, b: Tensor) -> Tensor:
 
 
 def semantic_disparity_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    return ops.semantic_disparity_backward(grad, a, b, True, True)
+    return ops.semantic_disparity_backward(grad, a, b, needs_a=True, needs_b=True)
 
 
 def disparity_bounds(
     a: Tensor, y: Tensor, b: Tensor, z: Tensor, count: int, *, positives: bool, self_offset: int, ignore_index: int = -1
 ) -> tuple[Tensor, Tensor]:
     """The bounds of the op, and those of a plain loop."""
-    got = ops.disparity_bounds(a, y, b, z, count, positives, ignore_index, self_offset)
+    x = BoundsArguments(
+        descriptors=a,
+        labels=y,
+        key_descriptors=b,
+        key_labels=z,
+        wanted=count,
+        positives=positives,
+        ignore_index=ignore_index,
+        self_offset=self_offset,
+    )
+    got = ops.disparity_bounds(*x)
     want = torch.full((len(a),), math.inf if positives else 0.0, dtype=a.dtype)
     delta = (a[:, None] - b[None]).abs().mean(2)
     for i in range(len(a)):
@@ -84,10 +133,33 @@ def disparity_bounds(
     return got, want
 
 
-def gaussian_contrast(anchors: Tensor, *statistics: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, gradients of the losses, num_valid)."""
-    values = {"temperature": 0.2, "covariance_scale": 4.0, "negative_weight": 4096.0, "ignore_index": -1, **options}
-    limits = {name: values.pop(name) for name in ("capability", "shared_bytes") if name in values}
-    reduction = REDUCTIONS[values.pop("reduction", "mean")]
+def gaussian_contrast(
+    anchors: Tensor,
+    labels: Tensor,
+    means: Tensor,
+    covariances: Tensor,
+    counts: Tensor,
+    *,
+    temperature: float = 0.2,
+    covariance_scale: float = 4.0,
+    negative_weight: float = 4096.0,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    **limits: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, gradients of the losses, num_valid), on the :func:`device` that `limits` describe."""
+    x = GaussianArguments(
+        anchors=anchors,
+        labels=labels,
+        means=means,
+        covariances=covariances,
+        counts=counts,
+        temperature=temperature,
+        covariance_scale=covariance_scale,
+        negative_weight=negative_weight,
+        ignore_index=ignore_index,
+        reduction=REDUCTIONS[reduction],
+        needs_gradients=True,
+    )
     with device(**limits):
-        return ops.gaussian_contrast(anchors, *statistics, **values, reduction=reduction, needs_gradients=True)
+        return ops.gaussian_contrast(*x)

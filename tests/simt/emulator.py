@@ -17,6 +17,8 @@ from torch import Tensor
 from tests import native
 
 HERE = Path(__file__).parent
+# They run as `pytest --emulated 80 FILE`, in a process where the emulated ops replace those of the CPU (test_host.py).
+TESTS = sorted(str(path.relative_to(native.ROOT)) for path in HERE.glob("emulated_*.py"))
 HEADERS = [*HERE.glob("*.h"), HERE / "library.cpp", Path(native.__file__)]
 
 

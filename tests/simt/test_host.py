@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import pytest
 
 from tests import native
-from tests.simt.emulator import DEVICES
+from tests.simt.emulator import DEVICES, TESTS
 
 pytestmark = pytest.mark.slow
 
-# All tests for one device: pytest --emulated 75 FILES; for all devices: make emulated
-OPS = ["semantic_disparity", "patch_statistics", "patch_contrast", "gaussian_contrast", "hard_negatives", "autograd"]
-FILES = [f"tests/test_{name}.py" for name in OPS]
+# All tests for one device: pytest --emulated 75 FILES; for all devices: make emulated, whose list this is.
+LISTED = re.search(r"^OP_TESTS := .*test_%\.py,([^)]*)\)", (native.ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+FILES = [f"tests/test_{name}.py" for name in LISTED.replace("\\", "").split()]
 DRAWN = 20  # of the tests of the ops, for each device: half a minute
 
 
@@ -25,7 +26,7 @@ def run_emulated(capability: int, *arguments: str) -> None:
 
 
 def test_kernels() -> None:
-    run_emulated(80, "tests/simt/emulated_kernels.py", "tests/simt/emulated_edges.py")
+    run_emulated(80, *TESTS)
 
 
 @pytest.mark.parametrize("capability", DEVICES)

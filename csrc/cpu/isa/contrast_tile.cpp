@@ -135,8 +135,8 @@ PGLCL_INLINE void accumulate(scalar_t* sums, vec_t<scalar_t> value) {
 }
 
 template <typename scalar_t, Pass kPass, TileKind kKind, bool kColumns, bool kFixed>
-void process_panel(const ContrastTile<scalar_t>& t, const TilePosition& at, int64_t key0,
-                   const ContrastScratch<scalar_t>& scratch) {
+void contrast_panel(const ContrastTile<scalar_t>& t, const TilePosition& at, int64_t key0,
+                    const ContrastScratch<scalar_t>& scratch) {
   using vec = vec_t<scalar_t>;
   using mask = mask_t<scalar_t>;
   using integer = integer_t<scalar_t>;
@@ -328,10 +328,10 @@ using PanelFunction = void (*)(const ContrastTile<scalar_t>&, const TilePosition
 template <typename scalar_t, Pass kPass, bool kColumns, bool kFixed>
 PanelFunction<scalar_t> panel_of_kind(TileKind kind) {
   switch (kind) {
-    case TileKind::kSame: return process_panel<scalar_t, kPass, TileKind::kSame, kColumns, kFixed>;
-    case TileKind::kDifferent: return process_panel<scalar_t, kPass, TileKind::kDifferent, kColumns, kFixed>;
-    case TileKind::kMixed: return process_panel<scalar_t, kPass, TileKind::kMixed, kColumns, kFixed>;
-    default: return process_panel<scalar_t, kPass, TileKind::kMasked, kColumns, kFixed>;
+    case TileKind::kSame: return contrast_panel<scalar_t, kPass, TileKind::kSame, kColumns, kFixed>;
+    case TileKind::kDifferent: return contrast_panel<scalar_t, kPass, TileKind::kDifferent, kColumns, kFixed>;
+    case TileKind::kMixed: return contrast_panel<scalar_t, kPass, TileKind::kMixed, kColumns, kFixed>;
+    default: return contrast_panel<scalar_t, kPass, TileKind::kMasked, kColumns, kFixed>;
   }
 }
 
@@ -346,10 +346,10 @@ PanelFunction<scalar_t> choose_panel(TileKind kind, bool columns, bool fixed) {
                  : panel_of_kind<scalar_t, kPass, false, false>(kind);
 }
 
-// `rows` of the tile's anchors from the `first` on, with their numbers.
+// Rows [first, first + rows) of a tile, with one panel of its keys.
 template <typename scalar_t>
-void process_rows(PanelFunction<scalar_t> process, const ContrastTile<scalar_t>& t, const TilePosition& at, int64_t key,
-                  const ContrastScratch<scalar_t>& scratch, int64_t first, int64_t rows) {
+void run_rows(PanelFunction<scalar_t> compute, const ContrastTile<scalar_t>& t, const TilePosition& at, int64_t key,
+              const ContrastScratch<scalar_t>& scratch, int64_t first, int64_t rows) {
   constexpr int kPanel = Simd<scalar_t>::kPanel;
   if (rows <= 0) return;
   TilePosition part = at;
@@ -360,10 +360,10 @@ void process_rows(PanelFunction<scalar_t> process, const ContrastTile<scalar_t>&
   own.disparity += first * kPanel;
   own.row_sums += first * Simd<scalar_t>::kLanes;
   own.weights += first * kWeightStride<scalar_t>;
-  process(t, part, key, own);
+  compute(t, part, key, own);
 }
 
-// The first of the anchors, which are sorted by label, whose label is at least `label`.
+// The index of the first anchor whose label is at least `label`. Anchors are sorted by label.
 template <typename scalar_t>
 int64_t first_of_label(const integer_t<scalar_t>* labels, int64_t rows, integer_t<scalar_t> label) {
   int64_t first = 0;
@@ -379,23 +379,22 @@ int64_t first_of_label(const integer_t<scalar_t>* labels, int64_t rows, integer_
 // A tile of several labels. If the keys of a panel have one label, the sorted anchors are first of other labels, then
 // of this one, then of others again. So labels need no comparison, except where a patch may be a pair of itself.
 template <typename scalar_t, Pass kPass>
-void process_mixed(const ContrastTile<scalar_t>& t, const TilePosition& at, int64_t key,
-                   const ContrastScratch<scalar_t>& scratch, bool columns, bool meets_itself) {
+void run_mixed(const ContrastTile<scalar_t>& t, const TilePosition& at, int64_t key,
+               const ContrastScratch<scalar_t>& scratch, bool columns, bool meets_itself) {
   constexpr int kPanel = Simd<scalar_t>::kPanel;
-  const auto process = [&](TileKind kind, int64_t first, int64_t last) {
-    process_rows(choose_panel<scalar_t, kPass>(kind, columns, t.fixed_shift), t, at, key, scratch, first, last - first);
+  const auto run = [&](TileKind kind, int64_t first, int64_t last) {
+    run_rows(choose_panel<scalar_t, kPass>(kind, columns, t.fixed_shift), t, at, key, scratch, first, last - first);
   };
   const integer_t<scalar_t> label = t.keys.label[key];
-  if (key + kPanel > t.keys.count || t.keys.label[key + kPanel - 1] != label)
-    return process(TileKind::kMixed, 0, at.rows);
+  if (key + kPanel > t.keys.count || t.keys.label[key + kPanel - 1] != label) return run(TileKind::kMixed, 0, at.rows);
   const integer_t<scalar_t>* labels = t.anchors.label + at.row;
   const int64_t first = first_of_label<scalar_t>(labels, at.rows, label);
   const int64_t last = first + first_of_label<scalar_t>(labels + first, at.rows - first, label + 1);
   // Keys that were given may contain an anchor under another label.
   const TileKind different = t.keys_hold_anchors ? TileKind::kMixed : TileKind::kDifferent;
-  process(different, 0, first);
-  process(meets_itself ? TileKind::kMixed : TileKind::kSame, first, last);
-  process(different, last, at.rows);
+  run(different, 0, first);
+  run(meets_itself ? TileKind::kMixed : TileKind::kSame, first, last);
+  run(different, last, at.rows);
 }
 
 // Computes rows of a tile with one panel of its keys.
@@ -418,7 +417,7 @@ void run_panel(const ContrastTile<scalar_t>& t, const TilePosition& at, int64_t 
     panel_disparity<float>(t, at, key, scratch.disparity);
   else if (t.channels > 1)
     panel_disparity<scalar_t>(t, at, key, scratch.disparity);
-  if (at.kind == TileKind::kMixed) return process_mixed<scalar_t, kPass>(t, at, key, scratch, columns, meets_itself);
+  if (at.kind == TileKind::kMixed) return run_mixed<scalar_t, kPass>(t, at, key, scratch, columns, meets_itself);
   choose_panel<scalar_t, kPass>(at.kind, columns, t.fixed_shift)(t, at, key, scratch);
 }
 

@@ -50,7 +50,7 @@ void add_class(const GaussianTile<scalar_t>& t, int64_t j, Running<scalar_t>* ru
     scalar_t exponent = logit + scalar_t(0.5) * t.spread * dot(anchor, product, t.stride);
     Running<scalar_t>& at = running[r];
     scalar_t keep = 0, weight = 1;
-    if (own) {  // met first
+    if (own) {  // the first class to be added
       at = {exponent, 1, logit};
     } else {
       exponent += t.log_weight;

@@ -6,7 +6,7 @@
 namespace pglcl {
 
 constexpr int kMaxLanes = 16;
-constexpr int kStatisticsRows = 4;  // that are worked on at once
+constexpr int kStatisticsRows = 4;  // rows that are computed at once
 
 // Elements of scratch memory: vectors for the classes of the rows that are computed at once, and of a ragged end.
 constexpr int64_t statistics_scratch(int64_t classes) { return (kStatisticsRows + 1) * classes * kMaxLanes; }
