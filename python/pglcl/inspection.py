@@ -87,7 +87,7 @@ def inspect_case(case: Case, labels: LabelMap | None = None) -> CaseReport:
         data, source = volume.data, volume.source
         report.shape, report.channels, report.spacing = data.shape[1:], len(data), volume.spacing
         report.unit, report.axes, report.dtype = source.unit, source.axes, str(source.dtype)
-        report.source, report.digest = source, hashlib.sha256(data).hexdigest()
+        report.source, report.digest = source, hashlib.sha256(data.data).hexdigest()
         report.orientation = "".join(nib.aff2axcodes(source.affine)) if source.unit == "mm" else "-"
     except UserError as error:
         report.problems.extend(error.lines)
