@@ -36,7 +36,7 @@ from tests.simt import emulator
 HERE = Path(__file__).parent
 KILLED = HERE / "killed.txt"
 RESULTS = native.ROOT / "build" / "mutants" / "results.jsonl"
-MOST_FAULTS = 4095  # kMostFaults of simt.h
+MOST_FAULTS = 4095  # kMostFaults of simt_device.h
 
 
 def equivalents() -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Plants faults into the CUDA sources by rule. One build holds all of them, and a number at run time switches one on.
 
 A rule rewrites a condition, a value or a statement to ``PGLCL_MUTANT(number, original, mutated)``, which the emulator's
-simt.h turns into a choice. Declarations, constant expressions and templates stay as they are, since no code runs there.
+simt_device.h turns into a choice. Declarations, constant expressions and templates stay as they are, since no code runs
+there.
 """
 
 from __future__ import annotations
