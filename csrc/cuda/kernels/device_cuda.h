@@ -72,8 +72,8 @@ class Shared {
   }
   PGLCL_DEVICE T atomic_add(int i, T value) const { return atomicAdd(data_ + i, value); }
 
-  // Four matrices of 8 rows of 16 bytes. Lane l names row l % 8 of matrix l / 8, aligned to 16 bytes, and gets word l % 4
-  // of row l / 4 in each matrix. Transposed, it gets two neighbours of column l / 4 (ldmatrix in the PTX ISA).
+  // Four matrices of 8 rows of 16 bytes. Lane l names row l % 8 of matrix l / 8, aligned to 16 bytes, and gets word l %
+  // 4 of row l / 4 in each matrix. Transposed, it gets two neighbours of column l / 4 (ldmatrix in the PTX ISA).
   PGLCL_DEVICE void load_matrices(int i, uint32_t (&out)[4]) const {
     const unsigned from = unsigned(__cvta_generic_to_shared(data_ + i));
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
