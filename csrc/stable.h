@@ -82,8 +82,7 @@ auto with_accumulate_type(const Tensor& t, const Body& body) {
   return t.scalar_type() == ScalarType::Double ? body.template operator()<double>() : body.template operator()<float>();
 }
 
-// --- what memory safety needs
-// -----------------------------------------------------------------------------------------
+// --- what memory safety needs ----------------------------------------------------------------------------------------
 
 inline void require(bool fits, const char* name) { STD_TORCH_CHECK(fits, name, " does not fit the other arguments"); }
 
@@ -103,8 +102,7 @@ inline void require_tensor(const Tensor& t, const char* name, const Tensor& like
   require_device(t, name, like);
 }
 
-// --- memory
-// -------------------------------------------------------------------------------------------------------------
+// --- memory ----------------------------------------------------------------------------------------------------------
 
 // On the device of `like`, and of its type where none is named. Not by torch::stable::new_empty, which looks the
 // operator up by its name: that takes as long as a small op.

@@ -8,14 +8,14 @@
 
 namespace pglcl {
 
-// The keys that take part, sorted. Array is anything with load(i): memory on the CPU, checked memory under the
-// emulator.
+// The keys that take part, sorted. The members are these keys class by class. Arrays have load(i): memory on the CPU,
+// checked memory under the emulator.
 template <typename Values, typename Integers>
 struct SortedKeys {
   Values value;        // in ascending order
-  Integers label;      // class by class: the label of the q-th member,
-  Integers place;      // and its place in the order of `value`, ascending within a class
-  Integers member_of;  // for each key of the caller its place in this list, -1 when ignored
+  Integers label;      // of each member
+  Integers place;      // of each member in `value`; ascending within a class
+  Integers member_of;  // the member that each key of the caller is, -1 when it is ignored
   int64_t total;
 };
 
@@ -87,7 +87,7 @@ PGLCL_HOST_DEVICE inline scalar_t search_bound(const Keys& keys, int64_t label, 
   const Candidates<Keys> x(keys, label, self_key, positives);
   const int64_t size = x.size();
   if (size <= count) return none;
-  // The window of `width` neighbours nearest to the descriptor: the wanted positives, or what is no wanted negative.
+  // The `width` neighbours nearest to the descriptor: the positives that are kept, or the negatives that are not.
   const int64_t width = positives ? count : size - count;
   int64_t low = 0, high = size - width;
   while (low < high) {

@@ -34,7 +34,7 @@ PGLCL_HOST_DEVICE inline uint16_t float_to_bfloat16(float value) {
 }
 
 PGLCL_HOST_DEVICE inline float float16_to_float(uint16_t value) {
-  // Exponent and mantissa moved into place give the number times 2^-112; the product mends normal and subnormal ones.
+  // Exponent and mantissa moved into place give the number times 2^-112; the product restores it.
   const uint32_t magnitude = uint32_t(value & 0x7fff) << 13;
   float result;
   std::memcpy(&result, &magnitude, sizeof(result));

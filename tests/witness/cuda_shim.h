@@ -166,8 +166,7 @@ inline void wait_for_copies(int left) {
   }
 }
 
-// --- launches
-// ---------------------------------------------------------------------------------------------------------
+// --- launches --------------------------------------------------------------------------------------------------------
 
 template <typename Body>
 void launch(dim3 grid, int threads, size_t shared_bytes, Body body) {
@@ -316,8 +315,7 @@ inline size_t __cvta_generic_to_shared(const void* p) {
   return at;
 }
 
-// --- the few names of the CUDA runtime that launches use
-// ------------------------------------------------------------------------
+// --- the few names of the CUDA runtime that launches use -------------------------------------------------------------
 
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 using cudaError_t = int;
