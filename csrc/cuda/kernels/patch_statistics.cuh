@@ -359,7 +359,7 @@ PGLCL_KERNEL patch_statistics_forward(StatisticsInput<T> s, StatisticsOutput<typ
   const scalar_t highest = s.probabilities ? scalar_t(INFINITY) : s.normalize ? scalar_t(1) : scalar_t(s.log_classes);
   const scalar_t total = sum_patch<T, kHeld, kPixels>(
       s, patch.b, patch.z, patch.y, patch.x, per_class, [&](int k, scalar_t mass, scalar_t product) {
-        scalar_t h = mass == scalar_t(0) ? scalar_t(0) : product / mass * scale;
+        scalar_t h = mass <= scalar_t(0) ? scalar_t(0) : product / mass * scale;
         if (h > highest) h = highest;
         per_class.store(k, mass / kMassScale<scalar_t> / count, h);
       });
@@ -390,8 +390,8 @@ PGLCL_KERNEL patch_statistics_coefficients(StatisticsInput<T> s,
   sum_patch<T, kHeld, kPixels>(
       s, patch.b, patch.z, patch.y, patch.x, per_class, [&](int k, scalar_t mass, scalar_t product) {
         const scalar_t u = upstream.load(grad_class_entropy.offset(patch.b, k, patch.z, patch.y, patch.x));
-        const scalar_t gamma = mass == scalar_t(0) ? scalar_t(0) : u * scale / mass;
-        per_class.store(k, gamma, mass == scalar_t(0) ? scalar_t(0) : gamma * (product / mass));
+        const scalar_t gamma = mass <= scalar_t(0) ? scalar_t(0) : u * scale / mass;
+        per_class.store(k, gamma, mass <= scalar_t(0) ? scalar_t(0) : gamma * (product / mass));
       });
 }
 
