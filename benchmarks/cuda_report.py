@@ -35,7 +35,8 @@ LIMITS: list[tuple[str, str, float]] = [
     (r"contrast_backward_mma<B?Float16, 128, \w+, rule>", PAIRS, 100),
     (r"contrast_forward_mma<float, 128, rule>", PAIRS, 95),
     (r"contrast_backward_mma<float, 128, \w+, rule>", PAIRS, 170),
-    (r"contrast_(forward|backward)_tiles<float, FFMA, 128, rule>", EIGHTS, 11),
+    (r"contrast_forward_tiles<float, FFMA, 128, rule>", EIGHTS, 11),
+    (r"contrast_backward_tiles<float, FFMA, 128, rule>", EIGHTS, 13),
     (r"gaussian_contrast_rows<float, float, 8>", EIGHTS, 30),
     (r"patch_statistics_(forward|coefficients)<float, 4, 4>", LOGITS, 60),
 ]
