@@ -170,9 +170,9 @@ def test_tiles_of_ignored_patches_add_nothing(dtype: torch.dtype, device: dict[s
 
 def test_anchors_whose_warp_is_not_the_first() -> None:
     for dtype in TILED_DTYPES:
-        problem = ContrastProblem.random(12, 8, ignored=False)
-        problem.labels[:9] = -1
-        problem.labels[9:] = torch.tensor([0, 0, 1])
+        problem = ContrastProblem.random(28, 8, ignored=False)
+        problem.labels[:25] = -1
+        problem.labels[25:] = torch.tensor([0, 0, 1])
         assert_contrast(problem, dtype)
 
 

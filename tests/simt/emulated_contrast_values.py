@@ -368,3 +368,15 @@ def test_a_temperature_that_float32_has_no_room_for() -> None:
     (wanted,) = torch.autograd.grad(want, oracle, torch.linspace(0.5, 1.5, 4).double())
     torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grad.double(), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("device", [{}, {"capability": 75}], ids=str)
+@pytest.mark.parametrize("dtype", TILED_DTYPES, ids=str)
+def test_an_infinite_key_behind_many_tiles(dtype: torch.dtype, device: dict[str, Any]) -> None:
+    """As many threads see the key as warps have met weights before it. It is ignored, so no gradient is NaN."""
+    problem = ContrastProblem.random(64, 8, m=17 * 64, ignored=False, classes=2)
+    anchors, keys, key_labels = problem.anchors.to(dtype), problem.keys.to(dtype), problem.key_labels.clone()
+    for place in (16 * 32 + 5, 16 * 64 + 5):  # in float32 and in 16 bits
+        keys[place], key_labels[place] = math.inf, -1
+    _, grads = calls.patch_contrast(anchors, problem.labels, keys=keys, key_labels=key_labels, **device)
+    assert all(grad.isfinite().all() for grad in grads)

@@ -414,7 +414,7 @@ struct GradientFfma {
   }
 };
 
-// TF32: a warp has all rows and a quarter of the depth.
+// TF32: a warp has all rows and a quarter of the depth. Rows pass in chunks, which have kDepth columns.
 template <typename T, int kDepth>
 struct GradientTensor {
   static constexpr int kBands = kRows<kDepth> / 16;  // of 16 rows
@@ -432,7 +432,7 @@ struct GradientTensor {
 
   template <bool kFinite>
   PGLCL_DEVICE void add(const Shared<float>& weights, const Shared<T>& columns, int column_at, int64_t depth) {
-    const int stride = row_stride<T>(depth), width = padded_depth<T>(depth);
+    const int stride = row_stride<T>(depth);
     const int lane = thread_index() % 32, group = lane / 4, within = lane % 4;
     const int first = thread_index() / 32 * (kDepth / 4);
     for (int j = 0; j < kColumns<T>; j += 8) {
@@ -444,7 +444,6 @@ struct GradientTensor {
           a[m][w] = to_tf32(weights.load((16 * m + group + 8 * (w % 2)) * kWeightStride<T> + j + within + 4 * (w / 2)));
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-        if (first + 8 * n >= width) break;  // the same in all lanes
         uint32_t b[2];
 #pragma unroll
         for (int w = 0; w < 2; ++w)
