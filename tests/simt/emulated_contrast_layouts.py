@@ -100,23 +100,17 @@ def test_storage_offsets_of_every_tensor(dtype: torch.dtype) -> None:
         shifted(ours.key_descriptors),
         {name: shifted(v) if isinstance(v, Tensor) else v for name, v in ours.options.items()},
     )
-    want, wanted = calls.patch_contrast(
-        ours.anchors,
-        ours.labels,
-        ours.descriptors,
-        keys=ours.keys,
-        key_labels=ours.key_labels,
-        key_descriptors=ours.key_descriptors,
-        **ours.options,
-    )
-    got, grads = calls.patch_contrast(
-        moved.anchors,
-        moved.labels,
-        moved.descriptors,
-        keys=moved.keys,
-        key_labels=moved.key_labels,
-        key_descriptors=moved.key_descriptors,
-        **moved.options,
+    (want, wanted), (got, grads) = (
+        calls.patch_contrast(
+            p.anchors,
+            p.labels,
+            p.descriptors,
+            keys=p.keys,
+            key_labels=p.key_labels,
+            key_descriptors=p.key_descriptors,
+            **p.options,
+        )
+        for p in (ours, moved)
     )
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
