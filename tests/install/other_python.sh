@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The package under another Python: the first of VERSIONs that this machine has and that there is a wheel of torch for. A
 # wheel of ours is for one Python, so it is compiled there. Then a draw of the ops' tests and some tests of the training
-# package run. Takes a compilation and 6 GB for another torch.
+# package run. Takes a compilation, 6 GB for another torch, and 3 more while pip unpacks it.
 #
 #   tests/install/other_python.sh [--find] TORCH VERSION...     --find: only prints that Python, or fails
 set -euo pipefail
@@ -32,7 +32,7 @@ fi
 $find && { echo "$python"; exit; }
 . "$(dirname "$0")/checkout.sh"
 "$python" -m venv "$work/venv"
-"$work/venv/bin/pip" install --quiet "$torch"
+"$work/venv/bin/pip" install --quiet --no-cache-dir "$torch"
 PGLCL_CUDA=0 "$work/venv/bin/pip" install --quiet "$work/checkout[train]" pytest hypothesis psutil
 mkdir "$work/core"  # without the sources of the package, which would be imported in its place
 cp -r "$work/checkout/"{tests,benchmarks,pyproject.toml} "$work/core"
