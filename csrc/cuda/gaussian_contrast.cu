@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(PGLCL_GAUSSIAN_PARAMETERS) {
   const Tensor rows = as_contiguous(anchors), classes = as_contiguous(labels), keys = as_contiguous(counts);
   const Tensor centres = as_contiguous(means, type), given = as_contiguous(covariances, type);
   const Tensor symmetric = empty(given, shape_of(given), type);
-  // A block whose anchors are of one class reads one covariance for all of them.
+  // Sorted, so that most blocks have anchors of one class and read one covariance for all of them.
   const OptionalTensor order = pairwise ? OptionalTensor(stable_sort(classes).second) : std::nullopt;
 
   const int64_t shared = device_attribute(DeviceAttribute::kSharedBytes);

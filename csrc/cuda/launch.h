@@ -1,5 +1,5 @@
-// What every CUDA implementation does around its kernels: device guard, current stream, launch check, device
-// attributes, and the pointers of tensors. Under nvcc these are CUDA's own and those of PyTorch's stable interface; any
+// What every CUDA implementation needs around its kernels: device guard, current stream, launch check, device
+// attributes, and the pointers of tensors. Under nvcc they come from CUDA and from PyTorch's stable interface. Any
 // other compiler builds the same files for the emulated device of tests/simt, which gives the same names in
 // emulated_host.h.
 #pragma once
@@ -45,15 +45,15 @@ enum class DeviceAttribute : int {
   kMultiprocessors = cudaDevAttrMultiProcessorCount,
 };
 
-// Of the current device.
+// An attribute of the current device.
 inline int device_attribute(DeviceAttribute which) {
   int value = 0;
   check_cuda(cudaDeviceGetAttribute(&value, cudaDeviceAttr(which), current_device()), "an attribute of the device");
   return value;
 }
 
-// The compute capability that the code of a kernel was compiled for, e.g. 80: of its PTX, where that was translated for
-// a newer device. What the code may use depends on it, not on the device.
+// The compute capability that the code of a kernel was compiled for, for example 80. If PTX was translated for a newer
+// device, it is that of the PTX: what the code may use depends on it, not on the device.
 template <typename Kernel>
 int compiled_for(Kernel kernel) {
   cudaFuncAttributes attributes;

@@ -13,9 +13,9 @@ OptionalTensor converted(const OptionalTensor& t, ScalarType type) {
   return t ? OptionalTensor(as_contiguous(*t, type)) : std::nullopt;
 }
 
-// Rows that the fast kernels take: they read 16 bytes at once. A depth that is no multiple of them, or rows that do not
-// begin at one, cost a copy, with zeros behind each row, and so do long rows in 16 bits, which are widened; the plain
-// kernels, which need none, are far slower.
+// The rows for the fast kernels, which read 16 bytes at once. Rows are copied if their length or address is no multiple
+// of that (zeros are added to each row), or if they are long and of 16 bits (they are widened). The plain kernels need
+// no copy, but are far slower.
 Tensor aligned_rows(const Tensor& t) {
   const bool widened = cuda::widens(t.size(1), int64_t(t.element_size()));
   const Tensor rows = as_contiguous(t, widened ? ScalarType::Float : t.scalar_type());
@@ -47,7 +47,7 @@ struct Arguments {
         positive_bounds(converted(x.positive_bounds, accumulate_type(x.anchors))),
         negative_bounds(converted(x.negative_bounds, accumulate_type(x.anchors))) {}
 
-  // Products of numbers that were widened are exact in TF32.
+  // TF32 holds all numbers that were widened, so it may be used whatever the switch.
   cuda::DeviceLimits limits() const {
     const bool widened = anchors.scalar_type() != x.anchors.scalar_type();
     return {compiled_for(cuda::contrast_reduce<float>), device_attribute(DeviceAttribute::kSharedBytes),
@@ -90,7 +90,7 @@ struct Arguments {
   }
 };
 
-// loss, max_logit, log_sum, positive_logit, num_positives, num_valid
+// loss, max_logit, log_sum, positive_logit, num_positives and num_valid.
 using ContrastOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 ContrastOutputs forward(PGLCL_CONTRAST_PARAMETERS) {
@@ -121,17 +121,17 @@ ContrastOutputs forward(PGLCL_CONTRAST_PARAMETERS) {
   return {loss, max_logit, log_sum, positive_logit, num_positives, num_valid};
 }
 
-// A gradient of rows as the kernels write it; empty where nobody asks for it.
+// Memory for a gradient, as the kernels write it; empty if it is not needed.
 Tensor gradient_of(const Tensor& rows, bool needed) { return empty(rows, needed ? shape_of(rows) : Shape{0}); }
 
-// As the caller's rows are: without what was added to them, and of their type.
+// The gradient of the caller's rows: without the zeros that were added to them, and in their dtype.
 Tensor gradient_like(const Tensor& rows, Tensor gradient) {
   if (gradient.dim() == 2 && gradient.size(1) != rows.size(1))
     gradient = torch::stable::contiguous(torch::stable::narrow(gradient, 1, 0, rows.size(1)));
   return cast(gradient, rows.scalar_type());
 }
 
-// A gradient, and the memory of its parts, which are (count, rows, depth).
+// A gradient, with the memory `sums` (count, rows, depth) of its parts.
 template <typename T>
 cuda::GradientParts<T> gradient_parts(const Tensor& gradient, const Tensor& sums, int count) {
   return {count > 1 ? output_of<float>(sums) : nullptr, output_of<T>(gradient), gradient.numel(), count};
@@ -146,7 +146,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& max_logit,
   const DeviceGuard guard(anchors);
   const Arguments arguments(x);
   needs_keys = needs_keys && !arguments.symmetric;
-  // An expanded gradient, as the backward pass of a sum gives it, is one number.
+  // The backward pass of a sum gives one number, expanded to every anchor.
   const bool one_grad = grad.numel() > 0 && (grad.dim() == 0 || grad.stride(0) == 0);
   const Tensor wide_grad =
       as_contiguous(one_grad && grad.dim() ? torch::stable::select(grad, 0, 0) : grad, accumulate_type(anchors));

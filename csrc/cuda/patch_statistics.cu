@@ -9,7 +9,7 @@
 namespace pglcl {
 namespace {
 
-// Where the elements of a tensor lie: (B, K, *S), or (B, *S) without classes. Nothing is copied, whatever the strides.
+// A tensor (B, K, *S), or (B, *S) without classes, with the strides that it has: nothing is copied.
 template <typename T>
 cuda::Strided<T> strided(T* data, const Tensor& t, bool classes) {
   cuda::Strided<T> out{data, t.stride(0), classes ? t.stride(1) : 0, {0, 0, 0}};
@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, IntArray patch_s
   return {entropy, confidence, class_entropy};
 }
 
-// confidence and class_entropy are summed again instead of read, with the digits of the smallest probabilities.
+// confidence and class_entropy are not read. They are summed again, to keep the digits of the smallest probabilities.
 Tensor backward(const Tensor& grad_entropy, const Tensor& grad_confidence, const Tensor& grad_class_entropy,
                 const Tensor& input, const Tensor&, const Tensor&, IntArray patch_size, IntArray stride,
                 bool probabilities, bool normalize) {

@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& a, const T
   return {cast(grad_a, a.scalar_type()), cast(grad_b, b.scalar_type())};
 }
 
-// The keys in the orders of SortedKeys, ignored ones behind all others; nothing leaves the device.
+// The arrays of SortedKeys. Ignored keys come after all others. The host does not wait for the device.
 template <typename T>
 struct KeyOrders {
   Tensor value, label, place, member_of, total;

@@ -1,5 +1,5 @@
-// The few names that kernels use of the machine they run on: CUDA under nvcc, otherwise the emulator in tests/simt,
-// which has the same names and checks every access.
+// The few names that kernels use of the device: those of CUDA under nvcc, otherwise those of the emulator in
+// tests/simt, which checks every access.
 #pragma once
 
 #include <cstdint>
@@ -36,7 +36,7 @@ struct SameType<T, T> {
   static constexpr bool value = true;
 };
 
-// From the type that sums are kept in.
+// Rounds from the type that sums are kept in.
 template <typename T, typename U>
 PGLCL_DEVICE T narrow(U x) {
   if constexpr (SameType<T, BFloat16>::value)
@@ -47,7 +47,7 @@ PGLCL_DEVICE T narrow(U x) {
     return T(x);
 }
 
-// Blocks of a grid in y; where there are more rows than that, blocks take several.
+// The most blocks of a grid in y. If there are more rows, blocks take several.
 constexpr int64_t kMostRowsOfBlocks = 65535;
 
 // The type that sums over T are kept in.

@@ -90,7 +90,7 @@ class Shared {
                  : "memory");
   }
 
-  // 16 bytes from global memory, or zeros; there once the copies are waited for.
+  // Copies 16 bytes from global memory, or zeros. They are there after wait_copies.
   template <typename U>
   PGLCL_DEVICE void copy_async(int i, const Global<U>& from, int64_t j, bool fill_zero) const {
 #if __CUDA_ARCH__ >= 800
@@ -149,10 +149,10 @@ PGLCL_DEVICE float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));
   return result;
 }
-// One rounding, whatever the flags: both passes of the loss rely on the same bits.
+// Rounds once, whatever the compiler's flags: both passes of the loss need the same bits.
 PGLCL_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 PGLCL_DEVICE double multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
-// Of two numbers; of a number and NaN, the number.
+// Of a number and NaN, these give the number.
 PGLCL_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 PGLCL_DEVICE double maximum(double a, double b) { return fmax(a, b); }
 PGLCL_DEVICE float minimum(float a, float b) { return fminf(a, b); }
@@ -233,7 +233,7 @@ using PglclStream = cudaStream_t;
 
 namespace pglcl {
 
-// CUDA's word for what went wrong, as an exception. It is taken from the thread, whose next launch is not to blame.
+// Throws CUDA's message if a call failed. The error is cleared, so that no later launch reports it again.
 inline void check_cuda(cudaError_t result, const char* what) {
   if (result == cudaSuccess) return;
   cudaGetLastError();
@@ -248,9 +248,9 @@ inline dim3 checked_grid(int64_t x, int64_t y) {
   return dim3(unsigned(x), unsigned(y));
 }
 
-// More than 48 KiB of dynamic shared memory has to be asked for, kernel by kernel. All that the device has is asked
-// for, every time the same: host threads that launch a kernel at once cannot take it from each other. So a kernel that
-// asks has no static shared memory, which counts towards the same limit.
+// A kernel has to ask for more than 48 KiB of dynamic shared memory. It asks for all that the device has, always the
+// same, so that host threads that launch it at once do not lower each other's limit. Static shared memory counts
+// towards that limit, so a kernel that asks has none.
 template <typename Kernel>
 void allow_shared(Kernel kernel, int64_t bytes, int64_t device_bytes) {
   if (bytes <= 48 * 1024) return;

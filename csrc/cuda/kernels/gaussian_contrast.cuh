@@ -1,12 +1,13 @@
-// The Gaussian contrastive loss on the GPU (method, section 6): forward and, on the way, the gradient.
+// The Gaussian contrastive loss on the GPU (method, section 6). The forward pass also computes the gradient.
 #pragma once
 
 #include "patch_contrast.cuh"
 
 namespace pglcl::cuda {
 
-// Four warps share the columns of T S, one each per 128. Eight anchors a block read a covariance once for all of them:
-// at D = 128 that is 64 KiB from the L2 cache for 8 x 128 x 128 multiply-adds, which keeps the arithmetic ahead.
+// The threads of a block share the columns of T S, where T are its anchors and S is a covariance. Eight anchors share
+// the reads of S: at D = 128 these are 64 KiB from the L2 cache for 8 x 128 x 128 multiply-adds, which keeps the
+// arithmetic ahead.
 constexpr int kGaussianThreads = 128;
 constexpr int kGaussianAnchors = 8;
 
@@ -16,7 +17,7 @@ struct GaussianArguments {
   const T* anchors;  // (N, depth)
   int64_t n, depth, classes;
   const int64_t* labels;        // (N,)
-  const int64_t* order;         // (N,): anchors of one class together; null: as they come
+  const int64_t* order;         // (N,): anchors of one class together; null: the given order
   const scalar_t* means;        // (classes, depth), or (classes, classes, depth) when pairwise
   const scalar_t* covariances;  // (classes, depth, depth), symmetric, or (classes, classes, depth, depth)
   const int64_t* counts;        // (classes,)
@@ -24,12 +25,12 @@ struct GaussianArguments {
   int64_t ignore_index;
 };
 
-// In the type that sums are kept in.
+// Numbers of the formula, in the type that sums are kept in.
 template <typename number_t>
 struct GaussianNumbers {
   number_t inverse_temperature;
   number_t spread;                // covariance_scale / temperature^2
-  number_t log2_negative_weight;  // of psi, to be divided by the classes that take part
+  number_t log2_negative_weight;  // not yet divided by the number of classes that take part
 
   template <typename other_t>
   GaussianNumbers<other_t> as() const {
@@ -37,7 +38,7 @@ struct GaussianNumbers {
   }
 };
 
-// Of kAnchors anchors. Exponents are kept to the base 2, as in patch_contrast.cuh.
+// The sums of kAnchors anchors so far: sum is that of 2^(exponent - shift), shift the largest exponent.
 template <typename number_t, int kAnchors>
 struct GaussianState {
   number_t shift[kAnchors], sum[kAnchors], own_logit[kAnchors];
@@ -71,7 +72,7 @@ PGLCL_DEVICE void add_gaussian(const GaussianArguments<T>& x, const GaussianNumb
 #pragma unroll
   for (int r = 0; r < kAnchors; ++r) {
     of_mean[r] = of_product[r] = 0;
-    // An anchor that does not count goes with its neighbour.
+    // An anchor that does not count takes its neighbour's table, so that it does not make one_table false.
     table[r] = !x.pairwise ? j : own[r] >= 0 ? own[r] * x.classes + j : r > 0 ? table[r - 1] : j;
   }
   bool one_table = true;  // the same in all threads
@@ -132,11 +133,11 @@ PGLCL_DEVICE void add_gaussian(const GaussianArguments<T>& x, const GaussianNumb
     } else {
       exponent += log2_weight;
     }
-    // A weight of 0 leaves the first class met at minus infinity, too: nothing is added then.
+    // With a weight of 0, the exponent of the first class may be minus infinity like the shift. It adds nothing.
     const bool counts = own[r] >= 0 && (j == own[r] || log2_weight != -number_t(INFINITY));
     if (!counts) continue;
     const number_t shift = exponent > state.shift[r] ? exponent : state.shift[r];
-    // An exponent of minus infinity may be a sum of which only a part left the range: the loss is no number then.
+    // An exponent of minus infinity may be a sum of which only a part left the range. The loss is NaN then.
     const number_t keep = power2(state.shift[r] - shift), weight = power2(exponent - shift) + (exponent - exponent);
     state.shift[r] = shift;
     state.sum[r] = state.sum[r] * keep + weight;
@@ -147,7 +148,7 @@ PGLCL_DEVICE void add_gaussian(const GaussianArguments<T>& x, const GaussianNumb
       gradients.store(r * depth + d, keep * gradients.load(r * depth + d) + weight * step);
     }
   }
-  sync_threads();  // `partial` is written again
+  sync_threads();  // the next class writes `partial` again
 }
 
 // losses and counts (N,) are what contrast_reduce sums; gradients (N, depth), or null.
@@ -158,7 +159,8 @@ struct GaussianOutputs {
   int32_t* counts;
   scalar_t* gradients;
 
-  // Whether the block's threads find that float32 had no room for what they wrote of an anchor. `flags`: one a warp.
+  // Whether a result of this anchor is not finite, because float32 had no room for it. All threads of the block call
+  // it. `flags`: one per warp.
   PGLCL_DEVICE bool unfinished(int64_t row, int64_t depth, const Shared<int>& flags) const {
     const scalar_t loss = Global<const scalar_t>(losses).load(row);
     bool finite = loss - loss == 0;
@@ -176,8 +178,8 @@ struct GaussianOutputs {
   }
 };
 
-// Up to kAnchors anchors a block, of which rows_per_block fit its shared memory. number_t: that sums are kept in; of
-// float64 where the results are float32: anchors whose results are finite already are left alone.
+// A block has rows_per_block anchors, at most kAnchors, as many as fit its shared memory. Sums are kept in number_t. If
+// it is float64 and the results are float32, anchors whose results are finite already are left alone.
 template <typename T, typename number_t, int kAnchors>
 PGLCL_KERNEL gaussian_contrast_rows(const GaussianArguments<T> x, const GaussianNumbers<number_t> numbers,
                                     GaussianOutputs<T> out, int rows_per_block) {
@@ -259,10 +261,10 @@ PGLCL_KERNEL symmetric_part(const scalar_t* from_data, scalar_t* to_data, int64_
   if (at >= count * depth * depth) return;
   const int64_t row = at / depth, column = at - row * depth, matrix = row / depth;
   const int64_t mirrored = (matrix * depth + column) * depth + (row - matrix * depth);
-  to.store(at, from.load(at) / scalar_t(2) + from.load(mirrored) / scalar_t(2));  // whose sum may leave the range
+  to.store(at, from.load(at) / scalar_t(2) + from.load(mirrored) / scalar_t(2));  // their sum may leave the range
 }
 
-// Of `count` matrices (depth, depth).
+// The symmetric parts of `count` matrices (depth, depth).
 template <typename scalar_t>
 void run_symmetric_part(const scalar_t* from, scalar_t* to, int64_t count, int64_t depth, PglclStream stream) {
   const int64_t blocks = (count * depth * depth + kGaussianThreads - 1) / kGaussianThreads;
@@ -279,7 +281,7 @@ int64_t gaussian_shared_bytes(int rows, int64_t depth) {
          kGaussianThreads / 32 * kAnchors * 2 * int64_t(sizeof(number_t));
 }
 
-// Anchors a block can hold, or 0: the rows are too long for the device.
+// The anchors that a block can hold; 0 if the rows are too long for the device.
 template <typename scalar_t>
 int gaussian_rows_per_block(int64_t depth, int64_t shared_bytes) {
   int rows = kGaussianAnchors;
@@ -296,7 +298,7 @@ void launch_gaussian_rows(const GaussianArguments<T>& x, const GaussianNumbers<d
                stream, x, numbers.template as<number_t>(), out, rows);
 }
 
-// loss: one number; null where the losses of `out` are the result.
+// loss: one number; null if the losses of `out` are the result.
 template <typename T, typename scalar_t = typename Accumulate<T>::type>
 void run_gaussian_contrast(const GaussianArguments<T>& x, const GaussianNumbers<double>& numbers, int64_t shared_bytes,
                            const GaussianOutputs<T>& out, bool mean, scalar_t* loss, int64_t* num_valid,

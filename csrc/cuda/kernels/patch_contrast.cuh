@@ -1,6 +1,6 @@
-// Fused contrastive loss on the GPU (method, sections 4 and 5), what its kernels share: arguments, the decision whether
-// a pair counts, and the plain kernels for float64, any depth and any alignment. The fast ones are in
-// patch_contrast_tiles.cuh.
+// What the kernels of the fused contrastive loss share (method, sections 4 and 5): arguments, the decision whether a
+// pair counts, and the plain kernels for float64, any depth and any alignment. The fast kernels are in
+// patch_contrast_tiles.cuh and patch_contrast_mma.cuh.
 #pragma once
 
 #include <cmath>
@@ -13,7 +13,7 @@ constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 constexpr int kContrastThreads = 128;
 
-// 2^x, and e^x of a number that is at most 0: differences to a maximum, for which results below the normal range are 0.
+// 2^x and e^x of differences to a maximum, which are at most 0. In float32, results below the normal range are 0.
 PGLCL_DEVICE float power2(float x) { return exp2_fast(x); }
 PGLCL_DEVICE double power2(double x) { return exp2(x); }
 template <typename scalar_t>
@@ -23,7 +23,7 @@ PGLCL_DEVICE scalar_t power_e(scalar_t x) {
 PGLCL_DEVICE float logarithm2(float x) { return log2f(x); }
 PGLCL_DEVICE double logarithm2(double x) { return log2(x); }
 
-// log(e^a + e^b); a sum that is no number stays none.
+// log(e^a + e^b). NaN stays NaN.
 template <typename scalar_t>
 PGLCL_DEVICE scalar_t log_add(scalar_t a, scalar_t b) {
   const bool first = a > b;
@@ -34,33 +34,34 @@ PGLCL_DEVICE scalar_t log_add(scalar_t a, scalar_t b) {
 // The lowest finite number: the logit of a pair that does not count.
 template <typename scalar_t>
 constexpr scalar_t kLowest = sizeof(scalar_t) == 8 ? scalar_t(-1.7976931348623157e308) : scalar_t(-3.402823466e38f);
-// The maximum of nothing, so far above it that e^(kLowest - kNothing) is 0: neither needs a special case.
+// The maximum of no logits. It lies so far above kLowest that e^(kLowest - kNothing) is 0: neither needs a special
+// case.
 template <typename scalar_t>
 constexpr scalar_t kNothing = kLowest<scalar_t> * scalar_t(0.999);
 
-// T: element type of the embeddings; scalar_t: of everything that is summed.
+// T is the element type of the embeddings, scalar_t that of everything that is summed.
 template <typename T>
 struct ContrastArguments {
   using scalar_t = typename Accumulate<T>::type;
   const T *anchors, *keys;
   int64_t n, m, depth;
   const int64_t *labels, *key_labels;
-  const scalar_t *descriptors, *key_descriptors;  // null without
+  const scalar_t *descriptors, *key_descriptors;  // null if there are none
   int64_t channels;
   scalar_t positive_bound, negative_bound;
-  const scalar_t *positive_bounds, *negative_bounds;  // (n,), null: the scalars apply
-  const uint8_t *positive_mask, *negative_mask;       // null: the rule applies
+  const scalar_t *positive_bounds, *negative_bounds;  // (n,); null if the scalars apply
+  const uint8_t *positive_mask, *negative_mask;       // null if the rule applies
   int64_t positive_stride[2], negative_stride[2];
   scalar_t inverse_temperature;
-  scalar_t log_weight;  // log(negative_weight); -inf, for a weight of 0: negatives do not count
-  double exact_inverse_temperature, exact_log_weight;  // the same numbers
+  scalar_t log_weight;  // log(negative_weight); of a weight of 0 it is -inf, and negatives do not count
+  double exact_inverse_temperature, exact_log_weight;  // the same in float64
   int64_t ignore_index;
-  int64_t self_offset;  // anchor i and key i + self_offset are the same patch; negative: none is
+  int64_t self_offset;  // anchor i and key i + self_offset are the same patch; negative if no key is an anchor
 };
 
-// What the forward pass writes for each anchor. The sum over its pairs is e^(max_logit + log_sum), and the two are kept
-// apart: added, they would be rounded, and backward would exponentiate the error. The maximum is a float64, for the
-// anchors whose logits leave the range of float32: contrast_finish has them.
+// What the forward pass writes for each anchor. The sum over its pairs is e^(max_logit + log_sum). The two are kept
+// apart: their sum would be rounded, and the backward pass would exponentiate the error. The maximum is a float64 for
+// the anchors whose logits leave the range of float32 (contrast_finish).
 template <typename scalar_t>
 struct ContrastSums {
   double* max_logit;
@@ -69,7 +70,7 @@ struct ContrastSums {
   scalar_t* losses;  // of the anchors; 0 without a positive
 };
 
-// What the backward pass knows of an anchor besides.
+// What the backward pass reads besides the arguments.
 template <typename scalar_t>
 struct ContrastGradients {
   const scalar_t* grad;  // dL/d(loss): one number, or one per anchor
@@ -80,14 +81,13 @@ struct ContrastGradients {
   const int32_t* num_positives;
 };
 
-// The type that an anchor's sums are kept in is that of T, or float64 where float32 has no room for its logits. Such
-// an anchor is called wide, and its maximum says so: the logits of float64 have their last bit set, which no float32
-// has.
+// An anchor's sums are kept in the accumulating type of T, or in float64 where float32 has no room for its logits. Such
+// an anchor is called wide. Its maximum tells: logits of float64 have their last bit set, which no float32 has.
 template <typename T, typename number_t>
 constexpr bool kWide = sizeof(number_t) > sizeof(typename Accumulate<T>::type);
 PGLCL_DEVICE bool is_wide(double max_logit) { return max_logit == max_logit && (double_bits(max_logit) & 1) != 0; }
 
-// An anchor or key as a pair sees it. Where there is none, or it is ignored, its descriptor is no number, so that no
+// What a pair needs of an anchor or key. If there is none, or it is ignored, its descriptor is NaN, so that no
 // comparison holds. label_t: int64_t, or int32_t for the codes of labels.
 template <typename scalar_t, typename label_t = int64_t>
 struct Patch {
@@ -96,16 +96,17 @@ struct Patch {
   bool counts;
 };
 
-// What a pair needs of its anchor. The bounds of an anchor that does not count are no numbers: no comparison holds.
+// What a pair needs of its anchor besides. The bounds of an anchor that does not count are NaN: no comparison holds.
 template <typename scalar_t>
 struct AnchorTerms {
   scalar_t positive_bound, negative_bound;
   scalar_t max_logit;
-  // To the base 2: of the sum of all pairs, over e^max_logit, and of that sum over the weight of a negative.
+  // Logarithms to the base 2: of the sum of all pairs divided by e^max_logit, and of that divided by the weight of a
+  // negative.
   scalar_t log_sum, log_negative;
   scalar_t coefficient, mean;  // dL/d(dot): coefficient (p - 1 / |P|) = coefficient p - mean
   bool counts;
-  bool undecided;  // a bound is no number
+  bool undecided;  // a bound is NaN
 };
 
 struct PairKind {
@@ -159,8 +160,8 @@ PGLCL_DEVICE AnchorTerms<number_t> load_terms(const ContrastArguments<T>& x, int
   return terms;
 }
 
-// The same for the backward pass. An anchor without a positive has no part in the loss, and one whose loss nobody asks
-// for has none in the gradient, be it a number or not. Neither has one whose sums are of the other type than number_t.
+// The same for the backward pass. An anchor has no terms if it has no positive, since it is no part of the loss then;
+// if its upstream gradient is 0, even where its loss is NaN; or if its sums are not of number_t.
 template <typename T, typename number_t = typename Accumulate<T>::type, typename label_t,
           typename scalar_t = typename Accumulate<T>::type>
 PGLCL_DEVICE AnchorTerms<number_t> load_terms(const ContrastArguments<T>& x, const ContrastGradients<scalar_t>& g,
@@ -186,8 +187,8 @@ PGLCL_DEVICE AnchorTerms<number_t> load_terms(const ContrastArguments<T>& x, con
   return terms;
 }
 
-// Whether key j is a positive or negative of anchor i, by label and one descriptor (method, section 4). One comparison
-// decides: what does not count has a descriptor or bounds that are no numbers, and so is its margin.
+// Whether key b is a positive or negative of anchor a, by label and one descriptor (method, section 4). One comparison
+// decides: what does not count has NaN for a descriptor or bounds, so its margin is NaN.
 template <typename scalar_t, typename label_t>
 PGLCL_DEVICE PairKind pair_kind_by_rule(const Patch<scalar_t, label_t>& a, const Patch<scalar_t, label_t>& b,
                                         scalar_t positive_bound, scalar_t negative_bound) {
@@ -219,7 +220,7 @@ PGLCL_DEVICE PairKind pair_kind(const ContrastArguments<T>& x, int64_t i, const 
     }
     delta /= scalar_t(x.channels);
   }
-  // Neither a descriptor nor a bound that is not a number says which pairs count.
+  // A descriptor that is not finite, or a bound that is NaN, does not tell whether the pair counts.
   kind.undecided = !(delta < scalar_t(INFINITY)) || terms.undecided;
   const bool same = anchor.label == key.label;
   kind.positive = same && delta <= terms.positive_bound;
@@ -227,7 +228,7 @@ PGLCL_DEVICE PairKind pair_kind(const ContrastArguments<T>& x, int64_t i, const 
   return kind;
 }
 
-// Rounded once, the same in both passes. The weight of a negative is no part of it: in a large logit it would drown.
+// Rounded once, the same in both passes. It leaves out the weight of a negative, whose digits a large logit would lose.
 template <typename T, typename number_t>
 PGLCL_DEVICE number_t pair_logit(const ContrastArguments<T>& x, number_t dot) {
   const number_t logit = multiply_add(dot, inverse_temperature<number_t>(x), number_t(0));
@@ -237,12 +238,12 @@ PGLCL_DEVICE number_t pair_logit(const ContrastArguments<T>& x, number_t dot) {
     return logit;
 }
 
-// What a whole set of keys says about whether an anchor's pairs can be decided: as pair_kind() has it pair by pair.
+// What tells for all keys together whether an anchor's pairs can be decided. pair_kind() tells it pair by pair.
 template <typename scalar_t>
 struct KeyScan {
-  int32_t counted = 0;                                                  // keys that count
-  int32_t unknown = 0;                                                  // whether a descriptor of theirs is not finite
-  scalar_t lowest = scalar_t(INFINITY), highest = -scalar_t(INFINITY);  // of the others
+  int32_t counted = 0;  // keys that count
+  int32_t unknown = 0;  // whether one of their descriptors is not finite
+  scalar_t lowest = scalar_t(INFINITY), highest = -scalar_t(INFINITY);  // of the finite ones
 
   template <typename label_t>
   PGLCL_DEVICE void add(const Patch<scalar_t, label_t>& key) {
@@ -259,8 +260,7 @@ struct KeyScan {
     lowest = minimum(lowest, other.lowest);
     highest = maximum(highest, other.highest);
   }
-  // `itself`: whether the anchor is among the keys that count. A key that spoils an anchor of finite descriptor is
-  // another one.
+  // `itself`: whether the anchor is one of the keys that count. If its descriptor is finite, an unknown key is another.
   template <typename label_t>
   PGLCL_DEVICE bool undecided(const Patch<scalar_t, label_t>& anchor, const AnchorTerms<scalar_t>& terms,
                               bool itself) const {
@@ -276,11 +276,11 @@ template <typename scalar_t>
 struct RunningSums {
   scalar_t highest = kNothing<scalar_t>;  // of the logits so far
   scalar_t sum = 0, negative_sum = 0;     // of e^(logit - highest), of the positives and of the negatives
-  scalar_t spread = 0;                    // of logit - highest over the positives: no large number is summed
+  scalar_t spread = 0;                    // of logit - highest over the positives, so that no large number is summed
   int32_t positives = 0;
   bool undecided = false;
 
-  // Everything is counted from a new maximum.
+  // Makes `top` the maximum, from which all exponents are counted.
   PGLCL_DEVICE void raise(scalar_t top) {
     const scalar_t step = highest - top;
     const scalar_t factor = power_e(step);
@@ -290,18 +290,18 @@ struct RunningSums {
     highest = top;
   }
 
-  // Logits of pairs that do not count are kLowest; bits k of `positive` and `negative` say what logit k is. Minus
-  // infinity may be a product of which only a part left the range: as that of a negative it makes the loss no number,
-  // instead of a share of 0.
+  // Logits of pairs that do not count are kLowest. Bit k of `positive` and `negative` says what pair k is. A logit of
+  // minus infinity may be a product of which only a part left the range. For a negative it makes the loss NaN, since a
+  // share of 0 would hide it.
   template <int kCount>
   PGLCL_DEVICE void add(const scalar_t (&logits)[kCount], uint32_t positive, uint32_t negative) {
     scalar_t top = highest;
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) top = maximum(top, logits[k]);  // of numbers; NaN shows in the sum
+    for (int k = 0; k < kCount; ++k) top = maximum(top, logits[k]);  // passes over NaN, which shows in the sum
     raise(top);
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      const scalar_t below = logits[k] - highest;  // NaN, where an infinite logit leaves no answer
+      const scalar_t below = logits[k] - highest;  // NaN if both are infinite
       const scalar_t share = power_e(below);
       if (positive >> k & 1) {
         sum += share;
@@ -312,8 +312,8 @@ struct RunningSums {
     positives += count_bits(positive);
   }
 
-  // Adds what the neighbour at `lane_mask` has summed. The two lanes may differ in the last bit, as a
-  // product may go unrounded into a sum: one of them writes.
+  // Adds the sums of the lane whose number differs in `lane_mask`. The two lanes may then differ in the last bit, since
+  // a product may enter a sum without being rounded. So only one of them writes.
   PGLCL_DEVICE void merge(int lane_mask) {
     RunningSums other;
     other.highest = shuffle_xor(highest, lane_mask);
@@ -335,14 +335,14 @@ struct RunningSums {
     undecided = undecided || other.undecided;
   }
 
-  // Whether there is a loss at all.
+  // Whether the loss is a number, not NaN.
   PGLCL_DEVICE bool is_number() const {
     const scalar_t total = sum + negative_sum + spread;
     return total == total;
   }
 
-  // Without a pair the maximum and the sum are those of nothing, minus infinity both. What the type of the outputs has
-  // no room for is infinite there.
+  // Without a pair, the maximum and the logarithm of the sum are minus infinity. What the type of the outputs has no
+  // room for becomes infinite.
   template <typename stored_t>
   PGLCL_DEVICE void write(int64_t i, scalar_t log_weight, const ContrastSums<stored_t>& out) const {
     const bool met = sum != scalar_t(0) || negative_sum != scalar_t(0) || positives > 0;
@@ -354,20 +354,20 @@ struct RunningSums {
     Global<stored_t>(out.log_sum).store(i, stored_t(log_sum));
     Global<stored_t>(out.positive_logit).store(i, stored_t(positives ? highest + mean_spread : scalar_t(0)));
     Global<int32_t>(out.num_positives).store(i, counts && positives == 0 ? 1 : positives);
-    // Not log_sum + maximum - positive_logit: what is large has cancelled already.
+    // Not log_sum + maximum - positive_logit, whose large parts would cancel only after they were rounded.
     Global<stored_t>(out.losses).store(i, stored_t(counts ? log_sum - mean_spread : scalar_t(0)));
   }
 };
 
-// dL/d(dot) of a pair, from its anchor's side. No share is above 1 but by rounding: the maximum bounds the logit,
-// whatever the rounding, and the sum holds the pair's own term.
+// dL/d(dot) of a pair, from its anchor's side. No share is above 1 except by rounding: no logit is above the maximum,
+// and the sum holds the pair's own term.
 template <typename T, typename number_t>
 PGLCL_DEVICE number_t pair_weight(const ContrastArguments<T>& x, const PairKind& kind,
                                   const AnchorTerms<number_t>& terms, number_t dot) {
   const number_t below = minimum(pair_logit(x, dot) - terms.max_logit, number_t(0));
   number_t share = power2(multiply_add(below, number_t(kLog2E), kind.positive ? -terms.log_sum : -terms.log_negative));
   if (kind.positive && kind.negative) share += power2(multiply_add(below, number_t(kLog2E), -terms.log_negative));
-  // An infinite dot is no number times 0, and so is the gradient of who uses it.
+  // An infinite dot times 0 is NaN. So is then the gradient of the rows that use the pair.
   const number_t rest = multiply_add(dot, number_t(0), kind.positive ? -terms.mean : number_t(0));
   const number_t weight = multiply_add(terms.coefficient, share, rest);
   return kind.positive || kind.negative ? weight : number_t(0);
@@ -381,8 +381,7 @@ PGLCL_DEVICE number_t warp_dot(Global<const T> a, int64_t i, Global<const T> b, 
   return warp_sum(sum);
 }
 
-// --- one row at a time, by a warp: in the type of T for the plain kernels, in float64 for wide anchors
-// --------------------------------------------------------------------------------------------------------
+// --- one row at a time, by a warp: in the type of T for the plain kernels, in float64 for wide anchors ---------------
 
 // The sums of anchor i over all keys.
 template <typename number_t, typename T>
@@ -403,9 +402,9 @@ PGLCL_DEVICE RunningSums<number_t> sum_over_keys(const ContrastArguments<T>& x, 
 
 constexpr int kPlainDepth = 512;  // columns of the gradient summed at once: 4 warps x 512 x 8 bytes = 16 KiB
 
-// A row of the gradient, from the anchors whose sums are of number_t. own_anchor: the row is an anchor and meets every
-// key; own_key: it is a key and meets every anchor; both, when the anchors are the keys. The sums of a lane's columns
-// begin with begin(place) and end with end(place, sum).
+// Sums a row of the gradient over the anchors whose sums are of number_t. own_anchor: the row is an anchor and meets
+// every key. own_key: it is a key and meets every anchor. Both hold when the anchors are the keys. A sum begins with
+// begin(place) and is handed to end(place, sum).
 template <typename number_t, typename T, typename Begin, typename End>
 PGLCL_DEVICE void sum_gradient_row(const ContrastArguments<T>& x,
                                    const ContrastGradients<typename Accumulate<T>::type>& g, int64_t row,
@@ -441,7 +440,7 @@ PGLCL_DEVICE void sum_gradient_row(const ContrastArguments<T>& x,
 }
 
 // --- the plain kernels: a warp for each row
-// -------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------
 
 template <typename T>
 PGLCL_KERNEL contrast_forward_plain(ContrastArguments<T> x, ContrastSums<typename Accumulate<T>::type> out) {
@@ -466,11 +465,10 @@ PGLCL_KERNEL contrast_backward_plain(ContrastArguments<T> x, ContrastGradients<t
       [&](int64_t place, scalar_t sum) { grad.store(place, narrow<T>(sum)); });
 }
 
-// --- the end of each pass, for float32 and 16-bit types: parts are put together, and wide anchors take their share
-// ------------------------------------------------------------------------------------------------------------------
+// --- the end of each pass, for float32 and 16-bit types: parts are merged, and wide anchors take their share ---------
 
-// The keys may be shared out among several blocks of the same rows, when there are too few rows for the GPU. Each
-// leaves its part of an anchor's sums here, and contrast_finish puts them together in one order. (parts, n) each.
+// Where there are too few rows to keep the GPU busy, several blocks of the same rows share the keys. Each leaves its
+// part of an anchor's sums here, and contrast_finish merges the parts in a fixed order. The arrays are (count, n).
 struct ContrastParts {
   float *highest, *sum, *negative_sum, *spread;
   int32_t *positives, *undecided;
@@ -499,7 +497,7 @@ struct ContrastParts {
   }
 };
 
-// Of `workspace`, which holds contrast_parts_size(count, n) numbers.
+// A workspace for the parts holds contrast_parts_size(count, n) numbers: none if there is one part.
 constexpr int64_t contrast_parts_size(int count, int64_t n) { return count > 1 ? 6 * n * count : 0; }
 inline ContrastParts contrast_parts(float* workspace, int count, int64_t n) {
   const int64_t each = count > 1 ? count * n : 0;
@@ -507,8 +505,8 @@ inline ContrastParts contrast_parts(float* workspace, int count, int64_t n) {
   return {workspace, workspace + each, workspace + 2 * each, workspace + 3 * each, integers(4), integers(5), n, count};
 }
 
-// A thread for each anchor. A loss that is not finite, though it is known which pairs count, is found anew in float64
-// by the thread's warp. What is no number then, either, stays as it is: an input was none.
+// One thread per anchor. If a loss is not finite although it is known which pairs count, the thread's warp computes it
+// again in float64. If it is NaN then, too, an input was not finite, and the result stays as it is.
 template <typename T>
 PGLCL_KERNEL contrast_finish(ContrastArguments<T> x, ContrastParts parts, ContrastSums<float> out) {
   const int64_t i = int64_t(block_index()) * kContrastThreads + thread_index();
@@ -533,21 +531,21 @@ PGLCL_KERNEL contrast_finish(ContrastArguments<T> x, ContrastParts parts, Contra
   }
 }
 
-// The columns may be shared out among several blocks of the same rows, as in the forward pass. Each leaves its sums in
-// a part of its own, and contrast_finish_gradients adds the parts in one order.
+// Several blocks of the same rows may share the columns, as in the forward pass. Each leaves its sums in a part of its
+// own, and contrast_finish_gradients adds the parts in a fixed order.
 template <typename T>
 struct GradientParts {
-  float* sums;   // (count, rows, depth); not used where there is one part
+  float* sums;   // (count, rows, depth); not used if there is one part
   T* gradient;   // (rows, depth)
-  int64_t size;  // of the gradient; 0 where nobody asks for it
+  int64_t size;  // of the gradient; 0 if it is not needed
   int count;
 };
 
-// Rows of a block: few where there are parts to be added, many where all that is to be done is to look for wide
-// anchors.
+// Rows of a block of contrast_finish_gradients: few where parts are added, many where it only looks for wide anchors.
 constexpr int kRowsOfParts = 8, kRowsToFinish = 64;
 
-// Blocks in y: of the anchors and of the keys, or of one of them. symmetric: the anchors are the keys.
+// The block's index in y tells whose rows it has: 0 the anchors' and 1 the keys', or 0 those of the only gradient that
+// is needed. symmetric: the anchors are the keys.
 template <typename T>
 PGLCL_KERNEL contrast_finish_gradients(ContrastArguments<T> x, ContrastGradients<float> g, GradientParts<T> of_anchors,
                                        GradientParts<T> of_keys, bool symmetric, int rows_per_block) {
@@ -561,7 +559,7 @@ PGLCL_KERNEL contrast_finish_gradients(ContrastArguments<T> x, ContrastGradients
   const uint32_t votes = ballot(mine);
   if (lane == 0) met.store(warp, votes);
   sync_threads();
-  bool any_wide = false;  // anchor
+  bool any_wide = false;  // whether any anchor is wide
   for (int w = 0; w < kContrastThreads / 32; ++w) any_wide = any_wide || met.load(w) != 0;
 
   const bool own_anchor = of_anchors.size > 0 && block_index_y() == 0;
@@ -588,8 +586,8 @@ PGLCL_KERNEL contrast_finish_gradients(ContrastArguments<T> x, ContrastGradients
 
 constexpr int kReduceThreads = 256;
 
-// The loss from those of its anchors: one block, in a fixed order. loss: one number, or null where every anchor's own
-// is the result.
+// The mean or sum of the anchors' losses, which one block adds in a fixed order. result: one number; null if the losses
+// themselves are the result.
 template <typename scalar_t>
 PGLCL_KERNEL contrast_reduce(const scalar_t* loss_data, const int32_t* count_data, int64_t n, bool mean,
                              scalar_t* result_data, int64_t* num_valid_data) {

@@ -15,10 +15,11 @@ struct DeviceLimits {
 
 inline int64_t blocks_of(int64_t rows, int64_t per_block) { return (rows + per_block - 1) / per_block; }
 
-// A warp for each row; tiles with FFMA, or with tensor cores for long rows; tiles in registers, on tensor cores.
+// kPlain: a warp for each row. kFfma: tiles with FFMA. kTf32: long rows on tensor cores. kMma: all other rows on tensor
+// cores, held in registers.
 enum class Path { kPlain, kFfma, kTf32, kMma };
 
-// Rows longer than kMaxDepth, in 16 bits, are widened: to float32 every number goes unchanged, and to TF32 as well.
+// Rows of 16 bits that are longer than kMaxDepth are widened to float32. Float32 and TF32 hold all of their numbers.
 inline bool widens(int64_t depth, int64_t element_size) { return depth > kMaxDepth && element_size == 2; }
 
 // The kernel, the stages of its pipeline that fit (2 or 1), and whether rows pass in chunks.
@@ -35,7 +36,7 @@ Choice choose_path(const ContrastArguments<T>& x, const DeviceLimits& device) {
   if (sizeof(T) == 8 || !aligned || x.depth == 0) return {Path::kPlain, 0};
   const bool tensor = device.compiled_for >= 80 && (sizeof(T) == 2 || device.allow_tf32);
   for (int stages = 2; stages > 0 && x.depth <= kMaxDepth; --stages) {
-    // The backward pass takes more, and chooses alike.
+    // By the memory of the backward pass, which needs more: both passes choose the same.
     if constexpr (sizeof(T) < 8) {
       const int64_t bytes =
           x.depth <= 128 ? mma_shared_bytes<T, 128, false>(stages) : mma_shared_bytes<T, 256, false>(stages);
@@ -79,8 +80,8 @@ void launch_forward_tiles(const ContrastArguments<T>& x, const DeviceLimits& dev
   });
 }
 
-// Blocks among which the `columns` of a block of rows are shared out, so that each multiprocessor gets three, with four
-// tiles of `tile` at least.
+// The number of blocks that share the `columns` of the same rows. Each multiprocessor gets up to three blocks, and each
+// block at least four tiles of `tile` columns.
 inline int part_count(int64_t rows, int64_t columns, int tile, const DeviceLimits& device) {
   if (rows == 0) return 1;
   const int64_t wanted = 3 * device.multiprocessors / blocks_of(rows, kMmaRows), most = columns / (4 * tile);
@@ -204,7 +205,8 @@ void run_contrast_backward(const ContrastArguments<T>& x, const ContrastGradient
                x, g, out.gradient, own_anchor, own_key);
 }
 
-// Of the anchors and the keys; float64 is whole already. symmetric: the anchors are the keys.
+// Finishes the gradients of the anchors and of the keys. Those of float64 are finished already. symmetric: the anchors
+// are the keys.
 template <typename T, typename scalar_t = typename Accumulate<T>::type>
 void run_finish_gradients(const ContrastArguments<T>& x, const ContrastGradients<scalar_t>& g,
                           const GradientParts<T>& anchors, const GradientParts<T>& keys, bool symmetric,

@@ -3,7 +3,7 @@
 //
 // A block owns kMmaRows rows (anchors, or keys for their gradient), 16 for each of its four warps, and streams tiles of
 // the others through shared memory, copied asynchronously, the next one while this one is worked on. A warp keeps what
-// it makes of its rows in registers: products (step 1), logits or weights of the pairs (step 2), and gradients (step
+// it computes of its rows in registers: products (step 1), logits or weights of the pairs (step 2), and gradients (step
 // 3), for which the weights become an operand of mma.sync as they lie. One barrier per tile; no atomics: the same bits
 // on every run.
 #pragma once
@@ -14,8 +14,8 @@ namespace pglcl::cuda {
 
 constexpr int kMmaRows = 64;
 
-// kHeld below: a warp holds its rows in registers; else it reads them from shared memory for every tile. The forward
-// pass can where the depth is small, in the backward pass the gradient takes the registers.
+// kHeld, below: a warp holds its rows in registers. Otherwise it reads them from shared memory for every tile. The
+// forward pass holds them where the depth is small. In the backward pass the gradient takes the registers.
 template <typename T, int kDepth>
 constexpr bool kHeldForward = kDepth * sizeof(T) <= 256;
 // Columns of a tile. Where the depth and the gradient leave few registers, a half or a quarter as many.
@@ -23,13 +23,13 @@ template <int kDepth, bool kHeld>
 constexpr int kMmaColumns = kHeld           ? 64
                             : kDepth <= 128 ? 32
                                             : 16;
-// Elements that 16 bytes hold: what a lane names, and a thread copies, at once.
+// Elements that 16 bytes hold. A lane names as many to ldmatrix, and a thread copies as many at once.
 template <typename T>
 constexpr int kChunk = 16 / int(sizeof(T));
 // Rows in shared memory are 16 bytes longer, so that the eight rows of a matrix meet 32 banks.
 template <typename T, int kDepth>
 constexpr int kMmaStride = kDepth + kChunk<T>;
-// Of depth: what one load of four matrices brings, operands of two mma.sync.
+// Depth that one load of four matrices brings: operands of two mma.sync.
 template <typename T>
 constexpr int kMmaStep = 4 * kChunk<T>;
 
@@ -43,7 +43,7 @@ constexpr int64_t mma_shared_bytes(int stages) {
          ScanMemory::bytes();
 }
 
-// What the types have of their own. operand: a word of a row as mma.sync takes it.
+// What differs between the types. operand(): a word of a row as mma.sync takes it.
 template <typename T>
 struct TensorCore;
 template <>
@@ -66,7 +66,7 @@ struct TensorCore<float> {
   PGLCL_DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_tf32(d, a, b); }
 };
 
-// The same for the four words that a thread holds of four matrices.
+// operand() of the four words that a thread holds of four matrices.
 template <typename T>
 PGLCL_DEVICE void to_operands(uint32_t (&words)[4]) {
 #pragma unroll
@@ -101,7 +101,7 @@ struct MmaMemory {
 template <typename T, int kDepth, bool kHeld>
 class RowFragments {
  public:
-  // Rows of the block at `at` in `memory`.
+  // The rows of the block lie at `at` in `memory`.
   PGLCL_DEVICE void load(const Shared<T>& memory, int at, int64_t depth) {
     memory_ = memory;
     at_ = at + (thread_index() / 32 * 16 + thread_index() % 16) * kMmaStride<T, kDepth> +
@@ -235,7 +235,7 @@ PGLCL_DEVICE void stream_tiles(const MmaMemory<T, kDepth, kHeld>& memory, RowFra
                  depth);
     commit_copies();
   };
-  // Rows that are held pass through the last stage.
+  // Rows that are held in registers pass through the memory of the last stage.
   const int rows_at = kHeld ? (stages - 1) * kTileSize : 0;
   const Shared<T>& rows_in = kHeld ? memory.columns : memory.rows;
   copy_rows<T>(plan, rows_in, rows_at, kStride, rows, first_row, kMmaRows, row_count, depth);
@@ -366,8 +366,8 @@ PGLCL_KERNEL contrast_forward_mma(ContrastArguments<T> x, ContrastSums<float> ou
   }
 }
 
-// A power of two that brings the weights of pairs, at most twice the largest coefficient, into the range of float16,
-// with as much room below as can be; they are divided by it in the end. Other types need none.
+// A power of two that brings the weights of pairs into the range of float16, with as much room below as possible. No
+// weight is above twice the largest coefficient. The gradient is divided by it in the end. Other types need none.
 template <typename T>
 PGLCL_DEVICE float weight_scale(const ContrastArguments<T>& x, const ContrastGradients<float>& g,
                                 const ScanMemory& memory) {
@@ -451,7 +451,7 @@ PGLCL_DEVICE float weigh_columns(const ContrastArguments<T>& x, const ColumnSide
   return infinite;
 }
 
-// Deep rows leave no registers for parts.
+// Whether blocks may share the columns. Deep rows leave no registers for it.
 template <int kDepth>
 constexpr bool kSharesColumns = kDepth <= 128;
 
@@ -524,7 +524,7 @@ PGLCL_KERNEL contrast_backward_mma(ContrastArguments<T> x, ContrastGradients<flo
           infinite = weigh_columns<T, kOwner, kGeneral, true>(x, side, index, own, own_terms, first, weights);
         else
           infinite = weigh_columns<T, kOwner, kGeneral, false>(x, side, index, own, own_terms, first, weights);
-        if (ballot(any_weight(weights)) == 0) return;  // adds nothing
+        if (ballot(any_weight(weights)) == 0) return;  // the tile adds nothing
         // A column that is not finite has no finite product with any row: every warp sees it.
         if (ballot(infinite != 0) == 0)
           add_columns<T, kDepth, true>(weights, memory.columns, at, x.depth, gradient);
@@ -538,7 +538,7 @@ PGLCL_KERNEL contrast_backward_mma(ContrastArguments<T> x, ContrastGradients<flo
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     if (index[r] >= row_count) continue;
-    // An anchor whose loss is no number has no gradient that is one.
+    // If the loss of an anchor is NaN, so is its gradient.
     const float none = own_terms[r].log_sum != own_terms[r].log_sum ? NAN : 0.0f;
 #pragma unroll
     for (int n = 0; n < kDepth / 8; ++n) {

@@ -1,5 +1,5 @@
 // Tiles of the fused contrastive loss in shared memory: float32 with FFMA, 16-bit types where there are no tensor
-// cores, and long rows. On tensor cores, rows of a depth up to 256 are those of patch_contrast_mma.cuh.
+// cores, and long rows. Rows of a depth up to 256 run on tensor cores by patch_contrast_mma.cuh.
 //
 // A block owns kRows rows (anchors, or keys for their gradient) and streams tiles of the others through shared memory,
 // copied asynchronously, the next one while this one is worked on. The steps of a tile:
@@ -8,26 +8,26 @@
 //      (backward);
 //   3. backward: gradient += weights times columns, held in registers until the last tile.
 // Rows that are longer than kMaxDepth, or that do not fit the shared memory, pass through it in chunks. The backward
-// pass then has a block for each chunk of the gradient, which needs the dots of all chunks: at a depth of 512, 2.5
-// times the operations, where the plain kernels would read every key from the cache for every anchor. Every row of
-// every output is written by the block that owns it: no atomics, the same bits on every run.
+// pass then has a block for each chunk of the gradient, and each of them computes the dots of all chunks. At a depth of
+// 512 these are 2.5 times the operations. The plain kernels would instead read every key from the cache for every
+// anchor. Every row of every output is written by the block that owns it: no atomics, the same bits on every run.
 #pragma once
 
 #include "patch_contrast.cuh"
 
 namespace pglcl::cuda {
 
-// FFMA everywhere, or tensor cores with TF32.
+// kFfma runs on every GPU, kTensor on tensor cores in TF32.
 enum class Math { kFfma, kTensor };
 
-// Rows of a block: with 128 threads the gradient of 64 x 128 or 32 x 256 takes 64 registers each.
+// Rows of a block. A gradient of 64 x 128 or 32 x 256 takes 64 registers of each of the 128 threads.
 template <int kDepth>
 constexpr int kRows = kDepth <= 128 ? 64 : 32;
 // Columns of a tile, by element size: 64 x 256 x 2 and 32 x 256 x 4 bytes are 32 KiB each.
 template <typename T>
 constexpr int kColumns = sizeof(T) == 2 ? 64 : 32;
 constexpr int kMaxDepth = 256;
-// Of longer rows: 64 + 32 rows of it and their weights are 60 KiB, which fit every GPU.
+// Depth of a chunk of longer rows: 64 + 32 rows of it and their weights take 60 KiB, which fit every GPU.
 constexpr int kDepthChunk = 128;
 // Pads rows of the weights so that the lanes of a fragment (4 rows x 8 columns) meet 32 banks.
 template <typename T>
@@ -51,7 +51,7 @@ using CodedPatch = Patch<float, int32_t>;
 // they have the same label. Most labels are their own code. That of another one is found by its first row in the block.
 class LabelCodes {
  public:
-  // Of rows first to first + count of those with these labels.
+  // The rows of the block are `count` from `first` on, or fewer, of the `total` with these labels.
   PGLCL_DEVICE LabelCodes(const int64_t* labels, int64_t first, int count, int64_t total)
       : labels_(labels + first), count_(int(total - first < count ? total - first : count)) {}
 
@@ -73,7 +73,7 @@ class LabelCodes {
   int count_;
 };
 
-// The anchors of a tile's columns, or its keys, in shared memory; those of two tiles where kTurns is 2.
+// What pairs need of a tile's columns, anchors or keys, in shared memory. kTurns: 2 to hold those of two tiles.
 template <int kCount, int kTurns = 1>
 class ColumnSide {
  public:
@@ -86,7 +86,7 @@ class ColumnSide {
     return rounded_to_16(kTurns * kCount * sizeof(int32_t)) +
            rounded_to_16(kNumbers * kTurns * kCount * sizeof(float)) + rounded_to_16(kTurns * kCount * sizeof(int));
   }
-  // That of one tile of the two.
+  // The part for one of the two tiles.
   PGLCL_DEVICE ColumnSide of_turn(int turn) const {
     ColumnSide side = *this;
     side.first_ = turn * kCount;
@@ -111,7 +111,7 @@ class ColumnSide {
     flags_.store(first_ + c, int(patch.counts) | int(terms.counts) << 1 | int(terms.undecided) << 2);
   }
 
-  // kGroup columns beginning with c, at once. What only pair_kind() asks for is left out by kGeneral = false.
+  // kGroup columns from c on. kGeneral = false leaves out what only pair_kind() asks for.
   template <int kGroup, bool kGeneral>
   PGLCL_DEVICE void patches(int c, CodedPatch (&out)[kGroup]) const {
     const auto label = label_.template load_vector<kGroup>(first_ + c);
@@ -151,7 +151,7 @@ class ColumnSide {
   int first_ = 0;
 };
 
-// What the threads of a block know of the keys, put together.
+// Memory to merge what the threads of a block know of the keys.
 class ScanMemory {
  public:
   static constexpr int kWarps = kContrastThreads / 32;
@@ -187,7 +187,7 @@ class ScanMemory {
   Shared<float> range_;
 };
 
-// Whether the anchor's own row is among the keys, and counts there.
+// Whether the anchor is one of the keys first_key to last_key - 1, and counts there.
 template <typename T>
 PGLCL_DEVICE bool is_its_own_key(const ContrastArguments<T>& x, int64_t anchor, int64_t first_key, int64_t last_key) {
   const int64_t key = anchor + x.self_offset;
@@ -203,10 +203,9 @@ constexpr int64_t tile_shared_bytes(int64_t depth, int stages) {
          ScanMemory::bytes() + rounded_to_16(2 * sizeof(int));
 }
 
-// --- copies
-// ------------------------------------------------------------------------------------------------------------------
+// --- copies ----------------------------------------------------------------------------------------------------------
 
-// Which 16 bytes of a tile this thread copies, one after another: found once, so that no copy divides.
+// Which pieces of 16 bytes of a tile this thread copies. This is found once, so that no copy divides.
 struct CopyPlan {
   int row, chunk, rows_on, chunks_on, chunks;
 
@@ -244,8 +243,8 @@ PGLCL_DEVICE void copy_rows(const CopyPlan& plan, const Shared<T>& to, int at, i
   }
 }
 
-// The columns of a tile that this thread loads: keys for the forward pass, anchors with their terms for the gradient of
-// keys.
+// Load what pairs need of a tile's columns. In the forward pass these are keys. In the backward pass they are keys, or
+// anchors, and have terms if they are anchors of the pairs.
 template <typename T, int kCount>
 PGLCL_DEVICE void load_columns(const ContrastArguments<T>& x, const LabelCodes& codes, int64_t first,
                                const ColumnSide<kCount>& columns, KeyScan<float>& scan) {
@@ -265,16 +264,15 @@ PGLCL_DEVICE void load_columns(const ContrastArguments<T>& x, const LabelCodes& 
   }
 }
 
-// Which column of a tile is the row's own patch; -1: none.
+// The column of a tile that is the row's own patch; -1 if none is.
 PGLCL_DEVICE int own_column(int64_t row, int64_t shift, int64_t first, int count) {
   const int64_t c = row + shift - first;
   return c >= 0 && c < count ? int(c) : -1;
 }
 
-// --- step 1: dots
-// -------------------------------------------------------------------------------------------------------------
+// --- step 1: dots ----------------------------------------------------------------------------------------------------
 
-// FFMA: a thread has every sixteenth row and every eighth column; 16 bytes of depth per load. more: added to what is
+// FFMA: a thread has every sixteenth row and every eighth column; 16 bytes of depth per load. more: adds to what is
 // there.
 template <typename T, int kRowCount>
 PGLCL_DEVICE void dots_ffma(const Shared<T>& rows, const Shared<T>& columns, int column_at, int64_t depth, bool more,
@@ -355,11 +353,10 @@ PGLCL_DEVICE void compute_dots(const Shared<T>& rows, const Shared<T>& columns, 
     dots_ffma<T, kRowCount>(rows, columns, column_at, depth, more, out);
 }
 
-// --- step 3: gradient += weights (rows x columns) times columns (columns x depth)
-// ------------------------------------------
+// --- step 3: gradient += weights (rows x columns) times columns (columns x depth) ------------------------------------
 
-// A column that is not finite makes weights of those rows that use it NaN; for the others, whose weight is 0, it must
-// be 0 as well. kFinite: the tile holds no such column.
+// A column that is not finite makes the weights of the rows that use it NaN. For the other rows, whose weight is 0, it
+// must count as 0, too. kFinite: the tile holds no such column.
 template <bool kFinite>
 PGLCL_DEVICE float finite(float x) {
   return kFinite || x - x == 0 ? x : 0.0f;
@@ -480,8 +477,7 @@ struct GradientOf<T, Math::kTensor, kDepth> {
   using type = GradientTensor<T, kDepth>;
 };
 
-// --- the kernels
-// ----------------------------------------------------------------------------------------------------------------
+// --- the kernels -----------------------------------------------------------------------------------------------------
 
 // Shared memory of a block, taken in the order that tile_shared_bytes counts.
 template <typename T, int kRowCount>
@@ -490,7 +486,7 @@ struct TileMemory {
   Shared<float> weights;
   ColumnSide<kColumns<T>> side;
   ScanMemory scan;
-  Shared<int> seen;  // so far: threads that met a dot that was not finite; warps that met a weight that is not 0
+  Shared<int> seen;  // counts so far: of threads with a dot that is not finite, of warps with a weight that is not 0
 
   PGLCL_DEVICE TileMemory(SharedMemory& memory, int64_t depth, int stages)
       : rows(memory.take<T>(kRowCount * row_stride<T>(depth))),
@@ -543,8 +539,8 @@ PGLCL_DEVICE void stream_columns(const TileMemory<T, kRowCount>& memory, const O
   }
 }
 
-// The same for longer rows, of which a chunk of rows and columns is there at a time; that of number `last` comes last,
-// and is there while work runs.
+// The same for longer rows. Shared memory holds a chunk of the rows and columns at a time. Chunk number `last` comes
+// last, and is there while work runs.
 template <typename T, Math kMath, int kRowCount, typename Side, typename Work>
 PGLCL_DEVICE void stream_chunks(const TileMemory<T, kRowCount>& memory, const Operands<T>& x, int last, Side load_side,
                                 Work work) {
@@ -569,7 +565,7 @@ PGLCL_DEVICE void stream_chunks(const TileMemory<T, kRowCount>& memory, const Op
   }
 }
 
-// kDepth: most that fits; of a chunk where kDeep is true: rows pass in chunks. kGeneral: masks or several channels
+// kDepth: the largest depth that fits. kDeep: rows pass in chunks of that depth. kGeneral: masks or several channels
 // decide which pairs count, instead of pair_kind_by_rule.
 template <typename T, Math kMath, int kDepth, bool kGeneral, bool kDeep>
 PGLCL_KERNEL contrast_forward_tiles(ContrastArguments<T> x, ContrastSums<float> out, int stages) {
@@ -626,7 +622,7 @@ template <typename T, Math kMath, int kDepth, bool kGeneral, bool kDeep>
 PGLCL_KERNEL contrast_backward_tiles(ContrastArguments<T> x, ContrastGradients<float> g, T* grad_data, bool own_anchor,
                                      bool own_key, int stages) {
   SharedMemory shared;
-  const int64_t width = kDeep ? kDepthChunk : x.depth;              // of the gradient that this block has
+  const int64_t width = kDeep ? kDepthChunk : x.depth;              // of the gradient of this block
   constexpr int kThreadsPerRow = kContrastThreads / kRows<kDepth>;  // neighbours, in step 2
   const TileMemory<T, kRows<kDepth>> memory(shared, width, stages);
   const int64_t first_row = int64_t(block_index()) * kRows<kDepth>;
@@ -643,7 +639,7 @@ PGLCL_KERNEL contrast_backward_tiles(ContrastArguments<T> x, ContrastGradients<f
   const auto weigh = [&](int64_t first, int at) {
     const int self =
         x.self_offset < 0 ? -1 : own_column(i, own_anchor ? x.self_offset : -x.self_offset, first, kColumns<T>);
-    float infinite = 0;  // or NaN
+    float infinite = 0;  // NaN after a dot that is not finite
     bool used = false;
     for (int c = part; c < kColumns<T>; c += kThreadsPerRow) {
       const int place = row * kWeightStride<T> + c;
@@ -690,7 +686,7 @@ PGLCL_KERNEL contrast_backward_tiles(ContrastArguments<T> x, ContrastGradients<f
     stream_chunks<T, kMath>(memory, operands, block_index_y(), load_side, weigh);
   else
     stream_columns<T, kMath>(memory, operands, stages, load_side, weigh);
-  // An anchor whose loss is no number has no gradient that is one.
+  // If the loss of an anchor is NaN, so is its gradient.
   if (part == 0) memory.weights.store(row * kWeightStride<T>, own_terms.log_sum != own_terms.log_sum ? NAN : 0.0f);
   sync_threads();
   const Global<T> grad(grad_data);

@@ -1,8 +1,9 @@
-// Patch statistics on the GPU (method, section 2). One warp per patch: its lanes walk the pixels of the patch, and what
-// they add up meets in warp reductions, without atomics.
+// Patch statistics on the GPU (method, section 2). A warp computes a patch: its lanes walk the pixels, and warp
+// reductions add their sums, without atomics.
 //
-// Backward, a first kernel of the same kind turns the upstream gradients into coefficients of each patch, from sums of
-// its own, which keep the digits of a class of denormal probabilities. A second one gathers them pixel by pixel.
+// The backward pass has two kernels. The first, of the same kind, turns the upstream gradients into coefficients of
+// each patch. It sums the patch again, to keep the digits of a class of denormal probabilities. The second gathers the
+// coefficients pixel by pixel.
 #pragma once
 
 #include <initializer_list>
@@ -24,7 +25,8 @@ PGLCL_DEVICE double natural_log(double x) { return log(x); }
 PGLCL_DEVICE float natural_exp(float x) { return expf(x); }
 PGLCL_DEVICE double natural_exp(double x) { return exp(x); }
 
-// kMassScale e^x for x up to 0. Where e^x is small the scale goes into the exponent: 44 is exact, and so is the sum.
+// kMassScale e^x for x <= 0. Where e^x is small, a part of the scale is added to the exponent. It is the whole number
+// 44, so that the sum is exact.
 template <typename scalar_t>
 PGLCL_DEVICE scalar_t scaled_exp(scalar_t x) {
   const bool small = x < scalar_t(-40);
@@ -32,9 +34,8 @@ PGLCL_DEVICE scalar_t scaled_exp(scalar_t x) {
   return natural_exp(small ? x + scalar_t(44) : x) * (small ? rest : kMassScale<scalar_t>);
 }
 
-// How far a logit lies below the highest, as an exponent of e: beyond kFarthest e^x is 0, scaled or not. The distance
-// may be infinite (a masked class, or the end of the type's range), and 0 times infinity is NaN: it ends here. NaN
-// stays NaN.
+// A logit less the highest, but at least kFarthest, where e^x is 0, scaled or not. The difference may be infinite (of a
+// masked class, or at the end of the type's range), and 0 times infinity would be NaN. NaN stays NaN.
 template <typename scalar_t>
 constexpr scalar_t kFarthest = sizeof(scalar_t) == 4 ? scalar_t(-256) : scalar_t(-2048);
 template <typename scalar_t>
@@ -43,7 +44,7 @@ PGLCL_DEVICE scalar_t distance_below(scalar_t logit, scalar_t highest) {
   return distance < kFarthest<scalar_t> ? kFarthest<scalar_t> : distance;
 }
 
-// The grid in 32-bit numbers, in which index arithmetic divides; offsets into memory have 64.
+// The grid in 32-bit numbers, which divide faster. Offsets into memory have 64 bits.
 struct StatisticsGrid {
   int64_t batch, pixels, patches;
   int classes;
@@ -55,16 +56,16 @@ inline StatisticsGrid narrowed(const PatchGrid& g) {
   for (int d = 0; d < 3; ++d) {
     out.image[d] = int(g.image[d]);
     out.patch[d] = int(g.patch[d]);
-    out.stride[d] = int(g.stride[d] < g.image[d] ? g.stride[d] : g.image[d]);  // alike: there is one patch
+    out.stride[d] = int(g.stride[d] < g.image[d] ? g.stride[d] : g.image[d]);  // a longer stride also leaves one patch
     out.grid[d] = int(g.grid[d]);
   }
   return out;
 }
 
-// Images and classes of at most this many pixels or numbers: what 32 bits count.
+// The most pixels of an image, and the most classes, that 32-bit numbers count.
 constexpr int64_t kMostPixels = (int64_t(1) << 31) - 1;
 
-// A tensor of shape (B, K, Z, Y, X), or (B, Z, Y, X) with a stride of 0 for K, where its elements lie.
+// A tensor of shape (B, K, Z, Y, X), or (B, Z, Y, X) with a stride of 0 for K, with any strides.
 template <typename T>
 struct Strided {
   T* data;
@@ -80,7 +81,7 @@ PGLCL_DEVICE scalar_t p_log_p(scalar_t p) {
   return p <= scalar_t(0) ? scalar_t(0) : p * natural_log(p);
 }
 
-// Reads up to kHeld classes of kPixels neighbours into registers: 16-byte loads where kPixels asks for them.
+// Reads up to kHeld classes of kPixels neighbours into registers, with 16-byte loads unless kPixels is 1.
 template <typename T, int kPixels, int kHeld, typename scalar_t>
 PGLCL_DEVICE void read_pixels(Global<const T> input, int64_t at, int64_t class_stride, int classes,
                               scalar_t (&values)[kHeld][kPixels]) {
@@ -137,8 +138,8 @@ PGLCL_DEVICE scalar_t softmax_in_place(scalar_t (&values)[kHeld][kPixels], int i
   return log_of_one_and(rest) - weighted * inverse;
 }
 
-// What one pass over the classes of a pixel finds. The highest logit and the logarithm of the sum of exponentials less
-// it are kept apart, since their sum would be rounded; both are 0 for probabilities.
+// What one pass over the classes of a pixel finds. log_sum is the logarithm of the sum of e^(logit - highest). It is
+// kept apart from the highest logit, since their sum would be rounded. Both are 0 for probabilities.
 template <typename scalar_t>
 struct PixelEntropy {
   scalar_t entropy, highest, log_sum;
@@ -176,10 +177,9 @@ PGLCL_DEVICE PixelEntropy<scalar_t> scan_pixel(Global<const T> input, int64_t at
   return {log_sum - weighted / (scalar_t(1) + rest), highest, log_sum};
 }
 
-// The pixels of a patch that one lane walks: every 32nd group of kPixels neighbours along a row. Found without
-// dividing.
+// The pixels of a patch that one lane walks: every 32nd group of neighbours along a row. No step divides.
 struct PatchWalk {
-  int x, y, z, groups;     // of a row
+  int x, y, z, groups;     // x: of the `groups` of a row
   int rows_on, groups_on;  // a step of 32 groups
   int rows_of_slice, slices;
 
@@ -211,8 +211,8 @@ struct PatchWalk {
   }
 };
 
-// Pixels of which a warp keeps entropy and log-sum in shared memory when there are too many classes for registers. Each
-// logit is then read three times.
+// Where there are too many classes for registers, a warp keeps entropy, highest logit and log_sum of this many pixels
+// in shared memory. Each logit is then read twice.
 constexpr int kChunkPixels = 128;
 
 template <typename scalar_t>
@@ -222,7 +222,7 @@ constexpr int64_t kStatisticsShared = kStatisticsWarps * 3 * kChunkPixels * int6
 template <typename scalar_t>
 struct ClassNumbers {
   Global<scalar_t> first, second;
-  int64_t at, step;  // of class 0, and to the next
+  int64_t at, step;  // the place of class 0, and the distance to the next class
 
   PGLCL_DEVICE ClassNumbers(scalar_t* first_data, scalar_t* second_data, const StatisticsGrid& g, int64_t b,
                             int64_t patch)
@@ -242,9 +242,10 @@ struct StatisticsInput {
   double log_classes;
 };
 
-// Sums of one patch by its warp: write_class(k, sum of p_k, sum of p_k h), both times kMassScale, by lane 0; returns
-// the sum of h. kHeld: classes held in registers, so that every logit is read once; 0: any number, read three times.
-// The sums of some of the pixels are then kept in `classes_of_patch`, until write_class writes there.
+// Sums one patch by its warp. Lane 0 calls write_class(k, sum of p_k, sum of p_k h), both sums times kMassScale.
+// Returns the sum of h. kHeld: classes held in registers, so that every logit is read once; 0: any number of classes,
+// of which every logit is read twice. `classes_of_patch` then holds the sums over the pixels so far, until write_class
+// writes there.
 template <typename T, int kHeld, int kPixels, typename Write, typename scalar_t = typename Accumulate<T>::type>
 PGLCL_DEVICE scalar_t sum_patch(const StatisticsInput<T>& s, int64_t b, int gz, int gy, int gx,
                                 const ClassNumbers<scalar_t>& classes_of_patch, Write write_class) {
@@ -283,7 +284,7 @@ PGLCL_DEVICE scalar_t sum_patch(const StatisticsInput<T>& s, int64_t b, int gz, 
     const Shared<scalar_t> pixel = memory.take<scalar_t>(kStatisticsWarps * 3 * kChunkPixels);
     const int pixel_at = thread_index() / 32 * 3 * kChunkPixels;
     PatchWalk walk(g, lane, 1);
-    for (bool first = true, more = true; more; first = false) {  // a chunk of pixels; a lane reads what it wrote itself
+    for (bool first = true, more = true; more; first = false) {  // by chunks; a lane reads only what it wrote
       const PatchWalk begin = walk;
       for (int i = lane; i < kChunkPixels && walk.there(); i += 32, walk.advance()) {
         const PixelEntropy<scalar_t> found = scan_pixel<T, scalar_t>(
@@ -322,7 +323,7 @@ PGLCL_DEVICE scalar_t sum_patch(const StatisticsInput<T>& s, int64_t b, int gz, 
   return warp_sum(total);
 }
 
-// The patch of this warp; `there` is false behind the last one.
+// The patch of this warp; `there` is false after the last one.
 struct PatchPosition {
   int64_t b, index;  // within the image
   int z, y, x;
@@ -345,7 +346,7 @@ struct StatisticsOutput {
   scalar_t *entropy, *confidence, *class_entropy;  // contiguous
 };
 
-// kPixels: neighbours along a row that one lane reads at once; patch width, stride and all strides in memory are
+// kPixels: neighbours along a row that one lane reads at once. Patch width, stride and all strides in memory are
 // multiples of it.
 template <typename T, int kHeld, int kPixels>
 PGLCL_KERNEL patch_statistics_forward(StatisticsInput<T> s, StatisticsOutput<typename Accumulate<T>::type> out) {
@@ -369,8 +370,8 @@ PGLCL_KERNEL patch_statistics_forward(StatisticsInput<T> s, StatisticsOutput<typ
   Global<scalar_t>(out.entropy).store(patch.b * g.patches + patch.index, h);
 }
 
-// Of class k in a patch, of mass m = sum of p_k times kMassScale, entropy H_k and upstream gradient u of H_k:
-// gamma = u / m and kappa = u / m H_k, (B, K, patches).
+// Coefficients of the classes of the patches, (B, K, patches): gamma = u / m and kappa = u / m H_k, where m is the sum
+// of p_k times kMassScale, H_k the class entropy and u its upstream gradient.
 template <typename scalar_t>
 struct StatisticsCoefficients {
   scalar_t *gamma, *kappa;
@@ -395,7 +396,7 @@ PGLCL_KERNEL patch_statistics_coefficients(StatisticsInput<T> s,
       });
 }
 
-// The patches along one dimension that hold pixel x, as patches_with has them.
+// The patches along one dimension that hold pixel x, from first to last - 1.
 struct PatchSpan {
   int first, last;
   PGLCL_DEVICE PatchSpan(const StatisticsGrid& g, int d, int x)
@@ -486,7 +487,7 @@ PGLCL_KERNEL patch_statistics_backward(StatisticsInput<T> s, StatisticsGradients
 
 // --- launches --------------------------------------------------------------------------------------------------------
 
-// Calls body.operator()<kHeld, kPixels>() as the number of classes and the alignment have it.
+// Calls body.operator()<kHeld, kPixels>(), chosen by the number of classes and the alignment.
 template <typename T, typename Body>
 void with_statistics_path(const StatisticsInput<T>& s, Body body) {
   // 16-byte loads need rows, patches and strides that are multiples of them.
@@ -516,7 +517,7 @@ void run_statistics_forward(const StatisticsInput<T>& s, const StatisticsOutput<
   });
 }
 
-// gamma and kappa of StatisticsCoefficients: (B, K, patches) each, to be written and read here.
+// coefficients: memory for (B, K, patches) numbers each, written and read here.
 template <typename T, typename scalar_t = typename Accumulate<T>::type>
 void run_statistics_backward(const StatisticsInput<T>& s, const Strided<const scalar_t>& grad_entropy,
                              const Strided<const scalar_t>& grad_confidence,

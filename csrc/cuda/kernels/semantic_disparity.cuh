@@ -54,7 +54,7 @@ PGLCL_KERNEL semantic_disparity_backward(const scalar_t* grad_data, const scalar
   }
 }
 
-// What the keys are sorted by: an ignored key is behind all others, and does not count.
+// The numbers that keys are sorted by. An ignored key comes after all others and does not count.
 template <typename scalar_t>
 PGLCL_KERNEL disparity_bounds_prepare(const scalar_t* descriptors, const int64_t* labels, scalar_t* value_data,
                                       int64_t* label_data, int64_t* count_data, int64_t keys, int64_t ignore_index) {
@@ -67,7 +67,7 @@ PGLCL_KERNEL disparity_bounds_prepare(const scalar_t* descriptors, const int64_t
   Global<int64_t>(count_data).store(j, counts);
 }
 
-// Of each key its place among the members of all classes, -1 when it does not count. The q-th member is the key at
+// For each key, its place among the members of all classes; -1 if it does not count. The q-th member is the key at
 // place[q] of the order by value.
 PGLCL_KERNEL disparity_bounds_members(const int64_t* order, const int64_t* place, const int64_t* counts,
                                       int64_t* member_data, int64_t keys) {
@@ -96,7 +96,7 @@ PGLCL_KERNEL disparity_bounds_sorted(const scalar_t* descriptors, const int64_t*
                                                        count, positives, none));
 }
 
-// The bits of a non-negative number, which are in its order.
+// The integer of a number's bits. Bits of non-negative numbers have the order of the numbers.
 template <typename scalar_t>
 struct Ordered;
 template <>
@@ -155,7 +155,7 @@ PGLCL_KERNEL disparity_bounds_select(const scalar_t* descriptors, const int64_t*
       int64_t left = left_to_skip.load(0);
       int bin = 0;
       for (; bin < 256 && left > histogram.load(bin); ++bin) left -= histogram.load(bin);
-      // As many keys as asked for, or fewer: all are kept, which is said by a negative number left to skip.
+      // If there are no more keys than asked for, all are kept. A negative number left to skip tells this.
       int64_t beyond = 0;
       for (int rest = bin; digit == kDigits - 1 && rest < 256; ++rest) beyond += histogram.load(rest);
       if (digit == kDigits - 1 && beyond <= left) left = -1;
@@ -171,8 +171,7 @@ PGLCL_KERNEL disparity_bounds_select(const scalar_t* descriptors, const int64_t*
   bounds.store(i, left_to_skip.load(0) < 0 ? none : same_bits<scalar_t>(bits_t(positives ? bits : ~bits)));
 }
 
-// --- launches
-// -------------------------------------------------------------------------------------------------------------
+// --- launches --------------------------------------------------------------------------------------------------------
 
 template <typename scalar_t>
 void run_disparity_forward(const scalar_t* a, const scalar_t* b, scalar_t* out, int64_t n, int64_t m, int64_t channels,
@@ -182,7 +181,8 @@ void run_disparity_forward(const scalar_t* a, const scalar_t* b, scalar_t* out, 
                n < kMostRowsOfBlocks ? n : kMostRowsOfBlocks, kDisparityThreads, 0, stream, a, b, out, n, m, channels);
 }
 
-// To a with (own, other) = (a, b) and the strides of grad; to b, but for the sign, with (b, a) and them exchanged.
+// The gradient of a with (own, other) = (a, b) and the strides of grad; that of b with (b, a) and the strides
+// exchanged.
 template <typename scalar_t>
 void run_disparity_backward(const scalar_t* grad, const scalar_t* own, const scalar_t* other, scalar_t* out,
                             int64_t own_count, int64_t other_count, int64_t channels, int64_t own_stride,
@@ -217,7 +217,7 @@ inline void run_bounds_members(const int64_t* order, const int64_t* place, const
                stream, order, place, counts, member_of, keys);
 }
 
-// The keys in the orders of SortedKeys; total on the device.
+// The arrays of SortedKeys. The number of keys that take part lies on the device, too.
 template <typename scalar_t>
 struct SortedInputs {
   const scalar_t* value;
