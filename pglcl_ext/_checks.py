@@ -233,19 +233,21 @@ def check_statistics(x: StatisticsArguments) -> None:
 # --- class-aware patches --------------------------------------------------------------------------------------------
 
 
-def check_coverage(coverage: Any, classes: int, like: Tensor) -> None:
-    """A threshold of coverage: None, a number, or a tensor with one for each class."""
+def check_coverage(coverage: Any, classes: int, like: Tensor) -> Any:
+    """A threshold of coverage: a number, 0 for None, or a tensor with one number for each class."""
     if coverage is None:
-        return
+        return 0.0
     if not isinstance(coverage, Tensor):
-        if check_number("coverage", coverage) != coverage:
+        number = check_number("coverage", coverage)
+        if number != number:
             raise ValueError("coverage must be a number, got nan")
-        return
+        return number * 1.0  # an int may have more than 64 bits
     check_floating("coverage", coverage)
     if coverage.shape not in ((), (classes,)):
         raise ValueError(f"coverage must be a number or have shape (K,) = ({classes},), got {tuple(coverage.shape)}")
     if coverage.dim():
         check_device("coverage", coverage, "the images", like)
+    return coverage
 
 
 def check_class_labels(labels: Any, images: Tensor, classes: int) -> None:
@@ -429,7 +431,7 @@ def check_gaussian(x: GaussianArguments) -> None:
         raise ValueError(f"covariances must have shape {shape} as means have {tuple(x.means.shape)}, got {got}")
     check_temperature(x.temperature)
     check_positive("covariance_scale", x.covariance_scale, or_zero=True)
-    if x.covariance_scale / (2 * x.temperature**2) > LARGEST:
+    if x.covariance_scale / x.temperature / x.temperature / 2 > LARGEST:  # the square may exceed it
         both = f"{x.covariance_scale} and {x.temperature}"
         raise ValueError(f"covariance_scale / (2 temperature^2) must be a finite number, got {both}")
     check_positive("negative_weight", x.negative_weight, or_zero=True)

@@ -19,7 +19,7 @@ from pglcl_ext._checks import (
     check_patch_grid,
     per_dimension,
 )
-from pglcl_ext._precision import accumulate_dtype
+from pglcl_ext._precision import accumulate_dtype, without_autocast
 from pglcl_ext.patch_statistics import patch_grid_arguments
 
 __all__ = ["ClassPatches", "class_patches"]
@@ -82,7 +82,7 @@ def class_patches(
     """
     check_image("images", images, "C")
     dims = images.dim() - 2
-    check_integer("num_classes", num_classes, least=1)
+    num_classes = check_integer("num_classes", num_classes, least=1)
     check_class_labels(labels, images, num_classes)
     patch, step = patch_grid_arguments(images, patch_size, stride)
     check_patch_grid(images.shape[2:], patch, step)
@@ -94,11 +94,10 @@ def class_patches(
     check_choice("mode", mode, ("resize", "pad"))
     if mode == "pad" and any(to < p for to, p in zip(size, patch)):
         raise ValueError(f"output_size must be at least patch_size, {patch}, to pad to it, got {size}")
-    check_coverage(coverage, num_classes, images)
+    threshold = check_coverage(coverage, num_classes, images)
     if max_patches is not None:
-        check_integer("max_patches", max_patches, least=1)
+        max_patches = check_integer("max_patches", max_patches, least=1)
     weights = _class_weights(images, labels, num_classes)
-    threshold: Any = 0.0 if coverage is None else coverage
 
     starts = [_starts(extent, p, s) for extent, p, s in zip(images.shape[2:], patch, step)]
     wide = accumulate_dtype(weights.dtype)  # 16 bits have no room for sums over a crop
@@ -121,9 +120,11 @@ def class_patches(
     label = torch.tensor(classes, dtype=torch.int64, device=images.device)
     where = torch.tensor(index, dtype=torch.int64, device=images.device).view(-1, 1 + dims)
     if not crops:
-        return ClassPatches(images.new_empty(0, images.shape[1], *size), label, images.new_empty(0), where)
-    coverages = torch.stack(shares).to(images.dtype)
-    return ClassPatches(_to_size(torch.stack(crops), size, mode), label, coverages, where)
+        none = images.new_zeros(0, images.shape[1], *size) + images[:0].sum()  # still a part of the graph
+        return ClassPatches(none, label, images.new_empty(0), where)
+    with without_autocast(images):  # crops keep their dtype, which may be another than that of autocast
+        coverages = torch.stack(shares).to(images.dtype)
+        return ClassPatches(_to_size(torch.stack(crops), size, mode), label, coverages, where)
 
 
 def _class_weights(images: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -154,6 +155,8 @@ def _spread(count: int, wanted: int, device: torch.device) -> Tensor:
 def _to_size(crops: Tensor, size: list[int], mode: str) -> Tensor:
     if list(crops.shape[2:]) == size:
         return crops
+    if crops.shape[1] == 0:  # PyTorch resizes no image without channels
+        return crops.new_empty(*crops.shape[:2], *size)
     if mode == "resize":
         return F.interpolate(crops, size, mode="bilinear" if crops.dim() == 4 else "trilinear", align_corners=False)
     around = []

@@ -54,20 +54,17 @@ class CoverageThreshold(nn.Module):
         ignore_index: int = -1,
     ) -> None:
         super().__init__()
-        check_integer("num_classes", num_classes, least=1)
-        check_integer("ignore_index", ignore_index)
-        check_positive("gain", gain)
-        if not 0 <= check_number("initial", initial) <= 1:
+        self.num_classes = check_integer("num_classes", num_classes, least=1)
+        self.initial = float(check_number("initial", initial))
+        self.target = float(check_number("target", target))
+        self.gain = float(check_positive("gain", gain))
+        self.ignore_index = check_integer("ignore_index", ignore_index)
+        if not 0 <= self.initial <= 1:
             raise ValueError(f"initial must lie in [0, 1], got {initial}")
-        if not 0 < check_number("target", target) < 1:
+        if not 0 < self.target < 1:
             raise ValueError(f"target must lie in (0, 1), got {target}")
-        self.num_classes = num_classes
-        self.initial = float(initial)
-        self.target = target
-        self.gain = gain
-        self.ignore_index = ignore_index
-        self.register_buffer("value", torch.empty(num_classes))
-        self.register_buffer("updates", torch.empty(num_classes, dtype=torch.int64))
+        self.register_buffer("value", torch.empty(self.num_classes, dtype=torch.float32))
+        self.register_buffer("updates", torch.empty(self.num_classes, dtype=torch.int64))
         self.reset_parameters()
 
     @torch.no_grad()

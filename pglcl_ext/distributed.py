@@ -70,15 +70,17 @@ def _bytes(t: Tensor, rows: int) -> Tensor:
     """`t` as bytes, (rows, bytes of a row), with zeros in added rows. So no backend has to know its dtype."""
     width = t[:1].numel() * t.element_size() if len(t) else t.new_empty(1, *t.shape[1:]).numel() * t.element_size()
     padded = torch.zeros(rows, width, dtype=torch.uint8, device=t.device)
-    if t.numel():
-        padded[: len(t)] = t.detach().contiguous().view(len(t), -1).view(torch.uint8)
+    if t.numel():  # copied as numbers, since memory of any strides can be read so
+        padded.view(t.dtype)[: len(t)] = t.detach().reshape(len(t), -1)
     return padded
 
 
 def _from_bytes(rows: Tensor, like: Tensor) -> Tensor:
     if rows.shape[1] == 0:
         return like.new_empty(len(rows), *like.shape[1:])
-    return rows.contiguous().view(like.dtype).view(len(rows), *like.shape[1:])
+    # A single row of a block counts as contiguous, wherever it begins and however long the rows of the block are.
+    rows = rows.contiguous() if len(rows) > 1 else rows.clone(memory_format=torch.contiguous_format)
+    return rows.view(like.dtype).view(len(rows), *like.shape[1:])
 
 
 def gather_rows(tensors: list[Tensor], group: Any, sizes: list[int] | None = None) -> list[Tensor]:
@@ -109,6 +111,10 @@ class _GatherKeys(torch.autograd.Function):
         wide = grad.to(accumulate_dtype(grad.dtype)).contiguous()
         dist.all_reduce(wide, group=ctx.group)
         return wide[ctx.first : ctx.first + ctx.rows].to(grad.dtype), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError("pglcl_ext.patch_contrast_loss has no forward-mode derivative")
 
 
 def first_row(sizes: list[int], group: Any) -> int:

@@ -215,7 +215,7 @@ class EmbeddingQueue(nn.Module):
         Raises:
             TypeError: another dtype.
         """
-        dtype = dtype or accumulate_dtype(self.storage.dtype)
+        dtype = accumulate_dtype(self.storage.dtype) if dtype is None else dtype
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
         keys, filled = self.class_keys()

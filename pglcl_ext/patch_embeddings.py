@@ -95,7 +95,7 @@ class PatchBatch(NamedTuple):
 
 
 def _qualifying(rows: PatchRows | PatchBatch, ignore_index: int) -> tuple[Tensor, ...]:
-    check_integer("ignore_index", ignore_index)
+    ignore_index = check_integer("ignore_index", ignore_index)
     places = (rows.labels != ignore_index).nonzero().squeeze(1)  # once: each call waits
     return tuple(column.index_select(0, places) for column in rows)
 
@@ -108,7 +108,7 @@ def _limited(labels: Tensor, per_class: int, priority: Tensor, ignore_index: int
     if priority.is_complex():
         raise TypeError(f"priority must be real numbers, got {dtype_name(priority)}")
     per_class = check_integer("per_class", per_class, least=0)
-    check_integer("ignore_index", ignore_index)
+    ignore_index = check_integer("ignore_index", ignore_index)
     if priority.is_floating_point():
         priority = priority.masked_fill(priority.isnan(), -math.inf)  # NaN would sort as the largest number
     order = priority.argsort(descending=True, stable=True)
@@ -202,8 +202,10 @@ def patch_embeddings(
     if weights.shape[1] < 2:
         raise ValueError(f"weights must have at least two classes (dimension 1), got {tuple(weights.shape)}")
     patch, step = patch_grid_arguments(weights, patch_size, stride)
-    check_coverage(coverage, weights.shape[1], weights)
-    check_integer("ignore_index", ignore_index)
+    threshold = check_coverage(coverage, weights.shape[1], weights)
+    ignore_index = check_integer("ignore_index", ignore_index)
+    if select is not None and not callable(select):
+        raise TypeError(f"select must be a function of PatchRows, or None, got {type(select).__name__}")
     wide = accumulate_dtype(features.dtype)
     weights = weights.detach().to(wide)
     statistics = patch_statistics(weights, patch, step, probabilities=True)
@@ -218,7 +220,6 @@ def patch_embeddings(
 
     batch, k, *cells = share.shape
     rows = share.movedim(1, -1).reshape(-1, k)
-    threshold: Any = 0.0 if coverage is None else coverage
     present = (rows > threshold) & (rows > 0)
     classes = torch.arange(k, device=share.device).expand_as(rows)
     ranges = [torch.arange(size, device=share.device) for size in (batch, *cells)]

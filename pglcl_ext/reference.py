@@ -209,7 +209,7 @@ def gaussian_contrast_loss(
     else:
         along, quadratic = torch.einsum("nd,kd->nk", t, mu), torch.einsum("nd,kde,ne->nk", t, sigma, t)
     logits = along / temperature
-    exponents = logits + covariance_scale / (2 * temperature**2) * quadratic
+    exponents = logits + covariance_scale / temperature / temperature / 2 * quadratic
     log_weight = math.log(negative_weight) if negative_weight > 0 else -math.inf
     is_own = F.one_hot(own, k).bool()
     exponents = torch.where(is_own, exponents, exponents + log_weight - taking_part.sum().to(t.dtype).log())

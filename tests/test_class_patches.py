@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -124,3 +125,37 @@ def test_coverage_of_long_crops_in_16_bits(dtype: torch.dtype) -> None:
     labels[0, :17_500] = 1
     crops = class_patches(torch.ones(1, 1, 70_000, 2, dtype=dtype), labels, (70_000, 2), 2)
     assert crops.coverage.tolist() == [0.75, 0.25]
+
+
+def test_sizes_of_numpy_count_as_ints() -> None:
+    """In eight bits, two times 200 is 144."""
+    image, labels = torch.ones(1, 1, 300, 2), torch.zeros(1, 300, 2).long()
+    found = class_patches(image, labels, np.uint8(1), np.uint8(1), max_patches=np.uint8(200))
+    assert torch.equal(found.index, class_patches(image, labels, 1, 1, max_patches=200).index)
+
+
+@pytest.mark.parametrize("mode", ["resize", "pad"])
+def test_images_without_channels(mode: str) -> None:
+    found = class_patches(torch.ones(2, 0, 8, 8), torch.zeros(2, 8, 8).long(), 4, 1, output_size=6, mode=mode)
+    assert found.images.shape == (8, 0, 6, 6)
+    assert torch.all(found.coverage == 1)
+
+
+def test_no_crop_stays_in_the_graph() -> None:
+    images = torch.full((2, 1, 8, 8), torch.inf, requires_grad=True)
+    found = class_patches(images, torch.full((2, 8, 8), -1), 4, 2, output_size=6)
+    assert found.images.shape == (0, 1, 6, 6)
+    found.images.sum().backward()
+    assert images.grad is not None
+    assert torch.equal(images.grad, torch.zeros_like(images))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("other", [torch.float16, torch.bfloat16], ids=str)
+def test_crops_keep_their_dtype_under_autocast(dtype: torch.dtype, other: torch.dtype) -> None:
+    images, labels = torch.randn(1, 2, 8, 8).to(dtype), torch.randint(0, 2, (1, 8, 8))
+    plain = class_patches(images, labels, 4, 2, output_size=6)
+    with torch.autocast("cpu", other):
+        found = class_patches(images, labels, 4, 2, output_size=6)
+    assert found.images.dtype == found.coverage.dtype == dtype
+    assert torch.equal(found.images, plain.images)

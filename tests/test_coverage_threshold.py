@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 
@@ -100,3 +103,30 @@ def test_made_on_the_meta_device() -> None:
     assert torch.equal(threshold.value, made.value)
     assert (made.value < 1).all()
     assert torch.equal(threshold.updates, torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_classes": np.uint8(255)},  # and one more is 0 in eight bits
+        {"num_classes": 3, "gain": Fraction(1, 2), "target": Fraction(4, 5), "initial": Fraction(1, 2)},
+        {"num_classes": np.int64(3), "gain": np.float32(0.5), "ignore_index": np.int8(-1)},
+        {"num_classes": 3, "gain": 10**30},  # has more than 64 bits
+    ],
+)
+def test_numbers_of_any_kind(options: dict) -> None:
+    threshold = CoverageThreshold(**options)
+    plain = CoverageThreshold(int(options["num_classes"]), gain=float(options.get("gain", 0.5)))
+    batch = torch.rand(20), torch.randint(-1, 3, (20,))
+    for one in (threshold, plain):
+        one.update(*batch)
+    assert torch.equal(threshold.value, plain.value)
+
+
+def test_thresholds_are_float32_whatever_the_default() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        threshold = CoverageThreshold(2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert threshold.value.dtype == torch.float32

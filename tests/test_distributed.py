@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from pglcl_ext import EmbeddingQueue, PatchContrastLoss, distributed, patch_contrast_loss
 from pglcl_ext._library import ops
@@ -149,6 +150,53 @@ def low_precision(rank: int, world: int, folder: str) -> None:
 
 def test_both_ways_agree_in_low_precision(tmp_path: Path) -> None:
     mp.spawn(low_precision, (2, str(tmp_path)), nprocs=2)
+
+
+def rows_of_any_bytes(rank: int, world: int, folder: str) -> None:
+    """Rows of 2 to 30 bytes, one row and none, and views whose strides are not those of their shape."""
+    join(rank, world, folder)
+    group = dist.group.WORLD
+    for dtype in (torch.float32, torch.float16):
+        for depth in (1, 3, 6):
+            for sizes in ([5, 3], [1, 4], [2, 0], [1, 0], [0, 0]):
+                every = [side(n, n) for n in sizes]
+                z, y, h = (torch.cat(column) for column in zip(*every))
+                whole = z.repeat(1, 2)[:, :depth].to(dtype)
+                labels, descriptors = y.clamp(min=0) % 2, h.float()
+                want = patch_contrast_loss(whole, labels, descriptors, reduction="none")
+                rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+                for strided in (False, True):
+                    own, own_labels, own_descriptors = whole[rows], labels[rows], descriptors[rows]
+                    if strided:
+                        own = own.t().contiguous().t()
+                        own_labels = own_labels.repeat_interleave(3)[::3]
+                        own_descriptors = own_descriptors.expand(2, -1).t().contiguous()[:, 0]
+                    for gather in ("all", "ring"):
+                        options = {"reduction": "none", "group": group, "gather": gather}
+                        got = patch_contrast_loss(own, own_labels, own_descriptors, **options)
+                        torch.testing.assert_close(got, want[rows])
+                    queue = EmbeddingQueue(2, depth, 9, descriptor_dim=1, process_group=group)
+                    queue.enqueue(own, own_labels, own_descriptors)
+                    alone = EmbeddingQueue(2, depth, 9, descriptor_dim=1)
+                    alone.enqueue(whole, labels, descriptors)
+                    assert torch.equal(queue.storage, alone.storage)
+                    assert torch.equal(queue.counts, alone.counts)
+    leave()
+
+
+def test_rows_of_any_number_of_bytes_travel(tmp_path: Path) -> None:
+    mp.spawn(rows_of_any_bytes, (2, str(tmp_path)), nprocs=2)
+
+
+@pytest.mark.parametrize("gather", ["all", "ring"])
+def test_forward_mode_is_refused_by_name(gather: str, tmp_path: Path) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        z, y = torch.randn(4, 3), torch.arange(4) % 2
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="patch_contrast_loss has no forward"):
+            patch_contrast_loss(forward_ad.make_dual(z, z), y, group=dist.group.WORLD, gather=gather)
+    finally:
+        dist.destroy_process_group()
 
 
 def equal_queues(rank: int, world: int, folder: str) -> None:

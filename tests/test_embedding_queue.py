@@ -96,7 +96,7 @@ def test_statistics_are_kept_in_32_bits_under_autocast(device: torch.device) -> 
     with torch.autocast(device.type, torch.bfloat16):
         assert all(torch.equal(a, b) for a, b in zip(module.queue.statistics(), expected))
         assert torch.equal(module(z, y), loss)
-    for dtype in (torch.float16, torch.int64):
+    for dtype in (torch.float16, torch.int64, 0):
         with pytest.raises(TypeError, match=r"dtype must be torch\.float32 or torch\.float64, got"):
             module.queue.statistics(dtype)
 

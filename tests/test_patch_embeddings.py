@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -229,6 +231,7 @@ def test_coverage_is_that_of_the_statistics() -> None:
         ("weights must be on the device of features, cpu, got meta", {"weights": torch.ones(2, 3, 8, 8).to("meta")}),
         ("prediction must be a tensor", {"prediction": 1.0}),
         ("ignore_index must be an int", {"ignore_index": None}),
+        ("select must be a function of PatchRows, or None, got int", {"select": 3}),
     ],
 )
 def test_bad_input(message: str, change: dict) -> None:
@@ -346,3 +349,14 @@ def test_classes_of_rows_that_were_chosen(device: torch.device) -> None:
     coverage, classes = threshold.coverage_and_classes(chosen)
     assert torch.equal(coverage, chosen.coverage)
     assert torch.equal(classes, chosen.labels)
+
+
+@pytest.mark.parametrize("coverage", [Fraction(1, 4), np.float32(0.25), 2**70, -(2**70), math.inf])
+def test_a_coverage_of_any_kind_of_number(coverage) -> None:
+    features, weights = torch.randn(1, 2, 8, 8), torch.rand(1, 3, 8, 8).softmax(1)
+    want = patch_embeddings(features, weights, 2, coverage=float(coverage))
+    got = patch_embeddings(features, weights, np.uint8(2), coverage=coverage, ignore_index=np.int8(-1))
+    assert torch.equal(got.labels, want.labels)
+    labels = weights.argmax(1)
+    want, got = (class_patches(features, labels, 2, 3, coverage=c).index for c in (float(coverage), coverage))
+    assert torch.equal(got, want)
