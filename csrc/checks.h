@@ -116,8 +116,8 @@ inline void require_contrast_backward(const PatchContrastArgs& x, const Tensor& 
 
 inline void require_gaussian_contrast(const GaussianContrastArgs& x) {
   require_floating(x.anchors, "anchors", x.anchors);
-  require(x.anchors.dim() == 2, "anchors");
-  require(x.counts.dim() == 1, "counts");
+  require(x.anchors.dim() == 2 && x.anchors.size(0) < kMostRows, "anchors");
+  require(x.counts.dim() == 1 && x.counts.size(0) > 0, "counts");
   const int64_t n = x.anchors.size(0), depth = x.anchors.size(1), k = x.counts.size(0);
   require_tensor(x.labels, "labels", x.anchors, ScalarType::Long, {n});
   require_tensor(x.counts, "counts", x.anchors, ScalarType::Long, {k});

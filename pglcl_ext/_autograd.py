@@ -45,21 +45,26 @@ class OpFunction(torch.autograd.Function):
 
     A subclass names both, and the functions that make their results for fake tensors. It is applied to the tensors that
     gradients flow to, and to one tuple of all arguments of the op: autograd does not look into it, which saves time.
+    Arguments are `flat` wherever they are a tuple in the order of the op's schema.
     """
 
     name: ClassVar[str]  # the public function
     op: ClassVar[Any]
     backward_op: ClassVar[Any]
+    gradients_flow_to: ClassVar[tuple[str, ...]]  # names of arguments of the op
     fake: ClassVar[Callable[..., Any]]  # of the op: tensors without content, in the shapes that it returns
     backward_fake: ClassVar[Callable[..., Any]]
     backward_function: ClassVar[type[OpFunction]]  # of the backward op; `register` makes it
     leading_tensors: ClassVar[int]  # number of the op's arguments before the first that is no tensor
+    places: ClassVar[tuple[int, ...]]  # of `gradients_flow_to` among the op's arguments
     generate_vmap_rule = True
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         kinds = [str(a.type) for a in cls.op._schema.arguments]
         cls.leading_tensors = next((i for i, kind in enumerate(kinds) if "Tensor" not in kind), len(kinds))
+        names = [a.name for a in cls.op._schema.arguments]
+        cls.places = tuple(names.index(name) for name in cls.gradients_flow_to)
 
     @classmethod
     def apply(cls, *inputs: Any) -> Any:
@@ -69,44 +74,49 @@ class OpFunction(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*inputs)  # type: ignore[misc]
 
     @classmethod
-    def differentiable(cls, arguments: Any) -> tuple[Tensor | None, ...]:
-        """The arguments of the op that gradients flow to."""
-        raise NotImplementedError
-
-    @classmethod
-    def call(cls, arguments: Any) -> Any:
+    def call(cls, flat: tuple[Any, ...]) -> Any:
         """The op's outputs, differentiable if an input needs a gradient."""
-        inputs = cls.differentiable(arguments)
         if torch.is_grad_enabled():
-            for t in inputs:
+            for place in cls.places:
+                t = flat[place]
                 if t is not None and t.requires_grad:
-                    return cls.apply(*inputs, arguments)
+                    return cls.apply(*cls.inputs(flat))
             if in_functorch():
-                return cls.apply(*inputs, arguments)
+                return cls.apply(*cls.inputs(flat))
         if forward_ad._current_level >= 0:
-            return cls.apply(*inputs, arguments)
-        return run(cls.op, cls.flat(arguments))
+            return cls.apply(*cls.inputs(flat))
+        return run(cls.op, flat)
 
     @classmethod
-    def flat(cls, arguments: Any) -> tuple[Any, ...]:
-        """The arguments in the order of the op's schema."""
-        return arguments  # type: ignore[no-any-return]
+    def checked(cls, check: Callable[[Any], None], arguments: Any, flat: tuple[Any, ...]) -> Any:
+        """As :meth:`call`; if the op refuses its tensors, `check` says why.
+
+        For memory safety, the ops look at their tensors themselves. `check` says more, but takes as long as a small op.
+        """
+        try:
+            return cls.call(flat)
+        except Exception as error:
+            refusal = error
+        try:
+            check(arguments)
+            raise refusal
+        finally:
+            del refusal  # with its traceback it would keep this frame alive, and so the tensors
 
     @classmethod
-    def nested(cls, flat: tuple[Any, ...]) -> Any:
-        """The inverse of :meth:`flat`."""
-        return flat
+    def inputs(cls, flat: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What the function is applied to."""
+        return (*[flat[place] for place in cls.places], flat)
 
     @classmethod
-    def save(cls, ctx: Any, outputs: tuple[Tensor, ...], arguments: Any) -> None:
+    def save(cls, ctx: Any, outputs: tuple[Tensor, ...], flat: tuple[Any, ...]) -> None:
         """Saves `outputs` and the op's tensors as ``saved_tensors``, and its other arguments as ``options``."""
-        flat = cls.flat(arguments)
-        ctx.save_for_backward(*outputs, *map(savable, flat[: cls.leading_tensors]))
+        ctx.save_for_backward(*outputs, *[savable(t) for t in flat[: cls.leading_tensors]])
         ctx.options = flat[cls.leading_tensors :]
 
     @classmethod
     def forward(cls, *inputs: Any) -> Any:
-        return run(cls.op, cls.flat(inputs[-1]))
+        return run(cls.op, inputs[-1])
 
     @classmethod
     def run_backward(cls, *arguments: Any) -> Any:
@@ -174,15 +184,14 @@ def _register_function(function: type[OpFunction]) -> None:
     one_level = _of_one_level(function)
 
     def kernel(*flat: Any) -> Any:
-        arguments = function.nested(flat)
         if not in_functorch():
-            return function.call(arguments)
+            return function.call(flat)
         if not torch.is_grad_enabled() and forward_ad._current_level < 0:
             with below_autograd():
                 return function.op(*flat)
         # The transform is at its own level of autograd, where PyTorch's own kernels add their nodes, too.
         with enable_single_level_autograd_function():
-            return one_level.apply(*function.differentiable(arguments), arguments)
+            return one_level.apply(*function.inputs(flat))
 
     library.impl(function.op, kernel, "Autograd")
     register_op(function.op, function.fake)
@@ -193,10 +202,7 @@ def register(function: type[OpFunction]) -> type[OpFunction]:
 
     class Backward(OpFunction):
         name, op, fake = function.name, function.backward_op, function.backward_fake
-
-        @classmethod
-        def differentiable(cls, arguments: Any) -> tuple[Tensor | None, ...]:
-            return tuple(t for t in arguments if isinstance(t, Tensor))
+        gradients_flow_to = tuple(a.name for a in op._schema.arguments if "Tensor" in str(a.type))
 
         @classmethod
         def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -19,6 +19,7 @@ from pglcl_ext._arguments import (
     BoundsArguments,
     Choice,
     ContrastArguments,
+    ContrastNumbers,
     GaussianArguments,
     Side,
     StatisticsArguments,
@@ -226,6 +227,10 @@ def check_statistics(x: StatisticsArguments) -> None:
     if x.input.shape[1] < 2:
         raise ValueError(f"input must have at least two classes (dimension 1), got {tuple(x.input.shape)}")
     check_patch_grid(x.input.shape[2:], x.patch_size, x.stride)
+    check_statistics_options(x)
+
+
+def check_statistics_options(x: StatisticsArguments) -> None:
     check_flag("probabilities", x.probabilities)
     check_flag("normalize", x.normalize)
 
@@ -303,6 +308,11 @@ def check_choice_of_pairs(
     negative_mask: Any = None,
 ) -> None:
     """That the options that choose the pairs go together."""
+    if (
+        max_positive_disparity is min_negative_disparity is num_positives is num_negatives is None
+        and positive_mask is negative_mask is None
+    ):
+        return
     rule = {
         "max_positive_disparity": max_positive_disparity,
         "min_negative_disparity": min_negative_disparity,
@@ -310,8 +320,6 @@ def check_choice_of_pairs(
         "num_negatives": num_negatives,
     }
     given = [name for name, value in rule.items() if value is not None]
-    if not given and positive_mask is None and negative_mask is None:
-        return
     if (positive_mask is not None or negative_mask is not None) and given:
         raise ValueError(f"positive_mask and negative_mask replace the rule and exclude {', '.join(given)}")
     for bound, count in (("max_positive_disparity", "num_positives"), ("min_negative_disparity", "num_negatives")):
@@ -399,11 +407,15 @@ def check_contrast(x: ContrastArguments) -> None:
         check_bounds("max_positive_disparity", x.choice.positive_bounds, z)
     if x.choice.negative_bounds is not None:
         check_bounds("min_negative_disparity", x.choice.negative_bounds, z)
-    check_temperature(x.numbers.temperature)
-    check_positive("negative_weight", x.numbers.negative_weight, or_zero=True)
-    check_bound("max_positive_disparity", x.numbers.positive_bound)
-    check_bound("min_negative_disparity", x.numbers.negative_bound)
-    check_integer("ignore_index", x.numbers.ignore_index)
+    check_contrast_numbers(x.numbers)
+
+
+def check_contrast_numbers(x: ContrastNumbers) -> None:
+    check_temperature(x.temperature)
+    check_positive("negative_weight", x.negative_weight, or_zero=True)
+    check_bound("max_positive_disparity", x.positive_bound)
+    check_bound("min_negative_disparity", x.negative_bound)
+    check_integer("ignore_index", x.ignore_index)
 
 
 # --- gaussian_contrast ----------------------------------------------------------------------------------------------
@@ -429,6 +441,10 @@ def check_gaussian(x: GaussianArguments) -> None:
         shape = "(K, K, D, D)" if x.means.dim() == 3 else "(K, D, D)"
         got = tuple(x.covariances.shape)
         raise ValueError(f"covariances must have shape {shape} as means have {tuple(x.means.shape)}, got {got}")
+    check_gaussian_numbers(x)
+
+
+def check_gaussian_numbers(x: GaussianArguments) -> None:
     check_temperature(x.temperature)
     check_positive("covariance_scale", x.covariance_scale, or_zero=True)
     if x.covariance_scale / x.temperature / x.temperature / 2 > LARGEST:  # the square may exceed it

@@ -15,6 +15,7 @@ from pglcl_ext._checks import (
     check_embeddings,
     check_flag,
     check_gaussian,
+    check_gaussian_numbers,
     check_integer,
     check_known_labels,
     check_number,
@@ -96,14 +97,15 @@ def gaussian_contrast_loss(
         REDUCTIONS[reduction],
         torch.is_grad_enabled() and (anchors.requires_grad or in_functorch()),
     )
-    check_gaussian(x)
     if is_traced():
+        check_gaussian(x)
         return _in_graph(*x)[0]  # type: ignore[no-any-return]
+    check_gaussian_numbers(x)
     try:
-        return _Gaussian.call(x)[0]  # type: ignore[no-any-return]
+        return _Gaussian.checked(check_gaussian, x, x)[0]  # type: ignore[no-any-return]
     except NotImplementedError:  # a derivative that there is not
         raise
-    except (RuntimeError, ValueError):
+    except RuntimeError:
         if labels.device.type == "cpu" and not in_functorch():  # the kernel is the first that reads them
             check_known_labels(labels, counts.shape[0], x.ignore_index)
         raise
@@ -245,20 +247,13 @@ class _Gaussian(OpFunction):
     name = "gaussian_contrast_loss"
     op = ops.gaussian_contrast.default
     backward_op = ops.gaussian_contrast_backward.default
+    gradients_flow_to = ("anchors",)
     fake = staticmethod(_fake)
     backward_fake = staticmethod(_fake_backward)
 
     @classmethod
-    def differentiable(cls, arguments: GaussianArguments) -> tuple[Tensor | None, ...]:
-        return (arguments.anchors,)
-
-    @classmethod
-    def nested(cls, flat: tuple[Any, ...]) -> GaussianArguments:
-        return GaussianArguments(*flat)
-
-    @classmethod
     def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x: GaussianArguments = inputs[-1]
+        x = GaussianArguments(*inputs[-1])
         _, gradients, num_valid = output
         ctx.mark_non_differentiable(gradients, num_valid)
         ctx.set_materialize_grads(False)
@@ -279,7 +274,7 @@ class _Gaussian(OpFunction):
             gradients, counted = rest
         else:  # the graph was made for inputs that need no gradient
             with torch.no_grad():
-                x = cls.nested((anchors, *rest, *ctx.options))
+                x = GaussianArguments(anchors, *rest, *ctx.options)
                 _, gradients, _ = cls.call(x._replace(needs_gradients=True))
             counted = _takes_part(x) if x.reduction == REDUCTIONS["none"] else None
         if counted is not None:  # what follows the loss of an anchor that is left out has no effect

@@ -16,6 +16,7 @@ from pglcl_ext._checks import (
     check_choice,
     check_choice_of_pairs,
     check_contrast,
+    check_contrast_numbers,
     check_embeddings,
     check_flag,
     check_integer,
@@ -194,10 +195,12 @@ def patch_contrast(
             allow_tf32(),
         ),
     )
-    check_contrast(x)
+    check_contrast_numbers(x.numbers)
     if group is not None:
+        check_contrast(x)  # a rank that stopped later would leave the others waiting
         _check_group(x)
     if num_positives is not None or num_negatives is not None:
+        check_contrast(x)
         x = _with_counted_bounds(x, num_positives, num_negatives, group)
     if group is not None:
         return all_keys_contrast(_contrast, x, group) if gather == "all" else ring_contrast(x, group)
@@ -206,7 +209,10 @@ def patch_contrast(
 
 
 def _contrast(x: ContrastArguments) -> ContrastOutputs:
-    return ContrastOutputs(*(_in_graph(*x.flat()) if is_traced() else _Contrast.call(x)))
+    if is_traced():
+        check_contrast(x)
+        return ContrastOutputs(*_in_graph(*x.flat()))
+    return ContrastOutputs(*_Contrast.checked(check_contrast, x, x.flat()))
 
 
 def _promoted(anchors: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -418,20 +424,9 @@ class _Contrast(OpFunction):
     name = "patch_contrast_loss"
     op = ops.patch_contrast.default
     backward_op = ops.patch_contrast_backward.default
+    gradients_flow_to = ("anchors", "keys")
     fake = staticmethod(_fake)
     backward_fake = staticmethod(_fake_backward)
-
-    @classmethod
-    def differentiable(cls, arguments: ContrastArguments) -> tuple[Tensor | None, ...]:
-        return arguments.anchors.embeddings, None if arguments.keys is None else arguments.keys.embeddings
-
-    @classmethod
-    def flat(cls, arguments: ContrastArguments) -> tuple[Any, ...]:
-        return arguments.flat()
-
-    @classmethod
-    def nested(cls, flat: tuple[Any, ...]) -> ContrastArguments:
-        return ContrastArguments.nested(flat)
 
     @classmethod
     def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pglcl_ext._arguments import StatisticsArguments
 from pglcl_ext._autograd import OpFunction, exportable, in_graph, is_traced, register
-from pglcl_ext._checks import check_statistics, check_tensor, per_dimension
+from pglcl_ext._checks import check_statistics, check_statistics_options, check_tensor, per_dimension
 from pglcl_ext._library import ops
 from pglcl_ext._precision import accumulate_dtype
 
@@ -117,8 +117,11 @@ def _statistics(
     """The statistics as the op keeps them: in float32 for inputs of 16 bits."""
     patch, step = patch_grid_arguments(input, patch_size, stride)
     x = StatisticsArguments(input, patch, step, probabilities, normalize)
-    check_statistics(x)
-    return PatchStatistics(*(_in_graph(*x) if is_traced() else _Statistics.call(x)))
+    if is_traced():
+        check_statistics(x)
+        return PatchStatistics(*_in_graph(*x))
+    check_statistics_options(x)
+    return PatchStatistics(*_Statistics.checked(check_statistics, x, x))
 
 
 def _fake(
@@ -153,23 +156,15 @@ class _Statistics(OpFunction):
     name = "patch_statistics"
     op = ops.patch_statistics.default
     backward_op = ops.patch_statistics_backward.default
+    gradients_flow_to = ("input",)
     fake = staticmethod(_fake)
     backward_fake = staticmethod(_fake_backward)
 
     @classmethod
-    def differentiable(cls, arguments: StatisticsArguments) -> tuple[Tensor | None, ...]:
-        return (arguments.input,)
-
-    @classmethod
-    def nested(cls, flat: tuple[Any, ...]) -> StatisticsArguments:
-        return StatisticsArguments(*flat)
-
-    @classmethod
     def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x: StatisticsArguments = inputs[-1]
+        image, *ctx.options = inputs[-1]
         _, confidence, class_entropy = output
-        ctx.save_for_backward(x.input, confidence, class_entropy)
-        _, *ctx.options = x
+        ctx.save_for_backward(image, confidence, class_entropy)
 
     @classmethod
     def backward(cls, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

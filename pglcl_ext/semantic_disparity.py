@@ -75,12 +75,9 @@ class _Disparity(OpFunction):
     name = "semantic_disparity"
     op = ops.semantic_disparity.default
     backward_op = ops.semantic_disparity_backward.default
+    gradients_flow_to = ("a", "b")
     fake = staticmethod(_fake)
     backward_fake = staticmethod(_fake_backward)
-
-    @classmethod
-    def differentiable(cls, arguments: tuple[Tensor, Tensor]) -> tuple[Tensor | None, ...]:
-        return arguments
 
     @classmethod
     def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
