@@ -123,174 +123,228 @@ void spoil_infinite(const TilePosition& at, scalar_t* dots) {
   }
 }
 
-// Which of the pairs (row, vector of keys) count with the row as anchor, and with the keys as anchors.
-template <typename scalar_t>
-struct PairMasks {
-  mask_t<scalar_t> row_positive, row_negative, column_positive, column_negative;
-};
-
 template <typename scalar_t>
 PGLCL_INLINE void accumulate(scalar_t* sums, vec_t<scalar_t> value) {
   store(sums, load(sums) + value);
 }
 
+// The masks, exponentials and sums of a panel. kColumns: the keys are anchors, too, so each pair counts for both.
+// kFixed: the exponents have a fixed shift.
 template <typename scalar_t, Pass kPass, TileKind kKind, bool kColumns, bool kFixed>
-void contrast_panel(const ContrastTile<scalar_t>& t, const TilePosition& at, int64_t key0,
-                    const ContrastScratch<scalar_t>& scratch) {
+struct ContrastPanel {
   using vec = vec_t<scalar_t>;
   using mask = mask_t<scalar_t>;
   using integer = integer_t<scalar_t>;
-  constexpr int kLanes = Simd<scalar_t>::kLanes;
-  constexpr int kPanel = Simd<scalar_t>::kPanel;
-  constexpr bool kPositives = kKind != TileKind::kDifferent;
-  constexpr bool kNegatives = kKind != TileKind::kSame;
-  constexpr scalar_t kUnit = kFixed ? 1 : scalar_t(kLogitUnit);
-  const ContrastState<scalar_t>& state = t.state;
-  const scalar_t log_weight = t.log_negative_weight;
-  const vec scale = broadcast<scalar_t>(t.scale), shift = broadcast<scalar_t>(t.shift);
-  const bool several_channels = t.channels > 1;
+  static constexpr int kLanes = Simd<scalar_t>::kLanes;
+  static constexpr int kPanel = Simd<scalar_t>::kPanel;
+  static constexpr bool kPositives = kKind != TileKind::kDifferent;
+  static constexpr bool kNegatives = kKind != TileKind::kSame;
+  static constexpr scalar_t kUnit = kFixed ? 1 : scalar_t(kLogitUnit);
 
-  for (int half = 0; half < 2; ++half) {
-    const int64_t key = key0 + half * kLanes;
-    const mask key_label = load_integers<scalar_t>(t.keys.label + key);
-    const mask key_identity = load_integers<scalar_t>(t.keys.identity + key);
-    const vec key_descriptor = load(t.keys.descriptor + key);
-    vec column_positive_bound{}, column_negative_bound{}, column_max_logit{};
-    vec column_positive_coefficient{}, column_negative_coefficient{}, column_mean_coefficient{};
-    if constexpr (kColumns) {
-      column_positive_bound = load(state.positive_bound + key);
-      column_negative_bound = load(state.negative_bound + key);
-      if constexpr (!kFixed) column_max_logit = load(state.max_logit + key);
-      if constexpr (kPass == Pass::kGradient) {
-        column_positive_coefficient = load(state.positive_coefficient + key);
-        column_negative_coefficient = load(state.negative_coefficient + key);
-        column_mean_coefficient = load(state.mean_coefficient + key);
-      }
-    }
-    vec column_sums[kRowSums] = {};
-    vec column_maximum = column_max_logit;
+  // Numbers of the tile. They are copied, since for all the compiler knows the panel's stores change the tile.
+  struct Constants {
+    const vec scale, shift;
+    const scalar_t log_weight;
+    const bool several_channels;
 
-    for (int64_t r = 0; r < at.rows; ++r) {
-      const int64_t i = at.row + r;
-      const int64_t offset = r * kPanel + half * kLanes;
-      const vec dot = load(scratch.dots + offset);
+    PGLCL_INLINE explicit Constants(const ContrastTile<scalar_t>& t)
+        : scale(broadcast<scalar_t>(t.scale)),
+          shift(broadcast<scalar_t>(t.shift)),
+          log_weight(t.log_negative_weight),
+          several_channels(t.channels > 1) {}
+  };
 
-      // Step 1: masks.
-      PairMasks<scalar_t> pairs{};
-      if constexpr (kKind == TileKind::kMasked) {
-        const mask code = load_integers<scalar_t>(scratch.codes + offset);
-        pairs.row_positive = (code & integer(kRowPositive)) != 0;
-        pairs.row_negative = (code & integer(kRowNegative)) != 0;
-        pairs.column_positive = (code & integer(kColumnPositive)) != 0;
-        pairs.column_negative = (code & integer(kColumnNegative)) != 0;
-      } else {
-        vec delta = several_channels ? load(scratch.disparity + offset)
-                                     : absolute<scalar_t>(t.anchors.descriptor[i] - key_descriptor);
-        if (sizeof(scalar_t) == 8 && t.float32_disparity) delta = as_float32(delta);
-        pairs.row_positive = delta <= state.positive_bound[i];
-        pairs.row_negative = delta >= state.negative_bound[i];
-        pairs.column_positive = delta <= column_positive_bound;
-        pairs.column_negative = delta >= column_negative_bound;
-        if constexpr (kKind == TileKind::kMixed) {
-          // Only the padding has a negative rank, -1, with which the exclusive or is negative or zero.
-          const integer label = t.anchors.label[i];
-          const mask other = key_identity != t.anchors.identity[i];
-          const mask same = (key_label == label) & other;
-          const mask different = ((key_label ^ label) > 0) & other;
-          pairs.row_positive &= same;
-          pairs.row_negative &= different;
-          pairs.column_positive &= same;
-          pairs.column_negative &= different;
-        }
-      }
+  // A vector of keys, with what they have as anchors.
+  struct Columns {
+    mask label, identity;
+    vec descriptor;
+    vec positive_bound{}, negative_bound{}, max_logit{};
+    vec positive_coefficient{}, negative_coefficient{}, mean_coefficient{};
+    vec sums[kRowSums] = {}, maximum{};
+  };
 
-      // Step 2: exponentials. Without a fixed shift, every pass rounds a logit before it subtracts the maximum. So no
-      // difference is above 0, and that of the maximum is 0.
-      scalar_t* sums = scratch.row_sums + r * kLanes;
-      if constexpr (kPass == Pass::kMaximum) {
-        const vec lowest = broadcast<scalar_t>(scalar_t(-__builtin_inf()));
-        const vec logit = rounded(dot * t.inverse_temperature);
-        vec row_maximum = load(sums);
-        if constexpr (kPositives) {
-          row_maximum = maximum<scalar_t>(row_maximum, pairs.row_positive ? logit : lowest);
-          column_maximum = maximum<scalar_t>(column_maximum, pairs.column_positive ? logit : lowest);
-        }
-        if constexpr (kNegatives) {
-          const vec weighted = logit + log_weight;
-          row_maximum = maximum<scalar_t>(row_maximum, pairs.row_negative ? weighted : lowest);
-          column_maximum = maximum<scalar_t>(column_maximum, pairs.column_negative ? weighted : lowest);
-        }
-        store(sums, row_maximum);
-        continue;
-      }
-      vec row_positive_exp, row_negative_exp, column_positive_exp, column_negative_exp;
-      vec row_positive_logit = dot, column_positive_logit = dot;
-      if constexpr (kFixed) {
-        row_positive_exp = exp2(dot * scale - shift);
-        row_negative_exp = column_positive_exp = column_negative_exp = row_positive_exp;
-      } else {
-        const vec logit = rounded(dot * t.inverse_temperature);
-        const vec weighted = logit + log_weight;
-        const scalar_t row_max_logit = state.max_logit[i];
-        row_positive_logit = logit - row_max_logit;
-        column_positive_logit = logit - column_max_logit;
-        if constexpr (kPositives) row_positive_exp = exp_of_nonpositive<scalar_t>(row_positive_logit);
-        if constexpr (kNegatives) row_negative_exp = exp_of_nonpositive<scalar_t>(weighted - row_max_logit);
-        if constexpr (kColumns && kPositives) column_positive_exp = exp_of_nonpositive<scalar_t>(column_positive_logit);
-        if constexpr (kColumns && kNegatives)
-          column_negative_exp = exp_of_nonpositive<scalar_t>(weighted - column_max_logit);
-      }
+  // Which of the pairs (row, vector of keys) count with the row as anchor, and with the keys as anchors.
+  struct Masks {
+    mask row_positive{}, row_negative{}, column_positive{}, column_negative{};
+  };
 
-      // Step 3: sums, or the weight dL/d(dot) of each pair.
-      if constexpr (kPass == Pass::kSum) {
-        if constexpr (kPositives) {
-          accumulate(sums + kPositiveExp * kRowSumStride<scalar_t>,
-                     keep<scalar_t>(pairs.row_positive, row_positive_exp));
-          accumulate(sums + kPositiveLogit * kRowSumStride<scalar_t>,
-                     keep<scalar_t>(pairs.row_positive, row_positive_logit) * kUnit);
-          accumulate(sums + kPositiveCount * kRowSumStride<scalar_t>,
-                     keep<scalar_t>(pairs.row_positive, broadcast<scalar_t>(1)));
-          if constexpr (kColumns) {
-            column_sums[kPositiveExp] += keep<scalar_t>(pairs.column_positive, column_positive_exp);
-            column_sums[kPositiveLogit] += keep<scalar_t>(pairs.column_positive, column_positive_logit) * kUnit;
-            column_sums[kPositiveCount] += keep<scalar_t>(pairs.column_positive, broadcast<scalar_t>(1));
-          }
-        }
-        if constexpr (kNegatives) {
-          accumulate(sums + kNegativeExp * kRowSumStride<scalar_t>,
-                     keep<scalar_t>(pairs.row_negative, row_negative_exp));
-          if constexpr (kColumns)
-            column_sums[kNegativeExp] += keep<scalar_t>(pairs.column_negative, column_negative_exp);
-        }
-      } else {
-        vec weight{};
-        if constexpr (kPositives) {
-          weight += keep<scalar_t>(pairs.row_positive,
-                                   row_positive_exp * state.positive_coefficient[i] - state.mean_coefficient[i]);
-          if constexpr (kColumns)
-            weight += keep<scalar_t>(pairs.column_positive,
-                                     column_positive_exp * column_positive_coefficient - column_mean_coefficient);
-        }
-        if constexpr (kNegatives) {
-          weight += keep<scalar_t>(pairs.row_negative, row_negative_exp * state.negative_coefficient[i]);
-          if constexpr (kColumns)
-            weight += keep<scalar_t>(pairs.column_negative, column_negative_exp * column_negative_coefficient);
-        }
-        store(scratch.weights + r * kWeightStride<scalar_t> + (key - at.column), weight);
-      }
-    }
+  // Exponentials of the pairs as each side needs them. Logits of positives are less that side's maximum, or dots where
+  // the shift is fixed.
+  struct Terms {
+    vec row_positive_exp, row_negative_exp, column_positive_exp, column_negative_exp;
+    vec row_positive_logit, column_positive_logit;
+  };
 
-    if constexpr (kPass == Pass::kMaximum && kColumns) store(state.max_logit + key, column_maximum);
-    if constexpr (kPass == Pass::kSum && kColumns) {
-      if constexpr (kPositives) {
-        accumulate(state.positive_exp + key, column_sums[kPositiveExp]);
-        accumulate(state.positive_logit + key, column_sums[kPositiveLogit]);
-        accumulate(state.positive_count + key, column_sums[kPositiveCount]);
-      }
-      if constexpr (kNegatives) accumulate(state.negative_exp + key, column_sums[kNegativeExp]);
+  static PGLCL_INLINE void load_columns(const ContrastTile<scalar_t>& t, int64_t key, Columns& columns) {
+    const ContrastState<scalar_t>& state = t.state;
+    columns.label = load_integers<scalar_t>(t.keys.label + key);
+    columns.identity = load_integers<scalar_t>(t.keys.identity + key);
+    columns.descriptor = load(t.keys.descriptor + key);
+    if constexpr (!kColumns) return;
+    columns.positive_bound = load(state.positive_bound + key);
+    columns.negative_bound = load(state.negative_bound + key);
+    if constexpr (!kFixed) columns.maximum = columns.max_logit = load(state.max_logit + key);
+    if constexpr (kPass == Pass::kGradient) {
+      columns.positive_coefficient = load(state.positive_coefficient + key);
+      columns.negative_coefficient = load(state.negative_coefficient + key);
+      columns.mean_coefficient = load(state.mean_coefficient + key);
     }
   }
-}
+
+  // offset: of the pairs in the panel.
+  static PGLCL_INLINE Masks pair_masks(const ContrastTile<scalar_t>& t, const Constants& constants,
+                                       const ContrastScratch<scalar_t>& scratch, const Columns& columns, int64_t i,
+                                       int64_t offset) {
+    Masks pairs;
+    if constexpr (kKind == TileKind::kMasked) {
+      const mask code = load_integers<scalar_t>(scratch.codes + offset);
+      pairs.row_positive = (code & integer(kRowPositive)) != 0;
+      pairs.row_negative = (code & integer(kRowNegative)) != 0;
+      pairs.column_positive = (code & integer(kColumnPositive)) != 0;
+      pairs.column_negative = (code & integer(kColumnNegative)) != 0;
+      return pairs;
+    }
+    vec delta = constants.several_channels ? load(scratch.disparity + offset)
+                                           : absolute<scalar_t>(t.anchors.descriptor[i] - columns.descriptor);
+    if (sizeof(scalar_t) == 8 && t.float32_disparity) delta = as_float32(delta);
+    pairs.row_positive = delta <= t.state.positive_bound[i];
+    pairs.row_negative = delta >= t.state.negative_bound[i];
+    pairs.column_positive = delta <= columns.positive_bound;
+    pairs.column_negative = delta >= columns.negative_bound;
+    if constexpr (kKind == TileKind::kMixed) {
+      // Only the padding has a negative rank, -1, with which the exclusive or is negative or zero.
+      const integer label = t.anchors.label[i];
+      const mask other = columns.identity != t.anchors.identity[i];
+      const mask same = (columns.label == label) & other;
+      const mask different = ((columns.label ^ label) > 0) & other;
+      pairs.row_positive &= same;
+      pairs.row_negative &= different;
+      pairs.column_positive &= same;
+      pairs.column_negative &= different;
+    }
+    return pairs;
+  }
+
+  static PGLCL_INLINE void raise_maxima(const ContrastTile<scalar_t>& t, const Constants& constants, const Masks& pairs,
+                                        vec dot, scalar_t* sums, Columns& columns) {
+    const vec lowest = broadcast<scalar_t>(scalar_t(-__builtin_inf()));
+    const vec logit = rounded(dot * t.inverse_temperature);
+    vec row_maximum = load(sums);
+    if constexpr (kPositives) {
+      row_maximum = maximum<scalar_t>(row_maximum, pairs.row_positive ? logit : lowest);
+      columns.maximum = maximum<scalar_t>(columns.maximum, pairs.column_positive ? logit : lowest);
+    }
+    if constexpr (kNegatives) {
+      const vec weighted = logit + constants.log_weight;
+      row_maximum = maximum<scalar_t>(row_maximum, pairs.row_negative ? weighted : lowest);
+      columns.maximum = maximum<scalar_t>(columns.maximum, pairs.column_negative ? weighted : lowest);
+    }
+    store(sums, row_maximum);
+  }
+
+  // Without a fixed shift, every pass rounds a logit before it subtracts the maximum. So no difference is above 0, and
+  // that of the maximum is 0.
+  static PGLCL_INLINE Terms pair_terms(const ContrastTile<scalar_t>& t, const Constants& constants,
+                                       const Columns& columns, int64_t i, vec dot) {
+    Terms terms;
+    if constexpr (kFixed) {
+      terms.row_positive_logit = terms.column_positive_logit = dot;
+      terms.row_positive_exp = exp2(dot * constants.scale - constants.shift);
+      terms.row_negative_exp = terms.column_positive_exp = terms.column_negative_exp = terms.row_positive_exp;
+    } else {
+      const vec logit = rounded(dot * t.inverse_temperature);
+      const vec weighted = logit + constants.log_weight;
+      const scalar_t row_max_logit = t.state.max_logit[i];
+      terms.row_positive_logit = logit - row_max_logit;
+      terms.column_positive_logit = logit - columns.max_logit;
+      if constexpr (kPositives) terms.row_positive_exp = exp_of_nonpositive<scalar_t>(terms.row_positive_logit);
+      if constexpr (kNegatives) terms.row_negative_exp = exp_of_nonpositive<scalar_t>(weighted - row_max_logit);
+      if constexpr (kColumns && kPositives)
+        terms.column_positive_exp = exp_of_nonpositive<scalar_t>(terms.column_positive_logit);
+      if constexpr (kColumns && kNegatives)
+        terms.column_negative_exp = exp_of_nonpositive<scalar_t>(weighted - columns.max_logit);
+    }
+    return terms;
+  }
+
+  static PGLCL_INLINE void add_sums(const Masks& pairs, const Terms& terms, scalar_t* sums, Columns& columns) {
+    constexpr int64_t kStride = kRowSumStride<scalar_t>;
+    const vec one = broadcast<scalar_t>(1);
+    if constexpr (kPositives) {
+      accumulate(sums + kPositiveExp * kStride, keep<scalar_t>(pairs.row_positive, terms.row_positive_exp));
+      accumulate(sums + kPositiveLogit * kStride, keep<scalar_t>(pairs.row_positive, terms.row_positive_logit) * kUnit);
+      accumulate(sums + kPositiveCount * kStride, keep<scalar_t>(pairs.row_positive, one));
+      if constexpr (kColumns) {
+        columns.sums[kPositiveExp] += keep<scalar_t>(pairs.column_positive, terms.column_positive_exp);
+        columns.sums[kPositiveLogit] += keep<scalar_t>(pairs.column_positive, terms.column_positive_logit) * kUnit;
+        columns.sums[kPositiveCount] += keep<scalar_t>(pairs.column_positive, one);
+      }
+    }
+    if constexpr (kNegatives) {
+      accumulate(sums + kNegativeExp * kStride, keep<scalar_t>(pairs.row_negative, terms.row_negative_exp));
+      if constexpr (kColumns)
+        columns.sums[kNegativeExp] += keep<scalar_t>(pairs.column_negative, terms.column_negative_exp);
+    }
+  }
+
+  // dL/d(dot).
+  static PGLCL_INLINE vec pair_weights(const ContrastState<scalar_t>& state, const Masks& pairs, const Terms& terms,
+                                       const Columns& columns, int64_t i) {
+    vec weight{};
+    if constexpr (kPositives) {
+      weight += keep<scalar_t>(pairs.row_positive,
+                               terms.row_positive_exp * state.positive_coefficient[i] - state.mean_coefficient[i]);
+      if constexpr (kColumns)
+        weight += keep<scalar_t>(pairs.column_positive,
+                                 terms.column_positive_exp * columns.positive_coefficient - columns.mean_coefficient);
+    }
+    if constexpr (kNegatives) {
+      weight += keep<scalar_t>(pairs.row_negative, terms.row_negative_exp * state.negative_coefficient[i]);
+      if constexpr (kColumns)
+        weight += keep<scalar_t>(pairs.column_negative, terms.column_negative_exp * columns.negative_coefficient);
+    }
+    return weight;
+  }
+
+  static PGLCL_INLINE void store_columns(const ContrastState<scalar_t>& state, int64_t key, const Columns& columns) {
+    if constexpr (kPass == Pass::kMaximum && kColumns) store(state.max_logit + key, columns.maximum);
+    if constexpr (kPass == Pass::kSum && kColumns) {
+      if constexpr (kPositives) {
+        accumulate(state.positive_exp + key, columns.sums[kPositiveExp]);
+        accumulate(state.positive_logit + key, columns.sums[kPositiveLogit]);
+        accumulate(state.positive_count + key, columns.sums[kPositiveCount]);
+      }
+      if constexpr (kNegatives) accumulate(state.negative_exp + key, columns.sums[kNegativeExp]);
+    }
+  }
+
+  static void compute(const ContrastTile<scalar_t>& t, const TilePosition& at, int64_t key0,
+                      const ContrastScratch<scalar_t>& scratch) {
+    const Constants constants(t);
+    for (int half = 0; half < 2; ++half) {
+      const int64_t key = key0 + half * kLanes;
+      Columns columns;
+      load_columns(t, key, columns);
+      for (int64_t r = 0; r < at.rows; ++r) {
+        const int64_t i = at.row + r, offset = r * kPanel + half * kLanes;
+        const vec dot = load(scratch.dots + offset);
+        scalar_t* sums = scratch.row_sums + r * kLanes;
+        const Masks pairs = pair_masks(t, constants, scratch, columns, i, offset);
+        if constexpr (kPass == Pass::kMaximum) {
+          raise_maxima(t, constants, pairs, dot, sums, columns);
+        } else {
+          const Terms terms = pair_terms(t, constants, columns, i, dot);
+          if constexpr (kPass == Pass::kSum)
+            add_sums(pairs, terms, sums, columns);
+          else
+            store(scratch.weights + r * kWeightStride<scalar_t> + (key - at.column),
+                  pair_weights(t.state, pairs, terms, columns, i));
+        }
+      }
+      store_columns(t.state, key, columns);
+    }
+  }
+};
 
 template <typename scalar_t>
 void begin_rows(const TilePosition& at, const ContrastScratch<scalar_t>& scratch, scalar_t value) {
@@ -328,10 +382,10 @@ using PanelFunction = void (*)(const ContrastTile<scalar_t>&, const TilePosition
 template <typename scalar_t, Pass kPass, bool kColumns, bool kFixed>
 PanelFunction<scalar_t> panel_of_kind(TileKind kind) {
   switch (kind) {
-    case TileKind::kSame: return contrast_panel<scalar_t, kPass, TileKind::kSame, kColumns, kFixed>;
-    case TileKind::kDifferent: return contrast_panel<scalar_t, kPass, TileKind::kDifferent, kColumns, kFixed>;
-    case TileKind::kMixed: return contrast_panel<scalar_t, kPass, TileKind::kMixed, kColumns, kFixed>;
-    default: return contrast_panel<scalar_t, kPass, TileKind::kMasked, kColumns, kFixed>;
+    case TileKind::kSame: return ContrastPanel<scalar_t, kPass, TileKind::kSame, kColumns, kFixed>::compute;
+    case TileKind::kDifferent: return ContrastPanel<scalar_t, kPass, TileKind::kDifferent, kColumns, kFixed>::compute;
+    case TileKind::kMixed: return ContrastPanel<scalar_t, kPass, TileKind::kMixed, kColumns, kFixed>::compute;
+    default: return ContrastPanel<scalar_t, kPass, TileKind::kMasked, kColumns, kFixed>::compute;
   }
 }
 

@@ -12,7 +12,7 @@ struct ContrastKernels {
   using Function = void (*)(const ContrastTile<scalar_t>&, const TilePosition&, const ContrastScratch<scalar_t>&);
   int panel;          // keys in a packed panel
   int lanes;          // scalars in a vector
-  Function maximum;   // raises state.shift to the largest exponent of each anchor
+  Function maximum;   // raises state.max_logit to the largest logit of each anchor
   Function sum;       // adds to the forward sums of each anchor
   Function gradient;  // adds to the gradients
 };

@@ -9,7 +9,7 @@ namespace pglcl::cuda {
 struct DeviceLimits {
   int compiled_for;      // compute capability that the running code was compiled for, e.g. 80; never above the device's
   int64_t shared_bytes;  // most that a block can ask for
-  bool allow_tf32;       // PyTorch's own switch for float32 products
+  bool allow_tf32;       // whether float32 products may round their factors to TF32
   int multiprocessors = 1;
 };
 
