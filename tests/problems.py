@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pglcl_ext import patch_contrast_loss, reference
+from pglcl_ext import gaussian_contrast_loss, patch_contrast_loss, reference
+from pglcl_ext._arguments import Choice, ContrastArguments, ContrastNumbers, GaussianArguments, Side
+from pglcl_ext._checks import REDUCTIONS
+from pglcl_ext._library import allow_tf32
 
 MOST_ROWS = math.inf  # of a problem; an emulated device sets it lower
 
@@ -63,6 +68,10 @@ class ContrastProblem:
             return cls(anchors, labels, descriptors, options=options)
         return cls(anchors, labels, descriptors, *side(m), options=options)
 
+    @property
+    def temperature(self) -> float:
+        return self.options.get("temperature", CONTRAST_DEFAULTS["temperature"])  # type: ignore[no-any-return]
+
     def cast(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> ContrastProblem:
         def leaf(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.to(device, dtype).detach().clone().requires_grad_()
@@ -93,6 +102,38 @@ class ContrastProblem:
         return list(torch.autograd.grad(loss, inputs, weights))
 
 
+def defaults_of(function: Callable[..., Any]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+CONTRAST_DEFAULTS, GAUSSIAN_DEFAULTS = defaults_of(patch_contrast_loss), defaults_of(gaussian_contrast_loss)
+
+
+def contrast_arguments(
+    anchors: Side, keys: Side | None = None, choice: Choice | None = None, *, reduction: str = "mean", **numbers: Any
+) -> ContrastArguments:
+    """The arguments of the op, with the defaults of the public function where `numbers` has none."""
+    defaults = ContrastNumbers(
+        temperature=CONTRAST_DEFAULTS["temperature"],
+        positive_bound=math.inf,
+        negative_bound=0.0,
+        negative_weight=CONTRAST_DEFAULTS["negative_weight"],
+        ignore_index=CONTRAST_DEFAULTS["ignore_index"],
+        self_offset=-1,
+        reduction=REDUCTIONS[reduction],
+        allow_tf32=allow_tf32(),
+    )
+    return ContrastArguments(anchors, keys, choice or Choice(), defaults._replace(**numbers))
+
+
+def gaussian_arguments(*tensors: Tensor, needs_gradients: bool = True, **options: Any) -> GaussianArguments:
+    """The arguments of the op for the tensors and options of the public function, whose defaults hold."""
+    options = {**GAUSSIAN_DEFAULTS, **options}
+    reduction = REDUCTIONS[options.pop("reduction")]
+    return GaussianArguments(*tensors, **options, reduction=reduction, needs_gradients=needs_gradients)
+
+
 # Largest accepted error relative to the largest gradient; losses are compared with the same number, absolutely and
 # relatively. Low precision is limited by the rounding of the result.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -101,24 +142,27 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2, to
 def assert_matches_reference(problem: ContrastProblem, dtype: torch.dtype, device: torch.device | str) -> None:
     """The loss and its gradients in `dtype` against the reference in float64 on the same, rounded, numbers."""
     ours = problem.cast(dtype, device)
-    oracle = problem.cast(torch.float64)
-    with torch.no_grad():
-        oracle.anchors.copy_(ours.anchors)
-        if oracle.keys is not None and ours.keys is not None:
-            oracle.keys.copy_(ours.keys)
+    oracle = ours.cast(torch.float64)
     value, expected = ours.loss(), oracle.loss(reference.patch_contrast_loss)
     # Exponentials are of logits up to 1 / temperature, which are rounded in the accumulating type.
-    temperature = problem.options.get("temperature", 0.1)
-    rounding = 2 * torch.finfo(value.dtype).eps / temperature
-    tolerance = TOLERANCE[dtype] + rounding
+    tolerance = TOLERANCE[dtype] + 2 * torch.finfo(value.dtype).eps / problem.temperature
     torch.testing.assert_close(value.double().cpu(), expected, rtol=tolerance, atol=tolerance)
-    weights = torch.linspace(0.5, 1.5, max(expected.numel(), 1), dtype=torch.float64)[: expected.numel()]
-    weights = weights.reshape(expected.shape)
-    got = ours.gradients(value, weights.to(value.device, value.dtype))
-    want = oracle.gradients(expected, weights)
-    for a, b in zip(got, want):
+    upstream = rising_upstream(expected)
+    got = ours.gradients(value, upstream.to(value.device, value.dtype))
+    assert_gradients_match(problem, got, oracle.gradients(expected, upstream), tolerance)
+
+
+def rising_upstream(loss: Tensor) -> Tensor:
+    """An upstream gradient of the shape of `loss` that rises from 1/2 to 3/2, in float64."""
+    return torch.linspace(0.5, 1.5, max(loss.numel(), 1), dtype=torch.float64)[: loss.numel()].reshape(loss.shape)
+
+
+def assert_gradients_match(
+    problem: ContrastProblem, got: Iterable[Tensor], want: Iterable[Tensor], tolerance: float
+) -> None:
+    for a, b in zip(got, want, strict=True):
         # A gradient is a sum of up to N terms of size 1 / temperature (over N for the mean), which may cancel.
-        term = 0.1 / (temperature * max(expected.numel(), len(problem.anchors)) ** 0.5)
+        term = 0.1 / (problem.temperature * max(len(problem.anchors), 1) ** 0.5)
         scale = max(b.abs().max().item(), term) if b.numel() else term
         torch.testing.assert_close(a.double().cpu(), b, rtol=0, atol=tolerance * scale)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,9 +25,9 @@ from pglcl_ext import (
     patch_statistics,
     semantic_disparity,
 )
-from pglcl_ext._checks import REDUCTIONS
+from pglcl_ext._arguments import Side
 from pglcl_ext._library import ops
-from tests.problems import ContrastProblem, gaussian_problem
+from tests.problems import ContrastProblem, contrast_arguments, gaussian_problem
 
 CONTRAST = ContrastProblem.random(12, 5, m=9, classes=2)
 LABELS = CONTRAST.labels.clamp(min=0)
@@ -71,8 +70,7 @@ def test_torch_func_gives_the_gradient_of_autograd(name: str) -> None:
 
 def contrast_op(z: Tensor, keys: Tensor) -> Tensor:
     """The op itself, as a graph holds it."""
-    side = (None, keys, LABELS, None, None, None, None, None)
-    return ops.patch_contrast(z, LABELS, *side, 0.1, math.inf, 0.0, 1.0, -1, -1, REDUCTIONS["mean"], False)[0]
+    return ops.patch_contrast(*contrast_arguments(Side(z, LABELS), Side(keys, LABELS)).flat())[0]
 
 
 def contrast(z: Tensor, keys: Tensor) -> Tensor:

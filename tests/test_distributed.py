@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 import os
 import time
 from pathlib import Path
@@ -17,7 +16,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from pglcl_ext import EmbeddingQueue, PatchContrastLoss, distributed, patch_contrast_loss
+from pglcl_ext._arguments import Side
 from pglcl_ext._library import ops
+from tests.problems import contrast_arguments
 
 FEATURES, DEPTH = 6, 5
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -297,9 +298,9 @@ def test_sums_of_parts_merge_at_any_size_of_logits(scale: float) -> None:
     key_labels[:30] = -1
 
     def part(keys: slice) -> distributed._AnchorSums:
-        none = (None,) * 5
-        numbers = (0.5, math.inf, 0.0, 1e3, -1, -1, 0, False)
-        loss, top, log_sum, _, count, _ = ops.patch_contrast(z, y, None, k[keys], key_labels[keys], *none, *numbers)
+        numbers = {"temperature": 0.5, "negative_weight": 1e3, "reduction": "none"}
+        x = contrast_arguments(Side(z, y), Side(k[keys], key_labels[keys]), **numbers)
+        loss, top, log_sum, _, count, _ = ops.patch_contrast(*x.flat())
         return distributed._AnchorSums(top, log_sum, torch.where(count > 0, log_sum - loss, 0), count)
 
     merged = part(slice(0, 30)).merge(part(slice(30, 50))).merge(part(slice(50, 90)))

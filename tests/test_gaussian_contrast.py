@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pglcl_ext import GaussianContrastLoss, gaussian_contrast_loss, reference
+from pglcl_ext._arguments import GaussianArguments
+from pglcl_ext._checks import REDUCTIONS
 from pglcl_ext._library import ops
-from tests.problems import DTYPES, TOLERANCE, gaussian_problem
+from tests.problems import DTYPES, TOLERANCE, gaussian_arguments, gaussian_problem, rising_upstream
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "authors": {},
@@ -27,35 +29,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def double_loop(
-    anchors: Tensor,
-    labels: Tensor,
-    means: Tensor,
-    covariances: Tensor,
-    counts: Tensor,
-    *,
-    temperature: float = 0.2,
-    covariance_scale: float = 4.0,
-    negative_weight: float = 4096.0,
-) -> Tensor:
+def double_loop(x: GaussianArguments) -> Tensor:
     """method, section 6, term by term, with exact logarithms of sums; float64."""
-    taking_part = [k for k in range(len(counts)) if counts[k] > 0]
+    taking_part = [k for k in range(len(x.counts)) if x.counts[k] > 0]
     losses = []
-    for t, y in zip(anchors, labels.tolist()):
+    for t, y in zip(x.anchors, x.labels.tolist()):
         if y not in taking_part:
             continue
 
         def exponent(j: int, t: Tensor = t, y: int = y) -> Tensor:
-            mu, sigma = (means[y, j], covariances[y, j]) if means.dim() == 3 else (means[j], covariances[j])
-            return t @ mu / temperature + covariance_scale / temperature / temperature / 2 * (t @ sigma @ t)
+            mu, sigma = (x.means[y, j], x.covariances[y, j]) if x.means.dim() == 3 else (x.means[j], x.covariances[j])
+            return t @ mu / x.temperature + x.covariance_scale / x.temperature / x.temperature / 2 * (t @ sigma @ t)
 
         terms = [exponent(y)]
-        if negative_weight > 0:
-            log_weight = math.log(negative_weight / len(taking_part))
+        if x.negative_weight > 0:
+            log_weight = math.log(x.negative_weight / len(taking_part))
             terms += [exponent(j) + log_weight for j in taking_part if j != y]
-        mu = means[y, y] if means.dim() == 3 else means[y]
-        losses.append(torch.logsumexp(torch.stack(terms), 0) - t @ mu / temperature)
-    return torch.stack(losses).mean() if losses else anchors.sum() * 0
+        mu = x.means[y, y] if x.means.dim() == 3 else x.means[y]
+        losses.append(torch.logsumexp(torch.stack(terms), 0) - t @ mu / x.temperature)
+    return torch.stack(losses).mean() if losses else x.anchors.sum() * 0
 
 
 @pytest.mark.parametrize("pairwise", [False, True])
@@ -66,7 +58,7 @@ def test_matches_the_double_loop(name: str, empty: tuple[int, ...], pairwise: bo
     ours = anchors.to(device).requires_grad_()
     loss = gaussian_contrast_loss(ours, *(t.to(device) for t in rest), **OPTIONS[name])
     oracle = anchors.clone().requires_grad_()
-    expected = double_loop(oracle, *rest, **OPTIONS[name])
+    expected = double_loop(gaussian_arguments(oracle, *rest, **OPTIONS[name]))
     torch.testing.assert_close(loss.cpu(), expected, rtol=1e-11, atol=1e-11)
     (got,), (want,) = torch.autograd.grad(loss, ours), torch.autograd.grad(expected, oracle)
     torch.testing.assert_close(got.cpu(), want, rtol=1e-9, atol=1e-11)
@@ -82,8 +74,7 @@ def assert_matches_reference(problem: tuple[Tensor, ...], dtype: torch.dtype, de
     tau = options.get("temperature", 0.2)
     tolerance = TOLERANCE[dtype] + 4 * torch.finfo(loss.dtype).eps / tau / tau
     torch.testing.assert_close(loss.double().cpu(), expected, rtol=tolerance, atol=tolerance)
-    upstream = torch.linspace(0.5, 1.5, max(expected.numel(), 1), dtype=torch.float64)[: expected.numel()]
-    upstream = upstream.reshape(expected.shape)
+    upstream = rising_upstream(expected)
     (got,) = torch.autograd.grad(loss, ours, upstream.to(device, loss.dtype))
     (want,) = torch.autograd.grad(expected, oracle, upstream)
     assert got.dtype == dtype
@@ -170,8 +161,8 @@ def test_nothing_to_contrast_is_zero_and_stays_in_the_graph(reduction: str, devi
 def test_opcheck(device: torch.device) -> None:
     problem = [t.to(device) for t in gaussian_problem(12, 5)]
     problem[0].requires_grad_()
-    for reduction in (0, 1, 2):
-        torch.library.opcheck(ops.gaussian_contrast, (*problem, 0.2, 4.0, 4096.0, -1, reduction, True))
+    for reduction in REDUCTIONS:
+        torch.library.opcheck(ops.gaussian_contrast, tuple(gaussian_arguments(*problem, reduction=reduction)))
     gradients, valid = torch.randn(2, 12, 5, device=device), torch.tensor(7, device=device)
     grad = torch.randn((), device=device)
     torch.library.opcheck(ops.gaussian_contrast_backward, (grad, *gradients, valid, 1))

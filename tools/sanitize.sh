@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 . tools/variant.sh
 selection=("$@")
 if [ $# -eq 0 ]; then
-  selection=(tests/test_patch_contrast.py tests/test_patch_statistics.py tests/test_gaussian_contrast.py
+  selection=(tests/test_patch_contrast*.py tests/test_patch_statistics.py tests/test_gaussian_contrast.py
     tests/test_semantic_disparity.py
     -k "sizes or instruction_set or explicit_masks or slices or nothing or bad_input or every_shape or reference")
 fi

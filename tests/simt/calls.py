@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,17 +12,9 @@ import torch
 from torch import Tensor
 
 import pglcl_ext
-from pglcl_ext._arguments import (
-    BoundsArguments,
-    Choice,
-    ContrastArguments,
-    ContrastNumbers,
-    ContrastOutputs,
-    GaussianArguments,
-    Side,
-)
-from pglcl_ext._checks import REDUCTIONS
-from pglcl_ext._library import allow_tf32, ops
+from pglcl_ext._arguments import BoundsArguments, ContrastArguments, ContrastOutputs
+from pglcl_ext._library import ops
+from tests.problems import gaussian_arguments, rising_upstream
 from tests.simt import emulator
 
 
@@ -39,41 +32,25 @@ def device(
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
+def limits_of(options: dict[str, Any]) -> dict[str, Any]:
+    """Takes the arguments of :func:`device` out of `options`."""
+    return {name: options.pop(name) for name in inspect.signature(device).parameters if name in options}
+
+
 def patch_contrast(
     anchors: Tensor, *arguments: Any, upstream: Tensor | None = None, keys: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss, and its gradients to anchors and keys, for an upstream gradient that rises from 1/2 to 3/2."""
-    limits = {
-        name: options.pop(name)
-        for name in ("capability", "shared_bytes", "multiprocessors", "allow_tf32")
-        if name in options
-    }
+    limits = limits_of(options)
     leaves = [t.detach().requires_grad_() for t in (anchors, keys) if t is not None]
     with device(**limits):
         if keys is not None:
             options["keys"] = leaves[1]
         loss = pglcl_ext.patch_contrast_loss(leaves[0], *arguments, **options)
         if upstream is None:
-            upstream = torch.linspace(0.5, 1.5, max(loss.numel(), 1), dtype=torch.float64)[: loss.numel()]
+            upstream = rising_upstream(loss)
         grads = torch.autograd.grad(loss, leaves, upstream.to(loss.dtype).reshape(loss.shape))
     return loss.detach(), list(grads)
-
-
-def contrast_arguments(
-    anchors: Side, keys: Side | None = None, choice: Choice | None = None, *, reduction: str = "mean", **numbers: Any
-) -> ContrastArguments:
-    """The arguments of the op, with the defaults of the public function where `numbers` has none."""
-    defaults = ContrastNumbers(
-        temperature=0.1,
-        positive_bound=math.inf,
-        negative_bound=0.0,
-        negative_weight=1.0,
-        ignore_index=-1,
-        self_offset=-1,
-        reduction=REDUCTIONS[reduction],
-        allow_tf32=allow_tf32(),
-    )
-    return ContrastArguments(anchors, keys, choice or Choice(), defaults._replace(**numbers))
 
 
 def contrast_outputs(x: ContrastArguments) -> ContrastOutputs:
@@ -133,33 +110,7 @@ def disparity_bounds(
     return got, want
 
 
-def gaussian_contrast(
-    anchors: Tensor,
-    labels: Tensor,
-    means: Tensor,
-    covariances: Tensor,
-    counts: Tensor,
-    *,
-    temperature: float = 0.2,
-    covariance_scale: float = 4.0,
-    negative_weight: float = 4096.0,
-    ignore_index: int = -1,
-    reduction: str = "mean",
-    **limits: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, gradients of the losses, num_valid), on the :func:`device` that `limits` describe."""
-    x = GaussianArguments(
-        anchors=anchors,
-        labels=labels,
-        means=means,
-        covariances=covariances,
-        counts=counts,
-        temperature=temperature,
-        covariance_scale=covariance_scale,
-        negative_weight=negative_weight,
-        ignore_index=ignore_index,
-        reduction=REDUCTIONS[reduction],
-        needs_gradients=True,
-    )
-    with device(**limits):
-        return ops.gaussian_contrast(*x)
+def gaussian_contrast(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, gradients of the losses, num_valid)."""
+    with device(**limits_of(options)):
+        return ops.gaussian_contrast(*gaussian_arguments(*tensors, **options))

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from pglcl_ext import reference
 from pglcl_ext._arguments import Choice, ContrastArguments, Side
-from tests.problems import TOLERANCE, ContrastProblem
+from tests.problems import (
+    TOLERANCE,
+    ContrastProblem,
+    assert_gradients_match,
+    contrast_arguments,
+    rising_upstream,
+)
 from tests.simt import calls
 
 TF32 = 4e-3  # in place of TOLERANCE: operands are rounded to 10 bits of mantissa
@@ -64,14 +70,9 @@ def apart(t: Tensor) -> Tensor:
 
 def assert_contrast(problem: ContrastProblem, dtype: torch.dtype, **device: Any) -> None:
     ours = problem.cast(dtype)
-    oracle = problem.cast(torch.float64)
-    with torch.no_grad():
-        oracle.anchors.copy_(ours.anchors)
-        if oracle.keys is not None and ours.keys is not None:
-            oracle.keys.copy_(ours.keys)
+    oracle = ours.cast(torch.float64)
     expected = oracle.loss(reference.patch_contrast_loss)
-    upstream = torch.linspace(0.5, 1.5, max(expected.numel(), 1), dtype=torch.float64)[: expected.numel()]
-    want = oracle.gradients(expected, upstream.reshape(expected.shape))
+    want = oracle.gradients(expected, rising_upstream(expected))
 
     def run(anchors: Tensor, *arguments: Any, **options: Any) -> Tensor:
         nonlocal grads
@@ -81,17 +82,13 @@ def assert_contrast(problem: ContrastProblem, dtype: torch.dtype, **device: Any)
 
     grads: list[Tensor] = []
     loss = ours.loss(run)
-    temperature = problem.options.get("temperature", 0.1)
     tolerance = TOLERANCE[dtype]
     if dtype != torch.float64:
-        tolerance += 2 * torch.finfo(torch.float32).eps / temperature
+        tolerance += 2 * torch.finfo(torch.float32).eps / problem.temperature
     if device.get("allow_tf32"):
-        tolerance = max(tolerance, TF32 * 0.1 / temperature)
+        tolerance = max(tolerance, TF32 * 0.1 / problem.temperature)
     torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
-    for a, b in zip(grads, want, strict=True):
-        term = 0.1 / (temperature * max(expected.numel(), len(problem.anchors)) ** 0.5)
-        scale = max(b.abs().max().item(), term) if b.numel() else term
-        torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance * scale)
+    assert_gradients_match(problem, grads, want, tolerance)
 
 
 def with_own_keys(
@@ -99,7 +96,7 @@ def with_own_keys(
 ) -> ContrastArguments:
     """The arguments of ops.patch_contrast for anchors that are among the keys, with a loss for each anchor."""
     bounds = bound if isinstance(bound, Tensor) else None
-    return calls.contrast_arguments(
+    return contrast_arguments(
         Side(z[rows].contiguous(), y[rows].contiguous()),
         Side(z, y),
         Choice(positive_bounds=bounds),

@@ -10,7 +10,7 @@ import torch
 
 from pglcl_ext import reference
 from pglcl_ext._arguments import ContrastOutputs, Side
-from tests.problems import DTYPES, TOLERANCE, ContrastProblem
+from tests.problems import DTYPES, TOLERANCE, ContrastProblem, contrast_arguments
 from tests.simt import calls, emulator
 from tests.simt.contrast_cases import OPTIONS, TILED_DTYPES, assert_contrast, every_path, with_own_keys
 
@@ -182,7 +182,7 @@ def test_what_the_forward_pass_says_of_each_anchor(dtype: torch.dtype, device: d
     y = torch.tensor([0, 0, 0, 1, 1, 2, -1, 0, 1, 3, 3, -1])  # 5 has no positive, 6 and 11 have no pair
     temperature, weight = 0.5, 3.0
     with calls.device(**device):
-        x = calls.contrast_arguments(Side(z, y), temperature=temperature, negative_weight=weight)
+        x = contrast_arguments(Side(z, y), temperature=temperature, negative_weight=weight)
         out = ContrastOutputs(*(t.double() for t in calls.contrast_outputs(x)))
     counts = (y != -1)[:, None] & (y != -1) & ~torch.eye(12, dtype=torch.bool)
     positive, negative = counts & (y[:, None] == y), counts & (y[:, None] != y)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pglcl_ext._arguments import Choice, ContrastArguments, ContrastOutputs, Side
-from tests.problems import DTYPES, TOLERANCE, ContrastProblem
+from tests.problems import DTYPES, TOLERANCE, ContrastProblem, contrast_arguments
 from tests.simt import calls, emulator
 from tests.simt.contrast_cases import TILED_DTYPES, apart, assert_contrast, inside, shifted
 
@@ -27,7 +27,7 @@ def test_inputs_of_any_strides(dtype: torch.dtype) -> None:
 
 
 def test_backward_takes_saved_outputs_of_any_strides_and_gives_no_gradient_of_keys_that_are_anchors() -> None:
-    x = calls.contrast_arguments(Side(torch.randn(9, 8), torch.randint(0, 2, (9,))))
+    x = contrast_arguments(Side(torch.randn(9, 8), torch.randint(0, 2, (9,))))
     out = calls.contrast_outputs(x)
     strided = out._replace(
         max_logit=apart(out.max_logit), log_sum=apart(out.log_sum), num_positives=apart(out.num_positives)
@@ -44,7 +44,7 @@ def test_rows_are_copied_only_where_vectors_need_it() -> None:
     odd = torch.randn(10, 7).double()
     for rows, copies in ((z, set()), (moved, {"aten::clone"}), (odd, set()), (odd.float(), {"aten::constant_pad_nd"})):
         emulator.take_launches()
-        x = calls.contrast_arguments(Side(rows, y))
+        x = contrast_arguments(Side(rows, y))
         asked, _ = inside("patch_contrast", lambda x=x: calls.contrast_outputs(x))
         assert set(asked) & {"aten::clone", "aten::constant_pad_nd"} == copies
         kernel = {2: "contrast_forward_mma", 4: "contrast_forward_tiles", 8: "contrast_forward_plain"}
@@ -73,7 +73,7 @@ def test_masks_whose_strides_exceed_32_bits() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_storage_offsets_of_what_the_backward_pass_takes(dtype: torch.dtype) -> None:
     problem = ContrastProblem.random(35, 16, m=40).cast(dtype)
-    x = calls.contrast_arguments(
+    x = contrast_arguments(
         Side(problem.anchors.detach(), problem.labels),
         Side(problem.keys.detach(), problem.key_labels),
         Choice(positive_mask=torch.rand(35, 40) < 0.3, negative_mask=torch.rand(35, 40) < 0.5),

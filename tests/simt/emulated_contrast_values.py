@@ -10,7 +10,7 @@ import torch
 
 from pglcl_ext import reference
 from pglcl_ext._arguments import Side
-from tests.problems import ContrastProblem
+from tests.problems import ContrastProblem, contrast_arguments
 from tests.simt import calls
 from tests.simt.contrast_cases import TILED_DTYPES, every_path, padded
 
@@ -168,7 +168,7 @@ def test_no_share_is_above_one_whatever_the_rounding(dtype: torch.dtype, device:
     """A product in the backward pass that exceeds the largest one of the forward pass counts as the largest."""
     z, y = torch.eye(2, 8).to(dtype) + 0.5, torch.tensor([0, 0])
     with calls.device(**device):
-        x = calls.contrast_arguments(Side(z, y))
+        x = contrast_arguments(Side(z, y))
         out = calls.contrast_outputs(x)
         out = out._replace(max_logit=out.max_logit - 0.5)
         grad, _ = calls.contrast_gradients(torch.ones((), dtype=out.log_sum.dtype), out, x, needs_keys=False)

@@ -14,8 +14,13 @@ from tests.simt.emulator import DEVICES, TESTS
 pytestmark = pytest.mark.slow
 
 # All tests for one device: pytest --emulated 75 FILES; for all devices: make emulated, whose list this is.
-LISTED = re.search(r"^OP_TESTS := .*test_%\.py,([^)]*)\)", (native.ROOT / "Makefile").read_text(), re.MULTILINE)[1]
-FILES = [f"tests/test_{name}.py" for name in LISTED.replace("\\", "").split()]
+OPS = re.search(r"^OPS := (.*)$", (native.ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+FILES = [
+    str(path.relative_to(native.ROOT))
+    for op in OPS
+    for pattern in (f"tests/test_{op}.py", f"tests/test_{op}_*.py")
+    for path in sorted(native.ROOT.glob(pattern))
+]
 DRAWN = 20  # of the tests of the ops, for each device: half a minute
 
 
