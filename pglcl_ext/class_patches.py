@@ -81,19 +81,10 @@ def class_patches(
         TypeError: wrong dtypes.
     """
     check_image("images", images, "C")
-    dims = images.dim() - 2
     num_classes = check_integer("num_classes", num_classes, least=1)
     check_class_labels(labels, images, num_classes)
-    patch, step = patch_grid_arguments(images, patch_size, stride)
-    check_patch_grid(images.shape[2:], patch, step)
-    if any(s > p for s, p in zip(step, patch)):
-        raise ValueError(f"stride must not exceed patch_size, {patch}, or pixels would be left out, got {step}")
-    size = patch if output_size is None else per_dimension("output_size", output_size, dims)
-    if len(size) != dims or min(size) < 1:
-        raise ValueError(f"output_size must be positive, with one entry per spatial dimension ({dims}), got {size}")
-    check_choice("mode", mode, ("resize", "pad"))
-    if mode == "pad" and any(to < p for to, p in zip(size, patch)):
-        raise ValueError(f"output_size must be at least patch_size, {patch}, to pad to it, got {size}")
+    patch, step = _crop_grid(images, patch_size, stride)
+    size = _output_size(output_size, patch, mode)
     threshold = check_coverage(coverage, num_classes, images)
     if max_patches is not None:
         max_patches = check_integer("max_patches", max_patches, least=1)
@@ -107,10 +98,7 @@ def class_patches(
     crops, classes, shares, index = [], [], [], []
     for b in range(len(images)):
         for k in range(num_classes):
-            cells = present[b, k].nonzero()
-            if max_patches is not None and len(cells) > max_patches:
-                cells = cells[_spread(len(cells), max_patches, cells.device)]
-            for cell in cells.tolist():
+            for cell in _chosen(present[b, k].nonzero(), max_patches).tolist():
                 first = [starts[d][c] for d, c in enumerate(cell)]
                 place: Any = tuple(slice(f, f + p) for f, p in zip(first, patch))
                 crops.append(images[(b, slice(None), *place)] * weights[(b, k, *place)])
@@ -118,13 +106,36 @@ def class_patches(
                 shares.append(share[(b, k, *cell)])
                 index.append([b, *first])
     label = torch.tensor(classes, dtype=torch.int64, device=images.device)
-    where = torch.tensor(index, dtype=torch.int64, device=images.device).view(-1, 1 + dims)
+    where = torch.tensor(index, dtype=torch.int64, device=images.device).view(-1, images.dim() - 1)
     if not crops:
         none = images.new_zeros(0, images.shape[1], *size) + images[:0].sum()  # still a part of the graph
         return ClassPatches(none, label, images.new_empty(0), where)
     with without_autocast(images):  # crops keep their dtype, which may be another than that of autocast
         coverages = torch.stack(shares).to(images.dtype)
         return ClassPatches(_to_size(torch.stack(crops), size, mode), label, coverages, where)
+
+
+def _crop_grid(
+    images: Tensor, patch_size: int | Sequence[int], stride: int | Sequence[int] | None
+) -> tuple[list[int], list[int]]:
+    """The size of a crop and the distance between crops, for each spatial dimension."""
+    patch, step = patch_grid_arguments(images, patch_size, stride)
+    check_patch_grid(images.shape[2:], patch, step)
+    if any(s > p for s, p in zip(step, patch)):
+        raise ValueError(f"stride must not exceed patch_size, {patch}, or pixels would be left out, got {step}")
+    return patch, step
+
+
+def _output_size(output_size: int | Sequence[int] | None, patch: list[int], mode: str) -> list[int]:
+    """The size of the returned crops, for each spatial dimension."""
+    dims = len(patch)
+    size = patch if output_size is None else per_dimension("output_size", output_size, dims)
+    if len(size) != dims or min(size) < 1:
+        raise ValueError(f"output_size must be positive, with one entry per spatial dimension ({dims}), got {size}")
+    check_choice("mode", mode, ("resize", "pad"))
+    if mode == "pad" and any(to < p for to, p in zip(size, patch)):
+        raise ValueError(f"output_size must be at least patch_size, {patch}, to pad to it, got {size}")
+    return size
 
 
 def _class_weights(images: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -147,9 +158,11 @@ def _mean_over(weights: Tensor, starts: list[list[int]], patch: list[int]) -> Te
     return weights
 
 
-def _spread(count: int, wanted: int, device: torch.device) -> Tensor:
-    """`wanted` of `count` places in reading order: evenly spaced, with half a space at both ends."""
-    return ((torch.arange(wanted, device=device) * 2 + 1) * count) // (2 * wanted)
+def _chosen(cells: Tensor, most: int | None) -> Tensor:
+    """At most `most` of the cells, which are in reading order: evenly spaced, with half a space at both ends."""
+    if most is None or len(cells) <= most:
+        return cells
+    return cells[((torch.arange(most, device=cells.device) * 2 + 1) * len(cells)) // (2 * most)]
 
 
 def _to_size(crops: Tensor, size: list[int], mode: str) -> Tensor:

@@ -175,9 +175,7 @@ def patch_contrast_loss(
     loss = torch.where(valid, log_denominator - mean_positive, 0)
     spoilt = undefined.any(dim=1)
     loss = loss + torch.where(spoilt, logits.sum(dim=1), 0) * torch.where(spoilt, math.nan, 0)
-    if reduction == "none":
-        return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / valid.sum().clamp(min=1)
+    return _reduced(loss, valid, reduction)
 
 
 def gaussian_contrast_loss(
@@ -216,6 +214,11 @@ def gaussian_contrast_loss(
     exponents = torch.where(is_own | (taking_part & valid[:, None]), exponents, -math.inf)
     own_logit = logits.gather(1, own[:, None]).squeeze(1)
     loss = torch.where(valid, exponents.logsumexp(dim=1) - own_logit, 0)
+    return _reduced(loss, valid, reduction)
+
+
+def _reduced(loss: Tensor, valid: Tensor, reduction: str) -> Tensor:
+    """Losses (N,) of anchors, 0 where they are not `valid`, as `reduction` says."""
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.sum() / valid.sum().clamp(min=1)
