@@ -100,18 +100,21 @@ def require_file(path: Path, status: os.stat_result | None = None) -> None:
 
 
 def read_bytes(path: Path) -> bytes:
-    with opened(path) as file:
-        return file.read()
-
-
-def read_json(path: Path) -> Any:
+    """Raises UserError if there is no such file, or it cannot be read."""
     try:
-        # Programs of Windows often write a byte order mark.
-        return json.loads(read_bytes(path).decode("utf-8-sig"), object_pairs_hook=_without_repeats)
+        with opened(path) as file:
+            return file.read()
     except FileNotFoundError:
         raise UserError(f"{path}: not found") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def read_json(path: Path) -> Any:
+    content = read_bytes(path)
+    try:
+        # Programs of Windows often write a byte order mark.
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from error
 
@@ -165,12 +168,7 @@ def save_tensors(path: Path, state: dict[str, Any]) -> None:
 
 def load_tensors(path: Path) -> dict[str, Any]:
     """Raises UserError for any file that is not, bit for bit, what :func:`save_tensors` wrote."""
-    try:
-        content = read_bytes(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    content = read_bytes(path)
     body, end = content[: -len(MARK) - DIGEST], content[-len(MARK) - DIGEST :]
     if not end.startswith(MARK):
         raise UserError(f"{path}: not a checkpoint of pglcl, or cut short: it does not end in the hash of its content")

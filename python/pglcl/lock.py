@@ -10,7 +10,6 @@ import os
 import socket
 import stat
 from pathlib import Path
-from types import TracebackType
 
 from pglcl.errors import UserError, WriteError
 
@@ -69,9 +68,7 @@ class FolderLock:
             os.pwrite(self.descriptor, json.dumps(myself).encode(), 0)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.descriptor in _held:
             _held.remove(self.descriptor)
             os.close(self.descriptor)

@@ -6,7 +6,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
 
 import rich.progress
 from rich.console import Console
@@ -128,9 +127,7 @@ class Volumes:
         self.bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
     def start(self, name: str) -> Callable[[float], None]:

@@ -164,10 +164,7 @@ def read_metrics(output: Path) -> list[dict[str, Any]]:
         UserError: another line is not an object of numbers, or its step is not a whole number.
     """
     path = output / "metrics.jsonl"
-    try:
-        lines = read_bytes(path).decode("utf-8", errors="replace").splitlines() if path.exists() else []
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    lines = read_bytes(path).decode("utf-8", errors="replace").splitlines() if path.exists() else []
     rows = []
     for number, line in enumerate(lines, 1):
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from types import TracebackType
 from typing import Any
 
 from pglcl.launcher import parent_has_ended
@@ -54,8 +53,6 @@ class StopRequest:
                 self._before[number] = signal.signal(number, self._ask)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
