@@ -81,7 +81,7 @@ OPS := semantic_disparity patch_statistics patch_contrast gaussian_contrast hard
 OP_TESTS := $(foreach op,$(OPS),$(wildcard tests/test_$(op).py tests/test_$(op)_*.py))
 # What must pass wherever the ops are used: under another torch, and another Python.
 op-tests:
-	@echo $(OP_TESTS) tests/test_embedding_queue.py
+	@echo $(OP_TESTS) tests/test_checks.py tests/test_embedding_queue.py
 emulated: setup
 	for device in $(EMULATED); do $(BIN)/python -m pytest --emulated $$device $(OP_TESTS) || exit 1; done
 
