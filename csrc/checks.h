@@ -1,5 +1,5 @@
-// What memory safety asks of the arguments of each op, once, for every device. Users meet the checks of
-// pglcl_ext/_checks.py, which say more; these hold where an op is called past them, and raise RuntimeError.
+// What is asked of the tensors of each op, once, for every device. A call in eager mode meets these checks first. Where
+// they refuse, pglcl_ext/_checks.py says why, for users. So these have to refuse every tensor that those refuse.
 //
 // Nothing here reads a tensor's elements: that would synchronise a GPU.
 #pragma once

@@ -3,8 +3,8 @@
 //
 // How to use it: an op takes `const Tensor&`, `const std::optional<Tensor>&`, int64_t, double, bool and `IntArray`, is
 // registered with TORCH_BOX(&function) in STABLE_TORCH_LIBRARY_IMPL, reads memory through data<T>() and writes new
-// tensors through mutable_data<T>(). What users pass is checked in Python (pglcl_ext/_checks.py) with messages for
-// users; require() here keeps memory safe when an op is called past those checks, and raises RuntimeError.
+// tensors through mutable_data<T>(). What it takes is checked by require(), which raises RuntimeError; the messages for
+// users are those of pglcl_ext/_checks.py.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -82,7 +82,7 @@ auto with_accumulate_type(const Tensor& t, const Body& body) {
   return t.scalar_type() == ScalarType::Double ? body.template operator()<double>() : body.template operator()<float>();
 }
 
-// --- what memory safety needs ----------------------------------------------------------------------------------------
+// --- checks ----------------------------------------------------------------------------------------------------------
 
 inline void require(bool fits, const char* name) { STD_TORCH_CHECK(fits, name, " does not fit the other arguments"); }
 

@@ -91,7 +91,7 @@ class OpFunction(torch.autograd.Function):
     def checked(cls, check: Callable[[Any], None], arguments: Any, flat: tuple[Any, ...]) -> Any:
         """As :meth:`call`; if the op refuses its tensors, `check` says why.
 
-        For memory safety, the ops look at their tensors themselves. `check` says more, but takes as long as a small op.
+        An op checks its tensors itself. `check` says more, but takes as long as a small op.
         """
         try:
             return cls.call(flat)
