@@ -66,6 +66,8 @@ ABOUT_THE_CPU = (
     "test_every_instruction_set",
     "test_same_bits_for_any_number_of_threads",
     "test_memory_is_linear",
+    "test_sums_over_a_million_keys",
+    "test_products_of_long_rows",
     "test_labels_beyond_the_classes_are_refused_on_the_cpu",
     "test_every_number_of_16_bits_is_read_as_it_is",
     # The CUDA kernels may give NaN there, which the docstring of patch_contrast_loss says.

@@ -139,6 +139,54 @@ def test_low_precision_is_no_worse_than_pytorch(dtype: torch.dtype, device: torc
     assert errors[0][1] <= errors[1][1] + 1e-3 * want.abs().max()
 
 
+def errors_beside_pytorch(problem: ContrastProblem) -> list[tuple[float, float]]:
+    """Our largest error and that of plain PyTorch in float32, of the losses and of each gradient, as shares of the
+    largest value."""
+    exact = problem.cast(torch.float64)
+    results = []
+    for p, function in (
+        (exact, reference.patch_contrast_loss),
+        (problem.cast(torch.float32), patch_contrast_loss),
+        (problem.cast(torch.float32), reference.patch_contrast_loss),
+    ):
+        loss = p.loss(function)
+        results.append([t.detach().double() for t in (loss, *p.gradients(loss.mean()))])
+    shares = [[float((a - b).abs().max() / b.abs().max()) for a, b in zip(r, results[0])] for r in results[1:]]
+    return list(zip(*shares))
+
+
+@pytest.mark.parametrize("temperature", [0.2, 0.002])
+@pytest.mark.parametrize("name", ["equal", "one above the others", "unit rows"])
+def test_sums_over_a_million_keys(name: str, temperature: float, isa: str) -> None:
+    """Terms of one size are rounded to one side. In float32 the losses were off by 4e-5, and gradients of keys too."""
+    m = 1_000_000
+    keys = {"equal": torch.full((m, 2), 0.3), "one above the others": torch.full((m, 2), 0.1)}.get(name)
+    keys = embeddings(m, 2, generator=torch.Generator().manual_seed(0)) if keys is None else keys
+    if name == "one above the others":
+        keys[0] = 0.7
+    anchors, labels = torch.tensor([[0.6, 0.77], [0.1, 0.3]]), torch.tensor([0, 1])
+    options = {"temperature": temperature, "reduction": "none"}
+    rows, of_keys = anchors.float(), keys.float().double()
+    problem = ContrastProblem(rows.double(), labels, None, of_keys, torch.arange(m) % 2, options=options)
+    loss, _, gradient_of_keys = errors_beside_pytorch(problem)
+    assert loss[0] <= 2 * loss[1] + 2e-7
+    assert gradient_of_keys[0] <= 2 * gradient_of_keys[1] + 2e-6
+
+
+@pytest.mark.parametrize("m", [None, 70], ids=["self", "keys"])
+@pytest.mark.parametrize("d", [256, 700, 5000])
+def test_products_of_long_rows(d: int, m: int | None, isa: str) -> None:
+    """Of numbers above 0, as after a ReLU, a sum of thousands loses digits if it is one."""
+    g = torch.Generator().manual_seed(0)
+    options = {"temperature": 1e-3, "reduction": "none"}
+    problem = ContrastProblem.random(40, d, m=m, channels=None, ignored=False, **options)
+    problem.anchors = F.normalize(torch.rand(40, d, generator=g), dim=1).double()
+    if m is not None:
+        problem.keys = F.normalize(torch.rand(m, d, generator=g), dim=1).double()
+    for ours, plain in errors_beside_pytorch(problem):
+        assert ours <= 3 * plain + 1e-6
+
+
 def test_permuting_keys_changes_nothing(device: torch.device) -> None:
     p = ContrastProblem.random(100, 16, m=150, max_positive_disparity=0.4).cast(torch.float64, device)
     order = torch.randperm(150, device=device)

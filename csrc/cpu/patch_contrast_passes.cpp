@@ -28,7 +28,7 @@ void patch_contrast_forward(const ContrastInputs<scalar_t>& inputs, const Anchor
   const int64_t padded = plan.padded();
   ContrastTile<scalar_t>& tile = plan.tile();
   Buffer<scalar_t> max_logit(padded, -infinity);
-  Buffer<scalar_t> sums(4 * padded, 0);
+  Buffer<double> sums(4 * padded, 0);
   tile.state.max_logit = max_logit.data();
   tile.state.positive_exp = sums.data();
   tile.state.negative_exp = sums.data() + padded;
@@ -46,10 +46,9 @@ void patch_contrast_forward(const ContrastInputs<scalar_t>& inputs, const Anchor
   const double lower_weight = inputs.negative_weight > 0 ? std::min(std::log(inputs.negative_weight), 0.0) : 0.0;
   for (int64_t i = 0; i < plan.count(); ++i) {
     const int64_t row = plan.index(i);
-    const double total =
-        double(tile.state.positive_exp[i]) + plan.weight_of_sums() * double(tile.state.negative_exp[i]);
+    const double total = tile.state.positive_exp[i] + plan.weight_of_sums() * tile.state.negative_exp[i];
     const int32_t count = int32_t(tile.state.positive_count[i]);
-    const double positive_sum = double(tile.state.positive_logit[i]);
+    const double positive_sum = tile.state.positive_logit[i];
     out.num_positives[row] = count;
     if (plan.undecided(i)) {
       out.loss[row] = out.max_logit[row] = out.log_sum[row] = nan;

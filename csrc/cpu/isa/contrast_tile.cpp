@@ -128,6 +128,13 @@ PGLCL_INLINE void accumulate(scalar_t* sums, vec_t<scalar_t> value) {
   store(sums, load(sums) + value);
 }
 
+// Adds the lanes of a vector to as many numbers.
+template <typename scalar_t>
+PGLCL_INLINE void add_lanes(double* sums, vec_t<scalar_t> value) {
+  typedef double wide __attribute__((vector_size(8 * Simd<scalar_t>::kLanes), aligned(8)));
+  *reinterpret_cast<wide*>(sums) += __builtin_convertvector(value, wide);
+}
+
 // The masks, exponentials and sums of a panel. kColumns: the keys are anchors, too, so each pair counts for both.
 // kFixed: the exponents have a fixed shift.
 template <typename scalar_t, Pass kPass, TileKind kKind, bool kColumns, bool kFixed>
@@ -310,11 +317,11 @@ struct ContrastPanel {
     if constexpr (kPass == Pass::kMaximum && kColumns) store(state.max_logit + key, columns.maximum);
     if constexpr (kPass == Pass::kSum && kColumns) {
       if constexpr (kPositives) {
-        accumulate(state.positive_exp + key, columns.sums[kPositiveExp]);
-        accumulate(state.positive_logit + key, columns.sums[kPositiveLogit]);
-        accumulate(state.positive_count + key, columns.sums[kPositiveCount]);
+        add_lanes<scalar_t>(state.positive_exp + key, columns.sums[kPositiveExp]);
+        add_lanes<scalar_t>(state.positive_logit + key, columns.sums[kPositiveLogit]);
+        add_lanes<scalar_t>(state.positive_count + key, columns.sums[kPositiveCount]);
       }
-      if constexpr (kNegatives) accumulate(state.negative_exp + key, columns.sums[kNegativeExp]);
+      if constexpr (kNegatives) add_lanes<scalar_t>(state.negative_exp + key, columns.sums[kNegativeExp]);
     }
   }
 

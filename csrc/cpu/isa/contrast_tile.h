@@ -50,11 +50,11 @@ struct ContrastState {
   const scalar_t* positive_bound;
   const scalar_t* negative_bound;
   scalar_t* max_logit;  // where exponents are measured from, unless fixed_shift
-  // Forward sums.
-  scalar_t* positive_exp;
-  scalar_t* negative_exp;
-  scalar_t* positive_logit;  // of dots when fixed_shift, else of logits less max_logit, times kLogitUnit
-  scalar_t* positive_count;
+  // Forward sums over tiles, of which there may be many thousand. A tile's own sums are of scalar_t.
+  double* positive_exp;
+  double* negative_exp;
+  double* positive_logit;  // of dots when fixed_shift, else of logits less max_logit, times kLogitUnit
+  double* positive_count;
   // Backward coefficients: dL/d(dot) = {positive,negative}_coefficient * exp, less mean_coefficient for positives.
   const scalar_t* positive_coefficient;
   const scalar_t* negative_coefficient;

@@ -87,11 +87,9 @@ PGLCL_INLINE bool by_fours(int64_t left) {
   return left <= 8 && whole(4) < whole(kMicroRows);
 }
 
-// Computes rows x columns of C. A must be readable up to the next multiple of 4 rows, and B up to the next multiple of
-// kPanel columns. The numbers there do not reach C.
 template <typename scalar_t, bool kAccumulate>
-inline void tile_gemm(int64_t rows, int64_t columns, int64_t depth, const scalar_t* a, int64_t row_step, int64_t k_step,
-                      const scalar_t* b, int64_t ldb, RowsOfC<scalar_t> c) {
+inline void gemm_of_depth_block(int64_t rows, int64_t columns, int64_t depth, const scalar_t* a, int64_t row_step,
+                                int64_t k_step, const scalar_t* b, int64_t ldb, RowsOfC<scalar_t> c) {
   constexpr int kPanel = Simd<scalar_t>::kPanel;
   for (int64_t column = 0; column < columns; column += kPanel) {
     const int64_t width = columns - column < kPanel ? columns - column : kPanel;
@@ -111,6 +109,23 @@ inline void tile_gemm(int64_t rows, int64_t columns, int64_t depth, const scalar
                                             width);
       row = next;
     }
+  }
+}
+
+// So many products are summed one after the other. Of a longer depth, the sums of such blocks are added up: one sum of
+// thousands of numbers would lose digits.
+constexpr int64_t kDepthBlock = 256;
+
+// Computes rows x columns of C. A must be readable up to the next multiple of 4 rows, and B up to the next multiple of
+// kPanel columns. The numbers there do not reach C.
+template <typename scalar_t, bool kAccumulate>
+inline void tile_gemm(int64_t rows, int64_t columns, int64_t depth, const scalar_t* a, int64_t row_step, int64_t k_step,
+                      const scalar_t* b, int64_t ldb, RowsOfC<scalar_t> c) {
+  const int64_t first_block = depth < kDepthBlock ? depth : kDepthBlock;
+  gemm_of_depth_block<scalar_t, kAccumulate>(rows, columns, first_block, a, row_step, k_step, b, ldb, c);
+  for (int64_t k = kDepthBlock; k < depth; k += kDepthBlock) {
+    const int64_t block = depth - k < kDepthBlock ? depth - k : kDepthBlock;
+    gemm_of_depth_block<scalar_t, true>(rows, columns, block, a + k * k_step, row_step, k_step, b + k * ldb, ldb, c);
   }
 }
 
