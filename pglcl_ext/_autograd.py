@@ -55,6 +55,8 @@ class OpFunction(torch.autograd.Function):
     fake: ClassVar[Callable[..., Any]]  # of the op: tensors without content, in the shapes that it returns
     backward_fake: ClassVar[Callable[..., Any]]
     backward_function: ClassVar[type[OpFunction]]  # of the backward op; `register` makes it
+    backward_of_class: ClassVar[Any]  # the method that a subclass defines as `backward`
+    backward_in_graph: ClassVar[Callable[..., Any]]  # calls the backward op
     leading_tensors: ClassVar[int]  # number of the op's arguments before the first that is no tensor
     places: ClassVar[tuple[int, ...]]  # of `gradients_flow_to` among the op's arguments
     generate_vmap_rule = True
@@ -65,6 +67,16 @@ class OpFunction(torch.autograd.Function):
         cls.leading_tensors = next((i for i, kind in enumerate(kinds) if "Tensor" not in kind), len(kinds))
         names = [a.name for a in cls.op._schema.arguments]
         cls.places = tuple(names.index(name) for name in cls.gradients_flow_to)
+        if isinstance(cls.__dict__.get("backward"), classmethod):
+            cls.backward_of_class = cls.__dict__["backward"]
+
+        # Compiled autograd traces no backward that is a method, and calls no op that is an attribute.
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return cls.backward_of_class(ctx, *grads)
+
+        backward_op = getattr(cls, "backward_op", None)
+        cls.backward = staticmethod(backward)  # type: ignore[method-assign]
+        cls.backward_in_graph = staticmethod(lambda *arguments: backward_op(*arguments))  # type: ignore[misc]
 
     @classmethod
     def apply(cls, *inputs: Any) -> Any:
@@ -121,6 +133,8 @@ class OpFunction(torch.autograd.Function):
     @classmethod
     def run_backward(cls, *arguments: Any) -> Any:
         """Runs the backward op, which refuses to be differentiated again."""
+        if torch.compiler.is_dynamo_compiling():  # by compiled autograd
+            return cls.backward_in_graph(*arguments)
         if torch.is_grad_enabled() or forward_ad._current_level >= 0 or in_functorch():
             return cls.backward_function.call(arguments)
         return run(cls.backward_op, arguments)  # the usual case: gradients are not differentiated again

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -66,6 +67,17 @@ def test_torch_func_gives_the_gradient_of_autograd(name: str) -> None:
     torch.testing.assert_close(torch.vmap(torch.func.grad(function))(batch)[1], want)
     whole = torch.func.grad(lambda b: torch.vmap(function)(b).sum())(batch)
     torch.testing.assert_close(whole[1], want)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_compiled_autograd_of_an_eager_loss(name: str) -> None:
+    function, x = FUNCTIONS[name]
+    leaf = x.clone().requires_grad_()
+    (want,) = torch.autograd.grad(function(leaf), leaf)
+    compiler = torch.compile(backend="aot_eager", fullgraph=True)
+    with compiled_autograd._enable(compiler):
+        function(leaf).backward()
+    torch.testing.assert_close(leaf.grad, want)
 
 
 def contrast_op(z: Tensor, keys: Tensor) -> Tensor:
