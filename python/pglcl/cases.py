@@ -193,18 +193,18 @@ def cases_of(data: DataFolder, patients: Iterable[str], *, with_label: bool = Fa
     return [c for c in data.cases if c.patient in wanted and (c.label is not None or not with_label)]
 
 
-def distance_unit(data: DataFolder) -> str:
-    """The unit of distances: mm, or pixel for files without a spacing.
+def distance_unit(data: DataFolder, cases: Iterable[Case] | None = None) -> str:
+    """The unit of distances in `cases`, by default all of the folder: mm, or pixel for files without a spacing.
 
-    It is voxel for an ACDC folder whose headers all say 1 mm. No scanner took such volumes: their spacing was lost.
+    It is voxel for an ACDC folder whose headers all say 1 mm. No scanner took such volumes: their spacing was lost. Of
+    files of several kinds, it names each unit.
     """
-    spacings = []
-    for case in data.cases:
+    sources = []
+    for case in data.cases if cases is None or data.layout == "acdc" else cases:
         try:
-            source = formats.read_source(case.images[0])
+            sources.append(formats.read_source(case.images[0]))
         except UserError:
             continue
-        if data.layout != "acdc":
-            return source.unit
-        spacings.append(source.spacing)
-    return "voxel" if spacings and all(np.allclose(s, 1) for s in spacings) else "mm"
+    if data.layout == "acdc" and sources and all(np.allclose(source.spacing, 1) for source in sources):
+        return "voxel"
+    return " and ".join(sorted({source.unit for source in sources})) or "mm"

@@ -234,6 +234,11 @@ def _run_asked_for(
 
     if resume and output is None:  # pglcl train --resume RUN
         data, output = None, data
+    if moved_data is not None and (not resume or data is not None):
+        why = (
+            "the data folder is given twice" if resume else "it goes with --resume; a new run takes its folder as DATA"
+        )
+        raise UserError(f"--data {moved_data}: {why}")
     if output is None:
         wanted = "--resume needs the folder of the run" if resume else "--output RUN is missing: the folder of the run"
         raise UserError(wanted)
@@ -306,7 +311,7 @@ def predict(
 ) -> None:
     """Writes a mask for every image, in its geometry. A broken file is skipped, and the exit code is not 0."""
     from pglcl.layouts import group_inputs
-    from pglcl.model import load_model
+    from pglcl.model import UNKNOWN_VOXELS, load_model
     from pglcl.predict import Predictor, Writer, data_folders
     from pglcl.progress import Volumes
 
@@ -316,14 +321,19 @@ def predict(
     writer = Writer(output, models[0].labels, probabilities=probabilities, entropy=entropy, overwrite=overwrite)
     writer.check(cases, data_folders(run, images), images)
     for path, model in zip((run, *(ensemble or [])), models):
-        if weights == "last" and model.step < model.config.steps and not quiet:
-            _complain(f"pglcl: {path}: unfinished, step {model.step} of {model.config.steps}")
+        if weights == "last" and not model.finished and not quiet:
+            _complain(f"pglcl: {model.unfinished(path)}")
+        if model.resolution is None and not quiet:
+            _complain(f"pglcl: {path}: {UNKNOWN_VOXELS}")
     out, codes = console(quiet), []
     with Volumes("predicting", len(cases), quiet=quiet) as progress:
         for case in cases:
             try:
-                written = writer.write(*predictor(case, progress.start(case.name)))
+                prediction, prepared = predictor(case, progress.start(case.name))
+                written = writer.write(prediction, prepared)
                 out.print(str(written[0]))
+                if (how := predictor.unlike_training(prepared.source)) and not quiet:
+                    _complain(f"pglcl: {case.images[0]}: {how}; its mask may be wrong")
             except WriteError:
                 raise
             except Exception as error:
@@ -370,6 +380,8 @@ def evaluate(
         overwrite=overwrite,
         quiet=quiet,
     )
+    for note in found.notes if not quiet else ():
+        _complain(f"pglcl: {note}")
     out = console(quiet)
     out.print(found.table())
     out.print(str(found.files[0]))
@@ -400,13 +412,18 @@ def export(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="the file; default: model.ts or model.onnx in the run")
     ] = None,
+    weights: WeightsOption = "last",
     overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Writes the network for other programs, and checks that it gives the same logits there."""
     from pglcl.export import export_run
 
-    path, difference = export_run(run, kind, output, overwrite=overwrite)
+    def say(line: str) -> None:
+        if not quiet:
+            _complain(f"pglcl: {line}")
+
+    path, difference = export_run(run, kind, output, weights=weights, overwrite=overwrite, print_line=say)
     console(quiet).print(f"{path}: logits differ by at most {difference:.1e} of the largest")
 
 

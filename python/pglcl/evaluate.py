@@ -7,7 +7,7 @@ import hashlib
 import io
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from scipy import ndimage
 from torch import Tensor
 
 from pglcl.cases import PARTS, cases_of, distance_unit
+from pglcl.description import Description
 from pglcl.errors import UserError
 from pglcl.files import Unchanged, fingerprint, read_json, write_json, write_text
+from pglcl.formats import read_source
 from pglcl.labels import IGNORE
 from pglcl.layouts import Case, DataFolder, open_folder
-from pglcl.model import TrainedModel, load_model, weights_hash
+from pglcl.model import UNKNOWN_VOXELS, TrainedModel, load_model, weights_hash
 from pglcl.outputs import check_outputs
 from pglcl.postprocess import components, stray_components
 from pglcl.predict import Predictor, Report
@@ -314,6 +316,7 @@ class Subject:
         files: SHA-256 of every image and label file, by case.
         patients: those that are scored. missing: those that the split names and `data` lacks.
         tta, postprocess: as :class:`pglcl.predict.Predictor` takes them.
+        unlike: how voxels clearly differ in size from those of the training, by case; without the other cases.
     """
 
     run: str
@@ -328,6 +331,7 @@ class Subject:
     tta: str = "none"
     postprocess: str = "none"
     id: str = ""
+    unlike: dict[str, str] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -349,12 +353,14 @@ class Subject:
         return found
 
     def title(self) -> str:
-        """One line for people. It tells of an unfinished run and of missing patients."""
+        """One line for people. It tells of an unfinished run, of missing patients and of other voxel sizes."""
         text = f"{self.run}, {self.part}: {len(self.files)} volumes of {len(self.patients)} patients, step {self.step}"
         if not self.finished:
             text += f" of {self.steps}: UNFINISHED"
         if self.missing:
             text += f"; WITHOUT {len(self.missing)} missing patients: {', '.join(self.missing)}"
+        if self.unlike:
+            text += f"; {len(self.unlike)} WITH OTHER VOXELS THAN THE TRAINING: {', '.join(self.unlike)}"
         return text
 
 
@@ -412,11 +418,15 @@ def subject_of(
     """The subject of an evaluation, and its cases.
 
     Raises:
-        UserError: an unknown part, or no case to score; without `allow_missing`, a patient that `folder` lacks.
+        UserError: an unknown part, or no case to score; without `allow_missing`, a patient that `folder` lacks; a
+            folder whose description contradicts that of the training.
     """
     if part not in (*PARTS, "all"):
         raise UserError(f"--part must be {', '.join(PARTS)} or all, got {part}")
     model = predictor.models[0]
+    lines = model.description.contradictions(Description.of(folder)) if model.description else []
+    if lines:
+        raise UserError(*(f"{folder.root}: {line}" for line in lines))
     patients = folder.patients if part == "all" else _split_of(run, model)[part]
     cases = cases_of(folder, patients, with_label=True)
     there = {case.patient for case in cases}
@@ -430,6 +440,7 @@ def subject_of(
     if not cases:
         raise UserError(f"{folder.root}: no labelled volume in the part {part!r}")
     files = {case.name: [file_hash(path) for path in (*case.images, case.label) if path is not None] for case in cases}
+    unlike = {case.name: predictor.unlike_training(read_source(case.images[0])) for case in cases}
     return Subject(
         run=run.resolve().name,
         id=_id_of(run),
@@ -443,6 +454,7 @@ def subject_of(
         missing=missing,
         tta=predictor.tta,
         postprocess=predictor.postprocess,
+        unlike={name: how for name, how in unlike.items() if how},
     ), cases
 
 
@@ -455,13 +467,17 @@ def _id_of(run: Path) -> str:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores and their subject. unit: of distances: mm, pixel or voxel. files: those that hold them, the CSV first."""
+    """Scores and their subject.
+
+    unit: of distances: mm, pixel or voxel. files: those that hold them, the CSV first. notes: for people.
+    """
 
     subject: Subject
     scores: list[Score]
     class_names: dict[int, str]
     unit: str
     files: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def summary(self) -> list[Row]:
@@ -567,7 +583,7 @@ def evaluate_run(
     files = score_files(output or run, part, weights)
     read = files_behind(folder, folder.cases)
     check_outputs(files, inputs=read, overwrite=overwrite, renewed=may_renew(files, subject))
-    found = score_cases(predictor, subject, cases, distance_unit(folder), quiet=quiet)
+    found = score_cases(predictor, subject, cases, distance_unit(folder, cases), quiet=quiet)
     before.only(files_of_cases(cases)).check()  # so that the hashes in the score files are those of the files scored
     return found.save(files)
 
@@ -580,4 +596,7 @@ def score_cases(
     with Volumes("scoring", len(cases), quiet=quiet) as progress:
         for case in cases:
             scores += _score(predictor, case, report=progress.start(case.name))
-    return Evaluation(subject, scores, predictor.models[0].class_names, unit)
+    model = predictor.models[0]
+    notes = [f"{name}: {how}" for name, how in subject.unlike.items()]
+    notes += [] if model.resolution else [f"{subject.run}: {UNKNOWN_VOXELS}"]
+    return Evaluation(subject, scores, model.class_names, unit, notes=tuple(notes))

@@ -35,7 +35,15 @@ class Logits(nn.Module):
         return logits
 
 
-def export_run(run: Path, kind: str, output: Path | None = None, *, overwrite: bool = False) -> tuple[Path, float]:
+def export_run(
+    run: Path,
+    kind: str,
+    output: Path | None = None,
+    *,
+    weights: str = "last",
+    overwrite: bool = False,
+    print_line: Callable[[str], None] | None = None,
+) -> tuple[Path, float]:
     """Writes the network of `run`, reads it back, and compares its logits.
 
     The exported network takes any size of batch, and images whose sides are multiples of the network's stride.
@@ -44,7 +52,9 @@ def export_run(run: Path, kind: str, output: Path | None = None, *, overwrite: b
         run: the folder that training wrote.
         kind: "torchscript" or "onnx".
         output: the file; default: model.ts or model.onnx in the run.
+        weights: as :func:`pglcl.model.load_model` takes them.
         overwrite: replace `output` if it exists.
+        print_line: is told that the run is unfinished.
 
     Returns:
         The file, and the largest difference of a logit, as a share of the largest logit.
@@ -58,9 +68,11 @@ def export_run(run: Path, kind: str, output: Path | None = None, *, overwrite: b
     if kind == "onnx" and missing:
         raise UserError(f"--format onnx needs {', '.join(missing)}. From the source folder: {INSTALL}")
     path = output or run / f"model{SUFFIXES[kind]}"
-    model = load_model(run, "cpu")
+    model = load_model(run, "cpu", weights)
     of_the_run = [file for file in run.iterdir() if file.suffix not in SUFFIXES.values()]
     check_outputs([path], inputs=of_the_run, overwrite=overwrite)
+    if print_line and weights == "last" and not model.finished:
+        print_line(model.unfinished(run))
     network = Logits(model.network).eval()
     save, load = {"torchscript": (_save_script, _load_script), "onnx": (_save_onnx, _load_onnx)}[kind]
     with replacing(path) as partial:
@@ -89,7 +101,9 @@ def description(model: TrainedModel) -> dict[str, Any]:
         "stride": model.network.stride,
         "spacing": config.target_spacing,
         "slice_axis": model.slice_axis,
+        "voxels_seen": model.resolution.state() if model.resolution else None,
         "step": model.step,
+        "steps": config.steps,
     }
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from pglcl.cases import Split, cases_of, distance_unit, split_patients
 from pglcl.config import TrainConfig
+from pglcl.description import Description
 from pglcl.errors import UserError
 from pglcl.formats import Source
 from pglcl.intensity import Intensity, Measured, choose_intensity, measure
@@ -25,6 +26,7 @@ from pglcl.limits import check_memory
 from pglcl.memory import in_words
 from pglcl.model import choose_device
 from pglcl.prepare import choose_slice_axis, does_not_suit, padded_shape
+from pglcl.resolution import Resolution
 from pglcl.volumes import read_label_values, read_volume, resized_shape
 
 SHOWN = 8  # lines of one kind
@@ -106,6 +108,8 @@ def inspect_case(case: Case, labels: LabelMap | None = None) -> CaseReport:
             report.problems.extend(line for line in error.lines if line not in report.problems)
     if data is not None:
         foreground = None
+        if values is not None and len(data) == 1 and np.array_equal(values, data[0]):
+            report.problems.append(f"{case.label}: has the voxels of its image; is it a copy of the image?")
         if values is not None:
             foreground = values != 0 if labels is None else labels.encode(values, case.label or case.images[0]) > 0
         report.measured = measure(data, source.dtype, foreground)
@@ -162,12 +166,14 @@ def inspect_folder(data: DataFolder, labels: LabelMap | None = None) -> list[Cas
 class Survey:
     """What a training must know of its data before it prepares them.
 
-    labels, intensity: part of the model. channels: of the images. slice_axis: of 2-D training, None in 3-D. needed:
-    bytes of the prepared volumes. notes: lines to print at the start.
+    labels, intensity, resolution, description: part of the model. channels: of the images. slice_axis: of 2-D training,
+    None in 3-D. needed: bytes of the prepared volumes. notes: lines to print at the start.
     """
 
     labels: LabelMap
     intensity: Intensity
+    resolution: Resolution
+    description: Description
     channels: int
     slice_axis: int | None
     needed: int
@@ -255,10 +261,32 @@ def survey(
     slice_axis = choose_slice_axis(config, labelled[0].shape)
     notes += _sliced_otherwise(reports, slice_axis) if config.slice_axis < 0 else []
     kept = trained if config.method != "supervised" else labelled
+    resolution = Resolution.of([r.source for r in kept if r.source], config, slice_axis)
+    notes += _other_voxels(reports[len(trained) :], resolution, config, slice_axis)
     needed = prepared_bytes(kept, config, slice_axis, len(labels))
     check_memory(config, choose_device(config.device), reports[0].channels, len(labels), needed)
     notes.append(f"{len(kept)} prepared volumes take {in_words(needed)}")
-    return Survey(labels, intensity, reports[0].channels, slice_axis, needed, tuple(notes))
+    described = Description.of(data)
+    return Survey(labels, intensity, resolution, described, reports[0].channels, slice_axis, needed, tuple(notes))
+
+
+UNEQUAL = 2.0  # factor between voxel sizes of training volumes from which --spacing is recommended
+
+
+def _other_voxels(
+    held_out: Sequence[CaseReport], resolution: Resolution, config: TrainConfig, slice_axis: int | None
+) -> list[str]:
+    """Lines about voxels of very different sizes: of the training volumes, and of those held out beside them."""
+    lines = []
+    if slice_axis is None and config.target_spacing is None and resolution.spread > UNEQUAL:
+        lines.append(
+            f"voxels of the training volumes are {resolution.describe()}, up to {resolution.spread:.3g} times as large "
+            "as others along an axis; --spacing brings them to one size"
+        )
+    others = [(r, why) for r in held_out if r.source and (why := resolution.problem(r.source, config, slice_axis))]
+    lines += [f"{r.case.images[0]}: {why}" for r, why in others[:SHOWN]]
+    more = len(others) - SHOWN
+    return lines + ([f"and {more} more volumes of validation and test with such voxels"] if more > 0 else [])
 
 
 def _sliced_otherwise(reports: Sequence[CaseReport], slice_axis: int | None) -> list[str]:
@@ -355,7 +383,7 @@ def propose(data: DataFolder, reports: Sequence[CaseReport]) -> list[Proposal]:
     if flat:
         axis = int(np.argmin(good[0].shape))
         inside = [round(n) for d, n in enumerate(shape) if d != axis]
-        size = [_multiple(min(n, 256)) for n in inside]
+        size = _sizes(min(n, 256) for n in inside)
         proposals.append(
             Proposal("--image-size", ",".join(map(str, size)), f"slices have {inside[0]}x{inside[1]} pixels (median)")
         )
@@ -366,7 +394,7 @@ def propose(data: DataFolder, reports: Sequence[CaseReport]) -> list[Proposal]:
             proposals.append(Proposal("--spacing", target, f"spacings differ by a factor of {spread:.3g}; the median"))
         extent = [min(n, 64) for n in shape]
         text = "x".join(f"{n:.0f}" for n in shape)
-        size = [_multiple(n) for n in extent]
+        size = _sizes(extent)
         proposals.append(Proposal("--image-size", ",".join(map(str, size)), f"volumes have {text} voxels (median)"))
     try:
         measured = [r.measured for r in good if r.measured]
@@ -390,9 +418,10 @@ def _flat(good: Sequence[CaseReport], shape: np.ndarray, spacing: np.ndarray) ->
     return False, f"voxels are nearly cubes, {'x'.join(f'{s:.3g}' for s in spacing)} {good[0].unit}"
 
 
-def _multiple(n: float) -> int:
-    """The multiple of 16 nearest to a number of voxels, at least 16. The default network needs such sizes."""
-    return max(16, 16 * round(n / 16))
+def _sizes(extent: Iterable[float]) -> list[int]:
+    """The multiples of 16 nearest to numbers of voxels. The default network needs such sizes, not all of them 16."""
+    sizes = [max(16, 16 * round(n / 16)) for n in extent]
+    return sizes if max(sizes) > 16 else [32] * len(sizes)
 
 
 def modality_guess(data: DataFolder, reports: Sequence[CaseReport]) -> str:

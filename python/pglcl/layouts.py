@@ -6,7 +6,7 @@ import csv
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,9 @@ class DataFolder:
 
     layout: acdc, decathlon, nnunet, kits, ssl4mis, plain or list. labels: the classes that the layout or a description
     declares; None if they follow from the values in the files. class_names: of values, where the layout knows them.
-    modalities: of each channel, from dataset.json. parts: patients of train, validation and test, where the folder has
-    lists of them. notes: what a user should know about how the folder was read.
+    modalities: of each channel, from dataset.json. columns: of a list, those that hold the channels. parts: patients of
+    train, validation and test, where the folder has lists of them. notes: what a user should know about how the folder
+    was read.
     """
 
     root: Path
@@ -60,6 +61,7 @@ class DataFolder:
     labels: LabelMap | None = None
     class_names: dict[int, str] = field(default_factory=dict)
     modalities: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
     parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -203,7 +205,34 @@ def open_folder(root: Path) -> DataFolder:
     twice = [name for name, count in names.items() if count > 1]
     if twice:
         raise UserError(f"{root}: volumes of the same name: {', '.join(twice[:5])}")
+    data.notes += _alike_names(data.cases)
     return data
+
+
+# What stands behind the name of a patient, where a patient has several volumes: patient001_frame01, s3_visit2.
+VOLUME_OF_A_PATIENT = re.compile(
+    r"(?i)(.+?)[_-](?:frame|slice|visit|ses|session|time|timepoint|tp|scan|phase|day|week|month|year|baseline|followup|"
+    r"pre|post|ed|es|left|right)[_-]?[0-9]*"
+)
+
+
+def _alike_names(cases: Iterable[Case]) -> list[str]:
+    """A line about cases that are patients of their own, and whose names look like volumes of one patient."""
+    groups: dict[str, list[str]] = {}
+    for case in cases:
+        name = case.name
+        while match := VOLUME_OF_A_PATIENT.fullmatch(name):
+            name = match[1]
+        if case.patient == case.name != name:
+            groups.setdefault(name, []).append(case.name)
+    alike = [names for names in groups.values() if len(names) > 1]
+    if not alike:
+        return []
+    return [
+        f"{alike[0][0]} and {alike[0][1]} look like volumes of one patient, and count as two patients, of whom one may "
+        f"be trained on and the other scored ({len(alike)} such names); a list with the column patient keeps them "
+        "together"
+    ]
 
 
 def _layout_of(root: Path) -> Any:
@@ -337,11 +366,15 @@ def _kits_images(root: Path) -> list[Path]:
 
 def _kits(root: Path) -> DataFolder:
     files = _kits_images(root)
-    cases = []
+    cases, problems = [], []
     for folder in sorted({path.parent for path in files}):
         own = _unique_names([path for path in files if path.parent == folder])
         if "imaging" in own:
             cases.append(Case(folder.name, folder.name, (own["imaging"],), own.get("segmentation")))
+        elif "segmentation" in own:  # the images of KiTS are fetched by a program of their own
+            problems.append(f"{own['segmentation']}: a label without its image, {folder / 'imaging.nii.gz'}")
+    if problems:
+        raise UserError(*problems)
     names = {0: "background", 1: "kidney", 2: "tumor", 3: "cyst"}
     return DataFolder(root, "kits", cases, class_names=names, modalities=("CT",))
 
@@ -352,7 +385,7 @@ def _kits(root: Path) -> DataFolder:
 def _decathlon(root: Path) -> DataFolder:
     file = root / "dataset.json"
     content = read_json(file)
-    cases = []
+    cases, absent = [], 0
     try:
         for entry in content.get("training", []):
             images = _decathlon_images(root / entry["image"])
@@ -363,11 +396,28 @@ def _decathlon(root: Path) -> DataFolder:
             images = _decathlon_images(image)
             if images[0].exists():  # the official test images have no labels: they are unlabelled volumes
                 cases.append(Case(stem(image), stem(image), images, None))
+            else:
+                absent += 1
         labels = _named_values(_by_name(content.get("labels", {}), file), file)
         modalities = tuple(str(content.get("modality", {})[k]) for k in sorted(content.get("modality", {}), key=int))
+        _refuse_confusions(file, cases)
     except (TypeError, KeyError, AttributeError, ValueError, OSError) as error:
         raise UserError(f"{file}: not a Decathlon description: {error!r}") from error
-    return DataFolder(root, "decathlon", cases, labels, modalities=modalities)
+    notes = _not_listed(file, cases)
+    notes += [f"{file}: {absent} of the images that it lists as test are not there"] if absent else []
+    return DataFolder(root, "decathlon", cases, labels, modalities=modalities, notes=notes)
+
+
+def _not_listed(file: Path, cases: Sequence[Case]) -> list[str]:
+    """A line for each folder of images, about those that `file` does not list. They are not even unlabelled."""
+    listed = {path.resolve() for case in cases for path in case.images}
+    lines = []
+    for folder in sorted({path.parent for case in cases for path in case.images}):
+        others = [path.name for path in _children(folder) if is_input_file(path) and path.resolve() not in listed]
+        if others:
+            some = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+            lines.append(f"{folder}: {some} ({len(others)}): not read, {file.name} does not list them")
+    return lines
 
 
 def _by_name(names: Mapping[str, Any], file: Path) -> dict[str, Any]:
@@ -375,7 +425,10 @@ def _by_name(names: Mapping[str, Any], file: Path) -> dict[str, Any]:
     twice = [name for name, count in Counter(map(str, names.values())).items() if count > 1]
     if twice:
         values = ", ".join(value for value, name in names.items() if str(name) == twice[0])
-        raise UserError(f"{file}: the labels {values} have one name, {twice[0]!r}; --labels can merge values")
+        raise UserError(
+            f"{file}: the labels {values} have one name, {twice[0]!r}; without labels in the file, --labels can merge "
+            "values"
+        )
     return {str(name): value for value, name in names.items()}
 
 
@@ -402,6 +455,7 @@ def _nnunet(root: Path) -> DataFolder:
         if listed:
             entries = {n: (tuple(root / i for i in e["images"]), root / e["label"]) for n, e in listed.items()}
             cases = [Case(name, name, images, label) for name, (images, label) in entries.items()]
+            _refuse_confusions(file, cases)
         else:
             cases = _pair(root / "imagesTr", root / "labelsTr", len(modalities))
     except (TypeError, KeyError, AttributeError, ValueError, OSError) as error:
@@ -422,6 +476,7 @@ def _nnunet(root: Path) -> DataFolder:
     if problems:
         raise UserError(*problems)
     notes += _not_read(*(root / name for name in ("imagesTr", "labelsTr", "imagesUn")))
+    notes += _not_listed(file, cases) if listed else []
     return DataFolder(root, "nnunet", cases, labels, modalities=modalities, notes=notes)
 
 
@@ -468,7 +523,15 @@ def _named_values(labels: Mapping[str, Any], file: Path) -> LabelMap | None:
         if int(value) in values:
             raise UserError(f"{file}: labels {values[int(value)]!r} and {name!r} have one value, {value}")
         if name.lower() == "background" and int(value):
-            raise UserError(f"{file}: the background must have the value 0, got {value}; --labels may begin with it")
+            raise UserError(
+                f"{file}: the background must have the value 0, got {value}; without labels in the file, --labels may "
+                "begin with it"
+            )
+        if name.lower() == "ignore" and not int(value):  # else the next class would count as the background
+            raise UserError(
+                f"{file}: the value 0 is the background, and cannot be ignored; without labels in the file, --labels "
+                "can say what it is"
+            )
         values[int(value)] = name
     ignored = [value for value, name in values.items() if name.lower() == "ignore"]
     return LabelMap.of_values(set(values) - set(ignored), values, ignored) if labels else None
@@ -542,20 +605,32 @@ def _list(file: Path) -> DataFolder:
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise UserError(f"{file}: must be a list of objects with image, label, patient")
     cases, problems = [], []
+    columns = _channel_columns(content[0]) if content else []
     for number, row in enumerate(content, start=1):
         try:
-            cases.append(_listed_case(file, row))
+            cases.append(_listed_case(file, row, columns))
         except UserError as error:
             problems += [f"{file}: entry {number}: {line}" for line in error.lines]
     problems += _without_patient(file, content)
     if problems:
         raise UserError(*problems)
+    _refuse_confusions(file, cases)
+    return DataFolder(file, "list", cases, labels, columns=("image", *columns))
+
+
+def _channel_columns(row: Mapping[str, Any]) -> list[str]:
+    """The columns of further channels that an entry fills, in the order in which it has them."""
+    return [str(key) for key in row if str(key).startswith("channel") and row[key]]
+
+
+def _refuse_confusions(file: Path, cases: Iterable[Case]) -> None:
+    """Raises UserError for files that a list or description names for two purposes."""
+    cases = list(cases)
     images = Counter(path.resolve() for case in cases for path in case.images)
     twice = [f"{file}: {path} is listed {n} times" for path, n in images.items() if n > 1]
     twice += _wrong_labels(file, cases)
     if twice:
         raise UserError(*twice)
-    return DataFolder(file, "list", cases, labels)
 
 
 def _without_patient(file: Path, rows: list[dict[str, Any]]) -> list[str]:
@@ -587,12 +662,16 @@ def _wrong_labels(file: Path, cases: Iterable[Case]) -> list[str]:
     return lines
 
 
-def _listed_case(file: Path, row: Mapping[str, Any]) -> Case:
+def _listed_case(file: Path, row: Mapping[str, Any], columns: Sequence[str]) -> Case:
+    """The case of an entry; `columns`: those of further channels, in their order, which every entry must fill."""
     known = ("image", "label", "patient", "name", "channels")
     foreign = [key for key in row if key not in known and not str(key).startswith("channel")]
     if foreign:
         raise UserError(f"has {foreign[0]!r}; columns are image, label, patient, name and channel...")
-    images = [row.get("image"), *(row[key] for key in row if str(key).startswith("channel"))]
+    if set(_channel_columns(row)) != set(columns):
+        names = [", ".join(filled) or "no further channel" for filled in (columns, _channel_columns(row))]
+        raise UserError(f"must have the channels of the first entry, {names[0]}, got {names[1]}")
+    images = [row.get("image"), *(row[key] for key in columns)]
     flat = [item for value in images for item in (value if isinstance(value, list) else [value]) if item]
     texts = [*flat, *(row[key] for key in ("label", "patient", "name") if row.get(key))]
     if not row.get("image") or not all(isinstance(text, str) for text in texts):
@@ -623,7 +702,8 @@ def _csv_rows(file: Path) -> list[dict[str, Any]]:
             twice = [name for name, count in columns.items() if count > 1]
             if twice:
                 raise UserError(f"{file}: has the column {twice[0]!r} twice")
-            return [{str(k).strip(): v.strip() if isinstance(v, str) else v for k, v in row.items()} for row in reader]
+            rows = [{str(k).strip(): v.strip() if isinstance(v, str) else v for k, v in row.items()} for row in reader]
+            return [row for row in rows if any(row.values())]  # spreadsheets leave rows of empty cells
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{file}: not readable as CSV: {error}") from error
 

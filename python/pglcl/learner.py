@@ -79,7 +79,16 @@ class Learner:
     def model(self, step: int) -> TrainedModel:
         """The teacher after `step` steps, with what it needs to know of the data."""
         found = self.data.survey
-        return TrainedModel(self.teacher, self.config, found.slice_axis, found.labels, found.intensity, step)
+        return TrainedModel(
+            self.teacher,
+            self.config,
+            found.slice_axis,
+            found.labels,
+            found.intensity,
+            step,
+            resolution=found.resolution,
+            description=found.description,
+        )
 
     def state(self, step: int) -> dict[str, Any]:
         """All that a run needs to go on after `step` steps."""

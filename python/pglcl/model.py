@@ -14,10 +14,12 @@ from monai.networks.nets import BasicUNet, DynUNet, SegResNet, UNet
 from torch import Tensor, nn
 
 from pglcl.config import TrainConfig
+from pglcl.description import Description
 from pglcl.errors import UserError
 from pglcl.files import load_tensors, read_object
 from pglcl.intensity import Intensity
 from pglcl.labels import LabelMap
+from pglcl.resolution import Resolution
 
 
 class Projection(nn.Module):
@@ -183,7 +185,8 @@ class TrainedModel:
 
     step: the step of the weights. organs: the classes whose masks keep only their largest component, chosen on the
     validation patients; None before that choice, or without such patients. split: the patients of each part, for a
-    model that was read from a run.
+    model that was read from a run. resolution, description: what the data of the training were; None for a model of an
+    older version, which did not keep it.
     """
 
     network: SegmentationNetwork
@@ -194,6 +197,8 @@ class TrainedModel:
     step: int = 0
     organs: tuple[int, ...] | None = None
     split: dict[str, list[str]] | None = None
+    resolution: Resolution | None = None
+    description: Description | None = None
 
     @property
     def num_classes(self) -> int:
@@ -207,6 +212,15 @@ class TrainedModel:
     def class_names(self) -> dict[int, str]:
         return self.labels.class_names
 
+    @property
+    def finished(self) -> bool:
+        """Whether the weights are those of the last step."""
+        return self.step >= self.config.steps
+
+    def unfinished(self, run: Path) -> str:
+        """A line for people, about a model whose run has not ended."""
+        return f"{run}: unfinished, step {self.step} of {self.config.steps}"
+
     def state(self) -> dict[str, Any]:
         """Tensors, lists and numbers for a file; :func:`load_model` reads them back."""
         return {
@@ -218,10 +232,13 @@ class TrainedModel:
             "intensity": self.intensity.state(),
             "step": self.step,
             "organs": self.organs,
+            "resolution": self.resolution.state() if self.resolution else None,
+            "description": self.description.state() if self.description else None,
         }
 
 
 WEIGHTS = ("last", "best")
+UNKNOWN_VOXELS = "does not know the voxel size of its training images, since an older pglcl wrote it"
 
 
 def load_model(run: Path, device: str = "auto", weights: str = "last") -> TrainedModel:
@@ -252,6 +269,7 @@ def load_model(run: Path, device: str = "auto", weights: str = "last") -> Traine
         config = TrainConfig(**state["config"])
         network = SegmentationNetwork(**state["arguments"])
         network.load_state_dict(state["network"])
+        resolution, description = state.get("resolution"), state.get("description")
         return TrainedModel(
             network.to(choose_device(device)).eval(),
             config,
@@ -261,6 +279,8 @@ def load_model(run: Path, device: str = "auto", weights: str = "last") -> Traine
             int(whole.get("step", state["config"]["steps"])),
             state["organs"],
             (whole.get("run") or {}).get("split"),
+            resolution=Resolution.from_state(resolution) if resolution else None,
+            description=Description.from_state(description) if description else None,
         )
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: not a model of this version of pglcl: {str(error).splitlines()[0]}") from error
@@ -285,13 +305,16 @@ def weights_hash(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def initial_model(config: TrainConfig, channels: int, labels: LabelMap) -> TrainedModel | None:
+def initial_model(
+    config: TrainConfig, channels: int, labels: LabelMap, description: Description | None = None
+) -> TrainedModel | None:
     """The model of `--init`, None without it.
 
     Args:
         config: the options of the run that starts from it.
         channels: of that run's images.
         labels: of that run.
+        description: of that run's data.
 
     Raises:
         UserError: a line for each difference between the two that weights depend on.
@@ -309,6 +332,8 @@ def initial_model(config: TrainConfig, channels: int, labels: LabelMap) -> Train
         "classes": (_listed(model.labels.names), _listed(labels.names)),
     }
     lines = [f"{name}: the run has {old}, got {new}" for name, (old, new) in compared.items() if old != new]
+    if model.description and description:
+        lines += model.description.contradictions(Description(description.channels))
     if lines:
         raise UserError(f"--init {config.init}: its weights do not fit this run:", *lines)
     return model

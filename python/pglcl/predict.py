@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pglcl.config import TrainConfig
 from pglcl.errors import UserError
-from pglcl.formats import result_suffix
+from pglcl.formats import Source, result_suffix
 from pglcl.formats.names import is_dicom_folder
 from pglcl.labels import LabelMap
 from pglcl.layouts import Case
@@ -213,6 +213,10 @@ class Predictor:
                     raise UserError(
                         f"runs that are averaged must agree: {name} of run 1 are {shown[0]}, of run {number} {shown[1]}"
                     )
+            if first.description and other.description:
+                lines = first.description.contradictions(other.description)
+                if lines:
+                    raise UserError(f"runs that are averaged must agree: of run {number}, {lines[0]}")
         if tta == "flips" and any(model.config.flips == "none" for model in self.models):
             raise UserError("--tta flips: the model was trained without mirrored images (--flips none)")
         self.tta, self.postprocess = tta, postprocess
@@ -249,6 +253,14 @@ class Predictor:
 
     def _changed(self, mask: Tensor) -> Tensor:
         return keep_largest(mask, self.organs)
+
+    def unlike_training(self, source: Source) -> str:
+        """How the voxels of an image clearly differ in size from those of a model's training images, or nothing."""
+        for model in self.models:
+            found = model.resolution.problem(source, model.config, model.slice_axis) if model.resolution else ""
+            if found:
+                return found
+        return ""
 
     @property
     def organs(self) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import html
 import math
 import statistics
@@ -118,7 +119,7 @@ def write_report(
     read = files_behind(folder, folder.cases)
     mine = output is None and _is_report(path)
     check_outputs([path], inputs=[*read, *_files_of(run)], overwrite=overwrite, renewed=lambda _: mine)
-    found = _scores(run, predictor, subject, cases, distance_unit(folder), before, quiet=quiet)
+    found = _scores(run, predictor, subject, cases, distance_unit(folder, cases), before, quiet=quiet)
     page = _page(run, predictor, folder, cases, found)
     before.check()
     write_text(path, page)
@@ -153,7 +154,7 @@ def _scores(
     files = score_files(run, subject.part)
     kept = read_scores(files[-1])
     if kept is not None and not subject.differences(kept.subject):
-        return kept
+        return dataclasses.replace(kept, subject=subject)  # an older version may not have noted all of it
     found = score_cases(predictor, subject, cases, unit, quiet=quiet)
     before.check()
     with contextlib.suppress(UserError):  # scores of other data, and files of other programs, stay as they are
@@ -262,6 +263,7 @@ def _warnings(run: Path, folder: DataFolder, subject: Subject) -> list[str]:
     if subject.part != "test":
         seen = "of which the best weights were chosen" if subject.part == "validation" else "that it was trained on"
         found.append(f"This run has no test patients. Scores are of the {subject.part} patients, {seen}.")
+    found += [f"{name}: {how}." for name, how in subject.unlike.items()]
     with contextlib.suppress(UserError):
         own = data_of(run)
         if own.resolve() != folder.root.resolve():
@@ -378,6 +380,7 @@ def _facts(model: TrainedModel, subject: Subject, rows: Sequence[dict[str, Any]]
         "Steps": f"{subject.step} of {subject.steps}" + ("" if subject.finished else " (unfinished)"),
         "Training time": "not recorded" if math.isnan(seconds) else duration(seconds),
         "Device": model.config.device,
+        "Voxels of the training": model.resolution.describe() if model.resolution else "not recorded",
     }
     if validation:
         best = max(validation)

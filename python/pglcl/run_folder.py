@@ -36,7 +36,7 @@ from pglcl.files import (
 from pglcl.layouts import Case
 from pglcl.model import TrainedModel, weights_hash
 from pglcl.record import environment, read_metrics
-from pglcl.training_data import files_of_cases
+from pglcl.training_data import files_of, files_of_cases
 
 STARTED = ("run.json", "split.json", "environment.json")  # written before config.json
 FILES = (*STARTED, "config.json", "metrics.jsonl", "checkpoint.pt", "best.pt", "model.pt")
@@ -111,7 +111,10 @@ class RunFolder:
         self._compare_options(saved)
         self.record = read_record(self.path)
         if self.record.ranks != ranks:
-            raise UserError(f"{self.path}: is a run of {self.record.ranks} processes, got {ranks}")
+            raise UserError(
+                f"{self.path}: is a run of {self.record.ranks} processes, got {ranks}; add --processes "
+                f"{self.record.ranks}, or start as many with torchrun"
+            )
         self._compare_split_file(saved)
 
     def begin(
@@ -257,7 +260,11 @@ class RunFolder:
         """Refuses a split file that was edited since the run began. It may be missing, since the run has the split."""
         path = Path(saved.split_file)
         if saved.split_file and path.exists():
-            lines = split_differences(path, read_json(path), self.record.split if self.record else {})
+            content, began = read_json(path), self.record.split if self.record else {}
+            if isinstance(content, list):
+                lines = _fold_differences(path, content, saved.fold, began)
+            else:
+                lines = split_differences(path, content, began)
             if lines:
                 raise UserError(f"{self.path}: its split is not that of --split-file any more:", *lines)
 
@@ -327,6 +334,19 @@ def read_record(run: Path) -> RunRecord:
         raise UserError(f"{path}: not what a run wrote: {error!r}") from None
 
 
+def patients_read_by(run: Path, cases: Iterable[Case]) -> list[str]:
+    """The patients of `cases` of whom a run read an image, whatever its name was there; none for an older run."""
+    try:
+        known = set(read_record(run).files.values())
+    except UserError:
+        return []
+
+    def was_read(case: Case) -> bool:
+        return any(fingerprint(file)["sha256"] in known for image in case.images for file in files_of(image))
+
+    return sorted({case.patient for case in cases if was_read(case)})
+
+
 def check_identity(state: dict[str, Any], path: Path, record: RunRecord, config: TrainConfig) -> None:
     """Raises UserError when a checkpoint is of another run, or when the run's JSON files contradict it."""
     own = state.get("run")
@@ -370,6 +390,21 @@ def split_differences(path: Path, now: Any, began: dict[str, list[str]]) -> list
         for part in PARTS
         if now.get(part, []) != began.get(part, [])
     ]
+
+
+def _fold_differences(path: Path, folds: list[Any], fold: int, began: dict[str, list[str]]) -> list[str]:
+    """The same for nnU-Net's list of folds, of which a run has one. Patients without labels may be added to `train`."""
+    now = folds[fold] if fold < len(folds) and isinstance(folds[fold], dict) else {}
+    train, val = now.get("train"), now.get("val")
+    if not isinstance(train, list) or not isinstance(val, list):
+        return [f"{path}: fold {fold} must have the lists train and val, which the run began with"]
+    lines = split_differences(path, {**began, "validation": val}, began)
+    first = [p for p in train if p in began["labelled"]]
+    foreign = [p for p in train if p not in (*began["labelled"], *began["unlabelled"])]
+    if first != began["labelled"] or foreign:
+        had = ", ".join([*began["labelled"], *began["unlabelled"]])
+        lines.append(f"{path}: train has {', '.join(map(str, train)) or 'nobody'}; the run began with {had}")
+    return lines
 
 
 def _name(file: Path, root: Path) -> str:

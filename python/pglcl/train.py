@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from pglcl.batches import StepBatches, loader
-from pglcl.cases import split_patients
+from pglcl.cases import cases_of, split_patients
 from pglcl.config import TrainConfig
 from pglcl.errors import UserError
 from pglcl.files import Unchanged, write_json
 from pglcl.launcher import is_first_process
-from pglcl.layouts import open_folder
+from pglcl.layouts import Case, open_folder
 from pglcl.learner import Learner, validation_dice
 from pglcl.limits import check_resources
 from pglcl.lock import FolderLock
@@ -24,7 +24,7 @@ from pglcl.organs import organs_of_masks
 from pglcl.progress import Progress
 from pglcl.ranks import Ranks, device_of_rank, launched_ranks
 from pglcl.record import MetricsLog, Profile
-from pglcl.run_folder import RunFolder
+from pglcl.run_folder import RunFolder, patients_read_by
 from pglcl.stopping import StopRequest
 from pglcl.training_data import cases_read, files_of_cases, load_training_data
 from pglcl.workers import choose_workers
@@ -107,8 +107,13 @@ class Training:
         state = self._state_of_all(ranks, state)
         with ranks.together():
             data = load_training_data(self.root, folder.config, split, progress=progress)
-            initial = initial_model(folder.config, data.channels, data.survey.labels) if state is None else None
+            initial = None
+            if state is None:
+                found = data.survey
+                initial = initial_model(folder.config, found.channels, found.labels, found.description)
             if ranks.is_first and folder.record is None:
+                if initial is not None:
+                    self._say_who_was_seen(cases_of(data_folder, (*split.validation, *split.test), with_label=True))
                 folder.begin(split, self.root, cases, ranks.size, initial)
             elif ranks.is_first:
                 if state is None:
@@ -134,6 +139,16 @@ class Training:
         self._save_models(learner)
         if ranks.is_first:
             self._show_profile(self.config.steps - max(first, self.config.warmup_steps))
+
+    def _say_who_was_seen(self, held_out: list[Case]) -> None:
+        """Prints a line when the run of `--init` was trained on patients that are held out now."""
+        seen = patients_read_by(Path(self.config.init), held_out)
+        if seen:
+            names = ", ".join(seen[:5]) + (", ..." if len(seen) > 5 else "")
+            self.progress.print_line(
+                f"--init {self.config.init}: its training read images of {len(seen)} patients that are held out now: "
+                f"{names}; their scores say nothing about new patients"
+            )
 
     def _state_of_all(self, ranks: Ranks, state: dict[str, Any] | None) -> dict[str, Any] | None:
         """The state of the first rank. The others read it from the checkpoint."""
@@ -222,9 +237,10 @@ class Training:
             model.organs = organs_of_masks(model, learner.data, learner.ranks)
         if not learner.ranks.is_first:
             return
-        self.folder.save_model(last, self.folder.model)
         if learner.best["step"]:
             self.folder.save_model(models[-1], self.folder.best)
+        self.folder.save_model(last, self.folder.model)  # last of all: it shows that the run has ended
+        if learner.best["step"]:
             best = f"step {learner.best['step']:.0f}, a validation Dice of {100 * learner.best['dice']:.1f} %"
             self.progress.print_line(f"best.pt: {best}; model.pt: step {last.step}, the last")
         if last.organs is None:

@@ -110,6 +110,18 @@ def test_bad_options(options: list[str], message: str, tmp_path: Path, capsys: p
     assert message in capsys.readouterr().err
 
 
+def test_one_data_folder(trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of two, one would be left out without a word."""
+    root, run = map(str, trained)
+    for arguments, message in (
+        (["train", root, "--data", root, "-o", str(tmp_path / "run")], "it goes with --resume; a new run takes its"),
+        (["train", root, "-o", run, "--resume", "--data", root], "the data folder is given twice"),
+    ):
+        assert main(arguments) == 2
+        assert f"pglcl: --data {root}: {message}" in capsys.readouterr().err
+    assert main(["train", "--resume", run, "--data", root, "-q"]) == 0  # it has ended
+
+
 @pytest.fixture
 def copied(trained: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
     """The data folder, and a run that a test may change."""

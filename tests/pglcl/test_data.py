@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -88,6 +89,28 @@ def test_nnunet_with_its_splits(tmp_path: Path) -> None:
     trained(root, run)
     assert main(["predict", str(run), str(root / "imagesTs"), "-o", str(output), "-q"]) == 0
     assert [path.name for path in output.iterdir()] == ["heart_900.nrrd"]
+
+
+def test_a_run_on_one_of_the_folds_of_nnunet_is_resumed(tmp_path: Path) -> None:
+    root, run, file = nnunet(tmp_path / "data"), tmp_path / "run", tmp_path / "splits_final.json"
+    names = [f"heart_{i:03d}" for i in range(6)]
+    folds = [{"train": names[:4], "val": names[4:]}, {"train": names[2:], "val": names[:2]}]
+    file.write_text(json.dumps(folds))
+    config = tiny(split_file=str(file), fold=1, validation=-1, test=-1, steps=4, warmup=1)
+    Training(root, run, config, quiet=True).run()
+    longer = dataclasses.replace(config, steps=6)
+    for content, message in (
+        ([folds[0], {**folds[1], "val": names[1:2]}], "validation has heart_001; the run began with heart_000, hea"),
+        ([folds[0], {**folds[1], "train": [names[3], names[2], *names[4:]]}], "train has heart_003, heart_002, heart"),
+        ([folds[0], {**folds[1], "train": [*names[2:], names[0]]}], "train has heart_002"),
+        ([folds[0]], "fold 1 must have the lists train and val"),
+    ):
+        file.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=message):
+            Training(root, run, longer, resume=True, quiet=True).run()
+    file.write_text(json.dumps([{"train": [], "val": []}, folds[1]]))  # other folds do not matter
+    Training(root, run, longer, resume=True, quiet=True).run()
+    assert json.loads((run / "config.json").read_text())["steps"] == 6
 
 
 def test_ssl4mis_with_its_lists(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pglcl.files import save_tensors
 from pglcl.intensity import Channel, Intensity
 from pglcl.labels import LabelMap
 from pglcl.model import TrainedModel, load_model, network_for
+from pglcl.train import Interrupted, Training
 
 from tests.pglcl.folders import tiny
 
@@ -78,6 +79,32 @@ def test_onnx(trained: Trained, tmp_path: Path) -> None:
     found = torch.from_numpy(session.run(["logits"], {"image": image.numpy()})[0])
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert json.loads(onnx.load(str(path)).metadata_props[0].value)["spatial_dims"] == 2
+
+
+def test_weights_of_a_run_that_has_not_ended(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    training = Training(trained[0], run, tiny(validate_every=2, checkpoint_every=2), quiet=True)
+    training.stop.asked = True
+    with pytest.raises(Interrupted):
+        training.run()
+    arguments = ["export", str(run), "--format", "torchscript", "-o"]
+    assert main([*arguments, str(tmp_path / "a.ts")]) == 0
+    assert f"pglcl: {run}: unfinished, step 1 of 8" in capsys.readouterr().err
+    about = {"pglcl": ""}
+    torch.jit.load(str(tmp_path / "a.ts"), _extra_files=about)
+    found = json.loads(about["pglcl"])
+    assert (found["step"], found["steps"]) == (1, 8)
+    assert found["voxels_seen"]["units"] == ["mm"]
+    Training(trained[0], run, tiny(validate_every=2, checkpoint_every=2), resume=True, quiet=True).run()
+    assert main([*arguments, str(tmp_path / "b.ts")]) == 0
+    assert main([*arguments, str(tmp_path / "best.ts"), "--weights", "best"]) == 0
+    assert capsys.readouterr().err == ""
+    image = torch.randn(1, 1, 32, 32)
+    with torch.no_grad():
+        best = torch.jit.load(str(tmp_path / "best.ts"))(image)
+        torch.testing.assert_close(best, load_model(run, weights="best").network(image))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("onnx") is not None, reason="onnx is installed")

@@ -429,6 +429,52 @@ def test_a_mask_whose_white_is_0(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_volume([tmp_path / "mask.tif"]).data[0, ..., 0], mask)
 
 
+@pytest.mark.parametrize("ending", [".png", ".tif", ".bmp"])
+def test_a_mask_whose_content_is_not_what_its_suffix_says(ending: str, tmp_path: Path) -> None:
+    """JPEG turns a mask of 0 and 200 into many values near them, which would be classes."""
+    image = pytest.importorskip("PIL.Image")
+    mask = image.fromarray((np.arange(48, dtype=np.uint8).reshape(6, 8) % 2) * 200)
+    mask.save(tmp_path / "image.png")
+    mask.save(tmp_path / "mask.jpg")
+    (tmp_path / "mask.jpg").rename(tmp_path / f"mask{ending}")
+    with pytest.raises(UserError, match="is stored as JPEG, which can change values, and cannot be a label"):
+        read_label_values(tmp_path / f"mask{ending}", tmp_path / "image.png")
+    assert read_volume([tmp_path / f"mask{ending}"]).data.shape == (1, 6, 8, 1)
+
+
+def test_a_mask_in_a_tiff_that_is_compressed_as_jpeg(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    mask = image.fromarray((np.arange(48, dtype=np.uint8).reshape(6, 8) % 2) * 200)
+    mask.save(tmp_path / "image.png")
+    mask.save(tmp_path / "mask.tif", compression="jpeg")
+    with pytest.raises(UserError, match="is stored as JPEG, which can change values"):
+        read_label_values(tmp_path / "mask.tif", tmp_path / "image.png")
+    mask.save(tmp_path / "mask.tif", compression="tiff_lzw")
+    assert set(read_label_values(tmp_path / "mask.tif", tmp_path / "image.png").flat) == {0, 200}
+
+
+def test_a_mask_that_is_partly_transparent(tmp_path: Path) -> None:
+    """A mask that was painted on a transparent layer may have its shape in the transparency alone."""
+    image = pytest.importorskip("PIL.Image")
+    inside = np.arange(48).reshape(6, 8) % 3 == 0
+    image.fromarray(inside).save(tmp_path / "image.png")
+
+    def read(value: int, alpha: np.ndarray) -> np.ndarray:
+        grey = np.where(inside, 200, value)
+        layers = np.stack([grey, grey, grey, alpha], axis=-1).astype(np.uint8)
+        image.fromarray(layers, "RGBA").save(tmp_path / "mask.png")
+        return read_label_values(tmp_path / "mask.png", tmp_path / "image.png")[..., 0]
+
+    for value, alpha in ((0, np.full((6, 8), 255)), (0, inside * 255)):
+        np.testing.assert_array_equal(read(value, alpha), inside * 200)
+    for value, alpha in ((200, inside * 255), (0, ~inside * 255), (0, inside * 100)):
+        with pytest.raises(UserError, match="is partly transparent"):
+            read(value, alpha)
+    image.fromarray(np.stack([inside * 0, inside * 255], axis=-1).astype(np.uint8), "LA").save(tmp_path / "mask.png")
+    with pytest.raises(UserError, match="is partly transparent"):
+        read_label_values(tmp_path / "mask.png", tmp_path / "image.png")
+
+
 def png_of_16_bit_colours(path: Path) -> Path:
     """Pillow can read such a file, but not write it."""
     import zlib

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from pglcl.cases import distance_unit, split_patients
+from pglcl.config import TrainConfig
 from pglcl.errors import UserError
 from pglcl.inspection import inspect_folder, labels_of, propose, warnings_of
 from pglcl.labels import LabelMap, parse_labels
@@ -236,10 +238,12 @@ def test_names_that_say_what_a_value_is(
     assert (labels.values, labels.names, labels.ignore) == (((0,), (2,)), ("air", "organ"), (7,))
     with pytest.raises(UserError, match="the background must have the value 0, got 1"):
         declared(tmp_path, {"0": "organ", "1": "background"})
+    with pytest.raises(UserError, match="the value 0 is the background, and cannot be ignored"):
+        declared(tmp_path, {"0": "ignore", "1": "organ", "2": "tumour"})  # the organ would be the background
 
 
 def test_two_values_of_one_name(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="the labels 1, 2 have one name, 'organ'; --labels can merge values"):
+    with pytest.raises(UserError, match="the labels 1, 2 have one name, 'organ'; without labels in the file"):
         declared_by_decathlon(tmp_path, {"0": "background", "1": "organ", "2": "organ"})
 
 
@@ -303,6 +307,37 @@ def test_kits(tmp_path: Path) -> None:
     reports = inspect_folder(data)
     assert labels_of(data, reports, None).names == ("background", "kidney", "tumor")
     assert propose(data, reports)[-1].value == "ct"
+
+
+def test_kits_whose_images_were_not_fetched(tmp_path: Path) -> None:
+    """The labels come with the repository, the images by a program. A case must not be missing without a word."""
+    root = kits(tmp_path, 3)
+    (root / "case_00001" / "imaging.nii.gz").unlink()
+    with pytest.raises(UserError, match=r"case_00001/segmentation\.nii\.gz: a label without its image"):
+        open_folder(root)
+    (root / "case_00001" / "segmentation.nii.gz").unlink()
+    assert len(open_folder(root).cases) == 2
+
+
+def test_files_that_a_description_names_twice(tmp_path: Path) -> None:
+    root = decathlon(tmp_path / "decathlon", 3, 1)
+    content = json.loads((root / "dataset.json").read_text())
+    for other, message in (
+        (content["training"][0]["label"], "brain_000.nii.gz is listed as a label of brain_000 and of brain_001"),
+        (content["training"][0]["image"], "is listed as a label and as an image"),
+    ):
+        content["training"][1]["label"] = other
+        (root / "dataset.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=message):
+            open_folder(root)
+    root = nnunet(tmp_path / "nnunet", 2, unlabelled=0)
+    image = ["imagesTr/heart_000_0000.nii.gz"]
+    describe(
+        root,
+        dataset={n: {"images": image, "label": f"labelsTr/heart_00{i}.nii.gz"} for i, n in enumerate(("x", "y"))},
+    )
+    with pytest.raises(UserError, match=r"heart_000_0000\.nii\.gz is listed 2 times"):
+        open_folder(root)
 
 
 def test_ssl4mis(tmp_path: Path) -> None:
@@ -415,6 +450,28 @@ def test_lists_that_are_refused(tmp_path: Path) -> None:
             open_folder(tmp_path / "list.json")
 
 
+def test_every_entry_has_the_same_channels_in_the_same_order(tmp_path: Path) -> None:
+    """Else one network input would be T2 in some volumes and FLAIR in others. JSON objects have no order."""
+    rows = listed(tmp_path)
+    for row in rows:
+        row["channel_flair"] = row["image"].replace("t1", "flair")
+        shutil.copy(tmp_path / row["image"], tmp_path / row["channel_flair"])
+    turned = [dict(reversed(row.items())) if i % 2 else row for i, row in enumerate(rows)]
+    (tmp_path / "list.json").write_text(json.dumps(turned))
+    data = open_folder(tmp_path / "list.json")
+    names = {tuple(path.name for path in case.images) for case in data.cases}
+    assert names == {("t1.nii.gz", "t2.nii.gz", "flair.nii.gz")}
+    assert data.columns == ("image", "channel_t2", "channel_flair")
+    holes = "image,channel_t2,channel_flair\n{image},{channel_t2},\n".format(**rows[0])
+    (tmp_path / "list.csv").write_text(holes + "{image},,{channel_flair}\n".format(**rows[1]))
+    with pytest.raises(
+        UserError, match="entry 2: must have the channels of the first entry, channel_t2, got channel_f"
+    ):
+        open_folder(tmp_path / "list.csv")
+    (tmp_path / "list.csv").write_text(holes + ",,\n , ,\n")  # as spreadsheets leave them
+    assert len(open_folder(tmp_path / "list.csv").cases) == 1
+
+
 def test_patients_of_some_entries_alone(tmp_path: Path) -> None:
     """As a spreadsheet writes merged cells. The second scan of a patient could come into the test."""
     rows = listed(tmp_path)
@@ -452,6 +509,37 @@ def test_files_that_are_not_read_are_said(tmp_path: Path) -> None:
         f"{root / 'labels'}: case01.npz (1): not read, their format is not known by its suffix",
         f"{root / 'labels'}: more (1): not read, folders of images; images and labels must lie directly there",
     ]
+
+
+def test_images_that_a_description_does_not_list_are_said(tmp_path: Path) -> None:
+    root = decathlon(tmp_path, 5, 1)
+    content = json.loads((root / "dataset.json").read_text())
+    content["training"] = content["training"][:2]
+    content["test"] = ["./imagesTr/brain_002.nii.gz", "./imagesTs/brain_900.nii.gz"]
+    (root / "dataset.json").write_text(json.dumps(content))
+    assert open_folder(root).notes == [
+        f"{root / 'imagesTr'}: brain_003.nii.gz, brain_004.nii.gz (2): not read, dataset.json does not list them",
+        f"{root / 'dataset.json'}: 1 of the images that it lists as test are not there",
+    ]
+
+
+@pytest.mark.parametrize("shape", [(20, 20, 20), (16, 16, 5), (12, 300, 3), (70, 40, 17), (1, 20, 20)])
+def test_proposals_are_options_that_a_training_takes(shape: tuple[int, ...], tmp_path: Path) -> None:
+    image, _ = volume(0, (30, 30, 30))
+    small = np.resize(image, shape)
+    save(tmp_path / "images" / "a.nii.gz", small, np.eye(4))
+    data = open_folder(tmp_path)
+    chosen = {p.option[2:].replace("-", "_"): p.value for p in propose(data, inspect_folder(data))}
+    dims = int(chosen.pop("spatial_dims"))
+    assert TrainConfig(spatial_dims=dims, **chosen).size
+
+
+def test_a_copy_of_the_image_is_no_label(tmp_path: Path) -> None:
+    """An image of 8 bits has few enough values for a label."""
+    root = pictures(tmp_path, 3, colour=False, unlabelled=0)
+    shutil.copy(root / "images" / "cell00.png", root / "labels" / "cell00.png")
+    found = [line for report in inspect_folder(open_folder(root)) for line in report.problems]
+    assert found == [f"{root / 'labels' / 'cell00.png'}: has the voxels of its image; is it a copy of the image?"]
 
 
 def test_a_name_that_json_gives_twice(tmp_path: Path) -> None:
@@ -592,3 +680,29 @@ def test_links_in_a_folder_of_patients(tmp_path: Path) -> None:
     path.symlink_to(path.name)
     with pytest.raises(UserError, match=r"patient001_frame01_gt\.nii\.gz: must be a file, is a link to"):
         open_folder(root)
+
+
+def test_names_that_look_like_volumes_of_one_patient(tmp_path: Path) -> None:
+    """Only lists and ACDC tell patients from volumes. One volume could be trained on, and the other be the test."""
+    image, label = volume(0)
+    for number in (1, 2):
+        for frame in (1, 12):
+            for kind, data in (("images", image), ("labels", label)):
+                save(tmp_path / kind / f"patient{number:03d}_frame{frame:02d}.nii.gz", data)
+    assert open_folder(tmp_path).notes == [
+        "patient001_frame01 and patient001_frame12 look like volumes of one patient, and count as two patients, of "
+        "whom one may be trained on and the other scored (2 such names); a list with the column patient keeps them "
+        "together"
+    ]
+    assert open_folder(acdc(tmp_path / "acdc", 2)).notes == []
+    for path in [*(tmp_path / "images").iterdir(), *(tmp_path / "labels").iterdir()]:
+        path.rename(path.with_name(path.name.replace("_frame", "_")))
+    assert open_folder(tmp_path).notes == []
+
+
+def test_units_of_files_of_several_kinds(tmp_path: Path) -> None:
+    root = pictures(tmp_path, 2, unlabelled=0)
+    save(root / "images" / "scan.nii.gz", volume(0)[0])
+    data = open_folder(root)
+    assert distance_unit(data) == "mm and pixel"
+    assert distance_unit(data, data.cases[:2]) == "pixel"

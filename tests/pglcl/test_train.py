@@ -54,6 +54,40 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
+def test_a_kill_between_the_last_two_files(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best model must not stay without the classes of which masks keep only the largest component."""
+    run, options = tmp_path / "run", {"validate_every": 3, "learning_rate": 0.02}
+    save, saved = RunFolder.save_model, []
+
+    def killed(self: RunFolder, model: Any, path: Path) -> None:
+        if model.organs is not None and saved:
+            raise KeyboardInterrupt
+        saved.extend([path] * (model.organs is not None))
+        save(self, model, path)
+
+    monkeypatch.setattr(RunFolder, "save_model", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Training(folder, run, tiny(**options), quiet=True).run()
+    monkeypatch.undo()
+    Training(folder, run, tiny(**options), resume=True, quiet=True).run()
+    assert load_model(run).organs is not None
+    assert load_model(run, weights="best").organs is not None
+
+
+def test_patients_that_the_run_of_init_has_seen_are_named(folder: Path, tmp_path: Path, capsys) -> None:
+    """With another split, they are the test of this run. A copy under another name is the same image."""
+    run_to_end(folder, tmp_path / "first", steps=4)
+    split = {"labelled": ["case04", "case05"], "unlabelled": ["case06"], "test": ["case00", "case01", "case03"]}
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    options = {"init": str(tmp_path / "first"), "steps": 4, "split_file": str(tmp_path / "split.json")}
+    options |= {"validation": -1, "test": -1}
+    Training(copied, tmp_path / "second", tiny(**options)).run()
+    assert "read images of 3 patients that are held out now: case00, case01, case03" in capsys.readouterr().err
+    Training(copied, tmp_path / "same", tiny(init=str(tmp_path / "first"), steps=4, validation=0, test=1)).run()
+    assert "held out now" not in capsys.readouterr().err
+
+
 def test_the_best_model_of_validation_is_kept_beside_the_last(folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run_to_end(folder, run, validate_every=2, learning_rate=0.02)

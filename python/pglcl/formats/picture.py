@@ -17,6 +17,10 @@ from pglcl.memory import check_claim
 GREY = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
 COLOUR = ("RGB", "RGBA")
 ORIENTATION, PHOTOMETRIC, WHITE_IS_ZERO = 274, 262, 0  # tags of EXIF and TIFF, and a value
+# Formats, and compressions of TIFF, that can change values; their files often have the suffix of another format.
+LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
+COMPRESSION = 259
+LOSSY_COMPRESSIONS = {6: "JPEG", 7: "JPEG", 33003: "JPEG 2000", 33005: "JPEG 2000", 34712: "JPEG 2000", 50001: "WebP"}
 # Pillow stretches grey values of 2 and 4 bits to 0..255; labels want what was stored.
 STRETCHED = {"L;2": 85, "L;4": 17}
 
@@ -70,7 +74,10 @@ def _source(image: Any, path: Path, *, label: bool) -> Source:
             f"{path}: is stored turned or mirrored (EXIF orientation {turned}), so that a mask could be meant in two "
             "ways; store it upright, for example with ImageMagick's mogrify -auto-orient"
         )
-    if label and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO:
+    lossy = image.format if image.format in LOSSY else LOSSY_COMPRESSIONS.get(_tag(image, COMPRESSION), "")
+    if label and lossy:
+        raise UserError(f"{path}: is stored as {lossy}, which can change values, and cannot be a label")
+    if label and _tag(image, PHOTOMETRIC) == WHITE_IS_ZERO:
         raise UserError(f"{path}: stores white as 0, so that its values could be meant in two ways; store black as 0")
     if "16" in raw and image.mode in (*COLOUR, "LA"):
         raise UserError(f"{path}: has 16 bits a channel and several channels ({raw}), of which Pillow keeps 8 bits")
@@ -82,6 +89,11 @@ def _source(image: Any, path: Path, *, label: bool) -> Source:
     return Source(
         path, "picture", (rows, columns, pages), 2 if pages == 1 else 3, channels, np.dtype(dtype), np.eye(4), "pixel"
     )
+
+
+def _tag(image: Any, number: int) -> Any:
+    """A tag of a TIFF; None where there is none."""
+    return getattr(image, "tag_v2", {}).get(number)
 
 
 def _orientation(image: Any) -> int:
@@ -107,6 +119,11 @@ def _pixels(image: Any, path: Path, *, label: bool) -> np.ndarray:
     data = data.astype(np.uint8) if data.dtype == bool else data
     data = data[..., None] if data.ndim == 2 else data
     if image.mode in ("LA", "RGBA"):
+        if label and _transparency_matters(data[..., :-1], data[..., -1]):
+            raise UserError(
+                f"{path}: is partly transparent, so that its values could be meant in two ways; store it without "
+                "transparency"
+            )
         data = data[..., :-1]
     if raw in STRETCHED:
         data = data // STRETCHED[raw]
@@ -115,6 +132,11 @@ def _pixels(image: Any, path: Path, *, label: bool) -> np.ndarray:
             raise UserError(f"{path}: a label must have one channel, got colours; write classes as grey values")
         data = data[..., :1]
     return data
+
+
+def _transparency_matters(colours: np.ndarray, alpha: np.ndarray) -> bool:
+    """Whether transparent pixels hide values, or whether the transparency alone tells pixels apart."""
+    return bool(colours[alpha < 255].any() or (alpha.min() < alpha.max() and not colours.any()))
 
 
 def write(data: np.ndarray, source: Source, path: Path) -> None:

@@ -1,0 +1,82 @@
+"""The sizes of voxels that a network was trained on, and whether those of another image are clearly different."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pglcl.config import TrainConfig
+from pglcl.formats import Source
+from pglcl.volumes import canonical_shape, canonical_spacing, resized_shape
+
+CLEARLY = 1.5  # factor; training itself changes sizes by --scaling, 0.15
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """The sizes of voxels of training images, as the network sees them: after `--image-size` or `--spacing`.
+
+    least, most: mm along each axis of the network; empty where no file says how large its voxels are. units: those of
+    the files, sorted: mm, pixel or voxel.
+    """
+
+    least: tuple[float, ...]
+    most: tuple[float, ...]
+    units: tuple[str, ...]
+
+    @classmethod
+    def of(cls, sources: Iterable[Source], config: TrainConfig, slice_axis: int | None) -> Resolution:
+        """That of some images, prepared with these options."""
+        sources = list(sources)
+        units = tuple(sorted({source.unit for source in sources}))
+        sizes = [sizes_seen(source, config, slice_axis) for source in sources if source.unit == "mm"]
+        if not sizes:
+            return cls((), (), units)
+        least, most = (tuple(float(size) for size in f(sizes, axis=0)) for f in (np.min, np.max))
+        return cls(least, most, units)
+
+    def problem(self, source: Source, config: TrainConfig, slice_axis: int | None) -> str:
+        """How an image clearly differs, or nothing. The sizes of pictures, in pixels, say nothing of their content."""
+        if source.unit not in self.units and "mm" in (source.unit, *self.units):
+            says = "says how large its voxels are" if source.unit == "mm" else "does not say how large its voxels are"
+            return f"{says}, unlike the training images"
+        if source.unit != "mm":
+            return ""
+        sizes = sizes_seen(source, config, slice_axis)
+        if all(a / CLEARLY <= size <= b * CLEARLY for size, a, b in zip(sizes, self.least, self.most)):
+            return ""
+        return f"its voxels are {_times(sizes)} mm as the network sees them, those of the training {self.describe()}"
+
+    @property
+    def spread(self) -> float:
+        """The largest quotient of two sizes along one axis; 1 without sizes."""
+        return max((b / a for a, b in zip(self.least, self.most)), default=1.0)
+
+    def describe(self) -> str:
+        if not self.least:
+            return "of unknown size"
+        return f"{_times(self.least)}" + ("" if self.spread < 1.005 else f" to {_times(self.most)}") + " mm"
+
+    def state(self) -> dict[str, Any]:
+        """Plain lists, for JSON and checkpoints; :meth:`from_state` reads them back."""
+        return {"least": list(self.least), "most": list(self.most), "units": list(self.units)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Resolution:
+        least, most = (tuple(float(size) for size in state[name]) for name in ("least", "most"))
+        return cls(least, most, tuple(str(unit) for unit in state["units"]))
+
+
+def sizes_seen(source: Source, config: TrainConfig, slice_axis: int | None) -> tuple[float, ...]:
+    """The size of a voxel along each axis of the network, in the unit of the file; without the slice axis."""
+    shape, spacing = canonical_shape(source), canonical_spacing(source)
+    resized = resized_shape(shape, spacing, slice_axis=slice_axis, size=config.size, target=config.target_spacing)
+    sizes = [extent * size / now for extent, size, now in zip(shape, spacing, resized)]
+    return tuple(size for axis, size in enumerate(sizes) if axis != slice_axis)
+
+
+def _times(sizes: Sequence[float]) -> str:
+    return " x ".join(f"{size:.3g}" for size in sizes)
