@@ -197,11 +197,8 @@ def patch_contrast(
     )
     check_contrast_numbers(x.numbers)
     if group is not None:
-        check_contrast(x)  # a rank that stopped later would leave the others waiting
         _check_group(x)
-    if num_positives is not None or num_negatives is not None:
-        check_contrast(x)
-        x = _with_counted_bounds(x, num_positives, num_negatives, group)
+    x = _with_counted_bounds(x, num_positives, num_negatives, group)
     if group is not None:
         return all_keys_contrast(_contrast, x, group) if gather == "all" else ring_contrast(x, group)
     outputs = _contrast(x)
@@ -226,6 +223,7 @@ def _promoted(anchors: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor | No
 
 
 def _check_group(x: ContrastArguments) -> None:
+    check_contrast(x)  # a rank that stopped later would leave the others waiting
     if x.choice.positive_mask is not None:
         raise ValueError("positive_mask and negative_mask cannot be given with a process group")
     if in_functorch():
@@ -244,7 +242,13 @@ def _bound(name: str, value: float | Tensor | None, default: float) -> tuple[flo
 def _with_counted_bounds(
     x: ContrastArguments, num_positives: int | None, num_negatives: int | None, group: Any
 ) -> ContrastArguments:
-    """Turns counts into a bound for each anchor, from the labels and descriptors of the keys of all ranks."""
+    """Turns counts, if there are any, into a bound for each anchor.
+
+    It is found from the labels and descriptors of the keys of all ranks.
+    """
+    if num_positives is None and num_negatives is None:
+        return x
+    check_contrast(x)
     keys = x.anchors if x.keys is None else x.keys
     assert x.anchors.descriptors is not None
     assert keys.descriptors is not None
