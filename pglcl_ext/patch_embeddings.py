@@ -48,7 +48,11 @@ class PatchRows(NamedTuple):
     index: Tensor  # type: ignore[assignment]
 
     def compact(self, ignore_index: int = -1) -> PatchRows:
-        """Only the rows that qualify. On a GPU this waits, since the number of rows must be known."""
+        """Only the rows that qualify. On a GPU this waits, since the number of rows must be known.
+
+        Args:
+            ignore_index: label of rows that do not qualify: the one that :func:`patch_embeddings` was given.
+        """
         return PatchRows(*_qualifying(self, ignore_index))
 
     def limited(self, per_class: int, priority: Tensor, ignore_index: int = -1) -> PatchRows:
@@ -61,7 +65,9 @@ class PatchRows(NamedTuple):
         Args:
             per_class: at least 0.
             priority: (N,) real numbers, of each row; NaN is the lowest.
-            ignore_index: label of rows that do not qualify, before or after.
+            ignore_index: label of rows that do not qualify, before and after. It must be the one that
+                :func:`patch_embeddings` was given: rows do not keep it, and a row with another label counts as one of
+                a class.
 
         Raises:
             ValueError: a priority of another shape or device, a negative `per_class`.
