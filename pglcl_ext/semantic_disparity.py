@@ -33,8 +33,11 @@ def semantic_disparity(a: Tensor, b: Tensor | None = None) -> Tensor:
         TypeError: not floating point, or different dtypes.
     """
     b = a if b is None else b
-    check_disparity(a, b)
-    disparity: Tensor = _in_graph(a, b) if is_traced() else _Disparity.call((a, b))
+    if is_traced():
+        check_disparity(a, b)
+        disparity: Tensor = _in_graph(a, b)
+    else:
+        disparity = _Disparity.checked(lambda pair: check_disparity(*pair), (a, b), (a, b))
     return disparity
 
 
