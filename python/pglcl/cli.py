@@ -365,9 +365,9 @@ def evaluate(
 
     Earlier scores of the same run and data are replaced; others are kept unless --overwrite is given.
     """
-    from pglcl.evaluate import Evaluation, evaluate_run
+    from pglcl.evaluate import evaluate_run
 
-    found: Evaluation = evaluate_run(
+    found = evaluate_run(
         run,
         data,
         part=part,

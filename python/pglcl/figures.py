@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pglcl.bases import one_hot
-from pglcl.evaluate import score_volume
 from pglcl.labels import IGNORE
 from pglcl.layouts import Case
 from pglcl.model import TrainedModel
@@ -24,6 +23,7 @@ from pglcl.pairs import pairs_of_prediction
 from pglcl.postprocess import components, keep_largest
 from pglcl.predict import Predictor, network_output
 from pglcl.prepare import Prepared, prepare
+from pglcl.scores import score_volume
 from pglcl.volumes import read_label, read_volume
 from pglcl_ext import PatchRows, patch_embeddings, semantic_disparity
 

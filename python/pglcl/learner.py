@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from pglcl.config import TrainConfig
 from pglcl.contrast import PatchContrast
-from pglcl.evaluate import Score, patient_means, score_case
+from pglcl.evaluate import score_case
 from pglcl.intensity import Intensity
 from pglcl.labels import LabelMap
 from pglcl.model import TrainedModel, network_for, update_teacher
 from pglcl.organs import organs_of_pseudo_labels
 from pglcl.ranks import Ranks, averaging
 from pglcl.record import Profile
+from pglcl.scores import Score, patient_means
 from pglcl.step import StepLoss
 from pglcl.training_data import TrainingData
 

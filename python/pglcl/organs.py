@@ -7,11 +7,12 @@ import math
 import torch
 
 from pglcl.config import TrainConfig
-from pglcl.evaluate import predicted_and_true, score_volume
+from pglcl.evaluate import predicted_and_true
 from pglcl.model import TrainedModel
 from pglcl.postprocess import keep_largest, single_organs
 from pglcl.predict import Predictor
 from pglcl.ranks import Ranks
+from pglcl.scores import score_volume
 from pglcl.training_data import TrainingData
 
 

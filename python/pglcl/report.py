@@ -13,20 +13,7 @@ from typing import Any
 
 from pglcl.cases import PARTS, distance_unit
 from pglcl.errors import UserError
-from pglcl.evaluate import (
-    METRICS,
-    Evaluation,
-    Subject,
-    may_renew,
-    number_or_dash,
-    part_to_score,
-    patient_means,
-    read_scores,
-    read_split,
-    score_cases,
-    score_files,
-    subject_of,
-)
+from pglcl.evaluate import part_to_score, score_cases, subject_of
 from pglcl.figures import CURVES, Picture, Shown, colour, curves, embeddings
 from pglcl.files import Unchanged, opened, read_json, write_text
 from pglcl.layouts import Case, DataFolder, open_folder
@@ -35,7 +22,9 @@ from pglcl.outputs import check_outputs
 from pglcl.predict import Predictor
 from pglcl.progress import duration
 from pglcl.record import read_metrics
-from pglcl.run_folder import data_of
+from pglcl.run_folder import data_of, read_split
+from pglcl.score_files import Evaluation, Subject, may_renew, number_or_dash, read_scores, score_files
+from pglcl.scores import METRICS, patient_means
 from pglcl.training_data import files_behind, files_of_cases
 
 GENERATOR = "<meta name=generator content=pglcl>"

@@ -310,6 +310,20 @@ def data_of(run: Path) -> Path:
     return Path(data)
 
 
+def read_split(run: Path) -> dict[str, list[str]]:
+    """The patients of each part, from the run's split.json.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    content = read_object(run / "split.json")
+    for part in PARTS:
+        patients = content.get(part)
+        if not isinstance(patients, list) or not all(isinstance(patient, str) for patient in patients):
+            raise UserError(f"{run / 'split.json'}: {part} must be a list of patients, got {patients!r}")
+    return {part: content[part] for part in PARTS}
+
+
 def read_record(run: Path) -> RunRecord:
     """The record of a run, from run.json and split.json.
 
@@ -319,15 +333,10 @@ def read_record(run: Path) -> RunRecord:
     path = run / "run.json"
     if not path.exists():
         raise UserError(f"{path}: not found: the run was made by an older pglcl, or the file was removed")
-    content, split = read_object(path), read_object(run / "split.json")
-    for part in PARTS:
-        patients = split.get(part)
-        if not isinstance(patients, list) or not all(isinstance(patient, str) for patient in patients):
-            raise UserError(f"{run / 'split.json'}: {part} must be a list of patients, got {patients!r}")
+    content, parts = read_object(path), read_split(run)
     try:
         files = {str(name): str(print["sha256"]) for name, print in content["files"].items()}
         numbers = (int(content["ranks"]), int(content["threads"]))
-        parts = {part: split[part] for part in PARTS}
         cases = {str(name): [str(text) for text in case] for name, case in content.get("cases", {}).items()}
         return RunRecord(str(content["id"]), parts, files, *numbers, str(content["initial"]), cases)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

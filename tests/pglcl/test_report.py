@@ -14,10 +14,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 from pglcl.cli import main
-from pglcl.evaluate import Evaluation, Score, Subject
 from pglcl.figures import Picture, curves
 from pglcl.layouts import Case
 from pglcl.report import _chosen, _chosen_patches, _metric_rows, _ranked
+from pglcl.score_files import Evaluation, Subject
+from pglcl.scores import Score
 from pglcl.train import Training
 
 from tests.pglcl.folders import plain, tiny
@@ -150,8 +151,8 @@ def test_volumes_that_are_shown_differ() -> None:
     ("config.json", "[1]", 2, "must be a JSON object"),
     ("config.json", '{"data": 3}', 2, "data must be the path of a folder"),
     ("config.json", '{"data": "/nowhere"}', 2, "/nowhere: no such folder"),
-    ("split.json", "[]", 2, "must be an object with lists of patients"),
-    ("split.json", '{"test": {"a": 1}}', 2, "must be an object with lists of patients"),
+    ("split.json", "[]", 2, "must be a JSON object"),
+    ("split.json", '{"test": {"a": 1}}', 2, "labelled must be a list of patients, got None"),
     ("split.json", "[" * 100000, 2, "not readable as JSON"),
     ("environment.json", "3", 0, "not an object"),
     ("environment.json", "\x00", 0, "not readable as JSON"),
