@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pglcl.cases import PARTS, cases_of, distance_unit
 from pglcl.description import Description
-from pglcl.errors import UserError
+from pglcl.errors import UserError, explained
 from pglcl.files import Unchanged, fingerprint, read_json
 from pglcl.formats import read_source
 from pglcl.labels import IGNORE
@@ -47,16 +47,20 @@ def predicted_and_true(predictor: Predictor, case: Case) -> tuple[Tensor, Tensor
 
 
 def _predicted(predictor: Predictor, case: Case, report: Report | None) -> tuple[Tensor, Tensor, tuple[float, ...]]:
-    assert case.label is not None
     prediction, prepared = predictor(case, report)
     spacing = prepared.spacing
     mask = prediction.mask()
     del prediction, prepared  # before the truth is read: both may be large
-    truth = torch.from_numpy(read_label(case.label, case.images[0], predictor.models[0].labels))
+    truth = _truth(predictor, case)
     ignored = truth == IGNORE
     if ignored.any():
         mask = torch.where(ignored, IGNORE, mask.int())
     return mask, truth, spacing
+
+
+def _truth(predictor: Predictor, case: Case) -> Tensor:
+    assert case.label is not None
+    return torch.from_numpy(read_label(case.label, case.images[0], predictor.models[0].labels))
 
 
 # --- the subject of scores ------------------------------------------------------------------------------------------
@@ -181,29 +185,92 @@ def evaluate_run(
         quiet: show no progress.
 
     Raises:
-        UserError: nothing to score, patients missing, files in the way, or data that do not fit the model.
+        UserError: nothing to score, patients missing, files in the way, or data that are damaged or do not fit the
+            model. If volumes whose files are sound could not be scored, the scores of the others have been saved, in
+            files whose names end in _unfinished.
     """
     predictor = Predictor([load_model(run, device, weights)], tta=tta, postprocess=postprocess)
     folder = open_folder(root)
     before = Unchanged(files_of_cases(folder.cases))
     subject, cases = subject_of(run, predictor, folder, part, allow_missing=allow_missing)
     files = score_files(output or run, part, weights)
+    for_others = score_files(output or run, part, weights, unfinished=True)
     read = files_behind(folder, folder.cases)
-    check_outputs(files, inputs=read, overwrite=overwrite, renewed=may_renew(files, subject))
-    found = score_cases(predictor, subject, cases, distance_unit(folder, cases), quiet=quiet)
+    for paths in (files, for_others):
+        check_outputs(paths, inputs=read, overwrite=overwrite, renewed=may_renew(paths, subject))
+    try:
+        found = score_cases(predictor, subject, cases, distance_unit(folder, cases), quiet=quiet)
+    except Unfinished as error:
+        scored = [case for case in cases if case.name in error.others.subject.files]
+        before.only(files_of_cases(scored)).check()
+        path = error.others.save(for_others).files[0]
+        raise UserError(*error.lines, f"{path}: the scores of the other {len(scored)} volumes") from error
     before.only(files_of_cases(cases)).check()  # so that the hashes in the score files are those of the files scored
     return found.save(files)
+
+
+class Unfinished(UserError):
+    """Volumes could not be scored although their files can be read, for example for want of memory.
+
+    Args:
+        lines: which volumes, and why.
+        others: the scores of the other volumes.
+    """
+
+    def __init__(self, *lines: str, others: Evaluation) -> None:
+        super().__init__(*lines)
+        self.others = others
 
 
 def score_cases(
     predictor: Predictor, subject: Subject, cases: Sequence[Case], unit: str, *, quiet: bool = True
 ) -> Evaluation:
-    """Scores cases, without saving the scores."""
+    """Scores cases, without saving the scores. Every file is read before the first prediction.
+
+    Raises:
+        UserError: a line for each problem of the files, or no case could be scored.
+        Unfinished: some cases could not be scored.
+    """
+    _check(predictor, cases, quiet=quiet)
     scores: list[Score] = []
+    unscored: dict[str, tuple[str, ...]] = {}
     with Volumes("scoring", len(cases), quiet=quiet) as progress:
         for case in cases:
-            scores += _score(predictor, case, report=progress.start(case.name))
+            try:
+                scores += _score(predictor, case, report=progress.start(case.name))
+            except Exception as error:
+                unscored[case.name] = _lines_of(error)
     model = predictor.models[0]
     notes = [f"{name}: {how}" for name, how in subject.unlike.items()]
     notes += [] if model.resolution else [f"{subject.run}: {UNKNOWN_VOXELS}"]
-    return Evaluation(subject, scores, model.class_names, unit, notes=tuple(notes))
+    if unscored:
+        subject = subject.without({name: "; ".join(lines) for name, lines in unscored.items()}, scores)
+    found = Evaluation(subject, scores, model.class_names, unit, notes=tuple(notes))
+    if unscored:
+        lines = [f"{name} was not scored: {line}" for name, lines in unscored.items() for line in lines]
+        raise Unfinished(*lines, others=found) if scores else UserError(*lines)
+    return found
+
+
+def _check(predictor: Predictor, cases: Sequence[Case], *, quiet: bool) -> None:
+    """Reads every image and label, so that a damaged one is named before hours are spent on the others."""
+    lines: list[str] = []
+    with Volumes("checking", len(cases), quiet=quiet) as progress:
+        for case in cases:
+            report = progress.start(case.name)
+            for read in (predictor.check, lambda case: _truth(predictor, case)):
+                try:
+                    read(case)
+                except Exception as error:
+                    lines += [line for line in _lines_of(error) if line not in lines]
+            report(1.0)
+    if lines:
+        raise UserError(*lines, "nothing was scored")
+
+
+def _lines_of(error: Exception) -> tuple[str, ...]:
+    """What explains an error of the input, the disk or the memory. A bug is raised again: it stops the command."""
+    lines = explained(error)
+    if lines is None:
+        raise error
+    return lines

@@ -24,7 +24,7 @@ from pglcl.layouts import Case
 from pglcl.model import TrainedModel
 from pglcl.outputs import check_outputs, check_outside_data
 from pglcl.postprocess import POSTPROCESS, keep_largest
-from pglcl.prepare import Prepared, prepare
+from pglcl.prepare import Prepared, prepare, read_suitable
 from pglcl.run_folder import data_of
 from pglcl.training_data import files_of
 from pglcl.volumes import Geometry, write_like
@@ -235,6 +235,15 @@ class Predictor:
             first = first or prepared
         assert first is not None
         return Prediction(parts, self._changed), first
+
+    def check(self, case: Case) -> None:
+        """Reads the image of a case, and predicts nothing.
+
+        Raises:
+            UserError: a damaged file, or an image that does not suit the models.
+        """
+        for model in self.models:
+            read_suitable(case, model.config, model.slice_axis, model.intensity)
 
     def _part(self, model: TrainedModel, network: nn.Module, prepared: Prepared, report: Report | None) -> Part:
         p = network_output(network, prepared.image, model.config, report)

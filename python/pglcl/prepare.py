@@ -18,7 +18,7 @@ from pglcl.intensity import Intensity
 from pglcl.labels import IGNORE, LabelMap
 from pglcl.layouts import Case
 from pglcl.memory import require_memory
-from pglcl.volumes import Geometry, read_label, read_volume, resize_image, resize_label, resized_shape
+from pglcl.volumes import Geometry, Volume, read_label, read_volume, resize_image, resize_label, resized_shape
 
 
 @dataclass
@@ -66,24 +66,10 @@ def prepare(
     Raises:
         UserError: a damaged file, an image that does not suit `config` or `intensity`, or one too large for memory.
     """
-    volume = read_volume(case.images)
-    shape, channels = volume.data.shape[1:], len(volume.data)
-    problem = does_not_suit(volume.source, config)
-    if channels != len(intensity.channels):
-        problem = f"must have {len(intensity.channels)} channels, got {channels}"
-    problem = problem or intensity.problem(volume.data)
-    if problem:
-        raise UserError(f"{case.images[0]}: {problem}")
-    resized = resized_shape(
-        shape, volume.spacing, slice_axis=slice_axis, size=config.size, target=config.target_spacing
-    )
-    padded = padded_shape(resized, config, slice_axis)
-    require_memory(
-        4 * channels * int(np.prod(padded, dtype=object)),
-        f"{case.images[0]}: shape {shape}, brought to {padded} by --image-size and --spacing,",
-    )
+    volume = read_suitable(case, config, slice_axis, intensity)
+    resized, padded = _shapes(volume, config, slice_axis)
     image = resize_image(intensity(torch.from_numpy(volume.data)), resized)
-    geometry, spacing, source = Geometry(tuple(shape), resized), volume.spacing, volume.source
+    geometry, spacing, source = Geometry(tuple(volume.data.shape[1:]), resized), volume.spacing, volume.source
     del volume
     target = None
     if labels is not None and case.label is not None:
@@ -99,6 +85,31 @@ def prepare(
         target = None if target is None else target.movedim(slice_axis, -1)
     target = None if target is None else target.contiguous()
     return Prepared(case, image.contiguous(), target, geometry, spacing, source)
+
+
+def read_suitable(case: Case, config: TrainConfig, slice_axis: int | None, intensity: Intensity) -> Volume:
+    """Reads the image of a case. Raises what :func:`prepare` raises for it."""
+    volume = read_volume(case.images)
+    shape, channels = volume.data.shape[1:], len(volume.data)
+    problem = does_not_suit(volume.source, config)
+    if channels != len(intensity.channels):
+        problem = f"must have {len(intensity.channels)} channels, got {channels}"
+    problem = problem or intensity.problem(volume.data)
+    if problem:
+        raise UserError(f"{case.images[0]}: {problem}")
+    _, padded = _shapes(volume, config, slice_axis)
+    require_memory(
+        4 * channels * int(np.prod(padded, dtype=object)),
+        f"{case.images[0]}: shape {shape}, brought to {padded} by --image-size and --spacing,",
+    )
+    return volume
+
+
+def _shapes(volume: Volume, config: TrainConfig, slice_axis: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of a volume once it is resized, and once it is padded."""
+    shape, spacing = volume.data.shape[1:], volume.spacing
+    resized = resized_shape(shape, spacing, slice_axis=slice_axis, size=config.size, target=config.target_spacing)
+    return resized, padded_shape(resized, config, slice_axis)
 
 
 def does_not_suit(source: Source, config: TrainConfig) -> str:

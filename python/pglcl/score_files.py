@@ -33,6 +33,7 @@ class Subject:
         patients: those that are scored. missing: those that the split names and `data` lacks.
         tta, postprocess: as :class:`pglcl.predict.Predictor` takes them.
         unlike: how voxels clearly differ in size from those of the training, by case; without the other cases.
+        unscored: why a case could not be scored. It is not in `files`.
     """
 
     run: str
@@ -48,6 +49,7 @@ class Subject:
     postprocess: str = "none"
     id: str = ""
     unlike: dict[str, str] = field(default_factory=dict)
+    unscored: dict[str, str] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -68,13 +70,22 @@ class Subject:
             found.insert(0, f"step {other.step} instead of {self.step}")
         return found
 
+    def without(self, unscored: dict[str, str], scores: Sequence[Score]) -> Subject:
+        """The subject of `scores` alone, as some cases could not be scored."""
+        files = {name: hashes for name, hashes in self.files.items() if name not in unscored}
+        return replace(self, files=files, patients=sorted({s.patient for s in scores}), unscored=unscored)
+
     def title(self) -> str:
-        """One line for people. It tells of an unfinished run, of missing patients and of other voxel sizes."""
+        """One line for people. It tells of an unfinished run, of patients and volumes that are left out, and of other
+        voxel sizes.
+        """
         text = f"{self.run}, {self.part}: {len(self.files)} volumes of {len(self.patients)} patients, step {self.step}"
         if not self.finished:
             text += f" of {self.steps}: UNFINISHED"
         if self.missing:
             text += f"; WITHOUT {len(self.missing)} missing patients: {', '.join(self.missing)}"
+        if self.unscored:
+            text += f"; WITHOUT {len(self.unscored)} volumes that could not be scored: {', '.join(self.unscored)}"
         if self.unlike:
             text += f"; {len(self.unlike)} WITH OTHER VOXELS THAN THE TRAINING: {', '.join(self.unlike)}"
         return text
@@ -120,9 +131,9 @@ class Evaluation:
         return replace(self, files=tuple(files))
 
 
-def score_files(folder: Path, part: str, weights: str = "last") -> tuple[Path, Path, Path]:
+def score_files(folder: Path, part: str, weights: str = "last", *, unfinished: bool = False) -> tuple[Path, Path, Path]:
     """The paths of the CSV, the Markdown and the JSON file."""
-    name = f"scores_{part}" + ("" if weights == "last" else f"_{weights}")
+    name = f"scores_{part}" + ("" if weights == "last" else f"_{weights}") + "_unfinished" * unfinished
     return folder / f"{name}.csv", folder / f"{name}.md", folder / f"{name}.json"
 
 
@@ -136,7 +147,8 @@ def read_scores(path: Path) -> Evaluation | None:
         subject = Subject(**{name: value for name, value in content["subject"].items() if name in known})
         scores = [_score_of(row) for row in content["scores"]]
         names = {int(k): str(name) for k, name in content["class_names"].items()}
-        found = Evaluation(subject, scores, names, str(content["unit"]), score_files(path.parent, subject.part))
+        files = tuple(path.with_suffix(ending) for ending in (".csv", ".md", ".json"))
+        found = Evaluation(subject, scores, names, str(content["unit"]), files)
         _ = found.summary  # fails on values of other types
         return found
     except (UserError, KeyError, TypeError, ValueError, AttributeError):

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
+import nibabel as nib
 import numpy as np
+import pytest
+from pglcl import evaluate
+from pglcl.errors import UserError
 from pglcl.evaluate import evaluate_run
+from pglcl.layouts import Case
+from pglcl.predict import Predictor
 from pglcl.score_files import read_scores
 from pglcl.train import Training
 
 from tests.pglcl.folders import save, tiny, volume
+
+
+@pytest.fixture
+def copied(trained: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path, list[str]]:
+    """A data folder, a run on it and the names of its test volumes, of which there are two."""
+    root, run = (Path(shutil.copytree(path, tmp_path / path.name)) for path in trained)
+    return root, run, sorted(json.loads((run / "split.json").read_text())["test"])
 
 
 def test_scores_carry_class_and_label_value(tmp_path: Path) -> None:
@@ -36,3 +51,75 @@ def test_scores_carry_class_and_label_value(tmp_path: Path) -> None:
     again = read_scores(found.files[-1])
     assert again is not None
     assert again.scores[1].label_value == 170
+
+
+def test_damaged_files_are_named_before_the_first_prediction(
+    copied: tuple[Path, Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, run, (first, last) = copied
+    image, label = root / "images" / f"{last}.nii.gz", root / "labels" / f"{first}.nii.gz"
+    whole = image.read_bytes()
+    image.write_bytes(whole[: len(whole) // 2])  # its header is whole
+    truth = nib.load(label)
+    save(label, np.asarray(truth.dataobj) + np.uint8(7), truth.affine)
+
+    def predict(*_: Any) -> None:
+        raise AssertionError("a volume was predicted")
+
+    monkeypatch.setattr(Predictor, "__call__", predict)
+    with pytest.raises(UserError, match="nothing was scored") as refused:
+        evaluate_run(run, root)
+    assert len(refused.value.lines) == 3
+    assert f"{label}: " in str(refused.value)
+    assert f"{image}: " in str(refused.value)
+    assert not list(run.glob("scores_*"))
+
+
+def test_the_scores_of_the_other_volumes_are_kept(
+    copied: tuple[Path, Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, run, names = copied
+    expected = {name: [s for s in evaluate_run(run, root).scores if s.case == name] for name in names}
+    for path in run.glob("scores_*"):
+        path.unlink()
+    predicted = Predictor.__call__
+
+    def without(name: str) -> None:
+        def predict(self: Predictor, case: Case, *rest: Any) -> Any:
+            if case.name == name:
+                raise MemoryError
+            return predicted(self, case, *rest)
+
+        monkeypatch.setattr(Predictor, "__call__", predict)
+
+    for one, other in (names, names[::-1]):  # the second time, the files of the first are renewed
+        without(one)
+        with pytest.raises(UserError, match=f"^{one} was not scored: out of memory") as refused:
+            evaluate_run(run, root)
+        assert sorted(path.suffix for path in run.glob("scores_*")) == [".csv", ".json", ".md"]
+        kept = read_scores(run / "scores_test_unfinished.json")
+        assert kept is not None
+        assert f"{kept.files[0]}: the scores of the other 1 volumes" in str(refused.value)
+        assert kept.scores == expected[other]
+        assert (list(kept.subject.files), kept.subject.patients) == ([other], [other])
+        assert f"WITHOUT 1 volumes that could not be scored: {one}" in kept.files[1].read_text()
+
+
+def test_no_volume_can_be_scored(copied: tuple[Path, Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    root, run, names = copied
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(evaluate, "score_volume", fail)
+    with pytest.raises(UserError) as refused:
+        evaluate_run(run, root)
+    assert [line.split(":")[0] for line in refused.value.lines] == [f"{name} was not scored" for name in names]
+    assert not list(run.glob("scores_*"))
+
+
+def test_a_bug_is_not_taken_for_a_volume(copied: tuple[Path, Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    root, run, _ = copied
+    monkeypatch.setattr(evaluate, "score_volume", lambda *_, **__: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate_run(run, root)
