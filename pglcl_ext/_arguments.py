@@ -1,4 +1,4 @@
-"""The arguments and results of the ops. Each list stands here once, in the order of the schema."""
+"""The arguments and results of the ops. Each list is defined here once, in the order of the schema."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class GaussianArguments(NamedTuple):
     negative_weight: float
     ignore_index: int
     reduction: int  # one of REDUCTIONS
-    needs_gradients: bool  # whether to return d loss_i / d anchor_i, too
+    needs_gradients: bool  # whether to return d loss_i / d anchor_i as well
 
 
 class BoundsArguments(NamedTuple):

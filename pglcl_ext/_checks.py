@@ -45,8 +45,8 @@ def check_number(name: str, value: Any) -> float:
         return value
     if isinstance(value, Tensor):
         raise TypeError(
-            f"{name} must be a number, got a tensor of shape {tuple(value.shape)}: no gradient flows to it, and "
-            f"a parameter would never learn. Pass {name}.item(); a scale to be learnt multiplies the embeddings"
+            f"{name} must be a number, got a tensor of shape {tuple(value.shape)}: it would get no gradient, so a "
+            f"parameter would never be trained. Pass {name}.item(). To learn a scale, multiply the embeddings by it"
         )
     if isinstance(value, (torch.SymFloat, torch.SymInt)):
         return value  # type: ignore[return-value]
@@ -55,7 +55,7 @@ def check_number(name: str, value: Any) -> float:
     try:
         return float(value)
     except OverflowError as error:
-        raise ValueError(f"{name} must be a number that a float has room for, got {value}") from error
+        raise ValueError(f"{name} must be within the range of a float (below {LARGEST:.1e}), got {value}") from error
 
 
 def check_positive(name: str, value: Any, *, or_zero: bool = False) -> float:
@@ -205,7 +205,7 @@ def check_image(name: str, t: Any, channels: str) -> None:
 
 
 def check_patch_grid(image: Sequence[int], patch_size: list[int], stride: list[int]) -> None:
-    """That patches fit into an image of this size, in pixels."""
+    """Checks that patches fit into an image of this size, in pixels."""
     for name, value in (("patch_size", patch_size), ("stride", stride)):
         if len(value) != len(image):
             raise ValueError(f"{name} must have one entry per spatial dimension ({len(image)}), got {value}")
@@ -218,7 +218,7 @@ def check_patch_grid(image: Sequence[int], patch_size: list[int], stride: list[i
 
 
 def check_same_space(name: str, t: Tensor, like_name: str, like: Tensor) -> None:
-    """That images have the batch, the size and the device of others."""
+    """Checks that images have the batch, the size and the device of others."""
     if t.dim() != like.dim() or t.shape[0] != like.shape[0] or t.shape[2:] != like.shape[2:]:
         expected = f"({like.shape[0]}, K, {', '.join(map(str, like.shape[2:]))})"
         raise ValueError(f"{name} must have the batch and space of {like_name}, {expected}, got {tuple(t.shape)}")
@@ -310,7 +310,7 @@ def check_choice_of_pairs(
     positive_mask: Any = None,
     negative_mask: Any = None,
 ) -> None:
-    """That the options that choose the pairs go together."""
+    """Checks that the options that choose the pairs fit each other."""
     if (
         max_positive_disparity is min_negative_disparity is num_positives is num_negatives is None
         and positive_mask is negative_mask is None
@@ -324,26 +324,29 @@ def check_choice_of_pairs(
     }
     given = [name for name, value in rule.items() if value is not None]
     if (positive_mask is not None or negative_mask is not None) and given:
-        raise ValueError(f"positive_mask and negative_mask replace the rule and exclude {', '.join(given)}")
+        raise ValueError(
+            f"positive_mask and negative_mask choose all pairs and exclude {', '.join(given)}: pass masks alone, or no "
+            "masks"
+        )
     for bound, count in (("max_positive_disparity", "num_positives"), ("min_negative_disparity", "num_negatives")):
         if rule[bound] is not None and rule[count] is not None:
-            raise ValueError(f"{bound} and {count} exclude each other, got both")
+            raise ValueError(f"{bound} and {count} exclude each other, got both: pass one of them")
         if rule[count] is not None:
             check_integer(count, rule[count], least=1)
         if rule[bound] is not None and not isinstance(rule[bound], Tensor):
             check_bound(bound, rule[bound])
     if given and descriptors is None:
-        raise ValueError(f"{', '.join(given)} compare descriptors, but descriptors is None")
+        raise ValueError(f"descriptors must be given for {', '.join(given)}, got None")
 
 
 def check_keys_come_together(keys: Any, key_labels: Any, key_descriptors: Any) -> None:
-    """That keys come with labels, and that labels and descriptors of keys come with keys."""
+    """Checks that keys come with labels, and that labels and descriptors of keys come with keys."""
     if (keys is None) != (key_labels is None):
         raise ValueError(
-            f"keys and key_labels must be given together, got {'key_labels' if keys is None else 'keys'} alone"
+            f"keys and key_labels must be given together, got only {'key_labels' if keys is None else 'keys'}"
         )
     if keys is None and key_descriptors is not None:
-        raise ValueError("key_descriptors need keys, got key_descriptors alone")
+        raise ValueError("key_descriptors must be given with keys, got only key_descriptors")
 
 
 def check_sides(anchors: Side, keys: Side | None) -> None:
@@ -366,7 +369,7 @@ def check_sides(anchors: Side, keys: Side | None) -> None:
     check_labels("key_labels", keys.labels, "M", "keys", k)
     if (anchors.descriptors is None) != (keys.descriptors is None):
         got = "key_descriptors" if anchors.descriptors is None else "descriptors"
-        raise ValueError(f"descriptors and key_descriptors must be given together when keys are, got {got} alone")
+        raise ValueError(f"descriptors and key_descriptors must be given together when keys are, got only {got}")
     if keys.descriptors is not None:
         others = check_descriptors("key_descriptors", keys.descriptors, "M", "keys", k)
         check_same_channels("key_descriptors", others, "descriptors", channels)
@@ -397,7 +400,7 @@ def check_masks(choice: Choice, anchors: Tensor, keys: Tensor) -> None:
         return
     if positive is None or negative is None:
         got = "positive_mask" if negative is None else "negative_mask"
-        raise ValueError(f"positive_mask and negative_mask must be given together, got {got} alone")
+        raise ValueError(f"positive_mask and negative_mask must be given together, got only {got}")
     check_mask("positive_mask", positive, anchors, keys)
     check_mask("negative_mask", negative, anchors, keys)
 
@@ -439,11 +442,12 @@ def check_gaussian(x: GaussianArguments) -> None:
     d, k = x.anchors.shape[1], x.counts.shape[0]
     lead = (k, k) if x.means.dim() == 3 else (k,)
     if tuple(x.means.shape) != (*lead, d):
-        raise ValueError(f"means must have shape (K, D) = ({k}, {d}) or (K, K, D), got {tuple(x.means.shape)}")
+        expected = f"(K, D) = ({k}, {d}) or (K, K, D) = ({k}, {k}, {d})"
+        raise ValueError(f"means must have shape {expected}, got {tuple(x.means.shape)}")
     if tuple(x.covariances.shape) != (*lead, d, d):
         shape = "(K, K, D, D)" if x.means.dim() == 3 else "(K, D, D)"
         got = tuple(x.covariances.shape)
-        raise ValueError(f"covariances must have shape {shape} as means have {tuple(x.means.shape)}, got {got}")
+        raise ValueError(f"covariances must have shape {shape} = {(*lead, d, d)}, like the means, got {got}")
     check_gaussian_numbers(x)
 
 
@@ -451,18 +455,18 @@ def check_gaussian_numbers(x: GaussianArguments) -> None:
     check_temperature(x.temperature)
     check_positive("covariance_scale", x.covariance_scale, or_zero=True)
     if x.covariance_scale / x.temperature / x.temperature / 2 > LARGEST:  # the square may exceed it
-        both = f"{x.covariance_scale} and {x.temperature}"
-        raise ValueError(f"covariance_scale / (2 temperature^2) must be a finite number, got {both}")
+        got = f"covariance_scale = {x.covariance_scale} and temperature = {x.temperature}"
+        raise ValueError(f"covariance_scale / (2 temperature^2) must be a finite number, got {got}")
     check_positive("negative_weight", x.negative_weight, or_zero=True)
     check_integer("ignore_index", x.ignore_index)
 
 
 def check_known_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
-    """That labels lie in [0, K) or are `ignore_index`. This reads them."""
+    """Checks that labels lie in [0, K) or are `ignore_index`. This reads them."""
     bad = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
     if bad.any():
         at = int(bad.nonzero()[0])
         raise ValueError(
             f"labels must lie in [0, K) = [0, {classes}) or be ignore_index = {ignore_index}, got {int(labels[at])} "
-            f"at {at}"
+            f"at index {at}"
         )

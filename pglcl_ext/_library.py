@@ -87,10 +87,17 @@ def build_info() -> dict[str, Any]:
     """What this installation was built with and what it uses.
 
     Returns:
-        A dict with ``version`` (of pglcl-ext), ``torch_built`` and ``torch_running``, ``cuda_built`` (bool),
-        ``cuda_version`` (of the torch built against), ``cuda_reason`` (why there is no CUDA code, else ""),
-        ``cuda_architectures`` (list of str), ``cpu_instruction_sets`` (list of str, those that the kernels are compiled
-        for, from the least to the most demanding) and ``cpu_instruction_set`` (the one in use).
+        A dict. Its values are str, unless another type is named:
+
+        - ``version``: of pglcl-ext;
+        - ``torch_built`` and ``torch_running``: the torch of the build, and the one in use;
+        - ``cuda_built``: a bool, whether the build has CUDA kernels;
+        - ``cuda_version``: of the torch of the build, or "none";
+        - ``cuda_reason``: why the build has no CUDA kernels; empty if it has them;
+        - ``cuda_architectures``: a list of str;
+        - ``cpu_instruction_sets``: a list of str, those that the kernels are compiled for, from the least to the most
+          demanding;
+        - ``cpu_instruction_set``: the one in use.
 
         The instruction set is the best one that the processor and the environment variable ``PGLCL_CPU_ISA`` allow. The
         variable names one of ``cpu_instruction_sets``. With any other value, the import fails.

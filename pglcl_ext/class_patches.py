@@ -27,13 +27,13 @@ __all__ = ["ClassPatches", "class_patches"]
 
 @exportable
 class ClassPatches(NamedTuple):
-    """Crops, each of one class.
+    """Crops, each of one class. Numbers have the dtype of the images.
 
     Attributes:
-        images: (N, C, ``*P``), the image times the class weight.
-        labels: (N,) int64.
-        coverage: (N,), mean class weight of the crop.
-        index: (N, 1 + dims) int64, the image and the first pixel of the crop.
+        images: (N, C, ``*P``), crops of the images, multiplied by the weight of the class.
+        labels: (N,) int64, the class of each crop.
+        coverage: (N,), the mean weight of the class in the crop.
+        index: (N, 1 + dims) int64, the index of the image, then that of the crop's first pixel along each axis.
     """
 
     images: Tensor
@@ -54,31 +54,36 @@ def class_patches(
     output_size: int | Sequence[int] | None = None,
     mode: str = "resize",
 ) -> ClassPatches:
-    """Crops an image times the mask of each class to patches that contain the class.
+    """Multiplies images by the mask of each class and cuts out the patches that contain the class.
 
-    This is the authors' form (method, section 8). Crops lie on a grid whose last row and column are moved inwards to
-    end with the image. So every pixel is in a crop, for any patch size. At most `max_patches` crops of a class are
-    taken from an image, evenly spread over it. Images do not influence each other. Coverage is counted from the mask,
-    never from intensities. On a GPU the call waits, since the number of crops must be known.
+    This is the authors' form (method, section 8). Crops lie on a grid. The last row and the last column of the grid are
+    moved inwards, so that they end at the border of the image. So every pixel is in a crop, for any patch size. At most
+    `max_patches` crops of a class are taken from an image, evenly spread over it. Images do not influence each other.
+    Coverage is counted from the mask, never from intensities. On a GPU the call waits, since the number of crops must
+    be known.
 
     Args:
         images: (B, C, *S) floating point, two or three spatial dimensions.
         labels: (B, *S) int64, where a value outside [0, num_classes) belongs to no class; or floating-point weights
             (B, num_classes, *S), which are used as they are.
-        patch_size: size of a crop, in pixels; at most the image.
+        patch_size: size of a crop, in pixels, an int or one per spatial dimension; at most the image.
         num_classes: K.
-        stride: distance between crops, in pixels; at most `patch_size`, which is the default.
+        stride: distance between crops, in pixels, an int or one per spatial dimension; at most `patch_size`, which is
+            the default.
         coverage: a crop counts for class k when its mean weight exceeds this: a number, a tensor (K,), or None for 0.
+            A crop without the class never counts.
         max_patches: largest number of crops of a class in an image; all by default.
-        output_size: size of the returned crops, in pixels; `patch_size` by default.
+        output_size: size of the returned crops, in pixels, an int or one per spatial dimension; `patch_size` by
+            default.
         mode: how crops get that size: ``"resize"`` (linear interpolation) or ``"pad"`` (zeros around them).
 
     Returns:
-        :class:`ClassPatches`, ordered by image, class and place; N may be 0.
+        :class:`ClassPatches`, ordered by image, class and place; N may be 0. Gradients flow to `images`, and to
+        `labels` if they are weights.
 
     Raises:
         ValueError: shapes or devices that do not fit, values out of range.
-        TypeError: wrong dtypes.
+        TypeError: wrong dtypes, or arguments of the wrong type.
     """
     check_image("images", images, "C")
     num_classes = check_integer("num_classes", num_classes, least=1)

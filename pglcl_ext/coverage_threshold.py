@@ -17,19 +17,20 @@ def _below_one(like: Tensor) -> float:
 
 
 class CoverageThreshold(nn.Module):
-    r"""A coverage for each class, above which a patch qualifies. It moves until a target share of the patches does.
+    r"""A threshold of coverage for each class. It moves until a target share of the patches lies above it.
 
-    Every update makes a Robbins-Monro step for each class that the batch holds (method, section 8):
+    A patch qualifies for a class if its coverage is above the threshold of the class. Every update makes a
+    Robbins-Monro step for each class that the batch holds (method, section 8):
     :math:`\theta_k \leftarrow clip(\theta_k + \gamma_n (share_n - target), 0, 1)`, where :math:`share_n` is the
     fraction of the batch's patches of class k with coverage above :math:`\theta_k`, and
-    :math:`\gamma_n = gain / n^{2/3}` (our choice) for the n-th batch with that class. The threshold stays below 1, so
-    a patch that its class fills always qualifies. The state is in buffers. Nothing waits for a GPU.
+    :math:`\gamma_n = gain / n^{2/3}` (our choice) for the n-th batch with that class. The threshold stays below 1. So a
+    patch that its class fills always qualifies. The state is in buffers. No call waits for a GPU.
 
     Args:
         num_classes: K.
         initial: threshold at the start, in [0, 1].
         target: share of the patches that should qualify, in (0, 1).
-        gain: size of the first step, > 0.
+        gain: factor of the step sizes, > 0.
         ignore_index: patches with this label, or one outside [0, K), are not counted.
 
     Attributes:
@@ -38,7 +39,7 @@ class CoverageThreshold(nn.Module):
 
     Raises:
         ValueError: values out of range.
-        TypeError: arguments that are not numbers.
+        TypeError: arguments that are not numbers, or not ints for `num_classes` and `ignore_index`.
     """
 
     value: Tensor
@@ -75,10 +76,10 @@ class CoverageThreshold(nn.Module):
 
     @torch.no_grad()
     def update(self, coverage: Tensor, labels: Tensor) -> None:
-        """Makes a step from the patches of a batch that hold their class, whether they qualify or not.
+        """Moves the threshold by one step. It counts the patches that hold their class, whether they qualify or not.
 
         Args:
-            coverage: (N,) in [0, 1]; patches with 0 do not hold their class and are not counted.
+            coverage: (N,) floating point in [0, 1]; patches with 0 do not hold their class and are not counted.
             labels: (N,) int64, the class of each coverage.
 
         Raises:
@@ -106,10 +107,14 @@ class CoverageThreshold(nn.Module):
         self.value.copy_(torch.where(present > 0, moved, self.value))
 
     def coverage_and_classes(self, batch: PatchRows | PatchBatch) -> tuple[Tensor, Tensor]:
-        """The arguments of :meth:`update`, from all rows that :func:`patch_embeddings` makes, also unqualified ones.
+        """The arguments of :meth:`update`, from all rows of :func:`patch_embeddings`, also those that do not qualify.
 
-        A row with a label has that class, in any order of the rows. Other rows must be in the order of
-        :func:`patch_embeddings`, in which the classes of a patch follow one another.
+        Args:
+            batch: N rows. A row with a label has that class, in any order of the rows. Rows without a label must be in
+                the order of :func:`patch_embeddings`, in which the classes of a patch follow one another.
+
+        Returns:
+            Coverage (N,), in the dtype of the batch, and classes (N,) int64.
         """
         k, labels = self.num_classes, batch.labels
         in_order = torch.arange(len(labels), device=labels.device) % k

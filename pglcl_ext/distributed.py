@@ -47,7 +47,7 @@ class SharedGroup:
 def row_counts(tensors: list[Tensor], group: Any, manner: str = "gathering") -> list[int]:
     """The number of rows of every rank.
 
-    Ranks must agree in all else, since they exchange bytes without a type, and wait for each other.
+    Ranks must agree in everything else, since they exchange bytes without a type, and wait for each other.
     """
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"a process group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
@@ -59,15 +59,15 @@ def row_counts(tensors: list[Tensor], group: Any, manner: str = "gathering") -> 
     for rank, other in enumerate(kinds):
         if other != kinds[dist.get_rank(group)]:
             raise ValueError(
-                f"every rank must give tensors of the same dtypes and sizes, except for the number of rows, with or "
-                f"without gradients, and the same options: rank {rank} of the group differs from this one, which gives "
-                f"{kind} by {manner}"
+                f"all ranks must pass tensors of the same dtypes and sizes (only the number of rows may differ), must "
+                f"agree on which of them need gradients, and must have the same options: rank {rank} of the group "
+                f"differs from this rank, which passes {kind} ({manner})"
             )
     return list(sizes)
 
 
 def _bytes(t: Tensor, rows: int) -> Tensor:
-    """`t` as bytes, (rows, bytes of a row), with zeros in added rows. So no backend has to know its dtype."""
+    """`t` as bytes, (rows, bytes of a row), with zeros in the added rows. So no backend has to know its dtype."""
     width = t[:1].numel() * t.element_size() if len(t) else t.new_empty(1, *t.shape[1:]).numel() * t.element_size()
     padded = torch.zeros(rows, width, dtype=torch.uint8, device=t.device)
     if t.numel():  # copied as numbers, since memory of any strides can be read so
@@ -123,7 +123,7 @@ def first_row(sizes: list[int], group: Any) -> int:
 
 
 def _with_gradients(manner: str, **tensors: Tensor) -> str:
-    """`manner`, and which of `tensors` get a gradient. A rank would wait for one that others do not send."""
+    """`manner`, and which of `tensors` get a gradient. A rank would wait for a gradient that others do not send."""
     learnt = [name for name, t in tensors.items() if torch.is_grad_enabled() and t.requires_grad]
     return f"{manner}, with gradients of {' and '.join(learnt) or 'nothing'}"
 

@@ -28,9 +28,9 @@ class QueuedKeys(NamedTuple):
     """The content of a queue, for :func:`pglcl_ext.patch_contrast_loss`.
 
     Attributes:
-        keys: (K * length, D), in the dtype of the queue.
+        keys: (K * length, D), in the dtype of the queue; 0 where a slot is empty.
         labels: (K * length,) int64, `ignore_index` where a slot is empty.
-        descriptors: (K * length, C), or None for a queue without them.
+        descriptors: (K * length, C), in the dtype of the queue; None for a queue without them.
     """
 
     keys: Tensor
@@ -41,27 +41,28 @@ class QueuedKeys(NamedTuple):
 class EmbeddingQueue(nn.Module):
     """A ring buffer of embeddings for each class, in registered buffers.
 
-    The newest `length` keys of each class are kept. Nothing waits for a GPU, and nothing carries a gradient. The state
-    (keys, write positions, counts) is saved, restored and moved with the module. The authors queue 4096 keys of each
-    class (method, sections 6 and 9).
+    The newest `length` keys of each class are kept, in float32 by default (the dtype of the module). No call waits for
+    a GPU, and no key carries a gradient. The state (keys, write positions, counts) is saved, restored and moved with
+    the module. The authors queue 4096 keys of each class (method, sections 6 and 9).
 
-    A key that is not finite, or whose descriptor is not finite, would spoil every later loss. It is left out and
+    A key that is not finite, or whose descriptor is not finite, would make every later loss NaN. It is left out and
     counted in `num_refused`. On the CPU, where reading that number takes no time, there is also a warning.
 
     Args:
         num_classes: K.
         embedding_dim: D.
         length: number of keys kept of each class.
-        descriptor_dim: C, the size of the descriptor kept beside each key (its entropy, say); 0 keeps none.
+        descriptor_dim: C, the size of the descriptor kept beside each key, for example its entropy; 0 keeps none.
         ignore_index: keys with this label, or one outside [0, K), are not queued.
-        process_group: the keys of all its ranks are queued on every rank, in the order of the ranks, so that the queues
-            stay equal. This waits for the GPU, since ranks exchange the number of their keys. A copy of the queue
-            shares the group; a queue with a group cannot be pickled.
+        process_group: a ``torch.distributed`` process group, or None. The keys of all its ranks are queued on every
+            rank, in the order of the ranks, so that the queues stay equal. Then :meth:`enqueue` waits for the GPU,
+            since ranks exchange the number of their keys. A copy of the queue shares the group; a queue with a group
+            cannot be pickled.
 
     Attributes:
-        counts: (K,) int64, the keys held of each class.
-        num_refused: int64 scalar, the keys that were left out since they were not finite. It is not saved, and 0 after
-            a state is loaded. Reading it on a GPU waits.
+        counts: (K,) int64, the number of keys held of each class.
+        num_refused: int64 scalar, the number of keys that were left out since they were not finite. It is not saved,
+            and is 0 after a state is loaded. Reading it on a GPU waits.
 
     Raises:
         TypeError: sizes that are not ints.
@@ -121,11 +122,12 @@ class EmbeddingQueue(nn.Module):
         Args:
             embeddings: (M, D) floating point, on the device of the queue; they are kept in its dtype.
             labels: (M,) int64.
-            descriptors: (M, C), or (M,) for C = 1; needed exactly when the queue has a `descriptor_dim`.
+            descriptors: (M, C) floating point, or (M,) for C = 1. They must be given if `descriptor_dim` is not 0, and
+                only then.
 
         Raises:
-            ValueError: shapes or devices that do not fit.
-            TypeError: wrong dtypes.
+            ValueError: shapes or devices that do not fit, or ranks whose dtypes or sizes differ.
+            TypeError: wrong dtypes, or a `process_group` of another type.
         """
         descriptors = self._checked(embeddings, labels, descriptors)
         if self.process_group is not None:
@@ -169,11 +171,14 @@ class EmbeddingQueue(nn.Module):
         check_labels("labels", labels, "M", "embeddings", embeddings)
         if descriptors is None:
             if self.descriptor_dim:
-                raise ValueError(f"descriptors must be given: the queue keeps {self.descriptor_dim} of each key")
+                raise ValueError(
+                    f"descriptors must be given, with shape (M, C) = ({len(embeddings)}, {self.descriptor_dim}), since "
+                    f"the queue has descriptor_dim={self.descriptor_dim}; got None"
+                )
             return embeddings.new_zeros(len(embeddings), 0)
         check_floating("descriptors", descriptors)
         if not self.descriptor_dim:
-            raise ValueError("descriptors must be None: the queue keeps none, since its descriptor_dim is 0")
+            raise ValueError("descriptors must be None, since the queue has descriptor_dim=0; got a tensor")
         if descriptors.dim() == 1:
             descriptors = descriptors[:, None]
         if descriptors.shape != (len(embeddings), self.descriptor_dim):
@@ -187,10 +192,11 @@ class EmbeddingQueue(nn.Module):
         return torch.arange(self.length, device=self.counts.device) < self.counts[:, None]
 
     def keys(self) -> QueuedKeys:
-        """Every slot, filled or empty, as copies.
+        """Copies of all slots, filled or empty.
 
-        The shape does not depend on how many slots are filled. `enqueue` does not change the copies, so a loss may be
-        differentiated after the next keys are queued.
+        Returns:
+            :class:`QueuedKeys`. Its shapes do not depend on how many slots are filled. :meth:`enqueue` does not change
+            the copies, so a loss may be differentiated after the next keys are queued.
         """
         classes = torch.arange(self.num_classes, device=self.counts.device)[:, None]
         labels = torch.where(self._filled(), classes, self.ignore_index).flatten()
@@ -210,7 +216,7 @@ class EmbeddingQueue(nn.Module):
 
         Returns:
             Means (K, D) and covariances (K, D, D), 0 for a class without keys. The mean is subtracted before deviations
-            are squared, so a single key has a covariance of exactly 0, and keys far from 0 lose no digits.
+            are squared. So a single key has a covariance of exactly 0, and keys far from 0 lose no digits.
 
         Raises:
             TypeError: another dtype.

@@ -47,27 +47,27 @@ def gaussian_contrast_loss(
 ) -> Tensor:
     r"""Contrastive loss against infinitely many keys, normally distributed in each class.
 
-    Classes that have keys take part; `C` is their number. The loss of an anchor `t` of such a class `i` is, with
-    :math:`\psi` = `negative_weight` and :math:`\lambda` = `covariance_scale` (method, section 6: re-derived from the
-    authors' code, which bounds the expected logarithm by Jensen's inequality; here in log-space),
+    Classes that have keys take part; `C` is their number. With :math:`\psi` = `negative_weight` and :math:`\lambda` =
+    `covariance_scale`, the loss of an anchor `t` of such a class `i` is (method, section 6: derived again from the
+    authors' code, which bounds the expected logarithm by Jensen's inequality; here it is computed in log-space)
 
     .. math::
         x_j = t \cdot \mu_j / \tau + \frac{\lambda}{2 \tau^2} t^\top \Sigma_j t, \qquad
         \ell = -t \cdot \mu_i / \tau + \log\Big(e^{x_i} + \frac{\psi}{C} \sum_{j \ne i} e^{x_j}\Big).
 
-    A batch with one class, or ``negative_weight=0``, gives the positive term alone. Neither N x N nor N x K x D numbers
-    are stored.
+    If only one class has keys, or with ``negative_weight=0``, only the positive term remains. Neither N x N nor
+    N x K x D numbers are stored.
 
     Args:
         anchors: embeddings, (N, D), used as given; float64, float32, bfloat16 or float16. Sums are kept in float32
             (float64 for float64).
         labels: (N,) int64, in [0, K) or `ignore_index`. On the CPU another value is an error. On a GPU, where a check
             would have to wait, such an anchor is left out.
-        means: (K, D) floating point; or (K, K, D), first index the anchor's class, as
+        means: (K, D) floating point; or (K, K, D), where the first index is the anchor's class, as
             :func:`hard_negative_statistics` gives them.
-        covariances: (K, D, D), or (K, K, D, D) with such means. Only the symmetric part matters.
+        covariances: (K, D, D) floating point; or (K, K, D, D) with such means. Only the symmetric part matters.
         counts: (K,) int64, the number of keys of each class. Statistics of a class without keys are not read.
-        temperature: tau > 0.
+        temperature: tau, at least 1e-100.
         covariance_scale: lambda >= 0.
         negative_weight: psi >= 0.
         ignore_index: anchors with this label are left out.
@@ -79,7 +79,8 @@ def gaussian_contrast_loss(
 
     Raises:
         ValueError: shapes, devices or labels that do not fit, values out of range.
-        TypeError: wrong dtypes.
+        TypeError: wrong dtypes, or arguments of the wrong type.
+        NotImplementedError: forward-mode or second derivatives.
     """
     check_reduction(reduction)
     for name, t in (("anchors", anchors), ("means", means), ("covariances", covariances)):
@@ -112,9 +113,9 @@ def gaussian_contrast_loss(
 
 
 class GaussianContrastLoss(nn.Module):
-    """:func:`gaussian_contrast_loss` with a queue, from which its statistics come.
+    """:func:`gaussian_contrast_loss` with a queue of keys, which gives the statistics.
 
-    A call contrasts anchors with the keys queued so far; :meth:`enqueue` adds keys, usually the teacher's::
+    A call contrasts anchors with the keys that are in the queue. :meth:`enqueue` adds keys, usually the teacher's::
 
         loss = GaussianContrastLoss(num_classes=4, embedding_dim=128)
         value = loss(student_embeddings, labels)
@@ -123,11 +124,11 @@ class GaussianContrastLoss(nn.Module):
     Args:
         num_classes: K.
         embedding_dim: D.
-        queue_length: keys kept of each class.
-        hard_negatives: take the negatives' statistics from :func:`hard_negative_statistics`.
+        queue_length: number of keys kept of each class.
+        hard_negatives: take the statistics of negatives from :func:`hard_negative_statistics`.
         normalize: divide anchors and keys by their L2 norm first. A row of zeros stays as it is.
         temperature, covariance_scale, negative_weight, ignore_index, reduction: as in :func:`gaussian_contrast_loss`.
-        process_group: keys of all its ranks are queued on each, see :class:`EmbeddingQueue`.
+        process_group: the keys of all its ranks are queued on each rank, see :class:`EmbeddingQueue`.
 
     Attributes:
         queue: the :class:`EmbeddingQueue`.
@@ -171,7 +172,15 @@ class GaussianContrastLoss(nn.Module):
         self.reduction = reduction
 
     def forward(self, embeddings: Tensor, labels: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """The loss of `embeddings` (N, D) with `labels` (N,) int64; `generator` draws the hard negatives."""
+        """The loss of anchors against the queued keys.
+
+        Args:
+            embeddings: (N, D) floating point, on the device of the queue.
+            labels: (N,) int64, as for :func:`gaussian_contrast_loss`.
+            generator: draws the hard negatives, see :func:`hard_negative_statistics`; it is not used without them.
+
+        Result and errors are those of these two functions.
+        """
         embeddings = self._normalized(embeddings, "N")
         if self.hard_negatives:
             means, covariances = hard_negative_statistics(embeddings, labels, self.queue, generator=generator)
@@ -192,7 +201,14 @@ class GaussianContrastLoss(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Queues keys (M, D) with their labels (M,)."""
+        """Normalises keys if `normalize` is set, and adds them to the queue.
+
+        Args:
+            embeddings: (M, D) floating point, on the device of the queue.
+            labels: (M,) int64.
+
+        Errors are those of :meth:`EmbeddingQueue.enqueue`.
+        """
         self.queue.enqueue(self._normalized(embeddings, "M"), labels)
 
     def _normalized(self, embeddings: Tensor, rows: str) -> Tensor:

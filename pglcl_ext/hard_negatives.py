@@ -28,19 +28,19 @@ def hard_negative_statistics(
 ) -> tuple[Tensor, Tensor]:
     r"""Means and covariances of hard negatives for every pair of classes.
 
-    For anchors of class i and keys of class j (method, section 7, after the authors' code, whose rejection loop has no
-    bound): `n*` is the queued key of j nearest to class i in Mahalanobis distance, `p*` the anchor of i nearest to
-    class j, and :math:`v = n^* - p^*`. Samples of :math:`N(\mu_j, \Sigma_j)` restricted to the slab
-    :math:`v \cdot p^* \le v \cdot x \le v \cdot n^*` are drawn exactly: the truncated normal along v by inversion, the
-    rest from its conditional distribution. Half of the samples are kept: those closest to class j among those that are
-    no farther from class i than `n*`. If these are too few, convex mixtures of two of them fill up the rest. All are
-    L2-normalised.
+    The source is section 7 of the method, after the authors' code, whose rejection loop has no bound. For anchors of
+    class i and keys of class j, `n*` is the queued key of j nearest to class i in Mahalanobis distance. `p*` is the
+    anchor of i nearest to class j, and :math:`v = n^* - p^*`. Samples are drawn from :math:`N(\mu_j, \Sigma_j)`,
+    restricted to the slab :math:`v \cdot p^* \le v \cdot x \le v \cdot n^*`. The draw is exact: the truncated normal
+    distribution along v by inversion, then the conditional distribution of the other directions. A sample qualifies if
+    it is no farther from class i than `n*`. Half of the samples are kept: of those that qualify, the closest to class
+    j. If too few qualify, convex mixtures of two of them fill up the rest. All are L2-normalised.
 
     Args:
         anchors: (N, D) floating point, L2-normalised like the queued keys; no gradient flows through them. A row that
             is not finite does not count.
-        labels: (N,) int64.
-        queue: the queue that holds the keys.
+        labels: (N,) int64. A row whose label is not in [0, K) does not count.
+        queue: the queue that holds the keys, on the device of the anchors.
         num_samples: number of samples drawn for each pair of classes, at least 2.
         generator: a generator on the device of the anchors; by default PyTorch's own. It must be None under
             torch.compile. Every call draws the same number of random numbers.
@@ -48,12 +48,12 @@ def hard_negative_statistics(
     Returns:
         Means (K, K, D) and covariances (K, K, D, D) for :func:`gaussian_contrast_loss`, in the dtype of the queue
         (float32 or wider). The first index is the anchors' class i, the second the keys' class j. The diagonal holds
-        the plain statistics of class j, and so does a pair with no anchor, a singular covariance, an empty slab, or no
-        sample that qualifies.
+        the plain statistics of class j. A pair of classes has them too if it has no anchor, a singular covariance, an
+        empty slab, or no sample that qualifies.
 
     Raises:
         ValueError: shapes or devices that do not fit, fewer than 2 samples, a generator under torch.compile.
-        TypeError: wrong dtypes.
+        TypeError: wrong dtypes, or arguments of the wrong type.
     """
     if not isinstance(queue, EmbeddingQueue):
         raise TypeError(f"queue must be an EmbeddingQueue, got {type(queue).__name__}")
@@ -182,7 +182,7 @@ def sample_slab(
         generator: draws S (D + 1) numbers.
 
     Returns:
-        Samples (S, D), and a bool scalar: whether the slab is not empty. If it is, the samples are unrestricted.
+        Samples (S, D), and a bool scalar: whether the slab holds anything. If it is empty, samples are unrestricted.
     """
     options = {"dtype": mean.dtype, "device": mean.device, "generator": generator}
     x = mean + torch.randn(num_samples, len(mean), **options) @ factor.mT  # type: ignore[call-overload]

@@ -65,7 +65,7 @@ def patch_contrast_loss(
 ) -> Tensor:
     r"""Contrastive loss between patches, with positives and negatives chosen by label and semantic disparity.
 
-    The logits are :math:`s_{ij} = z_i \cdot k_j / \tau`, the disparities :math:`\Delta_{ij}` are those of the
+    The logits are :math:`s_{ij} = z_i \cdot k_j / \tau`. The disparities :math:`\Delta_{ij}` are those of the
     descriptors (:func:`semantic_disparity`), and :math:`\psi` = `negative_weight`. Positives, negatives and the loss of
     an anchor are (method, sections 4 and 5: guided sampling is the paper's, the rule and the InfoNCE form are our
     choice, psi is from the authors' code)
@@ -83,42 +83,48 @@ def patch_contrast_loss(
         anchors: embeddings, (N, D), used as given (:class:`PatchContrastLoss` normalises them); float64, float32,
             bfloat16 or float16. Sums are kept in float32 (float64 for float64).
         labels: (N,) int64, ground truth or pseudo-labels.
-        descriptors: (N,) or (N, C) floating point, whose disparity guides the choice: usually the patch entropies. They
-            are compared in float32 (float64 for float64 anchors). Without them, labels alone decide.
+        descriptors: (N,) or (N, C) floating point, usually the patch entropies. Their disparity guides the choice of
+            pairs. They are compared in float32 (float64 for float64 anchors). Without them, labels alone decide.
         keys: embeddings to contrast with, (M, D), of the dtype of `anchors` (under autocast both are promoted). By
             default the anchors are the keys and a patch is never its own pair; with `keys` every pair counts.
         key_labels: (M,) int64, needed with `keys`.
-        key_descriptors: (M,) or (M, C), needed with `keys` and `descriptors`.
-        temperature: tau > 0.
-        max_positive_disparity: delta+, a number or a tensor (N,); infinity by default.
-        min_negative_disparity: delta-, a number or a tensor (N,); 0 by default.
-        num_positives: instead of delta+: keep this many of the most similar positives of each anchor, and ties.
-        num_negatives: instead of delta-: keep this many of the most different negatives of each anchor, and ties.
-        positive_mask: (N, M) bool, replaces the rule for positives. It needs `negative_mask`, and excludes bounds and
-            counts. Ignored patches, and the pair of a patch with itself, are left out anyway.
-        negative_mask: (N, M) bool, replaces the rule for negatives.
+        key_descriptors: (M,) or (M, C) floating point, needed with `keys` and `descriptors`.
+        temperature: tau, at least 1e-100.
+        max_positive_disparity: delta+ >= 0, a number or a floating-point tensor (N,); infinity by default. It needs
+            `descriptors`.
+        min_negative_disparity: delta- >= 0, a number or a floating-point tensor (N,); 0 by default. It needs
+            `descriptors`.
+        num_positives: at least 1, instead of delta+: keep this many of the most similar positives of each anchor, and
+            ties.
+        num_negatives: at least 1, instead of delta-: keep this many of the most different negatives of each anchor,
+            and ties.
+        positive_mask: (N, M) bool, the positives, instead of the rule. It needs `negative_mask`, and excludes bounds
+            and counts. Ignored patches, and the pair of a patch with itself, are left out anyway.
+        negative_mask: (N, M) bool, the negatives, instead of the rule.
         negative_weight: psi >= 0.
         ignore_index: patches with this label are left out altogether, as anchors and as keys.
         reduction: ``"mean"`` over the anchors that have a positive, ``"sum"``, or ``"none"``.
-        group: a ``torch.distributed`` process group, the keys of whose ranks are contrasted with this rank's anchors.
-            Every rank must call and differentiate the loss, even without any patch. The numbers of patches may differ.
-            With ``reduction="mean"``, a rank returns the sum over its own anchors, divided by the number of counted
-            anchors of all ranks, times the number of ranks. The mean of the ranks' losses is then the loss of one
-            process on all batches, and DistributedDataParallel's averaging gives its gradient. Excludes masks.
-        gather: how the keys come together. ``"all"`` gathers them. ``"ring"`` passes them along, so that memory does
-            not depend on the number of ranks (except for counts, which need the labels and descriptors of all keys).
+        group: a ``torch.distributed`` process group, or None. This rank's anchors are contrasted with the keys of all
+            its ranks. Every rank must call and differentiate the loss, even without any patch. The numbers of patches
+            may differ. With ``reduction="mean"``, a rank returns the sum over its own anchors, divided by the number of
+            counted anchors of all ranks, times the number of ranks. The mean of the ranks' losses is then the loss of
+            one process on all batches, and DistributedDataParallel's averaging gives its gradient. Excludes masks.
+        gather: how keys are exchanged in a group. ``"all"`` gathers all keys on every rank. ``"ring"`` passes them from
+            rank to rank, so that memory does not depend on the number of ranks (except for `num_positives` and
+            `num_negatives`, which need the labels and descriptors of all keys).
 
     Returns:
         A scalar, or (N,) for ``reduction="none"``, in float32 (float64 for float64). An anchor that is ignored or has
-        no positive gives 0 and is not counted; without any counted anchor the loss is 0 and so are the gradients.
-        Gradients flow to `anchors` and `keys`. A loss or gradient beyond the range of its dtype is infinite; on CUDA, a
-        gradient may be NaN there if the upstream gradient is near the largest number. Logits beyond float32 are
-        computed in float64; with ``gather="ring"`` they make the loss NaN or infinite.
+        no positive gives 0 and is not counted. Without any counted anchor, the loss and the gradients are 0. Gradients
+        flow to `anchors` and `keys`. A loss or gradient beyond the range of its dtype is infinite. On CUDA, a gradient
+        may be NaN there if the upstream gradient is near the largest number. Logits beyond float32 are computed in
+        float64; with ``gather="ring"`` they make the loss NaN or infinite.
 
     Raises:
         ValueError: shapes or devices that do not fit, options that exclude each other, values out of range, or ranks
             whose dtypes or sizes differ in more than the number of rows.
-        TypeError: wrong dtypes.
+        TypeError: wrong dtypes, or arguments of the wrong type.
+        NotImplementedError: forward-mode or second derivatives, or a `group` within a transform of ``torch.func``.
     """
     loss, _ = patch_contrast(
         anchors,
@@ -244,7 +250,7 @@ def _with_counted_bounds(
 ) -> ContrastArguments:
     """Turns counts, if there are any, into a bound for each anchor.
 
-    It is found from the labels and descriptors of the keys of all ranks.
+    The labels and descriptors of the keys of all ranks give the bound.
     """
     if num_positives is None and num_negatives is None:
         return x
@@ -280,17 +286,17 @@ class PatchContrastLoss(nn.Module):
     """:func:`patch_contrast_loss` as a module.
 
     Args:
-        temperature: tau > 0.
+        temperature: tau, at least 1e-100.
         normalize: divide embeddings and keys by their L2 norm first, so that logits are cosines over tau. A row of
             zeros stays as it is.
-        max_positive_disparity, min_negative_disparity: as in :func:`patch_contrast_loss`, but numbers.
+        max_positive_disparity, min_negative_disparity: as in :func:`patch_contrast_loss`, but only numbers.
         num_positives, num_negatives, negative_weight, ignore_index: as in :func:`patch_contrast_loss`.
         reduction, group, gather: as in :func:`patch_contrast_loss`.
 
     Attributes:
-        num_valid: int64 scalar tensor, the number of anchors that the last call counted; None before the first, and
-            after a call within a transform of ``torch.func``. It tells a loss of 0 over no anchors from a loss of 0
-            over many. Reading it on a GPU waits.
+        num_valid: int64 scalar tensor, the number of anchors that the last call counted, over all ranks of `group`.
+            None before the first call, and after a call within a transform of ``torch.func``. It tells a loss of 0 over
+            no anchors from a loss of 0 over many. Reading it on a GPU waits.
 
     Raises:
         ValueError: options that exclude each other, or values out of range.

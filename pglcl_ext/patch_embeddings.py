@@ -33,13 +33,13 @@ class PatchRows(NamedTuple):
     """Class-aware patches of a batch, before features are pooled. Every class of every patch is a row.
 
     Rows that qualify have their class as label. The others have `ignore_index`, and the losses and the queue leave them
-    out. So the number of rows depends on shapes alone.
+    out. So the number of rows depends on shapes alone. Entropy and coverage have the dtype of the features.
 
     Attributes:
         labels: (N,) int64.
         entropy: (N,), in nats.
-        coverage: (N,), the mean class weight of the patch.
-        index: (N, 1 + dims) int64, the image and the cell of the patch grid.
+        coverage: (N,), the mean weight of the class in the patch.
+        index: (N, 1 + dims) int64, the index of the image, then that of the patch in the grid, along each axis.
     """
 
     labels: Tensor
@@ -52,19 +52,22 @@ class PatchRows(NamedTuple):
 
         Args:
             ignore_index: label of rows that do not qualify: the one that :func:`patch_embeddings` was given.
+
+        Raises:
+            TypeError: `ignore_index` is not an int.
         """
         return PatchRows(*_qualifying(self, ignore_index))
 
     def limited(self, per_class: int, priority: Tensor, ignore_index: int = -1) -> PatchRows:
-        """Rows of which at most `per_class` of each class qualify: those of the highest `priority`, ties in order.
+        """All rows, of which at most `per_class` of each class still qualify: those with the highest `priority`.
 
-        Without a limit, a mean over anchors is almost the mean over the background, which has most of the patches. With
-        `entropy` as priority, the patches with the least certain prediction are kept; with random numbers, a random
-        sample. Nothing waits for the GPU.
+        Rows of equal priority are taken in their order. Without a limit, a mean over anchors is almost the mean over
+        the background, which has most of the patches. With `entropy` as priority, the patches with the least certain
+        prediction are kept; with random numbers, a random sample. The call does not wait for a GPU.
 
         Args:
             per_class: at least 0.
-            priority: (N,) real numbers, of each row; NaN is the lowest.
+            priority: (N,) real numbers, one for each row; NaN is the lowest.
             ignore_index: label of rows that do not qualify, before and after. It must be the one that
                 :func:`patch_embeddings` was given: rows do not keep it, and a row with another label counts as one of
                 a class.
@@ -167,7 +170,7 @@ def patch_embeddings(
     select: Callable[[PatchRows], PatchRows] | None = None,
     ignore_index: int = -1,
 ) -> PatchBatch:
-    r"""One embedding for each class of each patch, pooled from one feature map.
+    r"""One embedding for each class of each patch, pooled from a feature map.
 
     With class weights :math:`p_k` at the resolution of the feature map `f`, the embedding of class k in patch j is
     (method, section 8, the pooled form: our choice)
@@ -179,28 +182,28 @@ def patch_embeddings(
 
     Args:
         features: (B, D, *S) floating point, two or three spatial dimensions; gradients flow to them.
-        weights: (B, K, *S) floating point, at least 0: probabilities, or a one-hot mask. They decide which patches
-            qualify; no gradient flows to them.
+        weights: (B, K, *S) floating point, at least 0, with K >= 2: probabilities, or a one-hot mask. They decide which
+            patches qualify; no gradient flows to them.
         patch_size, stride: in pixels of the feature map, as in :func:`patch_statistics`. Overlapping patches copy the
             features as often as they overlap.
         coverage: class k counts as present in a patch when its mean weight there, c_jk, exceeds this: a number, a
             tensor (K,), such as that of a :class:`CoverageThreshold`, or None for 0. A patch with c_jk = 0 never
             qualifies.
-        prediction: (B, K', *S) probabilities. Their entropy, averaged with the class weights, replaces the entropy of
-            the weights, which is 0 for a one-hot mask.
+        prediction: (B, K', *S) floating-point probabilities; no gradient flows to them. Their entropy, averaged with
+            the class weights, replaces the entropy of the weights, which is 0 for a one-hot mask.
         select: a function that gets all :class:`PatchRows` and returns the rows to pool, such as
             ``lambda rows: rows.limited(64, rows.entropy).compact()``. The cost of pooling then depends on these rows,
             not on the feature map.
         ignore_index: label of rows that do not qualify.
 
     Returns:
-        :class:`PatchBatch` with N = B * cells * K rows, ordered by image, cell, class; or the selected rows. Numbers
-        have the dtype of `features`; sums are kept in float32 or wider, also under autocast.
+        :class:`PatchBatch` with one row for each image, each patch of the grid and each class, in this order; or the
+        selected rows. Numbers have the dtype of `features`; sums are kept in float32 or wider, also under autocast.
 
     Raises:
-        ValueError: shapes that do not fit; on the CPU also labels or places that `select` returns and that there are
-            not.
-        TypeError: not floating point, or `select` returns something else.
+        ValueError: shapes or devices that do not fit. On the CPU also: `select` returns a label that is no class, or an
+            index outside the batch or the grid.
+        TypeError: wrong dtypes, arguments of the wrong type, or `select` does not return :class:`PatchRows`.
     """
     check_image("features", features, "D")
     check_image("weights", weights, "K")
@@ -251,7 +254,8 @@ def _checked_rows(rows: Any, grid: tuple[int, ...], classes: int, ignore_index: 
     for name, column in zip(rows._fields, rows):
         check_tensor(f"{name} of select", column)
     if any(column.shape[:1] != rows.labels.shape[:1] for column in rows):
-        raise ValueError(f"select must return as many of each, got {', '.join(str(c.shape[0]) for c in rows)}")
+        got = ", ".join(f"{name} {tuple(c.shape)}" for name, c in zip(rows._fields, rows))
+        raise ValueError(f"select must return tensors with the same number of rows, got {got}")
     check_labels("labels of select", rows.labels, "N", "index", rows.index)
     if rows.index.dtype != torch.int64:
         raise TypeError(f"index of select must be int64, got {dtype_name(rows.index)}")

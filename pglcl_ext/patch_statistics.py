@@ -22,9 +22,10 @@ class PatchStatistics(NamedTuple):
     """Statistics of each patch, in the dtype of the input; ``*g`` is the patch grid.
 
     Attributes:
-        entropy: (B, ``*g``), the average entropy, in nats; with ``normalize=True`` a share of log K.
+        entropy: (B, ``*g``), the average entropy, in nats; with ``normalize=True`` divided by log K.
         confidence: (B, K, ``*g``), the average probability of each class.
-        class_entropy: (B, K, ``*g``), the average entropy weighted with the probability of each class.
+        class_entropy: (B, K, ``*g``), the average entropy, weighted with the probability of each class; in the unit of
+            `entropy`.
     """
 
     entropy: Tensor
@@ -61,8 +62,9 @@ def patch_statistics(
 ) -> PatchStatistics:
     r"""Average entropy, class confidence and class entropy of every patch, in one pass over the prediction.
 
-    With :math:`p = \mathrm{softmax}_K(\ell)` and the pixel entropy :math:`h(x) = -\sum_k p_k(x) \log p_k(x)`
-    (method, section 2; the average patch entropy is the paper's, the rest our choice), for each patch :math:`j`
+    The probabilities are :math:`p = \mathrm{softmax}_K(\ell)`, and the entropy of a pixel is
+    :math:`h(x) = -\sum_k p_k(x) \log p_k(x)`. Each patch :math:`j` has (method, section 2; the average patch entropy is
+    the paper's, the rest our choice)
 
     .. math::
         H_j = \mathrm{mean}_{x \in j}\, h(x), \quad
@@ -85,8 +87,10 @@ def patch_statistics(
         probability in a patch has class entropy 0 there.
 
     Raises:
-        ValueError: wrong rank, fewer than two classes, or a patch larger than the image.
-        TypeError: `input` is not floating point.
+        ValueError: wrong rank, fewer than two classes, a patch larger than the image, or a `patch_size` or `stride`
+            that is not positive.
+        TypeError: `input` is not floating point, or an argument has the wrong type.
+        NotImplementedError: forward-mode or second derivatives.
     """
     found = _statistics(input, patch_size, stride, probabilities, normalize)
     return found if found[0].dtype == input.dtype else PatchStatistics(*(t.to(input.dtype) for t in found))

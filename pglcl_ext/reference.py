@@ -1,6 +1,7 @@
 """The ops in plain PyTorch. Each function reads like its formula in docs/method.md, and is differentiable twice.
 
-These functions do not save memory. Tests compare the kernels with them, and so can users.
+These functions store every matrix, and do not check their arguments as the ops do. Tests compare the kernels with
+them, and you can do the same.
 """
 
 from __future__ import annotations

@@ -22,15 +22,17 @@ def semantic_disparity(a: Tensor, b: Tensor | None = None) -> Tensor:
     :func:`pglcl_ext.patch_contrast_loss` applies it to descriptors without storing this matrix.
 
     Args:
-        a: descriptors, (N,) or (N, C); a vector counts as C = 1. Usually patch entropies, in nats.
+        a: descriptors, (N,) or (N, C) floating point; a vector counts as C = 1. Usually patch entropies, in nats.
         b: descriptors, (M,) or (M, C), of the dtype and device of `a`; `a` itself by default.
 
     Returns:
-        (N, M) in the dtype of `a`, differentiable with respect to both, with sub-gradient 0 at ties.
+        (N, M) in the dtype of `a`, differentiable with respect to both. Where two descriptors are equal, the derivative
+        is taken as 0.
 
     Raises:
-        ValueError: wrong rank, or different numbers of channels or devices.
+        ValueError: wrong rank, no channel, or different numbers of channels or devices.
         TypeError: not floating point, or different dtypes.
+        NotImplementedError: forward-mode or second derivatives.
     """
     b = a if b is None else b
     if is_traced():

@@ -221,7 +221,7 @@ def disagree(rank: int, world: int, folder: str) -> None:
     join(rank, world, folder)
     z, y, h = side(9, rank)
     group, other = dist.group.WORLD, rank == 1
-    differs = f"rank {1 - rank} of the group differs from this one, which gives"
+    differs = f"rank {1 - rank} of the group differs from this rank, which passes"
     for gather in ("all", "ring"):
         module = PatchContrastLoss(group=group, gather=gather)
         for call in (
@@ -233,7 +233,7 @@ def disagree(rank: int, world: int, folder: str) -> None:
             (z.clone().requires_grad_(), y) if other else (z, y),  # the one would wait for the other's gradient
             (z.clone().requires_grad_() if other else z[:0], y if other else y[:0]),  # as a rank without patches
         ):
-            with pytest.raises(ValueError, match=f"every rank must give tensors of the same dtypes .*: {differs}"):
+            with pytest.raises(ValueError, match=f"all ranks must pass tensors of the same dtypes .*: {differs}"):
                 module(*call)
     with pytest.raises(ValueError, match=f"{differs} float64 .rows, {DEPTH}."):
         PatchContrastLoss(group=group, gather="ring" if other else "all")(z, y)

@@ -168,7 +168,7 @@ ROWS = (torch.zeros(5, 4), torch.zeros(5).long())
         ("embeddings must have shape", ValueError, (torch.zeros(5, 3), torch.zeros(5).long())),
         ("labels must be int64", TypeError, (torch.zeros(5, 4), torch.zeros(5))),
         ("labels must have shape", ValueError, (torch.zeros(5, 4), torch.zeros(4).long())),
-        ("descriptors must be None: the queue keeps none", ValueError, (*ROWS, torch.zeros(5))),
+        ("descriptors must be None, since the queue has descriptor_dim=0", ValueError, (*ROWS, torch.zeros(5))),
         ("labels must be int64, got int32", TypeError, (torch.zeros(5, 4), torch.zeros(5).int())),
         ("labels must be a tensor, got list", TypeError, (torch.zeros(5, 4), [0] * 5)),
         (
@@ -193,7 +193,7 @@ def test_bad_options() -> None:
         EmbeddingQueue(3, 4, 5, descriptor_dim=2).enqueue(*ROWS, torch.zeros(5))
     with pytest.raises(ValueError, match="length must be at least 1, got 0"):
         EmbeddingQueue(3, 4, 0)
-    with pytest.raises(ValueError, match="descriptors must be given"):
+    with pytest.raises(ValueError, match=r"descriptors must be given, with shape \(M, C\) = \(5, 1\)"):
         EmbeddingQueue(3, 4, descriptor_dim=1).enqueue(torch.zeros(5, 4), torch.zeros(5).long())
 
 

@@ -212,7 +212,7 @@ BAD_CALLS = [
     ("means must have shape", ValueError, {"means": torch.zeros(2, 3, 4)}),
     ("means must be float64", TypeError, {"means": torch.zeros(3, 4, dtype=torch.long)}),
     ("covariances must have shape", ValueError, {"covariances": torch.zeros(3, 4, 5)}),
-    ("covariances must have shape .K, K, D, D.", ValueError, {"means": torch.zeros(3, 3, 4)}),
+    ("covariances must have shape .* = .3, 3, 4, 4., like the means", ValueError, {"means": torch.zeros(3, 3, 4)}),
     ("counts must be int64", TypeError, {"counts": torch.ones(3)}),
     ("counts must have shape", ValueError, {"counts": torch.ones(0, dtype=torch.long)}),
     ("temperature must be", ValueError, {"temperature": 0.0}),
@@ -231,7 +231,7 @@ def test_bad_input(message: str, error: type[Exception], change: dict) -> None:
 
 
 def test_labels_beyond_the_classes_are_refused_on_the_cpu() -> None:
-    with pytest.raises(ValueError, match=r"labels must lie in .0, K. = .0, 3. .* got 3 at 2"):
+    with pytest.raises(ValueError, match=r"labels must lie in .0, K. = .0, 3. .* got 3 at index 2"):
         gaussian_contrast_loss(**{**GOOD, "labels": torch.tensor([0, -1, 3, 0, 0, 0])})
 
 
