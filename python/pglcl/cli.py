@@ -332,8 +332,9 @@ def predict(
                 prediction, prepared = predictor(case, progress.start(case.name))
                 written = writer.write(prediction, prepared)
                 out.print(str(written[0]))
-                if (how := predictor.unlike_training(prepared.source)) and not quiet:
-                    _complain(f"pglcl: {case.images[0]}: {how}; its mask may be wrong")
+                for how in (predictor.unlike_training(prepared.source), predictor.other_levels(prepared.levels)):
+                    if how and not quiet:
+                        _complain(f"pglcl: {case.images[0]}: {how}; its mask may be wrong")
             except WriteError:
                 raise
             except Exception as error:

@@ -102,6 +102,7 @@ def description(model: TrainedModel) -> dict[str, Any]:
         "spacing": config.target_spacing,
         "slice_axis": model.slice_axis,
         "voxels_seen": model.resolution.state() if model.resolution else None,
+        "values_seen": model.levels.state() if model.levels else None,
         "step": model.step,
         "steps": config.steps,
     }

@@ -22,6 +22,7 @@ from pglcl.formats import Source
 from pglcl.intensity import Intensity, Measured, choose_intensity, measure
 from pglcl.labels import MOST_CLASSES, LabelMap, parse_labels, value_counts
 from pglcl.layouts import Case, DataFolder
+from pglcl.levels import Level, Levels, levels_of
 from pglcl.limits import check_memory
 from pglcl.memory import in_words
 from pglcl.model import choose_device
@@ -52,6 +53,7 @@ class CaseReport:
     source: Source | None = None
     digest: str = ""
     measured: Measured | None = None
+    levels: tuple[Level, ...] = ()
     label_voxels: dict[int, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -112,7 +114,7 @@ def inspect_case(case: Case, labels: LabelMap | None = None) -> CaseReport:
             report.problems.append(f"{case.label}: has the voxels of its image; is it a copy of the image?")
         if values is not None:
             foreground = values != 0 if labels is None else labels.encode(values, case.label or case.images[0]) > 0
-        report.measured = measure(data, source.dtype, foreground)
+        report.measured, report.levels = measure(data, source.dtype, foreground), levels_of(data)
         low, high = report.intensity
         if low == high:
             report.problems.append(f"{case.images[0]}: a constant image, every voxel is {low:g}")
@@ -166,13 +168,14 @@ def inspect_folder(data: DataFolder, labels: LabelMap | None = None) -> list[Cas
 class Survey:
     """What a training must know of its data before it prepares them.
 
-    labels, intensity, resolution, description: part of the model. channels: of the images. slice_axis: of 2-D training,
-    None in 3-D. needed: bytes of the prepared volumes. notes: lines to print at the start.
+    labels, intensity, resolution, levels, description: part of the model. channels: of the images. slice_axis: of 2-D
+    training, None in 3-D. needed: bytes of the prepared volumes. notes: lines to print at the start.
     """
 
     labels: LabelMap
     intensity: Intensity
     resolution: Resolution
+    levels: Levels
     description: Description
     channels: int
     slice_axis: int | None
@@ -263,11 +266,15 @@ def survey(
     kept = trained if config.method != "supervised" else labelled
     resolution = Resolution.of([r.source for r in kept if r.source], config, slice_axis)
     notes += _other_voxels(reports[len(trained) :], resolution, config, slice_axis)
+    levels = Levels.of([r.levels for r in kept])
+    notes += _other_levels(reports[len(trained) :], levels, intensity)
     needed = prepared_bytes(kept, config, slice_axis, len(labels))
     check_memory(config, choose_device(config.device), reports[0].channels, len(labels), needed)
     notes.append(f"{len(kept)} prepared volumes take {in_words(needed)}")
     described = Description.of(data)
-    return Survey(labels, intensity, resolution, described, reports[0].channels, slice_axis, needed, tuple(notes))
+    return Survey(
+        labels, intensity, resolution, levels, described, reports[0].channels, slice_axis, needed, tuple(notes)
+    )
 
 
 UNEQUAL = 2.0  # factor between voxel sizes of training volumes from which --spacing is recommended
@@ -287,6 +294,13 @@ def _other_voxels(
     lines += [f"{r.case.images[0]}: {why}" for r, why in others[:SHOWN]]
     more = len(others) - SHOWN
     return lines + ([f"and {more} more volumes of validation and test with such voxels"] if more > 0 else [])
+
+
+def _other_levels(held_out: Sequence[CaseReport], levels: Levels, intensity: Intensity) -> list[str]:
+    """Lines about held out volumes whose intensities lie elsewhere than those of the training volumes."""
+    lines = [f"{r.case.images[0]}: {why}" for r in held_out if (why := levels.problem(r.levels, intensity))]
+    more = len(lines) - SHOWN
+    return lines[:SHOWN] + ([f"and {more} more volumes of validation and test with such values"] if more > 0 else [])
 
 
 def _sliced_otherwise(reports: Sequence[CaseReport], slice_axis: int | None) -> list[str]:

@@ -88,6 +88,7 @@ class Learner:
             found.intensity,
             step,
             resolution=found.resolution,
+            levels=found.levels,
             description=found.description,
         )
 

@@ -19,6 +19,7 @@ from pglcl.errors import UserError
 from pglcl.files import load_tensors, read_object
 from pglcl.intensity import Intensity
 from pglcl.labels import LabelMap
+from pglcl.levels import Levels
 from pglcl.resolution import Resolution
 
 
@@ -185,8 +186,8 @@ class TrainedModel:
 
     step: the step of the weights. organs: the classes whose masks keep only their largest component, chosen on the
     validation patients; None before that choice, or without such patients. split: the patients of each part, for a
-    model that was read from a run. resolution, description: what the data of the training were; None for a model of an
-    older version, which did not keep it.
+    model that was read from a run. resolution, levels, description: what the data of the training were; None for a
+    model of an older version, which did not keep it.
     """
 
     network: SegmentationNetwork
@@ -198,6 +199,7 @@ class TrainedModel:
     organs: tuple[int, ...] | None = None
     split: dict[str, list[str]] | None = None
     resolution: Resolution | None = None
+    levels: Levels | None = None
     description: Description | None = None
 
     @property
@@ -233,6 +235,7 @@ class TrainedModel:
             "step": self.step,
             "organs": self.organs,
             "resolution": self.resolution.state() if self.resolution else None,
+            "levels": self.levels.state() if self.levels else None,
             "description": self.description.state() if self.description else None,
         }
 
@@ -269,7 +272,7 @@ def load_model(run: Path, device: str = "auto", weights: str = "last") -> Traine
         config = TrainConfig(**state["config"])
         network = SegmentationNetwork(**state["arguments"])
         network.load_state_dict(state["network"])
-        resolution, description = state.get("resolution"), state.get("description")
+        resolution, levels, description = (state.get(name) for name in ("resolution", "levels", "description"))
         return TrainedModel(
             network.to(choose_device(device)).eval(),
             config,
@@ -280,6 +283,7 @@ def load_model(run: Path, device: str = "auto", weights: str = "last") -> Traine
             state["organs"],
             (whole.get("run") or {}).get("split"),
             resolution=Resolution.from_state(resolution) if resolution else None,
+            levels=Levels.from_state(levels) if levels else None,
             description=Description.from_state(description) if description else None,
         )
     except (KeyError, TypeError, RuntimeError) as error:

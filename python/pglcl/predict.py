@@ -21,6 +21,7 @@ from pglcl.formats import Source, result_suffix
 from pglcl.formats.names import is_dicom_folder
 from pglcl.labels import LabelMap
 from pglcl.layouts import Case
+from pglcl.levels import Level
 from pglcl.model import TrainedModel
 from pglcl.outputs import check_outputs, check_outside_data
 from pglcl.postprocess import POSTPROCESS, keep_largest
@@ -267,6 +268,14 @@ class Predictor:
         """How the voxels of an image clearly differ in size from those of a model's training images, or nothing."""
         for model in self.models:
             found = model.resolution.problem(source, model.config, model.slice_axis) if model.resolution else ""
+            if found:
+                return found
+        return ""
+
+    def other_levels(self, levels: Sequence[Level]) -> str:
+        """How the intensities of an image clearly differ from those of a model's training images, or nothing."""
+        for model in self.models:
+            found = model.levels.problem(levels, model.intensity) if model.levels else ""
             if found:
                 return found
         return ""

@@ -17,6 +17,7 @@ from pglcl.formats import Source
 from pglcl.intensity import Intensity
 from pglcl.labels import IGNORE, LabelMap
 from pglcl.layouts import Case
+from pglcl.levels import Level, levels_of
 from pglcl.memory import require_memory
 from pglcl.volumes import Geometry, Volume, read_label, read_volume, resize_image, resize_label, resized_shape
 
@@ -28,7 +29,7 @@ class Prepared:
     image: (C, X, Y, Z) float32, normalised, resized, padded to at least the network's size. label: (X, Y, Z) int8
     (int16 from 128 classes on), -1 where padded or ignored; or None. The slice axis of 2-D training comes last.
     spacing: mm (or pixels) of the volume before it was resized, in canonical axes. source: of its file, needed to write
-    results.
+    results. levels: of the volume as read; empty for one from a cache.
     """
 
     case: Case
@@ -37,6 +38,7 @@ class Prepared:
     geometry: Geometry
     spacing: tuple[float, ...]
     source: Source
+    levels: tuple[Level, ...] = ()
 
     @cached_property
     def foreground(self) -> Tensor:
@@ -70,6 +72,7 @@ def prepare(
     resized, padded = _shapes(volume, config, slice_axis)
     image = resize_image(intensity(torch.from_numpy(volume.data)), resized)
     geometry, spacing, source = Geometry(tuple(volume.data.shape[1:]), resized), volume.spacing, volume.source
+    levels = levels_of(volume.data)
     del volume
     target = None
     if labels is not None and case.label is not None:
@@ -84,7 +87,7 @@ def prepare(
         image = image.movedim(slice_axis + 1, -1)
         target = None if target is None else target.movedim(slice_axis, -1)
     target = None if target is None else target.contiguous()
-    return Prepared(case, image.contiguous(), target, geometry, spacing, source)
+    return Prepared(case, image.contiguous(), target, geometry, spacing, source, levels)
 
 
 def read_suitable(case: Case, config: TrainConfig, slice_axis: int | None, intensity: Intensity) -> Volume:

@@ -1,0 +1,84 @@
+"""The levels of intensity that a network was trained on, and whether those of another image lie elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pglcl.intensity import Intensity
+
+SAMPLES = 100_000  # voxels of a channel that are looked at
+ELSEWHERE = 0.25  # share of the usual distance of both percentiles, by which both must lie outside
+NARROWER = 10.0  # factor between distances, as between shares from 0 to 1 and numbers of a scanner
+# The other kinds standardise each image by itself, so that the network sees no shift and no factor; rgb has its limits.
+COMPARED = ("ct", "window", "none")
+
+# Of a channel: the percentiles 5 and 95 of its values.
+Level = tuple[float, float]
+
+
+def levels_of(image: np.ndarray) -> tuple[Level, ...]:
+    """The levels of each channel of (C, X, Y, Z)."""
+    flat = image.reshape(len(image), -1)
+    step = -(-flat.shape[1] // SAMPLES) | 1  # odd, so that it does not meet the same column of each row
+    found = np.percentile(flat[:, ::step].astype(np.float64), [5, 95], axis=1)
+    return tuple((float(low), float(high)) for low, high in found.T)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Those of training images.
+
+    low, high: of each channel, the least and the most of percentile 5, and of percentile 95. distance: of each channel,
+    the mean distance between both percentiles of an image.
+    """
+
+    low: tuple[tuple[float, float], ...]
+    high: tuple[tuple[float, float], ...]
+    distance: tuple[float, ...]
+
+    @classmethod
+    def of(cls, images: Iterable[Sequence[Level]]) -> Levels:
+        """Those of some images, each with the same number of channels."""
+        found = np.array([list(image) for image in images])  # (N, C, 2)
+        least, most = found.min(axis=0), found.max(axis=0)
+        low, high = (tuple((float(a), float(b)) for a, b in zip(least[:, i], most[:, i])) for i in (0, 1))
+        return cls(low, high, tuple(float(d) for d in (found[..., 1] - found[..., 0]).mean(axis=0)))
+
+    def problem(self, image: Sequence[Level], intensity: Intensity) -> str:
+        """How an image clearly differs, or nothing.
+
+        It does if both percentiles lie far above, or both far below, those of every training image; or if they are far
+        closer together, or farther apart. So a larger field of view, or a brighter implant, is no difference.
+        """
+        for c, (channel, (low, high)) in enumerate(zip(intensity.channels, image)):
+            usual = self.distance[c]
+            if channel.kind not in COMPARED or usual <= 0:
+                continue
+            (low_least, low_most), (high_least, high_most) = self.low[c], self.high[c]
+            above = min(low - low_most, high - high_most) > ELSEWHERE * usual
+            below = min(low_least - low, high_least - high) > ELSEWHERE * usual
+            scaled = not usual / NARROWER <= high - low <= usual * NARROWER
+            if above or below or (scaled and low < high):
+                which = f"channel {c} has" if len(image) > 1 else "it has"
+                return (
+                    f"{which} values from {low:.4g} to {high:.4g} (percentiles 5 and 95), the training images from "
+                    f"{low_least:.4g} to {high_most:.4g}"
+                )
+        return ""
+
+    def state(self) -> dict[str, Any]:
+        """Plain lists, for JSON and checkpoints; :meth:`from_state` reads them back."""
+        return {
+            "low": [list(pair) for pair in self.low],
+            "high": [list(pair) for pair in self.high],
+            "distance": list(self.distance),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Levels:
+        low, high = (tuple((float(a), float(b)) for a, b in state[name]) for name in ("low", "high"))
+        return cls(low, high, tuple(float(d) for d in state["distance"]))

@@ -1,0 +1,97 @@
+"""Images whose intensities clearly lie elsewhere than those of the training are named, where the network sees it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pglcl.cli import main
+from pglcl.files import load_tensors, save_tensors
+from pglcl.intensity import Channel, Intensity
+from pglcl.levels import Levels, levels_of
+from pglcl.train import Training
+
+from tests.pglcl.folders import kits, plain, save, tiny, volume
+
+Trained = tuple[Path, Path]
+CT, PERCENTILE = Intensity((Channel("ct", -100, 200, 50, 50),), ""), Intensity((Channel("percentile"),), "")
+
+
+def torso(seed: int, *, air: float = 0.4) -> np.ndarray:
+    """(1, 40, 40, 10) in Hounsfield units: a share of air, then fat, organs and some bone."""
+    random = np.random.default_rng(seed)
+    fat, organs = random.normal(-100, 10, 2000), random.normal(50, 20, 13400)
+    image = np.concatenate([np.full(round(16000 * air), -1000.0), fat, organs, np.full(600, 900.0)])[:16000]
+    return image.reshape(1, 40, 40, 10).astype(np.float32)
+
+
+def test_a_shift_and_a_factor_are_told_from_another_field_of_view() -> None:
+    known = Levels.of([levels_of(torso(seed, air=0.3 + 0.1 * seed)) for seed in range(3)])
+    assert Levels.from_state(json.loads(json.dumps(known.state()))) == known
+    for image in (torso(7), torso(8, air=0.06), torso(9, air=0), torso(9, air=0.8), torso(9).clip(-200, 200)):
+        assert known.problem(levels_of(image), CT) == ""
+    same = torso(7)
+    for other in (same + 1024, same - 1024, (same + 1024) / 2048, (same + 1024) / 16, same * 16):
+        assert "(percentiles 5 and 95), the training images from -1000 to" in known.problem(levels_of(other), CT)
+        assert known.problem(levels_of(other), PERCENTILE) == ""  # the network sees the same
+
+
+def test_channels_are_compared_one_by_one() -> None:
+    two = Intensity((Channel("none"), Channel("none")), "")
+    image = np.concatenate([torso(0), torso(1) + 5000])
+    known = Levels.of([levels_of(image)])
+    assert known.problem(levels_of(image), two) == ""
+    assert known.problem(levels_of(image[::-1]), two).startswith("channel 0 has values from 4000 to")
+
+
+def test_images_without_a_spread_say_nothing() -> None:
+    """A mostly empty image has two equal percentiles, and so no measure of what is far."""
+    empty = np.zeros((1, 9, 9, 9), np.float32)
+    empty[0, 4, 4, 4] = 1
+    assert Levels.of([levels_of(empty)]).problem(levels_of(torso(0)), CT) == ""
+    assert Levels.of([levels_of(torso(0))]).problem(levels_of(empty), CT) == ""
+
+
+def test_every_column_of_a_large_image_is_looked_at() -> None:
+    image = np.zeros((1, 1024, 512, 1), np.float32)
+    image[:, :, 1:] = np.arange(511)[:, None]
+    low, high = levels_of(image)[0]
+    assert (low, high) == pytest.approx((25, 485), abs=5)
+
+
+def test_predict_names_a_shifted_ct(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, run, masks = kits(tmp_path / "data", 5), tmp_path / "run", tmp_path / "masks"
+    shifted = save(tmp_path / "shifted.nii.gz", (volume(0)[0] + 124).round().astype(np.int16))
+    Training(root, run, tiny(steps=4, test=1), quiet=True).run()
+    assert main(["predict", str(run), str(root / "case_00004" / "imaging.nii.gz"), "-o", str(masks / "own")]) == 0
+    assert "(percentiles 5 and 95)" not in capsys.readouterr().err
+    assert main(["predict", str(run), str(shifted), "-o", str(masks / "other")]) == 0
+    said = capsys.readouterr().err
+    assert f"{shifted}: it has values from" in said
+    assert "its mask may be wrong" in said
+    state = load_tensors(run / "model.pt")
+    del state["levels"]  # as an older version wrote it
+    save_tensors(run / "model.pt", state)
+    assert main(["predict", str(run), str(shifted), "-o", str(masks / "older")]) == 0
+    assert "percentiles" not in capsys.readouterr().err
+
+
+def test_images_that_are_standardised_one_by_one_are_not_compared(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(trained[1], tmp_path / "run"))
+    shifted = save(tmp_path / "shifted.nii.gz", volume(0)[0] * 7 + 1024)
+    assert main(["predict", str(run), str(shifted), "-o", str(tmp_path / "masks")]) == 0
+    assert "percentiles" not in capsys.readouterr().err
+
+
+def test_held_out_volumes_of_other_intensities_are_said_at_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = plain(tmp_path / "data")
+    save(root / "images" / "case05.nii.gz", volume(5, (32, 26, 6))[0] + 1024)
+    Training(root, tmp_path / "run", tiny(steps=4, normalise="none")).run()
+    assert "case05.nii.gz: it has values from" in capsys.readouterr().err.replace("\n", " ")
