@@ -231,7 +231,7 @@ def score_cases(
         UserError: a line for each problem of the files, or no case could be scored.
         Unfinished: some cases could not be scored.
     """
-    _check(predictor, cases, quiet=quiet)
+    subject = subject.with_unlike(_check(predictor, cases, quiet=quiet))
     scores: list[Score] = []
     unscored: dict[str, tuple[str, ...]] = {}
     with Volumes("scoring", len(cases), quiet=quiet) as progress:
@@ -252,13 +252,22 @@ def score_cases(
     return found
 
 
-def _check(predictor: Predictor, cases: Sequence[Case], *, quiet: bool) -> None:
-    """Reads every image and label, so that a damaged one is named before hours are spent on the others."""
+def _check(predictor: Predictor, cases: Sequence[Case], *, quiet: bool) -> dict[str, str]:
+    """Reads every image and label, so that a damaged one is named before hours are spent on the others.
+
+    Returns how the intensities of cases clearly differ from those of the training.
+    """
     lines: list[str] = []
+    unlike: dict[str, str] = {}
+
+    def read_image(case: Case) -> None:
+        if how := predictor.check(case):
+            unlike[case.name] = how
+
     with Volumes("checking", len(cases), quiet=quiet) as progress:
         for case in cases:
             report = progress.start(case.name)
-            for read in (predictor.check, lambda case: _truth(predictor, case)):
+            for read in (read_image, lambda case: _truth(predictor, case)):
                 try:
                     read(case)
                 except Exception as error:
@@ -266,6 +275,7 @@ def _check(predictor: Predictor, cases: Sequence[Case], *, quiet: bool) -> None:
             report(1.0)
     if lines:
         raise UserError(*lines, "nothing was scored")
+    return unlike
 
 
 def _lines_of(error: Exception) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from pglcl.formats import Source, result_suffix
 from pglcl.formats.names import is_dicom_folder
 from pglcl.labels import LabelMap
 from pglcl.layouts import Case
-from pglcl.levels import Level
+from pglcl.levels import Level, levels_of
 from pglcl.model import TrainedModel
 from pglcl.outputs import check_outputs, check_outside_data
 from pglcl.postprocess import POSTPROCESS, keep_largest
@@ -237,14 +237,15 @@ class Predictor:
         assert first is not None
         return Prediction(parts, self._changed), first
 
-    def check(self, case: Case) -> None:
-        """Reads the image of a case, and predicts nothing.
+    def check(self, case: Case) -> str:
+        """Reads the image of a case, and predicts nothing. Returns what :meth:`other_levels` says of it.
 
         Raises:
             UserError: a damaged file, or an image that does not suit the models.
         """
         for model in self.models:
-            read_suitable(case, model.config, model.slice_axis, model.intensity)
+            volume = read_suitable(case, model.config, model.slice_axis, model.intensity)
+        return self.other_levels(levels_of(volume.data))
 
     def _part(self, model: TrainedModel, network: nn.Module, prepared: Prepared, report: Report | None) -> Part:
         p = network_output(network, prepared.image, model.config, report)

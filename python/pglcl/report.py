@@ -143,7 +143,8 @@ def _scores(
     files = score_files(run, subject.part)
     kept = read_scores(files[-1])
     if kept is not None and not subject.differences(kept.subject):
-        return dataclasses.replace(kept, subject=subject)  # an older version may not have noted all of it
+        unlike = {**subject.unlike, **kept.subject.unlike}  # an older version may not have noted all of it
+        return dataclasses.replace(kept, subject=dataclasses.replace(subject, unlike=unlike))
     found = score_cases(predictor, subject, cases, unit, quiet=quiet)
     before.check()
     with contextlib.suppress(UserError):  # scores of other data, and files of other programs, stay as they are

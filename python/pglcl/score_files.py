@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ class Subject:
         files: SHA-256 of every image and label file, by case.
         patients: those that are scored. missing: those that the split names and `data` lacks.
         tta, postprocess: as :class:`pglcl.predict.Predictor` takes them.
-        unlike: how voxels clearly differ in size from those of the training, by case; without the other cases.
+        unlike: how voxels or intensities clearly differ from those of the training, by case; without the other cases.
         unscored: why a case could not be scored. It is not in `files`.
     """
 
@@ -75,9 +75,14 @@ class Subject:
         files = {name: hashes for name, hashes in self.files.items() if name not in unscored}
         return replace(self, files=files, patients=sorted({s.patient for s in scores}), unscored=unscored)
 
+    def with_unlike(self, more: Mapping[str, str]) -> Subject:
+        """The subject, with more ways in which cases differ from the training."""
+        both = {name: [how[name] for how in (self.unlike, more) if name in how] for name in self.files}
+        return replace(self, unlike={name: "; ".join(ways) for name, ways in both.items() if ways})
+
     def title(self) -> str:
         """One line for people. It tells of an unfinished run, of patients and volumes that are left out, and of other
-        voxel sizes.
+        voxel sizes or intensities.
         """
         text = f"{self.run}, {self.part}: {len(self.files)} volumes of {len(self.patients)} patients, step {self.step}"
         if not self.finished:
@@ -87,7 +92,7 @@ class Subject:
         if self.unscored:
             text += f"; WITHOUT {len(self.unscored)} volumes that could not be scored: {', '.join(self.unscored)}"
         if self.unlike:
-            text += f"; {len(self.unlike)} WITH OTHER VOXELS THAN THE TRAINING: {', '.join(self.unlike)}"
+            text += f"; {len(self.unlike)} WITH OTHER VOXELS OR INTENSITIES THAN THE TRAINING: {', '.join(self.unlike)}"
         return text
 
 

@@ -14,7 +14,7 @@ from pglcl.intensity import Channel, Intensity
 from pglcl.levels import Levels, levels_of
 from pglcl.train import Training
 
-from tests.pglcl.folders import kits, plain, save, tiny, volume
+from tests.pglcl.folders import STRAIGHT, kits, plain, save, tiny, volume
 
 Trained = tuple[Path, Path]
 CT, PERCENTILE = Intensity((Channel("ct", -100, 200, 50, 50),), ""), Intensity((Channel("percentile"),), "")
@@ -62,9 +62,9 @@ def test_every_column_of_a_large_image_is_looked_at() -> None:
     assert (low, high) == pytest.approx((25, 485), abs=5)
 
 
-def test_predict_names_a_shifted_ct(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_and_evaluate_name_a_shifted_ct(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, run, masks = kits(tmp_path / "data", 5), tmp_path / "run", tmp_path / "masks"
-    shifted = save(tmp_path / "shifted.nii.gz", (volume(0)[0] + 124).round().astype(np.int16))
+    shifted = save(tmp_path / "shifted.nii.gz", (volume(0)[0] + 124).round().astype(np.int16), STRAIGHT)
     Training(root, run, tiny(steps=4, test=1), quiet=True).run()
     assert main(["predict", str(run), str(root / "case_00004" / "imaging.nii.gz"), "-o", str(masks / "own")]) == 0
     assert "(percentiles 5 and 95)" not in capsys.readouterr().err
@@ -72,6 +72,17 @@ def test_predict_names_a_shifted_ct(tmp_path: Path, capsys: pytest.CaptureFixtur
     said = capsys.readouterr().err
     assert f"{shifted}: it has values from" in said
     assert "its mask may be wrong" in said
+    other = Path(shutil.copytree(root, tmp_path / "other"))
+    shutil.copy(shifted, other / "case_00004" / "imaging.nii.gz")
+    assert main(["evaluate", str(run), str(root)]) == 0
+    assert "OTHER VOXELS OR INTENSITIES" not in capsys.readouterr().out
+    assert main(["evaluate", str(run), str(other), "-o", str(tmp_path / "scores")]) == 0
+    shown = capsys.readouterr()
+    assert "1 WITH OTHER VOXELS OR INTENSITIES THAN THE TRAINING: case_00004" in shown.out
+    assert "pglcl: case_00004: it has values from" in shown.err
+    page = tmp_path / "page.html"
+    assert main(["report", str(run), "--data", str(other), "-o", str(page)]) == 0
+    assert "case_00004: it has values from" in page.read_text()
     state = load_tensors(run / "model.pt")
     del state["levels"]  # as an older version wrote it
     save_tensors(run / "model.pt", state)

@@ -90,7 +90,7 @@ def test_predictions_and_scores_of_other_voxels_say_so(
     assert main(["evaluate", str(run), str(other), "-o", str(scores)]) == 0
     shown = capsys.readouterr()
     assert shown.err.count(words) == 2
-    assert "2 WITH OTHER VOXELS THAN THE TRAINING: case04, case05" in shown.out
+    assert "2 WITH OTHER VOXELS OR INTENSITIES THAN THE TRAINING: case04, case05" in shown.out
     assert list(json.loads((scores / "scores_test.json").read_text())["subject"]["unlike"]) == ["case04", "case05"]
     page = tmp_path / "page.html"
     assert main(["report", str(run), "--data", str(other), "-o", str(page)]) == 0
