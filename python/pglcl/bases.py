@@ -1,4 +1,4 @@
-"""The semi-supervised bases (method, section 9): what the student is shown, and the loss on it.
+"""The semi-supervised base methods (method, section 9): what the student is shown, and the loss on it.
 
 A base is a dataclass. Its fields are options of :class:`~pglcl.config.TrainConfig` of the same names.
 """
@@ -27,10 +27,11 @@ DISTANCE_WEIGHT = 10
 class ViewBatch:
     """What the student sees in a step, and what it should predict.
 
-    images (B, C, *S). target (B, *S) int64, -1 where nothing is known. weight (B, *S), of each pixel. certainty
-    (B, *S), 1 for an annotation, the teacher's probability for a pseudo-label. annotated (B, *S) bool. prediction
-    (B, K, *S), the teacher's, or None where it is not needed. supervised: number of annotated images, which come first.
-    weak: number of weak views, which come last; the student loses a share of their feature channels.
+    images: (B, C, *S). target: (B, *S) int64, -1 where nothing is known. weight: (B, *S), of each pixel in the loss.
+    certainty: (B, *S), 1 for an annotation, the teacher's probability for a pseudo-label. annotated: (B, *S) bool.
+    prediction: (B, K, *S), the teacher's probabilities, or None where they are not needed. supervised: number of
+    annotated images, which come first. weak: number of weak views, which come last; a share of their feature channels
+    is dropped in the student.
     """
 
     images: Tensor
@@ -43,7 +44,7 @@ class ViewBatch:
     weak: int = 0
 
     def class_weights(self, num_classes: int, counts: Tensor | None = None) -> Tensor:
-        """(B, K, *S): the weight of each pixel for its class, 0 for others: `counts` (B, *S), by default certainty."""
+        """(B, K, *S): `counts` (B, *S), by default the certainty, for the class of each pixel; 0 for other classes."""
         return one_hot(self.target, num_classes) * (self.certainty if counts is None else counts)[:, None]
 
     def strongly_augmented(self) -> ViewBatch:
@@ -63,8 +64,8 @@ class ViewBatch:
 class Taught(NamedTuple):
     """The teacher's predictions in a step.
 
-    prediction (L + U, K, *S): probabilities of the labelled images and of the weak views of the unlabelled ones. pseudo
-    (U, *S) int64 and certainty (U, *S): the pseudo-labels of the unlabelled images, and their probability.
+    prediction: (L + U, K, *S), probabilities of the labelled images and of the weak views of the unlabelled ones.
+    pseudo: (U, *S) int64, the pseudo-labels of the unlabelled images. certainty: (U, *S), their probability.
     """
 
     prediction: Tensor
@@ -122,8 +123,8 @@ class MeanTeacher(Base):
 class WeakToStrong(Base):
     """Where the teacher is sure of the weak view, its class is the target of other views (Yang et al., CVPR 2023).
 
-    The other views are one or two strong ones, in which images exchange boxes as in CutMix, and the weak view itself,
-    of which the student loses a share of the feature channels.
+    The other views are one or two strong ones, in which images exchange boxes as in CutMix, and the weak view itself
+    with a share of its feature channels dropped.
     """
 
     consistency_weight: float
@@ -221,7 +222,7 @@ def labelled_and(batch: dict[str, Tensor], unlabelled: Tensor, taught: Taught) -
 
 
 def pasted(views: ViewBatch, order: Tensor, generator: torch.Generator) -> ViewBatch:
-    """Pastes a box of image `order[i]` into image i. All share one box: 2/3 of every axis, at a random place."""
+    """Pastes a box of image `order[i]` into image i. All share one box: 2/3 of each axis, at a random place."""
     box = random_box(tuple(views.images.shape[2:]), 2 / 3, generator).to(views.images.device) > 0
     order = order.to(views.images.device)
 
@@ -246,9 +247,9 @@ def one_hot(target: Tensor, num_classes: int) -> Tensor:
 
 
 def segmentation_loss(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Cross-entropy plus soft Dice over the classes, both over the pixels that have a target, weighted.
+    """Cross-entropy plus soft Dice over the classes. Both are weighted sums over the pixels that have a target.
 
-    Dice is computed over the whole batch. A class that neither target nor prediction has costs nothing.
+    Dice is computed over the whole batch. A class that is neither in the target nor in the prediction adds nothing.
 
     Args:
         logits: (B, K, *S).

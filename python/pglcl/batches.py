@@ -40,9 +40,9 @@ PREFETCHED = 4  # batches that each process has ready
 class StepBatches(Dataset[dict[str, Tensor]]):
     """Item `step` is the batch of that step.
 
-    image (L, C, *S) float32 and label (L, *S) int64 are labelled images. After the warm-up of a semi-supervised run,
-    weak and strong (U, C, *S) are views of the same unlabelled images; they differ in intensities alone. strong2 is a
-    second strong view, where the base has two.
+    The batch is a dict. image (L, C, *S) float32 and label (L, *S) int64 are labelled images. After the warm-up of a
+    semi-supervised run, weak and strong (U, C, *S) float32 are views of the same unlabelled images, which differ only
+    in intensities. strong2 is a second strong view, if the base method has two.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ def loader(batches: StepBatches, first: int, workers: int) -> Iterator[dict[str,
         line = _explanation(str(error)) if workers else ""
         if not line:
             raise
-        raise UserError(f"--workers {workers}: {line}; --resume goes on from the last checkpoint") from error
+        raise UserError(f"--workers {workers}: {line}; --resume continues from the last checkpoint") from error
 
 
 def _in_shared_memory(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -172,13 +172,13 @@ def _explanation(text: str) -> str:
     """What a user can do about an error of the processes that prepare batches; nothing for a bug."""
     if "shared memory" in text or "No space left" in text:
         return (
-            "shared memory (/dev/shm) is full. --workers 0 needs none. Otherwise remove files from there, or give a "
-            "container more (docker run --shm-size=1g)"
+            "shared memory (/dev/shm) is full. Use --workers 0, which needs none, or remove files from /dev/shm, or "
+            "give the container more (docker run --shm-size=1g)"
         )
     if "DataLoader worker (pid" in text:
         return (
-            f"a process that prepares batches has ended ({text.splitlines()[0]}). If memory was short, use "
-            "--workers 0, which prepares them in the training process"
+            f"a process that prepares batches has ended ({text.splitlines()[0]}). If the memory was full, use "
+            "--workers 0, which prepares batches in the training process"
         )
     return ""
 

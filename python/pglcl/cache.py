@@ -1,4 +1,4 @@
-"""Prepared volumes on the disk, which batches read piece by piece: for data larger than memory."""
+"""Prepared volumes on the disk, for data larger than memory. Batches read only the parts that they need."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def prepare_cached(
 ) -> Prepared:
     """The result of :func:`pglcl.prepare.prepare`, with tensors that are memory-mapped from `folder`.
 
-    The name of an entry is a hash of the files (path, size, times of change) and of all that their preparation depends
-    on, so many runs can share a folder. A damaged entry is made again.
+    The name of an entry is a hash of the files (path, size, times of change) and of everything that their preparation
+    depends on. So many runs can share a folder. A damaged entry is made again.
 
     Raises:
         UserError: the image cannot be read, or the entry cannot be written or read back.
@@ -53,7 +53,7 @@ def prepare_cached(
         _store(entry, prepare(case, config, slice_axis, intensity, labels))
         found = _load(entry, case)
         if found is None:
-            raise UserError(f"{entry}: what was just written there cannot be read")
+            raise UserError(f"{entry}: this entry of --cache was just written and cannot be read back")
     return found
 
 

@@ -62,7 +62,7 @@ def split_patients(data: DataFolder, config: TrainConfig) -> Split:
     if config.labelled + validation + test > len(annotated):
         raise UserError(
             f"{data.root}: --labelled {config.labelled}, --validation {validation} and --test {test} ask for "
-            f"{config.labelled + validation + test} patients with labels, {len(annotated)} are there"
+            f"{config.labelled + validation + test} patients with labels, but only {len(annotated)} have labels"
         )
     rest, held_out = annotated[: len(annotated) - test], annotated[len(annotated) - test :]
     rest, tuned_on = rest[: len(rest) - validation], rest[len(rest) - validation :]
@@ -92,7 +92,7 @@ def _split_of_parts(
     annotated = [p for p in train if p in with_label]
     if len(annotated) < config.labelled:
         raise UserError(
-            f"{where}: --labelled {config.labelled}, but its training part has {len(annotated)} with labels"
+            f"{where}: --labelled {config.labelled}, but its training part has {len(annotated)} patients with labels"
         )
     labelled = annotated[: config.labelled]
     unlabelled = [p for p in train if p not in set(labelled)]
@@ -100,7 +100,7 @@ def _split_of_parts(
 
 
 def _split_into_folds(data: DataFolder, config: TrainConfig) -> Split:
-    """Fold `--fold` of `--folds` is for validation. No fold has test patients (the folder's lists, or `--test`)."""
+    """Fold `--fold` of `--folds` is for validation. Test patients (the folder's lists, or `--test`) are in no fold."""
     with_label = {case.patient for case in data.cases if case.label is not None}
     annotated = [p for p in data.patients if p in with_label]
     count = max(0, config.test)
@@ -110,8 +110,8 @@ def _split_into_folds(data: DataFolder, config: TrainConfig) -> Split:
     rest = [p for p in annotated if p not in set(test)]
     if len(test) < count or len(rest) < config.folds:
         raise UserError(
-            f"{data.root}: --folds {config.folds} needs a patient with labels for each fold, {len(rest)} are there "
-            f"beside the {len(test)} of the test"
+            f"{data.root}: --folds {config.folds} needs a patient with labels for each fold, got {len(rest)} "
+            f"besides the {len(test)} test patients"
         )
     validation = folds_of(rest, config.folds)[config.fold]
     train = [p for p in data.patients if p not in {*validation, *test}]
@@ -134,7 +134,7 @@ def folds_of(names: Iterable[str], count: int) -> list[list[str]]:
 def _split_of_folds(data: DataFolder, config: TrainConfig, path: Path, folds: list[Any]) -> Split:
     """nnU-Net's splits_final.json: `train` and `val` of a fold. Other patients are unlabelled if they have no label."""
     if not 0 <= config.fold < len(folds):
-        raise UserError(f"{path}: has the folds 0 to {len(folds) - 1}, --fold is {config.fold}")
+        raise UserError(f"{path}: --fold must be 0 to {len(folds) - 1}, the folds of this file, got {config.fold}")
     fold = folds[config.fold]
     lists = [fold.get(part) if isinstance(fold, dict) else None for part in ("train", "val")]
     if not all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in lists):
@@ -143,7 +143,7 @@ def _split_of_folds(data: DataFolder, config: TrainConfig, path: Path, folds: li
     for part, names in (("train", train), ("val", validation)):
         for name in names:
             if name not in data.patients:
-                raise UserError(f"{path}: fold {config.fold} has {name!r}, which is no patient of {data.root}")
+                raise UserError(f"{path}: fold {config.fold} has {name!r}, which is not a patient of {data.root}")
             if names.count(name) > 1:
                 raise UserError(f"{path}: {name!r} is twice in {part} of fold {config.fold}")
     both = sorted(set(train) & set(validation))
@@ -171,7 +171,7 @@ def _split_from_file(data: DataFolder, config: TrainConfig) -> Split:
     for part in PARTS:
         for patient in content.get(part, []):
             if patient not in data.patients:
-                raise UserError(f"{path}: {part} has {patient!r}, which is no patient of {data.root}")
+                raise UserError(f"{path}: {part} has {patient!r}, which is not a patient of {data.root}")
             if patient in seen:
                 where = f"twice in {part}" if seen[patient] == part else f"in {seen[patient]} and in {part}"
                 raise UserError(f"{path}: {patient!r} is {where}")
@@ -196,8 +196,8 @@ def cases_of(data: DataFolder, patients: Iterable[str], *, with_label: bool = Fa
 def distance_unit(data: DataFolder, cases: Iterable[Case] | None = None) -> str:
     """The unit of distances in `cases`, by default all of the folder: mm, or pixel for files without a spacing.
 
-    It is voxel for an ACDC folder whose headers all say 1 mm. No scanner took such volumes: their spacing was lost. Of
-    files of several kinds, it names each unit.
+    It is voxel for an ACDC folder whose headers all say 1 mm: no scanner took such volumes, so their spacing was lost.
+    If files have different units, all of them are named.
     """
     sources = []
     for case in data.cases if cases is None or data.layout == "acdc" else cases:

@@ -48,21 +48,22 @@ DataArgument = Annotated[
     ),
 ]
 RunArgument = Annotated[Path, typer.Argument(help="the folder that pglcl train wrote", show_default=False)]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto: a GPU where there is one")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but errors")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:1; auto: a GPU if there is one, otherwise the CPU")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="print only errors")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace files that exist")]
 TtaOption = Annotated[
-    str, typer.Option(help="flips: average over mirrored images, for a model trained with --flips all; none")
+    str,
+    typer.Option(help="none; flips: average over mirrored images, only for a model that was trained with --flips all"),
 ]
 PostprocessOption = Annotated[
     str,
     typer.Option(
-        help="largest-component: keep only the largest component of every class; auto: of those classes alone for "
-        "which this does not lower the scores of the run's validation patients; none"
+        help="classes of which a mask keeps only the largest component. auto: classes that are one organ and score no "
+        "worse with it on the run's validation patients; largest-component: every class; none: no class"
     ),
 ]
 WeightsOption = Annotated[
-    str, typer.Option(help="last: weights of the last step; best: of the step with the best validation Dice")
+    str, typer.Option(help="last: the weights of the last step; best: those with the best validation Dice")
 ]
 
 
@@ -148,11 +149,11 @@ def inspect(
     data: DataArgument,
     labels: Annotated[str, typer.Option(help="values of each class, as for pglcl train")] = "",
     num_classes: Annotated[int, typer.Option(help="number of classes, as for pglcl train")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="print all of it as JSON, and nothing else")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="print a row for every volume")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON, for programs")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="also print a row for every volume")] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Lists what is in a data folder, options that suit it, and everything that is wrong with it."""
+    """Lists what is in a data folder, which options suit it, and everything that is wrong with it."""
     import json
 
     from pglcl.inspect_output import print_summary
@@ -172,9 +173,9 @@ def inspect(
 
 
 def _train(ctx: typer.Context, data: Path | None, output: Path | None, **options: Any) -> None:
-    """Trains a model. `pglcl evaluate` scores it, on the volumes kept for the test.
+    """Trains a model. `pglcl evaluate` then scores it on the test volumes.
 
-    A run that was stopped goes on with `pglcl train --resume RUN`, which knows its data folder and its options.
+    `pglcl train --resume RUN` continues a run that was stopped. It knows the data folder and the options of the run.
     """
     from pglcl.limits import check_threads
     from pglcl.train import Interrupted, Training
@@ -185,7 +186,7 @@ def _train(ctx: typer.Context, data: Path | None, output: Path | None, **options
     check_threads(own["threads"])
     if processes > 1 and launcher.PARENT not in os.environ:
         if os.environ.get("WORLD_SIZE", "1") != "1":
-            raise UserError("--processes: not under torchrun; use its --nproc-per-node instead", everywhere=True)
+            raise UserError("--processes cannot be used under torchrun; use its --nproc-per-node", everywhere=True)
         raise typer.Exit(launcher.launch(processes, sys.argv[1:]))
     given = {n: options[n] for n in options if (source := ctx.get_parameter_source(n)) and source.name != "DEFAULT"}
     if own["config"] is not None:
@@ -235,12 +236,10 @@ def _run_asked_for(
     if resume and output is None:  # pglcl train --resume RUN
         data, output = None, data
     if moved_data is not None and (not resume or data is not None):
-        why = (
-            "the data folder is given twice" if resume else "it goes with --resume; a new run takes its folder as DATA"
-        )
+        why = "the data folder is given twice" if resume else "it needs --resume; a new run takes its folder as DATA"
         raise UserError(f"--data {moved_data}: {why}")
     if output is None:
-        wanted = "--resume needs the folder of the run" if resume else "--output RUN is missing: the folder of the run"
+        wanted = "--resume needs the folder of the run" if resume else "--output is missing: the folder of the run"
         raise UserError(wanted)
     data = moved_data or data
     saved = {}
@@ -260,19 +259,21 @@ def _train_signature() -> inspection.Signature:
     def add(name: str, kind: Any, default: Any, option: Any) -> None:
         parameters.append(inspection.Parameter(name, keyword, default=default, annotation=Annotated[kind, option]))
 
-    data_help = "the data folder, as pglcl inspect takes it; a resumed run knows its own"
+    data_help = "the data folder, as pglcl inspect takes it; with --resume it is not needed, since the run knows it"
     add("data", Path | None, None, typer.Argument(metavar="DATA", help=data_help, show_default=False))
     add("output", Path | None, None, typer.Option("--output", "-o", help="folder of the run", show_default=False))
-    add("config", Path | None, None, typer.Option(help="TOML file with any of these options; flags win"))
-    add("preset", str, "", typer.Option(help="paper: the settings of the paper and its code; other options win"))
-    add(
-        "resume", bool, False, typer.Option("--resume", help="go on from the last checkpoint: pglcl train --resume RUN")
-    )
+    toml_help = "TOML file with any of the options below; options on the command line take precedence"
+    add("config", Path | None, None, typer.Option(help=toml_help))
+    preset_help = "paper: the settings of the paper and its code; options that you give take precedence"
+    add("preset", str, "", typer.Option(help=preset_help))
+    resume_help = "continue from the last checkpoint: pglcl train --resume RUN"
+    add("resume", bool, False, typer.Option("--resume", help=resume_help))
     add("moved_data", Path | None, None, typer.Option("--data", help="with --resume: the data folder, if it was moved"))
-    add("profile", bool, False, typer.Option("--profile", help="print where a step's time goes"))
-    add("quiet", bool, False, typer.Option("--quiet", "-q", help="print nothing but errors"))
-    add("threads", int, 0, typer.Option(help="CPU threads of this process; 0: PyTorch's choice"))
-    add("processes", int, 1, typer.Option(min=1, max=64, help="processes that train together here, one for each GPU"))
+    add("profile", bool, False, typer.Option("--profile", help="measure and print the time of each section of a step"))
+    add("quiet", bool, False, typer.Option("--quiet", "-q", help="print only errors"))
+    add("threads", int, 0, typer.Option(help="CPU threads of each process; 0: PyTorch's choice"))
+    processes_help = "number of processes that train together on this machine, one for each GPU"
+    add("processes", int, 1, typer.Option(min=1, max=64, help=processes_help))
     for name, described in OPTIONS.items():
         default = DEFAULTS[name]
         names = [f"{flag(name)}/--no-{flag(name)[2:]}"] if isinstance(default, bool) else [flag(name)]
@@ -309,7 +310,10 @@ def predict(
     quiet: QuietOption = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Writes a mask for every image, in its geometry. A broken file is skipped, and the exit code is not 0."""
+    """Writes a mask for every image, in the geometry of the image.
+
+    An image that cannot be read is skipped, and the exit code is then 1.
+    """
     from pglcl.layouts import group_inputs
     from pglcl.model import UNKNOWN_VOXELS, load_model
     from pglcl.predict import Predictor, Writer, data_folders
@@ -340,7 +344,7 @@ def predict(
             except Exception as error:
                 codes.append(_explain(error, f"skipped {case.name}: "))
     if codes:
-        _complain(f"pglcl: {len(codes)} of {len(cases)} images skipped")
+        _complain(f"pglcl: {len(codes)} of {len(cases)} images were skipped")
         raise typer.Exit(BUG if BUG in codes else SKIPPED)
 
 
@@ -362,9 +366,9 @@ def evaluate(
     quiet: QuietOption = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Scores the run's model: Dice, HD95 and average surface distance, per class and patient, as CSV and table.
+    """Scores the model of a run: Dice, HD95 and average surface distance of each class and patient, as CSV and table.
 
-    Earlier scores of the same run and data are replaced; others are kept unless --overwrite is given.
+    Earlier scores of the same run and data are replaced. Any other file is kept unless you add --overwrite.
     """
     from pglcl.evaluate import evaluate_run
 
@@ -399,7 +403,7 @@ def report(
     quiet: QuietOption = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Writes one self-contained HTML file: scores, curves, overlays, entropy and disparity, embeddings, options."""
+    """Writes one HTML file about a run: scores, curves, overlays, entropy and disparity, embeddings, options."""
     from pglcl.report import write_report
 
     path = write_report(run, data, output, device, overwrite=overwrite, quiet=quiet)
@@ -417,7 +421,7 @@ def export(
     overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Writes the network for other programs, and checks that it gives the same logits there."""
+    """Writes the network to a file for other programs, reads it back and compares the logits."""
     from pglcl.export import export_run
 
     def say(line: str) -> None:
@@ -430,7 +434,9 @@ def export(
 
 @command
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="folder of the runs")] = Path("pglcl-demo"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for the data, the runs and the report")] = Path(
+        "pglcl-demo"
+    ),
     steps: Annotated[int, typer.Option(help="training steps of each of the two runs")] = 400,
     quiet: QuietOption = False,
 ) -> None:
@@ -449,7 +455,7 @@ def _complain(line: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command and returns its exit code. Each error that a user can mend is printed as one line."""
+    """Runs a command and returns its exit code. Each error that a user can correct is printed as one line."""
     # MONAI's warnings to its own developers, and one about images that are nearly everywhere the same.
     warnings.filterwarnings("ignore", category=FutureWarning, module="monai")
     warnings.filterwarnings("ignore", message="Divide by zero", module="monai")

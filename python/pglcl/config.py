@@ -1,4 +1,4 @@
-"""Every option of ``pglcl train``, once: name, default, range, unit, help. Command line and TOML files use them."""
+"""Defines every option of ``pglcl train`` once: its name, default, range, unit and help text."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Option:
         unit: of the number.
         choices: the values that it may have.
         least, most: smallest and largest value. above, below: bounds that are excluded. Every number is finite.
-        items: type of the numbers of a list, which is written as text with commas between.
+        items: type of the numbers of a list, which is written as text, separated by commas.
         only: another option and its value; with any other value, this option would have no effect and is refused.
         weights: whether the option changes the trained weights; a resumed run must keep such options.
     """
@@ -49,7 +49,7 @@ class Option:
     weights: bool = True
 
     def problem(self, value: Any) -> str:
-        """What is wrong with `value`, or nothing."""
+        """What is wrong with `value`; empty if nothing is."""
         if self.choices:
             return "" if value in self.choices else f"must be one of {', '.join(map(str, self.choices))}"
         if self.items is not None:
@@ -72,7 +72,7 @@ class Option:
         try:
             numbers = numbers_in(text, self.items)
         except ValueError:
-            return "must be numbers with commas between"
+            return "must be numbers separated by commas"
         bounds = dataclasses.replace(self, items=None)
         return next((problem for problem in map(bounds.problem, numbers) if problem), "")
 
@@ -90,7 +90,11 @@ def _opt(default: Any, text: str, group: str, **rest: Any) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Options of a training run. Lists of numbers are written with commas."""
+    """Options of a training run. Lists of numbers are texts, separated by commas.
+
+    Raises:
+        UserError: a line for each option that has the wrong type, is out of range or does not fit the others.
+    """
 
     # fmt: off
     labelled: int = _opt(4, "patients whose labels are used: the first ones of the training part", "Data", least=1)
@@ -105,17 +109,20 @@ class TrainConfig:
         "the fold that is kept for validation, counted from 0: of --folds, or of a --split-file with folds", "Data",
         least=0)
     labels: str = _opt("",
-        "values of each class, background first: 0,85=RV,1+2=kidney,0+*,255=ignore; default: values found", "Data")
-    num_classes: int = _opt(0, "number of classes, of the values 0, 1, ...; 0: from dataset.json, or the values found",
+        "label values of each class, background first, e.g. 0,85=RV,1+2=kidney,255=ignore; 0+* adds all other values; "
+        "default: each value that is found is a class", "Data")
+    num_classes: int = _opt(0,
+        "number of classes, whose label values are 0, 1, ...; 0: from dataset.json, or from the values that are found",
         "Data", least=0, most=256)
     normalise: str = _opt("auto", "how intensities are normalised; auto: chosen by dataset.json and the values",
         "Data", choices=("auto", "percentile", "zscore", "ct", "rgb", "none"))
     window: str = _opt("", "LEVEL,WIDTH of the window that intensities are clipped to, e.g. 40,400", "Data",
         items=float)
-    cache: str = _opt("", "folder that keeps prepared volumes, for data larger than memory: batches read from it",
+    cache: str = _opt("", "folder for prepared volumes, for data larger than memory; batches are read from it",
         "Data", weights=False)
     spatial_dims: int = _opt(2, "2: slices, for anisotropic volumes; 3: patches of volumes", "Data", choices=(2, 3))
-    image_size: str = _opt("", "size of a slice or patch, one number or one per axis; default 128, in 3-D 32,48,32",
+    image_size: str = _opt("",
+        "size of a slice or patch, one number or one per axis; default: 128 in 2-D, 32,48,32 in 3-D",
         "Data", unit="pixels", items=int, least=1)
     spacing: str = _opt("",
         "3-D: voxel size that volumes are resampled to, one number or one per axis, e.g. 1,1,1; default: unchanged",
@@ -123,67 +130,75 @@ class TrainConfig:
     slice_axis: int = _opt(-1, "axis across which slices are taken; -1: the one with the fewest voxels", "Data",
         least=-1, most=2, only=("spatial_dims", 2))
 
-    method: str = _opt("patchcl", "supervised; semi: a semi-supervised base; patchcl: base and contrast", "Method",
-        choices=("supervised", "semi", "patchcl"))
-    consistency: str = _opt("copy-paste", "the semi-supervised base", "Method",
+    method: str = _opt("patchcl",
+        "supervised: only labelled images; semi: a semi-supervised base method; patchcl: base method and contrast",
+        "Method", choices=("supervised", "semi", "patchcl"))
+    consistency: str = _opt("copy-paste", "the semi-supervised base method", "Method",
         choices=("mean-teacher", "weak-to-strong", "copy-paste"))
-    loss: str = _opt("infonce", "contrastive loss: infonce (guided), or gaussian (the paper's, on class statistics)",
+    loss: str = _opt("infonce",
+        "contrastive loss; infonce: guided by entropy; gaussian: the paper's, from statistics of the classes",
         "Method", choices=("infonce", "gaussian"))
-    patches: str = _opt("pooled", "pooled: from one feature map; crop: cropped images, encoded again", "Method",
+    patches: str = _opt("pooled", "pooled: from one feature map; crop: cropped images that are encoded again", "Method",
         choices=("pooled", "crop"))
     contrast_weight: float = _opt(0.1, "largest weight of the contrastive loss", "Method", least=0)
     contrast_schedule: str = _opt("ramp",
         "ramp: the weight rises over the first 30 % of the steps and falls to 0 over the last 30 %; constant",
         "Method", choices=("ramp", "constant"))
-    consistency_weight: float = _opt(1.0, "weight of the base's loss on unlabelled images", "Method", least=0)
-    confidence: float = _opt(0.8, "weak-to-strong: the teacher's probability from which a pixel counts", "Method",
-        above=0, below=1, only=("consistency", "weak-to-strong"))
+    consistency_weight: float = _opt(1.0, "weight of the base method's loss on unlabelled images", "Method", least=0)
+    confidence: float = _opt(0.8, "weak-to-strong: smallest probability of the teacher at which a pixel counts",
+        "Method", above=0, below=1, only=("consistency", "weak-to-strong"))
     strong_views: int = _opt(2, "weak-to-strong: number of strong views of an unlabelled image", "Method",
         choices=(1, 2), only=("consistency", "weak-to-strong"))
     feature_dropout: float = _opt(0.5,
-        "weak-to-strong: share of feature channels dropped in one more, weak view; 0: no such view", "Method",
+        "weak-to-strong: share of feature channels that are dropped in a weak view; 0: no such view", "Method",
         least=0, most=0.9, only=("consistency", "weak-to-strong"))
     mix_warmup: bool = _opt(True, "copy-paste: paste labelled images into each other during warm-up", "Method",
         only=("consistency", "copy-paste"))
     clean_pseudo_labels: str = _opt("auto",
-        "largest-component: pseudo-labels keep only that of each class; auto: of classes that labels show in one piece",
+        "classes of which a pseudo-label keeps only the largest component; auto: those that are one organ in the "
+        "labels; largest-component: all; none: none",
         "Method", choices=("auto", "largest-component", "none"))
     ema_decay: float = _opt(0.99, "decay of the teacher's moving average in a step", "Method", above=0, below=1)
-    temperature: float = _opt(0.5, "temperature of --loss infonce (gaussian has the authors' 0.2)", "Method",
+    temperature: float = _opt(0.5, "temperature of --loss infonce (that of gaussian is the authors' 0.2)", "Method",
         above=0, only=("loss", "infonce"))
     guidance: bool = _opt(True, "choose positives and negatives by the disparity of the patches' entropies", "Method")
     max_positive_disparity: float = _opt(0.3, "delta+: largest disparity of positives, in units of log K", "Method",
         least=0)
     min_negative_disparity: float = _opt(0.0, "delta-: smallest disparity of negatives, in units of log K", "Method",
         least=0)
-    hard_negatives: bool = _opt(False, "gaussian: use statistics of hard negatives", "Method",
+    hard_negatives: bool = _opt(False, "--loss gaussian: use the statistics of hard negatives", "Method",
         only=("loss", "gaussian"))
     anchors: str = _opt("certain",
-        "labelled: anchors lie on annotated pixels; certain: also where the teacher is sure; all: anywhere, like keys",
+        "where anchors lie; labelled: on annotated pixels; certain: also where the teacher is sure; all: anywhere, as "
+        "keys do",
         "Method", choices=("labelled", "certain", "all"))
-    anchor_confidence: float = _opt(0.95, "certain: smallest probability at which the teacher is sure", "Method",
+    anchor_confidence: float = _opt(0.95,
+        "--anchors certain: smallest probability at which the teacher counts as sure", "Method",
         above=0, below=1, only=("anchors", "certain"))
     anchors_per_class: int = _opt(64, "largest number of anchors of a class in a step; 0: all", "Method", least=0)
     anchor_order: str = _opt("student",
-        "anchors that are taken first: where the student, or the teacher, is least certain; or a random sample",
+        "which anchors are taken first; student, teacher: those of which that network is least certain; random: a "
+        "random sample",
         "Method", choices=("student", "teacher", "random"))
     mixed_patches: str = _opt("split",
-        "patches that their class does not fill: positives of each other (split), of none (leave-out), of all",
+        "patches that their class does not fill; split: positives of each other; leave-out: of no patch; together: of "
+        "all patches of their class",
         "Method", choices=("split", "leave-out", "together"))
-    inside_coverage: float = _opt(0.9, "share of a patch that its class must cover to fill it", "Method",
+    inside_coverage: float = _opt(0.9, "smallest share of a patch that its class must cover to fill it", "Method",
         above=0, most=1)
     keys_per_class: int = _opt(32, "largest number of keys of a class that a step queues; 0: all", "Method", least=0)
     patch_size: int = _opt(4, "size of a patch along each axis, in the image that the network sees", "Method",
         unit="pixels", least=1)
-    coverage_target: float = _opt(0.8, "share of a class's patches that the adaptive threshold lets pass", "Method",
+    coverage_target: float = _opt(0.8,
+        "share of the patches of a class that should qualify; it sets the coverage threshold", "Method",
         above=0, below=1)
     queue_length: int = _opt(256, "number of keys kept of each class; 0: only the keys of the batch", "Method", least=0)
     embedding_dim: int = _opt(64, "size of an embedding", "Method", least=1)
-    crops_per_class: int = _opt(1, "crop: number of patches of each class in an image", "Method", least=1,
-        only=("patches", "crop"))
+    crops_per_class: int = _opt(1, "--patches crop: largest number of crops of each class in an image", "Method",
+        least=1, only=("patches", "crop"))
 
     steps: int = _opt(2000, "number of training steps", "Training", least=1)
-    warmup: int = _opt(-1, "steps at the start that use labelled images alone; -1: a quarter", "Training",
+    warmup: int = _opt(-1, "steps at the start that use only labelled images; -1: a quarter of all steps", "Training",
         unit="steps", least=-1)
     batch_size: int = _opt(8, "images in a step; after the warm-up half of them are unlabelled", "Training", least=2)
     learning_rate: float = _opt(2e-3, "learning rate of AdamW at the start; it decays polynomially to 0", "Training",
@@ -193,15 +208,17 @@ class TrainConfig:
     channels: str = _opt("16,32,64,128,256",
         "channels of each level, from the outside in; basicunet: five levels; segresnet: doubled at each level",
         "Training", items=int, least=1)
-    init: str = _opt("", "folder of a trained run; the training starts from its weights", "Training")
+    init: str = _opt("", "folder of another run, from whose weights the training starts", "Training")
     flips: str = _opt("none", "axes along which images are mirrored at random", "Training", choices=("none", "all"))
     rotation: float = _opt(20.0, "largest angle of the random rotation", "Training", unit="degrees", least=0)
-    scaling: float = _opt(0.15, "largest random change of size, as a share", "Training", least=0)
+    scaling: float = _opt(0.15, "largest random change of size, as a share of the size", "Training", least=0)
     seed: int = _opt(0, "seed of everything random", "Training", least=0, most=2**32 - 1)
     amp: bool = _opt(False, "compute in bfloat16 where PyTorch's autocast does", "Training")
-    device: str = _opt("auto", "cpu, cuda, cuda:1; auto: a GPU where there is one", "Training", weights=False)
-    workers: int = _opt(-1, "number of processes that prepare batches; -1: found by a measurement", "Training",
-        least=-1, weights=False)
+    device: str = _opt("auto", "cpu, cuda or cuda:1; auto: a GPU if there is one, otherwise the CPU", "Training",
+        weights=False)
+    workers: int = _opt(-1,
+        "number of processes that prepare batches; 0: the training process does it; -1: measured at the start",
+        "Training", least=-1, weights=False)
     checkpoint_every: int = _opt(200, "steps between checkpoints", "Training", unit="steps", least=1, weights=False)
     validate_every: int = _opt(500, "steps between validations; 0: none", "Training", unit="steps", least=0,
         weights=False)
@@ -286,7 +303,11 @@ class TrainConfig:
         if any(size % step for size in self.size):
             return [f"--image-size must be a multiple of {step} along each axis, got {self.size}"]
         if all(size == step for size in self.size):  # the deepest level has one pixel, which normalises to 0
-            return [f"--image-size must exceed {step} along an axis for {len(self.channel_list)} --channels"]
+            levels = len(self.channel_list)
+            return [
+                f"--image-size must exceed {step} along an axis, since {levels} --channels divide it by {step}, got "
+                f"{self.size}"
+            ]
         if any(self.patch_size > size or self.patch_size % 2 for size in self.size):
             return [f"--patch-size must be even and at most --image-size {self.size}, got {self.patch_size}"]
         return []
@@ -381,7 +402,7 @@ def numbers_in(text: str, kind: type[Number]) -> list[Number]:
     """The numbers of an option that is a list; none of an empty text.
 
     Raises:
-        ValueError: a part is no number. Spaces within one are not left out: `1 1 3` is not 113.
+        ValueError: a part is not a number, such as `1 1 3`.
     """
     return [kind(part) for part in text.split(",")] if text.strip() else []
 
@@ -391,11 +412,11 @@ def _written(value: Any) -> str:
 
 
 def _wrong_type(value: Any, wanted: type) -> str:
-    """What is wrong with the type of an option's value, or nothing. A whole number may stand for a number."""
+    """What is wrong with the type of an option's value; empty if nothing is. An int may stand for a float."""
     fits = isinstance(value, (int, float) if wanted is float else wanted) and isinstance(value, bool) == (
         wanted is bool
     )
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     return "" if fits else f"must be {words[wanted]}"
 
 
@@ -404,7 +425,11 @@ def flag(name: str) -> str:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The options of a TOML file, by the names of :class:`TrainConfig` (dashes may stand for underscores)."""
+    """The options of a TOML file, by the names of :class:`TrainConfig` (dashes may stand for underscores).
+
+    Raises:
+        UserError: the file cannot be read, or has an unknown option or a value of the wrong type.
+    """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:

@@ -110,9 +110,9 @@ def test_folds_that_cannot_be(tmp_path: Path) -> None:
     split = split_patients(data, tiny(folds=6, fold=1, test=-1, validation=-1))
     assert len(split.validation) == 1
     assert {"case06", "case07"} <= set(split.unlabelled)
-    with pytest.raises(UserError, match="--folds 7 needs a patient with labels for each fold, 6 are there"):
+    with pytest.raises(UserError, match="--folds 7 needs a patient with labels for each fold, got 6 besides"):
         split_patients(data, tiny(folds=7, test=-1, validation=-1))
-    with pytest.raises(UserError, match="--labelled 5, but its training part has 3 with labels"):
+    with pytest.raises(UserError, match="--labelled 5, but its training part has 3 patients with labels"):
         split_patients(data, tiny(folds=2, labelled=5, test=-1, validation=-1))
 
 
@@ -128,7 +128,7 @@ def test_split_from_a_file(tmp_path: Path) -> None:
     file.write_text(json.dumps(parts))
     assert split_patients(data, tiny(split_file=str(file))).as_dict() == parts
     for change, message in (
-        ({"test": ["case09"]}, "which is no patient"),
+        ({"test": ["case09"]}, "which is not a patient"),
         ({"test": ["case01"]}, "is in labelled and in test"),
         ({"labelled": ["case07"]}, "without a label file"),
         ({"labelled": []}, "labelled is empty"),
@@ -156,7 +156,7 @@ def test_a_fold_that_names_a_patient_twice(tmp_path: Path) -> None:
 
 def test_too_few_volumes(tmp_path: Path) -> None:
     data = open_folder(plain(tmp_path))
-    with pytest.raises(UserError, match="ask for 8 patients with labels, 6 are there"):
+    with pytest.raises(UserError, match="ask for 8 patients with labels, but only 6 have labels"):
         split_patients(data, tiny(labelled=5))
     for label in (tmp_path / "labels").iterdir():
         label.unlink()

@@ -97,7 +97,7 @@ def test_toml_errors(tmp_path: Path) -> None:
         (["--image-size", "30"], "--image-size must be a multiple of 4"),
         (["--image-size", "1,2,3"], "--image-size must be one number or 2"),
         (["--patch-size", "40"], "--patch-size must be even and at most"),
-        (["--labelled", "30"], "patients with labels, 6 are there"),
+        (["--labelled", "30"], "patients with labels, but only 6 have labels"),
         (["--device", "cuda:9"], "--device cuda:9: not available"),
     ],
 )
@@ -114,7 +114,7 @@ def test_one_data_folder(trained: tuple[Path, Path], tmp_path: Path, capsys: pyt
     """Of two, one would be left out without a word."""
     root, run = map(str, trained)
     for arguments, message in (
-        (["train", root, "--data", root, "-o", str(tmp_path / "run")], "it goes with --resume; a new run takes its"),
+        (["train", root, "--data", root, "-o", str(tmp_path / "run")], "it needs --resume; a new run takes its"),
         (["train", root, "-o", run, "--resume", "--data", root], "the data folder is given twice"),
     ):
         assert main(arguments) == 2

@@ -77,11 +77,14 @@ def test_nnunet_with_its_splits(tmp_path: Path) -> None:
         "validation": names[:2], "test": [],
     }  # fmt: skip
     for content, message in (
-        ([*folds, {"train": ["x"], "val": []}], "which is no patient of"),
+        ([*folds, {"train": ["x"], "val": []}], "which is not a patient of"),
         ([*folds, {"train": names, "val": names[:1]}], "is in train and in val of fold 2"),
         ([*folds, {"train": names}], "must have the lists train and val"),
-        (folds, "has the folds 0 to 1, --fold is 2"),
-        ([*folds, {"train": names[:1], "val": names[1:]}], "--labelled 2, but its training part has 1 with labels"),
+        (folds, "--fold must be 0 to 1, the folds of this file, got 2"),
+        (
+            [*folds, {"train": names[:1], "val": names[1:]}],
+            "--labelled 2, but its training part has 1 patients with labels",
+        ),
     ):
         file.write_text(json.dumps(content))
         with pytest.raises(UserError, match=message):

@@ -171,7 +171,7 @@ def test_shared_memory_that_fills_up(folder: Path) -> None:
     said = ended.stdout.splitlines()
     assert len(said) == 2, ended.stderr
     for line in said:
-        assert line.startswith("--workers 2: shared memory (/dev/shm) is full. --workers 0 needs none")
+        assert line.startswith("--workers 2: shared memory (/dev/shm) is full. Use --workers 0, which needs none")
 
 
 class Usage:

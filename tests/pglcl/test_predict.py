@@ -236,7 +236,7 @@ def test_an_unforeseen_error_does_not_end_the_batch(
     assert "skipped case03: out of memory" in text
     assert text.count("Traceback") == 1
     assert "skipped case04: this is a bug of pglcl" in text
-    assert "4 of 8 images skipped" in text
+    assert "4 of 8 images were skipped" in text
 
 
 def test_a_full_disk_ends_the_batch(

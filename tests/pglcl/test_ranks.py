@@ -168,7 +168,7 @@ def test_processes_and_torchrun_together(
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv(PARENT, raising=False)
     assert cli.main(["train", str(tmp_path), "-o", str(tmp_path / "run"), "--processes", "2"]) == 2
-    assert "--processes: not under torchrun" in capsys.readouterr().err
+    assert "--processes cannot be used under torchrun" in capsys.readouterr().err
 
 
 def test_wrong_options_are_said_once(
