@@ -1,4 +1,4 @@
-"""The patch-wise contrast on top of any base (method, sections 8 and 9)."""
+"""The patch-wise contrast, which is added to any base method (method, sections 8 and 9)."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ CROPS_OBSERVED = 8  # crops of each class and image that move the coverage thres
 
 @dataclass(frozen=True)
 class Guidance:
-    """Which patches the options of a run let be positives and negatives: for the loss, and for the report.
+    """Which pairs of patches are positives and negatives by the options of a run: for the loss, and for the report.
 
-    Two descriptors guide the patches: the entropy of a prediction in the patch, and whether the patch is mixed, that
-    is, whether its class leaves part of it unfilled. The second descriptor is 0 or APART. A difference of APART exceeds
-    every bound, so a mixed patch and a filled one of the same class are neither positives nor negatives.
+    Two descriptors guide the choice: the entropy of a prediction in the patch, and whether the patch is mixed, that is,
+    whether its class fills only a part of it. The second descriptor is 0 or APART. A difference of APART exceeds every
+    bound. So a mixed patch and a filled one of the same class are neither positives nor negatives of each other.
 
     Args:
         config: the options of the run.

@@ -63,7 +63,7 @@ def check_folder(output: Path) -> None:
     except (UserError, AttributeError):
         mine = False
     if not mine:
-        raise UserError(f"{output}: holds files of others; choose another --output for the demo")
+        raise UserError(f"{output}: holds files that pglcl demo did not write; choose another --output")
 
 
 def write_data(output: Path) -> Path:
@@ -99,9 +99,9 @@ def run_demo(output: Path, steps: int, *, quiet: bool = False) -> None:
     console = Console(quiet=quiet, highlight=False, soft_wrap=True, markup=False)
     start = time.perf_counter()
     console.print(
-        "The MNI152 T1 template (an average of 152 brains, shipped with nilearn), cut into slabs of six slices; two "
-        "slabs are labelled with grey and white matter, the others are unlabelled or kept for validation and test. One "
-        "average brain is a demonstration, not a benchmark."
+        "Data: the MNI152 T1 template (an average of 152 brains, part of nilearn), cut into slabs of six slices. Two "
+        "slabs are labelled with grey and white matter. The others are unlabelled, or kept for validation and test. "
+        "One average brain is a demonstration, not a benchmark."
     )
     data, split_file = output / "data", write_data(output)
     for method in ("supervised", "patchcl"):
@@ -114,5 +114,5 @@ def run_demo(output: Path, steps: int, *, quiet: bool = False) -> None:
         console.print("\n" + evaluate_run(run, data).table())
     report = write_report(output / "patchcl", data)
     console.print(f"\nReport: {report}")
-    console.print(f"Masks of any image: pglcl predict {output / 'patchcl'} {data / 'imagesTr'} --output masks")
+    console.print(f"To predict masks: pglcl predict {output / 'patchcl'} {data / 'imagesTr'} --output masks")
     console.print(f"{time.perf_counter() - start:.0f} s")

@@ -11,9 +11,10 @@ from pglcl.layouts import DataFolder
 
 @dataclass(frozen=True)
 class Description:
-    """The names of a folder's channels and classes, from dataset.json, or from the columns of a list.
+    """The names of a folder's channels and classes, from dataset.json or from the columns of a list.
 
-    channels: in their order. classes: the values of each name. Empty where the folder says nothing.
+    channels: the names, in the order of the channels. classes: the label values of each name. Both are empty where the
+    folder does not name them.
     """
 
     channels: tuple[str, ...] = ()
@@ -32,7 +33,7 @@ class Description:
         """
         lines = []
         if _places_differ(self.channels, other.channels):
-            lines.append(f"channels are {', '.join(other.channels)}, those of the training {', '.join(self.channels)}")
+            lines.append(f"channels are {', '.join(other.channels)}, in the training {', '.join(self.channels)}")
         theirs = {name.casefold(): values for name, values in other.classes.items()}
         for name, values in self.classes.items():
             now = theirs.get(name.casefold(), values)

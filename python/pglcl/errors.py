@@ -1,4 +1,4 @@
-"""Errors that a user can mend: each is printed as one line, without a traceback."""
+"""Errors that a user can correct. They are printed without a traceback."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def explained(error: BaseException) -> tuple[str, ...] | None:
         return (f"out of memory: {reason}",)
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
         reason = error.strerror or str(error)
-        return (f"{error.filename}: {reason}" if error.filename else f"the system says: {reason}",)
+        return (f"{error.filename}: {reason}" if error.filename else f"error of the operating system: {reason}",)
     return None
 
 

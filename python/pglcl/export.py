@@ -54,7 +54,7 @@ def export_run(
         output: the file; default: model.ts or model.onnx in the run.
         weights: as :func:`pglcl.model.load_model` takes them.
         overwrite: replace `output` if it exists.
-        print_line: is told that the run is unfinished.
+        print_line: gets a line if the run is unfinished.
 
     Returns:
         The file, and the largest difference of a logit, as a share of the largest logit.
@@ -81,7 +81,10 @@ def export_run(
             save(network, _example(model, 2), partial, description(model))
         difference = _compare(model, network, load(partial))
         if not difference <= TOLERANCE:
-            raise UserError(f"{path}: not written: its logits differ by {difference:.2g} of the largest")
+            raise UserError(
+                f"{path}: was not written: logits of the exported network differ by {difference:.2g} of the largest "
+                f"logit, more than {TOLERANCE:g}"
+            )
     return path, difference
 
 

@@ -1,4 +1,4 @@
-"""The pictures of the report. No text from the user is drawn into them: names stand in the page, beside them."""
+"""The pictures of the report. Names of files and patients are not drawn into them: they are text of the page."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} is there twice")
+        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} occurs twice")
     return found
 
 
@@ -171,9 +171,9 @@ def load_tensors(path: Path) -> dict[str, Any]:
     content = read_bytes(path)
     body, end = content[: -len(MARK) - DIGEST], content[-len(MARK) - DIGEST :]
     if not end.startswith(MARK):
-        raise UserError(f"{path}: not a checkpoint of pglcl, or cut short: it does not end in the hash of its content")
+        raise UserError(f"{path}: not a checkpoint of pglcl, or truncated: it does not end in the hash of its content")
     if end[len(MARK) :] != hashlib.sha256(body).hexdigest().encode():
-        raise UserError(f"{path}: not a checkpoint of pglcl as it was written: the hash of its content does not fit")
+        raise UserError(f"{path}: damaged or changed: its content does not have the hash that pglcl wrote with it")
     try:
         state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     except Exception as error:  # torch and pickle raise many kinds of errors for the files of others
@@ -233,10 +233,10 @@ class Unchanged:
         for file, before in self._states.items():
             now = _state(file)
             if now is None:
-                lines.append(f"{file}: is gone, while it was still needed")
+                lines.append(f"{file}: was removed while this command still needed it")
             elif now != before:
                 if hash_of is None or fingerprint(file)["sha256"] != hash_of(file):
-                    lines.append(f"{file}: has changed, while it was still needed")
+                    lines.append(f"{file}: was changed while this command still needed it")
                 self._states[file] = now
         if lines:
             raise UserError(*lines)

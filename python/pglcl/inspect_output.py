@@ -45,7 +45,7 @@ def print_summary(found: dict[str, Any], out: Console, *, verbose: bool = False)
         out.print(f"note: {line}")
     for line in found["problems"]:
         out.print(f"problem: {line}")
-    out.print(f"{len(found['problems'])} problems" if found["problems"] else "no problem found")
+    out.print(f"{len(found['problems'])} problems found" if found["problems"] else "no problem found")
 
 
 def _row(case: dict[str, Any]) -> list[str]:

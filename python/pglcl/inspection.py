@@ -35,7 +35,7 @@ SHOWN = 8  # lines of one kind
 
 @dataclass
 class CaseReport:
-    """What was found in one case. Problems stop a training, notes do not.
+    """What was found in one case. A training refuses problems, and only prints notes.
 
     shape, spacing: in canonical axes. orientation: of the file's axes, such as RAS. unit: of the spacing. axes: of the
     file, 2 or 3. dtype: of the file. source: of its first image. digest: SHA-256 of the voxels. label_voxels: number of
@@ -104,27 +104,28 @@ def inspect_case(case: Case, labels: LabelMap | None = None) -> CaseReport:
             elif negative := {v: n for v, n in report.label_voxels.items() if v < 0}:
                 report.problems.append(_negative(case.label, negative))
             if set(report.label_voxels) == {0}:
-                report.notes.append(f"{case.label}: an empty label, every voxel is background")
+                report.notes.append(f"{case.label}: is an empty label: every voxel is background")
         except UserError as error:
             values = None
             report.problems.extend(line for line in error.lines if line not in report.problems)
     if data is not None:
         foreground = None
         if values is not None and len(data) == 1 and np.array_equal(values, data[0]):
-            report.problems.append(f"{case.label}: has the voxels of its image; is it a copy of the image?")
+            report.problems.append(f"{case.label}: has the same voxels as its image; is it a copy of the image?")
         if values is not None:
             foreground = values != 0 if labels is None else labels.encode(values, case.label or case.images[0]) > 0
         report.measured, report.levels = measure(data, source.dtype, foreground), levels_of(data)
         low, high = report.intensity
         if low == high:
-            report.problems.append(f"{case.images[0]}: a constant image, every voxel is {low:g}")
+            report.problems.append(f"{case.images[0]}: is a constant image: every voxel is {low:g}")
     return report
 
 
 def _negative(path: Path, found: dict[int, int]) -> str:
     """A line for negative label values: they may mark what is to be ignored, or come from a type with a sign."""
     words = ", ".join(f"{value} in {n} voxel{'s' * (n != 1)}" for value, n in [*found.items()][:4])
-    return f"{path}: has negative values: {words}; --labels says what they mean, such as 0,1,{next(iter(found))}=ignore"
+    meaning = f"--labels 0,1,{next(iter(found))}=ignore"
+    return f"{path}: has negative values: {words}; say with --labels what they mean, for example {meaning}"
 
 
 def inspect_cases(cases: Iterable[Case], labels: LabelMap | None = None) -> list[CaseReport]:
@@ -151,7 +152,7 @@ def same_images(reports: Sequence[CaseReport], split: Split | None = None) -> li
         other = first.setdefault(report.digest, report) if report.digest else report
         if other.case.patient != report.case.patient:
             names = [f"{r.case.name} ({parts[r.case.patient]})" if parts else r.case.name for r in (other, report)]
-            lines.append(f"{names[0]} and {names[1]} have the same voxels, and count as two patients")
+            lines.append(f"{names[0]} and {names[1]} have the same voxels, but count as two patients")
     more = [f"and {len(lines) - SHOWN} more images with the voxels of another"] if len(lines) > SHOWN else []
     return lines[:SHOWN] + more
 
@@ -204,8 +205,8 @@ def labels_of(data: DataFolder, reports: Iterable[CaseReport], declared: LabelMa
     found = {value for report in reports for value in report.label_voxels}
     if len(found) > MOST_CLASSES:
         raise UserError(
-            f"{data.root}: the label files have {len(found)} different values, there are at most {MOST_CLASSES} "
-            "classes; if values number the objects of one class, --labels 0,1-1000=cell makes them one"
+            f"{data.root}: the label files have {len(found)} different values, but at most {MOST_CLASSES} classes are "
+            "possible; if values number the objects of one class, --labels 0,1-1000=cell merges them"
         )
     return LabelMap.of_values(found, data.class_names)
 
@@ -251,7 +252,8 @@ def survey(
         raise UserError(f"{data.root}: no labelled volume")
     if config.method != "supervised" and not parts["unlabelled"]:
         raise UserError(
-            f"{data.root}: no unlabelled volume is left for --method {config.method}; use --method supervised"
+            f"{data.root}: no unlabelled volume is left for --method {config.method}; use --method supervised, or a "
+            "smaller --labelled"
         )
     labelled = reports[: len(parts["labelled"])]
     labels = labels_of(data, reports, declared)
@@ -287,13 +289,13 @@ def _other_voxels(
     lines = []
     if slice_axis is None and config.target_spacing is None and resolution.spread > UNEQUAL:
         lines.append(
-            f"voxels of the training volumes are {resolution.describe()}, up to {resolution.spread:.3g} times as large "
-            "as others along an axis; --spacing brings them to one size"
+            f"voxels of the training volumes are {resolution.describe()}: up to {resolution.spread:.3g} times as large "
+            "as others along an axis; --spacing resamples them to one size"
         )
     others = [(r, why) for r in held_out if r.source and (why := resolution.problem(r.source, config, slice_axis))]
     lines += [f"{r.case.images[0]}: {why}" for r, why in others[:SHOWN]]
     more = len(others) - SHOWN
-    return lines + ([f"and {more} more volumes of validation and test with such voxels"] if more > 0 else [])
+    return lines + ([f"and {more} more validation and test volumes with such voxels"] if more > 0 else [])
 
 
 def _other_levels(held_out: Sequence[CaseReport], levels: Levels, intensity: Intensity) -> list[str]:
@@ -312,8 +314,8 @@ def _sliced_otherwise(reports: Sequence[CaseReport], slice_axis: int | None) -> 
         return []
     some = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
     return [
-        f"slices are taken across axis {slice_axis}, as in the first labelled volume; {len(others)} volumes have far "
-        f"fewer voxels along another axis: {some}; --slice-axis chooses"
+        f"slices are taken across axis {slice_axis}, which has the fewest voxels of the first labelled volume; "
+        f"{len(others)} volumes have far fewer voxels along another axis: {some}; --slice-axis sets the axis"
     ]
 
 
@@ -322,7 +324,7 @@ def _missing_classes(data: DataFolder, labels: LabelMap, labelled: Sequence[Case
     if not totals[1:].any():
         raise UserError(f"{data.root}: the labels of all {len(labelled)} labelled volumes are empty")
     return [
-        f"class {k} ({labels.names[k]}, value {labels.values[k][0]}): no labelled volume has it, it cannot be learned"
+        f"class {k} ({labels.names[k]}, value {labels.values[k][0]}): no labelled volume has it; it cannot be learned"
         for k in range(len(labels))
         if not totals[k]
     ]
@@ -374,7 +376,7 @@ def warnings_of(data: DataFolder, reports: Sequence[CaseReport], labels: LabelMa
     with_label = [r for r in reports if r.label_voxels]
     blank = [r for r in with_label if not sum(labels.class_counts(r.label_voxels)[1:])]
     if 2 * len(blank) > len(with_label):
-        lines.append(f"{len(blank)} of {len(with_label)} labels are blank")
+        lines.append(f"{len(blank)} of {len(with_label)} labels are empty")
     for row in class_table(data, reports, labels)[1:] if with_label else []:
         what = f"class {row['class']} ({row['name']}, value {row['values'][0] if row['values'] else '*'})"
         if row["patients"] == 0:
@@ -405,7 +407,8 @@ def propose(data: DataFolder, reports: Sequence[CaseReport]) -> list[Proposal]:
         spread = float((spacing.max(axis=0) / spacing.min(axis=0)).max())
         if spread > 1.1:
             target = ",".join(f"{s:.3g}" for s in usual)
-            proposals.append(Proposal("--spacing", target, f"spacings differ by a factor of {spread:.3g}; the median"))
+            why = f"spacings differ by a factor of {spread:.3g}; this is their median"
+            proposals.append(Proposal("--spacing", target, why))
         extent = [min(n, 64) for n in shape]
         text = "x".join(f"{n:.0f}" for n in shape)
         size = _sizes(extent)

@@ -1,4 +1,4 @@
-"""Normalises intensities: from the numbers of a file to those that the network sees. The model keeps the constants."""
+"""Normalises intensities, from the numbers of a file to those that the network sees. The model keeps the constants."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Intensity:
             if channel.kind in SPREAD:
                 least, most = SPREAD[channel.kind]
                 if low < high and not least <= high - low <= most:
-                    return f"channel {c} has values from {low:g} to {high:g}, beyond what {channel.kind} can normalise"
+                    return f"channel {c} has values from {low:g} to {high:g}, which {channel.kind} cannot normalise"
                 continue
             share = high <= 1 and bool((image[c] != np.rint(image[c])).any())
             if low < 0 or high > 255 or share:
@@ -144,7 +144,7 @@ def choose_intensity(
     else:
         kinds, reasons = _guess(count, modalities, measured)
     if "rgb" in kinds and count != 3:
-        raise UserError(f"--normalise rgb is for three channels, the images have {count}")
+        raise UserError(f"--normalise rgb needs images with three channels, got {count}")
     channels = tuple(_fit(kind, c, measured) for c, kind in enumerate(kinds))
     return Intensity(channels, "; ".join(dict.fromkeys(reasons)))
 
@@ -170,7 +170,7 @@ def _guess(count: int, modalities: Sequence[str], measured: Sequence[Measured]) 
             reasons.append(f"auto: whole numbers that reach below {HOUNSFIELD:g}, as Hounsfield units do")
         else:
             kinds.append("percentile")
-            reasons.append("auto: neither CT nor 8-bit RGB, so each volume by itself")
+            reasons.append("auto: neither CT nor 8-bit RGB, so each volume is normalised by itself")
     return kinds, reasons
 
 
@@ -182,14 +182,17 @@ def _fit(kind: str, c: int, measured: Sequence[Measured]) -> Channel:
         return Channel(kind)
     samples = [m.foreground[c] for m in measured if m.foreground is not None and m.foreground.size]
     if not samples:
-        raise UserError("--normalise ct measures labelled foreground, and no labelled volume has any; use --window")
+        raise UserError("--normalise ct needs labelled foreground, but no labelled volume has any; use --window")
     values = np.concatenate(samples).astype(np.float64)
     body = values[values >= AIR]
     values = body if len(body) else values
     low, high = (float(x) for x in np.percentile(values, [0.5, 99.5]))
     std = float(values.std())
     if not low < high or std <= 0:
-        raise UserError(f"--normalise ct: the labelled foreground has one value, {low:g}; use --window or percentile")
+        raise UserError(
+            f"--normalise ct: the labelled foreground has only one value, {low:g}; use --window, or --normalise "
+            "percentile"
+        )
     return Channel("ct", low, high, float(values.mean()), std)
 
 

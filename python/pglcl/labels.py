@@ -130,7 +130,7 @@ def default_name(k: int, values: tuple[int, ...]) -> str:
 def _outside(foreign: Mapping[int, int]) -> str:
     words = [f"{value} in {count} voxel{'s' * (count != 1)}" for value, count in [*foreign.items()][:SHOWN]]
     more = [f"and {len(foreign) - SHOWN} other values"] if len(foreign) > SHOWN else []
-    return f"has values that are no label: {', '.join(words + more)}"
+    return f"has values that are not labels: {', '.join(words + more)}"
 
 
 def parse_labels(text: str) -> LabelMap:
@@ -162,23 +162,25 @@ def parse_labels(text: str) -> LabelMap:
                 )
         twice = sorted({v for v in own if v in seen or own.count(v) > 1})
         if twice:
-            raise UserError(f"--labels has the value {twice[0]} twice: {text!r}")
+            raise UserError(f"--labels must not have a value twice, got {twice[0]} twice in {text!r}")
         seen.update(own)
         if name.lower() == "ignore":
             if everything_else:
-                raise UserError(f"--labels cannot ignore every other value: {text!r}")
+                raise UserError(f"--labels cannot ignore all other values (*), got {text!r}")
             ignore += own
             continue
         if everything_else:
             if rest is not None or not own:
-                raise UserError(f"--labels takes one *, beside a value that is written for it (0+*), got {text!r}")
+                raise UserError(
+                    f"--labels may have one *, together with the value that masks get for it, as in 0+*, got {text!r}"
+                )
             rest = len(values)
         values.append(tuple(own))
         names.append(name or default_name(len(values) - 1, values[-1]))
     if not 2 <= len(values) <= MOST_CLASSES:
         raise UserError(f"--labels must name from 2 to {MOST_CLASSES} classes, background first, got {text!r}")
     if len(set(names)) < len(names):
-        raise UserError(f"--labels has a name twice: {text!r}")
+        raise UserError(f"--labels must not have a name twice, got {text!r}")
     return LabelMap(tuple(values), tuple(names), tuple(ignore), rest)
 
 
@@ -222,8 +224,8 @@ def value_counts(data: np.ndarray, path: Path) -> dict[int, int]:
     if len(counts) > MOST_CLASSES:
         some = ", ".join(map(str, [*counts][:SHOWN]))
         raise UserError(
-            f"{path}: has {len(counts)} different values ({some}, ...), a label has at most {MOST_CLASSES}; is it an "
-            "image?"
+            f"{path}: has {len(counts)} different values ({some}, ...), but a label has at most {MOST_CLASSES}; is it "
+            "an image?"
         )
     return counts
 

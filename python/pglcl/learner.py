@@ -107,7 +107,7 @@ class Learner:
         """Takes over a state. Raises KeyError, RuntimeError or ValueError for that of another network."""
         optimizer = state["optimizer"]
         if state["step"] and len(optimizer["state"]) != len(self.parameters):
-            raise ValueError(f"its optimiser knows {len(optimizer['state'])} of {len(self.parameters)} parameters")
+            raise ValueError(f"its optimiser has {len(optimizer['state'])} of {len(self.parameters)} parameters")
         self._compare_survey(state["model"])
         self.student.load_state_dict(state["student"])
         self.teacher.load_state_dict(state["model"]["network"])
@@ -117,14 +117,17 @@ class Learner:
             self.contrast.load_state_dict(state["contrast"])
 
     def _compare_survey(self, model: dict[str, Any]) -> None:
-        """Compares what a run began with to what the data now say: the files may be the same, and dataset.json not."""
+        """Compares the classes, slice axis and intensities of a run with those that the data have now.
+
+        They may differ although the volumes are the same, if dataset.json has changed.
+        """
         now, labels, intensity = self.data.survey, LabelMap.from_state(model["labels"]), model["intensity"]
         if labels != now.labels:
             raise ValueError(
-                f"the run began with the classes {labels.describe()}, the data have {now.labels.describe()}"
+                f"the run began with the classes {labels.describe()}; the data now have {now.labels.describe()}"
             )
         if model["slice_axis"] != now.slice_axis:
-            raise ValueError(f"the run began with slices across axis {model['slice_axis']}, got {now.slice_axis}")
+            raise ValueError(f"the run began with slices across axis {model['slice_axis']}; now axis {now.slice_axis}")
         began = Intensity.from_state(intensity)
         if not _same(began, now.intensity):
             raise ValueError(f"the run began with intensities {began.describe()}; now {now.intensity.describe()}")

@@ -54,7 +54,7 @@ def check_memory(
     if step > has:
         sizes = f"--batch-size {config.batch_size}, --image-size {'x'.join(map(str, config.size))}"
         raise UserError(
-            f"a step takes at least {in_words(step)}, {device} has {in_words(has)}: reduce {sizes}, "
+            f"a step takes at least {in_words(step)}, but {device} has {in_words(has)}: reduce {sizes}, "
             f"--channels {config.channels}, --queue-length {config.queue_length} or --embedding-dim "
             f"{config.embedding_dim}"
         )
@@ -63,8 +63,8 @@ def check_memory(
     if prepared + beside > there and not config.cache:
         and_step = f" and a step at least {in_words(beside)}" if beside else ""
         raise UserError(
-            f"the prepared volumes take {in_words(prepared)}{and_step}, {in_words(there)} of memory are free; "
-            "--cache DIR keeps them on the disk, a larger --spacing or smaller --image-size makes them smaller"
+            f"the prepared volumes take {in_words(prepared)}{and_step}, but {in_words(there)} of memory are free; "
+            "--cache DIR keeps them on the disk; a larger --spacing or a smaller --image-size makes them smaller"
         )
 
 
@@ -109,8 +109,8 @@ def most_workers(batches: StepBatches, asked: int, ranks: int = 1) -> int:
     if asked > most:
         theirs = "their batches" if ranks == 1 else f"the batches of {ranks} training processes"
         raise UserError(
-            f"--workers {asked}: {theirs} take {in_words(asked * each * ranks)} of shared memory, {SHARED_MEMORY} has "
-            f"{in_words(free)}. Use --workers {most}, or give the container more (docker run --shm-size=1g)"
+            f"--workers {asked}: {theirs} take {in_words(asked * each * ranks)} of shared memory, but {SHARED_MEMORY} "
+            f"has {in_words(free)}. Use --workers {most}, or give the container more (docker run --shm-size=1g)"
         )
     return most
 

@@ -55,7 +55,7 @@ class FolderLock:
         except BlockingIOError:
             owner = self._owner()
             os.close(self.descriptor)
-            raise UserError(f"{self.folder}: {owner} writes to it; wait for its end, or stop it") from None
+            raise UserError(f"{self.folder}: {owner} writes to it; wait until it ends, or stop it") from None
         except OSError:
             pass  # a file system without locks
         _held.add(self.descriptor)

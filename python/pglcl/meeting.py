@@ -1,4 +1,4 @@
-"""How the processes of a run find each other, and the errors when one of them does not come or is lost."""
+"""How the processes of a run find each other, and the errors when one of them does not start or ends early."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def form_group(backend: str, rank: int, size: int) -> None:
     """Makes the process group of all ranks, which wait for each other only a short time.
 
     Raises:
-        UserError: one of them did not come.
+        UserError: one of them did not connect in time.
     """
     seconds = number_from_environment(MEETING, MEETING_SECONDS, least=1)
     store = _wait_for_all_ranks(rank, size, seconds)
@@ -39,11 +39,11 @@ def _wait_for_all_ranks(rank: int, size: int, seconds: int) -> Any:
     """The store in which all ranks have announced themselves."""
     host, port = os.environ.get("MASTER_ADDR", ""), number_from_environment("MASTER_PORT", least=1, most=65535)
     if not host:
-        raise UserError("MASTER_ADDR must be the address of rank 0, got nothing; torchrun and --processes set it")
-    again = f"a rank that has ended, or never began, cannot come; {MEETING}=600 would wait for ten minutes"
+        raise UserError("MASTER_ADDR must be the address of rank 0, but is not set; torchrun and --processes set it")
+    again = f"check that every rank was started and has not ended; {MEETING}=600 waits for ten minutes"
     keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # otherwise torchrun keeps it
     if not keeps_store and (reason := _unreachable(host, port, seconds)):
-        raise UserError(f"rank 0 does not answer at {host}:{port} after {seconds} seconds ({reason}): {again}")
+        raise UserError(f"rank 0 did not answer at {host}:{port} within {seconds} seconds ({reason}): {again}")
     patience = datetime.timedelta(seconds=seconds)
     try:
         store = dist.TCPStore(  # type: ignore[attr-defined]
@@ -53,11 +53,11 @@ def _wait_for_all_ranks(rank: int, size: int, seconds: int) -> Any:
         names = [f"pglcl rank {other}" for other in range(size)]
         with contextlib.suppress(dist.DistStoreError):
             store.wait(names, patience)
-        missing = ", ".join(str(other) for other, name in enumerate(names) if not store.check([name]))
+        missing = ", ".join(f"rank {other}" for other, name in enumerate(names) if not store.check([name]))
     except dist.DistError as error:
         raise UserError(f"ranks cannot meet at {host}:{port}: {_first_line(error)}") from error
     if missing:
-        raise UserError(f"of {size} ranks, {missing} did not come within {seconds} seconds: {again}")
+        raise UserError(f"of {size} ranks, {missing} did not connect within {seconds} seconds: {again}")
     return store
 
 
@@ -96,8 +96,8 @@ def lost_ranks_explained() -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo/" not in str(error):
             raise
         raise UserError(
-            f"another rank is gone: it was killed, or its own lines say why ({_first_line(error)}). --resume goes on "
-            "from the last checkpoint"
+            f"another rank has ended: it was killed, or it printed why ({_first_line(error)}). --resume continues from "
+            "the last checkpoint"
         ) from error
 
 

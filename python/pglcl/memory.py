@@ -57,7 +57,7 @@ def require_memory(size: int, what: str) -> None:
     """
     there = available_memory()
     if size > there:
-        raise UserError(f"{what} needs {in_words(size)} of memory, {in_words(there)} are free")
+        raise UserError(f"{what} needs {in_words(size)} of memory, but {in_words(there)} are free")
 
 
 def check_claim(path: Path, claimed: int, there: int | None = None) -> None:
@@ -70,7 +70,7 @@ def check_claim(path: Path, claimed: int, there: int | None = None) -> None:
     """
     if there is not None and claimed > DEFLATE_LIMIT * (there + 1024):
         raise UserError(
-            f"{path}: truncated or damaged: its header claims {in_words(claimed)} of voxels, the file has "
+            f"{path}: truncated or damaged: its header claims {in_words(claimed)} of voxels, but the file has "
             f"{in_words(there)}"
         )
     require_memory(claimed, f"{path}: holds {in_words(claimed)} of voxels, which")

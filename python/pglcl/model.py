@@ -1,4 +1,4 @@
-"""The network, one of MONAI's, with its features and the projection in which patches are compared; trained models."""
+"""One of MONAI's networks, with its features and the projection in which patches are compared; trained models."""
 
 from __future__ import annotations
 
@@ -264,7 +264,7 @@ def load_model(run: Path, device: str = "auto", weights: str = "last") -> Traine
         if not path.exists():
             raise UserError(f"{path}: not found: --weights best needs a run with validation patients")
     if not path.exists():
-        raise UserError(f"{run}: no trained model there (neither model.pt nor checkpoint.pt)")
+        raise UserError(f"{run}: has no trained model (neither model.pt nor checkpoint.pt)")
     whole = load_tensors(path)
     _check_run(whole, path)
     state = whole.get("model", whole)
@@ -297,7 +297,7 @@ def _check_run(state: dict[str, Any], path: Path) -> None:
     if described.exists() and isinstance(own, dict):
         expected = read_object(described).get("id")
         if own.get("id") != expected:
-            raise UserError(f"{path}: is of the run {own.get('id')}, not of this one, {expected}")
+            raise UserError(f"{path}: belongs to the run {own.get('id')}, not to this run, {expected}")
 
 
 def weights_hash(network: nn.Module) -> str:
@@ -335,7 +335,7 @@ def initial_model(
         "channels of the images": (theirs["in_channels"], channels),
         "classes": (_listed(model.labels.names), _listed(labels.names)),
     }
-    lines = [f"{name}: the run has {old}, got {new}" for name, (old, new) in compared.items() if old != new]
+    lines = [f"{name}: that run has {old}, got {new}" for name, (old, new) in compared.items() if old != new]
     if model.description and description:
         lines += model.description.contradictions(Description(description.channels))
     if lines:
@@ -350,7 +350,7 @@ def _listed(values: Sequence[Any]) -> str:
 def choose_device(name: str) -> torch.device:
     """The device of `--device`; "auto" is a GPU where there is one. Raises UserError if it is not available."""
     if name == "meta":
-        raise UserError("--device meta: computes nothing")
+        raise UserError("--device meta: not available: it computes nothing")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -45,7 +45,7 @@ def check_outputs(
         if path.is_dir() and not path.is_symlink():
             problems.append(f"{path}: must be a file, is a folder")
         elif _identity(path) in read:
-            problems.append(f"{path}: is read by this command and would be replaced; choose another --output")
+            problems.append(f"{path}: would be replaced, but this command reads it; choose another --output")
         elif not overwrite and (path.is_symlink() or not renewed(path)):
             existing.append(path)
     problems += [f"{path}: exists; add --overwrite to replace it, or choose another --output" for path in existing]
@@ -78,7 +78,7 @@ def check_outside_data(folder: Path, root: Path) -> None:
     beside = not first or any(_resolved(path).parent == outer for path in files)
     if data.layout == "acdc" or beside or first[0] in used or first[0].startswith(("images", "labels")):
         raise UserError(
-            f"{folder}: lies in the data folder {root}, which would take its files for images or labels; "
+            f"{folder}: lies in the data folder {root}, where its files would be read as images or labels; "
             "choose another --output"
         )
 

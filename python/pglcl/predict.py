@@ -253,7 +253,7 @@ class Predictor:
         for first in range(0, p.shape[1], step):
             rows = p[:, first : first + step]
             if not torch.isfinite(rows).all():  # its most probable class would be background
-                raise UserError(f"{prepared.case.images[0]}: the network gives NaN; are its intensities damaged?")
+                raise UserError(f"{prepared.case.images[0]}: the network gives NaN; check the intensities of the image")
             rows.copy_(rows.softmax(dim=0))  # in place: the logits are not needed again
         if model.slice_axis is not None:
             p = p.movedim(-1, model.slice_axis + 1)
@@ -338,7 +338,8 @@ class Writer:
         check_outputs(outputs, inputs=read, overwrite=self.overwrite)
         if any(os.path.samefile(path, self.folder) for path in images if path.is_dir() and not is_dicom_folder(path)):
             raise UserError(
-                f"{self.folder}: holds the images; next time, masks would count as images, too: choose another --output"
+                f"{self.folder}: holds the images, and masks in it would be read as images next time; choose another "
+                "--output"
             )
 
     def write(self, prediction: Prediction, prepared: Prepared) -> list[Path]:

@@ -95,7 +95,7 @@ def device_of_rank(device: torch.device) -> torch.device:
         return device
     own, count = number_from_environment("LOCAL_RANK"), torch.cuda.device_count()
     if own >= count:
-        raise UserError(f"each rank needs a GPU of its own: rank {own} of this machine finds {count}")
+        raise UserError(f"each rank needs its own GPU: rank {own} of this machine finds {count} GPUs")
     torch.cuda.set_device(own)
     return torch.device("cuda", own)
 
@@ -105,7 +105,7 @@ def launched_ranks(device: torch.device) -> Iterator[Ranks]:
     """The ranks that torchrun started, or this process alone.
 
     Raises:
-        UserError: a rank does not come to the meeting, or is lost later.
+        UserError: a rank does not connect in time, or ends early.
     """
     size = number_from_environment("WORLD_SIZE", 1, least=1)
     if size == 1:

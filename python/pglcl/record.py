@@ -1,4 +1,4 @@
-"""What a run writes down: its environment, where its time goes, its metrics."""
+"""What a run records: its environment, the time of each section of a step, its metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One HTML file that shows what a run learned: nothing is loaded from elsewhere, and nothing needs a script."""
+"""One HTML file that shows what a run learned. It loads nothing from elsewhere and needs no script."""
 
 from __future__ import annotations
 
@@ -186,9 +186,9 @@ def _page(run: Path, predictor: Predictor, folder: DataFolder, cases: Sequence[C
             for kind, case in _chosen(ranked).items()
         ),
         "<h2>Outlines and stray pieces of the worst volumes</h2>",
-        "<p class=note>Dashed white: truth. Coloured: prediction, as it is and with only the largest piece of every "
-        "class (--postprocess largest-component). Red: the pieces that this removes. The slice with the most of them "
-        "is shown; without any, the slice with the most errors.</p>",
+        "<p class=note>Dashed white: truth. Coloured: the prediction as it is, and with only the largest piece of "
+        "every class (--postprocess largest-component). Red: the pieces that this removes. The slice shown has the "
+        "most voxels of such pieces, or, if there are none, the most errors.</p>",
         *(f"<h3>{_text(view.case.name)}</h3>{_pictures(view.islands(), 'two')}" for view in worst),
         *_chosen_patches(middle),
         "<h2>Embeddings of patches</h2>",
@@ -210,11 +210,11 @@ def _page(run: Path, predictor: Predictor, folder: DataFolder, cases: Sequence[C
 def _chosen_patches(view: Shown) -> list[str]:
     """The section of the patches that the contrast pairs, or a sentence why there is no picture."""
     config = view.model.config
-    title = "<h2>Entropy, disparity, and the patches that they choose</h2>"
+    title = "<h2>Entropy, disparity, and the pairs of patches</h2>"
     if not config.contrast:
-        return [title, f"<p class=note>None: --method {config.method} has no contrast, so it chose no patches.</p>"]
+        return [title, f"<p class=note>No picture: --method {config.method} has no contrast and pairs no patches.</p>"]
     if config.loss != "infonce":
-        note = f"None: --loss {config.loss} compares patches with the statistics of classes, not with other patches."
+        note = f"No picture: --loss {config.loss} compares patches with statistics of classes, not with other patches."
         return [title, f"<p class=note>{note}</p>"]
     similar = " and similar entropy" if config.guidance else ""
     mixed = {
@@ -251,8 +251,8 @@ def _warnings(run: Path, folder: DataFolder, subject: Subject) -> list[str]:
     if not subject.finished:
         found.append(f"This run is unfinished: step {subject.step} of {subject.steps}.")
     if subject.part != "test":
-        seen = "of which the best weights were chosen" if subject.part == "validation" else "that it was trained on"
-        found.append(f"This run has no test patients. Scores are of the {subject.part} patients, {seen}.")
+        seen = "which also chose the best weights" if subject.part == "validation" else "on which it was trained"
+        found.append(f"This run has no test patients. Scores are those of the {subject.part} patients, {seen}.")
     found += [f"{name}: {how}." for name, how in subject.unlike.items()]
     with contextlib.suppress(UserError):
         own = data_of(run)
@@ -297,8 +297,8 @@ def _score_table(found: Evaluation) -> str:
         body.append(f"<tr{kind}><th scope=row>{_text(row['class'])}{cells}{counts}")
     note = (
         "Mean ± deviation over patients; below, the 95 % bootstrap interval of the mean. Absent: not in the truth, so "
-        "without a score. Missed: in the truth, but not predicted; scored with the worst possible values. Stray "
-        "pieces: components of the prediction that touch no voxel of the truth."
+        "without a score. Missed: in the truth, but not predicted; it gets the worst possible scores. Stray pieces: "
+        "components of the prediction that touch no voxel of the truth."
     )
     dice, hd95, asd = names.values()
     head = ["class", dice, hd95, "median HD95", asd, "absent", "missed", "stray pieces"]

@@ -39,7 +39,7 @@ class Resolution:
         return cls(least, most, units)
 
     def problem(self, source: Source, config: TrainConfig, slice_axis: int | None) -> str:
-        """How an image clearly differs, or nothing. The sizes of pictures, in pixels, say nothing of their content."""
+        """How an image clearly differs; empty if it does not. Sizes in pixels say nothing, and are not compared."""
         if source.unit not in self.units and "mm" in (source.unit, *self.units):
             says = "says how large its voxels are" if source.unit == "mm" else "does not say how large its voxels are"
             return f"{says}, unlike the training images"
@@ -48,7 +48,7 @@ class Resolution:
         sizes = sizes_seen(source, config, slice_axis)
         if all(a / CLEARLY <= size <= b * CLEARLY for size, a, b in zip(sizes, self.least, self.most)):
             return ""
-        return f"its voxels are {_times(sizes)} mm as the network sees them, those of the training {self.describe()}"
+        return f"its voxels are {_times(sizes)} mm as the network sees them, in the training {self.describe()}"
 
     @property
     def spread(self) -> float:

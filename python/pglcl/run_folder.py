@@ -1,4 +1,4 @@
-"""The folder of a run: what it holds, and whether a run may go on in it.
+"""The folder of a run: what it holds, and whether the run may be continued in it.
 
 config.json, the options; split.json, the patients of each part; run.json, the identity of the run and the files that it
 read; environment.json; metrics.jsonl and tensorboard/; checkpoint.pt; best.pt, the teacher with the best validation
@@ -105,7 +105,7 @@ class RunFolder:
             return
         if not resume:
             raise UserError(
-                f"{self.path}: holds a run already; add --resume to go on with it, or choose another --output"
+                f"{self.path}: already holds a run; add --resume to continue it, or choose another --output"
             )
         saved = read_config(self.path)
         self._compare_options(saved)
@@ -113,7 +113,7 @@ class RunFolder:
         if self.record.ranks != ranks:
             raise UserError(
                 f"{self.path}: is a run of {self.record.ranks} processes, got {ranks}; add --processes "
-                f"{self.record.ranks}, or start as many with torchrun"
+                f"{self.record.ranks}, or start {self.record.ranks} with torchrun"
             )
         self._compare_split_file(saved)
 
@@ -158,14 +158,14 @@ class RunFolder:
             changed = _changed_cases(self.record.cases, _described(cases, root))
         if changed:
             more = [f"... and {len(changed) - SHOWN} more files"] if len(changed) > SHOWN else []
-            raise UserError(f"{self.path}: its data are no longer those it began with:", *changed[:SHOWN], *more)
+            raise UserError(f"{self.path}: the data are not those that the run began with:", *changed[:SHOWN], *more)
         return state
 
     def check_initial(self, initial: TrainedModel | None) -> None:
         """Raises UserError when a run without a checkpoint began with other initial weights."""
         assert self.record is not None
         if _hash_of(initial) != self.record.initial:
-            raise UserError(f"--init {self.config.init}: its weights are no longer those that {self.path} began with")
+            raise UserError(f"--init {self.config.init}: its weights are not those that {self.path} began with")
 
     def go_on(self, step: int) -> None:
         """Writes changed options, once all checks have passed and the run continues after `step` steps."""
@@ -183,7 +183,7 @@ class RunFolder:
         if not self.checkpoint.exists():
             later = [path for path in (self.model, self.path / "metrics.jsonl") if path.exists()]
             if later:
-                raise UserError(f"{self.checkpoint}: is missing, and {later[0].name} shows that the run had begun")
+                raise UserError(f"{self.checkpoint}: is missing, although {later[0].name} shows that the run has begun")
             return None
         state = load_tensors(self.checkpoint)
         check_identity(state, self.checkpoint, self.record, self.config)
@@ -208,13 +208,13 @@ class RunFolder:
         notes, threads = [], torch.get_num_threads()
         if threads != self.record.threads:
             notes.append(
-                f"the run began with {self.record.threads} CPU threads and goes on with {threads}: the last digits of "
-                f"its weights may differ; --threads {self.record.threads} keeps them bit for bit"
+                f"the run began with {self.record.threads} CPU threads and continues with {threads}: the last digits "
+                f"of its weights may differ; with --threads {self.record.threads} they do not"
             )
         before = read_object(self.path / "environment.json").get("torch")
         if before != torch.__version__:
             notes.append(
-                f"the run began with PyTorch {before} and goes on with {torch.__version__}: the last digits of its "
+                f"the run began with PyTorch {before} and continues with {torch.__version__}: the last digits of its "
                 "weights may differ"
             )
         return notes
@@ -250,9 +250,9 @@ class RunFolder:
             if name != "warmup" and before != now:
                 lines.append(_difference(name, before, now))
         if asked.steps < saved.steps:
-            lines.append(f"{_difference('steps', saved.steps, asked.steps)}; a run may be given more, not fewer")
+            lines.append(f"{_difference('steps', saved.steps, asked.steps)}; a run may get more steps, but not fewer")
         if lines:
-            raise UserError(f"{self.path}: is a run of another configuration:", *lines)
+            raise UserError(f"{self.path}: the run has other options:", *lines)
         free = {name: getattr(asked, name) for name, option in OPTIONS.items() if not option.weights}
         self.config = dataclasses.replace(saved, steps=asked.steps, **free)
 
@@ -266,7 +266,7 @@ class RunFolder:
             else:
                 lines = split_differences(path, content, began)
             if lines:
-                raise UserError(f"{self.path}: its split is not that of --split-file any more:", *lines)
+                raise UserError(f"{self.path}: --split-file has changed since the run began:", *lines)
 
 
 def _check_files(run: Path) -> None:
@@ -360,9 +360,9 @@ def check_identity(state: dict[str, Any], path: Path, record: RunRecord, config:
     """Raises UserError when a checkpoint is of another run, or when the run's JSON files contradict it."""
     own = state.get("run")
     if not isinstance(own, dict) or not isinstance(state.get("step"), int):
-        raise UserError(f"{path}: not a checkpoint of this version of pglcl: it does not say which run it is of")
+        raise UserError(f"{path}: not a checkpoint of this version of pglcl: it does not name its run")
     if own.get("id") != record.id:
-        raise UserError(f"{path}: is of the run {own.get('id')}, not of this one, {record.id}")
+        raise UserError(f"{path}: belongs to the run {own.get('id')}, not to this run, {record.id}")
     folder = path.parent
     lines = split_differences(folder / "split.json", record.split, own.get("split", {}))
     if own.get("files") != record.files:
@@ -452,7 +452,7 @@ def _words(case: list[str] | None) -> str:
 def _changed_files(began: dict[str, str], root: Path, files: list[Path]) -> list[str]:
     """A line for each file that is not the one that the run began with."""
     now = {_name(file, root): file for file in files}
-    lines = [f"{root / name}: the run began with it; it is gone" for name in sorted(set(began) - set(now))]
+    lines = [f"{root / name}: was there when the run began, and is missing" for name in sorted(set(began) - set(now))]
     lines += [f"{now[name]}: was not there when the run began" for name in sorted(set(now) - set(began))]
     lines += [
         f"{now[name]}: its content has changed since the run began"

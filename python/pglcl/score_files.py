@@ -1,4 +1,4 @@
-"""Score files: what scores belong to, and how they are written as CSV, Markdown and JSON and read again."""
+"""Score files: what scores belong to, and how scores are written as CSV, Markdown and JSON and read again."""
 
 from __future__ import annotations
 
@@ -81,9 +81,7 @@ class Subject:
         return replace(self, unlike={name: "; ".join(ways) for name, ways in both.items() if ways})
 
     def title(self) -> str:
-        """One line for people. It tells of an unfinished run, of patients and volumes that are left out, and of other
-        voxel sizes or intensities.
-        """
+        """One line for people. It names an unfinished run, what is left out, and other voxel sizes or intensities."""
         text = f"{self.run}, {self.part}: {len(self.files)} volumes of {len(self.patients)} patients, step {self.step}"
         if not self.finished:
             text += f" of {self.steps}: UNFINISHED"

@@ -1,4 +1,4 @@
-"""The loss of a training step: the teacher predicts, the student sees its views, base and contrast are added up."""
+"""The loss of a training step: the teacher predicts, the student sees its views, and both losses are added."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ class Training:
                 state = folder.resume(self.root, cases)
         if ranks.from_first(state is not None and state["step"] == folder.config.steps and folder.model.exists()):
             progress.print_line(
-                f"{self.output}: this run is finished; nothing to resume. A larger --steps would continue it"
+                f"{self.output}: this run is finished and needs no resume; a larger --steps would continue it"
             )
             return
         state = self._state_of_all(ranks, state)
@@ -146,7 +146,7 @@ class Training:
         if seen:
             names = ", ".join(seen[:5]) + (", ..." if len(seen) > 5 else "")
             self.progress.print_line(
-                f"--init {self.config.init}: its training read images of {len(seen)} patients that are held out now: "
+                f"--init {self.config.init}: that run read images of {len(seen)} patients that are now held out: "
                 f"{names}; their scores say nothing about new patients"
             )
 
@@ -218,7 +218,7 @@ class Training:
         if ranks.is_first and (done % config.checkpoint_every == 0 or last or stopping):
             self.folder.save_checkpoint(learner.state(done))
         if stopping and not last:
-            raise Interrupted(f"stopped after step {done}; --resume goes on from there")
+            raise Interrupted(f"stopped after step {done}; --resume continues from there")
 
     def _check_validation(self, ranks: Ranks) -> None:
         """Raises UserError when a validation volume has changed since the run began."""
@@ -245,12 +245,13 @@ class Training:
             self.progress.print_line(f"best.pt: {best}; model.pt: step {last.step}, the last")
         if last.organs is None:
             self.progress.print_line(
-                "masks are kept as predicted: no validation patients show that islands may be removed"
+                "masks are kept as predicted: without validation patients, it is not known for which classes keeping "
+                "only the largest component helps"
             )
         else:
             names = ", ".join(last.class_names[label] for label in last.organs) or "no class"
             self.progress.print_line(
-                f"masks keep only the largest component of {names}: this lowers no score of validation patients"
+                f"masks keep only the largest component of {names}: the validation patients score no worse with it"
             )
 
     def _show_profile(self, steps: int) -> None:

@@ -83,7 +83,7 @@ def _read_as_checked(path: Path, checked: Source, *, label: bool = False) -> tup
     source, stored = formats.read(path, label=label)
     same = (source.shape, source.channels) == (checked.shape, checked.channels)
     if not same or not np.array_equal(source.affine, checked.affine):
-        raise UserError(f"{path}: has changed while it was read")
+        raise UserError(f"{path}: was changed while it was read")
     return source, stored
 
 
@@ -107,7 +107,7 @@ def check_same_grid(source: Source, first: Source, role: str) -> None:
     if sorted(source.shape) != sorted(first.shape):
         raise UserError(f"{must} the shape of {role} {name}, {first.shape}, got {source.shape}")
     if (source.unit == "mm") != (first.unit == "mm"):
-        raise UserError(f"{must} the kind of {role} {name}: one file says where its voxels lie, the other does not")
+        raise UserError(f"{must} a geometry like {role} {name}: only one of both files says where its voxels lie")
     shape = canonical_shape(first)
     if canonical_shape(source) != shape:
         what = "shape" if source.shape != first.shape else "affine"

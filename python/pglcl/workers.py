@@ -42,7 +42,9 @@ def choose_workers(
             seconds[workers] = _seconds_of_a_step(batches, network, device, workers)
     best = min(seconds, key=lambda w: seconds[w])
     measured = ", ".join(f"{1e3 * s:.0f} ms with {w}" for w, s in seconds.items())
-    progress.print_line(f"workers that prepare batches: {best} (a step of the bare network takes {measured})")
+    progress.print_line(
+        f"{best} workers prepare batches (measured: a step of the network alone takes {measured} workers)"
+    )
     return best
 
 

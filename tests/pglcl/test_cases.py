@@ -165,7 +165,7 @@ def test_too_few_volumes(tmp_path: Path) -> None:
 
 
 def test_folders_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="not found"):
         open_folder(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no volumes found"):
         open_folder(tmp_path)
@@ -205,8 +205,8 @@ BAD = {
     "truncated or damaged": spoil_image(truncated),
     "not readable as NIfTI": spoil_image(lambda p: p.write_text("hello")),
     "1 voxels that are NaN or infinite": spoil_image(with_nan),
-    "a constant image, every voxel is 7": spoil_image(lambda p: save(p, np.full((31, 26, 6), 7, np.float32))),
-    "has values that are no label: 5 in 156 voxels; labels are 0,1,2": spoil_label(
+    "is a constant image: every voxel is 7": spoil_image(lambda p: save(p, np.full((31, 26, 6), 7, np.float32))),
+    "has values that are not labels: 5 in 156 voxels; labels are 0,1,2": spoil_label(
         lambda y: np.concatenate([np.full_like(y[:1], 5), y[1:]])
     ),
     "labels must be whole numbers": spoil_label(lambda y: y + 0.5),
@@ -231,7 +231,7 @@ def test_inspect_notes_an_empty_label(tmp_path: Path) -> None:
     spoil_label(lambda y: 0 * y)(root)
     notes = [line for r in inspect_folder(open_folder(root)) for line in r.notes]
     assert len(notes) == 1
-    assert "an empty label" in notes[0]
+    assert "is an empty label" in notes[0]
 
 
 def test_labels_without_an_image(tmp_path: Path) -> None:

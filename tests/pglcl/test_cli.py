@@ -291,7 +291,7 @@ def test_volumes_that_change_while_they_are_scored(
         ["evaluate", str(run), str(data)] if command == "evaluate" else ["report", str(run), "--data", str(data)]
     )
     assert main(arguments) == 2
-    assert f"{test}.nii.gz: has changed, while it was still needed" in capsys.readouterr().err
+    assert f"{test}.nii.gz: was changed while this command still needed it" in capsys.readouterr().err
     assert not [path.name for path in run.iterdir() if path.suffix in (".csv", ".md", ".html")]
 
 
@@ -391,7 +391,7 @@ def test_predict_skips_a_broken_file_and_says_so(
     assert "skipped" in captured.err
     assert "bad.nii.gz" in captured.err
     assert main(["predict", str(tmp_path), str(good), "-o", str(tmp_path / "out")]) == 2
-    assert "no trained model there" in capsys.readouterr().err
+    assert "has no trained model" in capsys.readouterr().err
 
 
 def test_report_is_one_whole_file(copied: tuple[Path, Path], tmp_path: Path) -> None:

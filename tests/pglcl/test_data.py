@@ -143,7 +143,7 @@ def test_values_in_and_values_out(tmp_path: Path) -> None:
     merged = load_training_data(root, tiny(labels="0,500+600=both"))
     assert merged.num_classes == 2
     assert set(merged.labelled[0].label.unique().tolist()) <= {-1, 0, 1}
-    with pytest.raises(UserError, match=r"case00\.nii\.gz: has values that are no label: 600 in \d+ voxels") as error:
+    with pytest.raises(UserError, match=r"case00\.nii\.gz: has values that are not labels: 600 in \d+ voxels") as error:
         load_training_data(root, tiny(labels="0,500"))
     assert (
         len(error.value.lines) == 5 + 1
@@ -193,7 +193,7 @@ def test_a_class_that_no_labelled_volume_has_is_said_at_the_start(tmp_path: Path
         label[label == 2] = 0
         save(path, label, image.affine)
     notes = checked(root).notes
-    assert notes[0] == "class 2 (label 2, value 2): no labelled volume has it, it cannot be learned"
+    assert notes[0] == "class 2 (label 2, value 2): no labelled volume has it; it cannot be learned"
     for i in range(2):
         path = root / "labels" / f"case{i:02d}.nii.gz"
         image = nib.load(path)
@@ -242,7 +242,9 @@ def test_slices_that_lie_across_another_axis_are_said(tmp_path: Path) -> None:
     save(root / "images" / "case04.nii.gz", image, np.eye(4))
     save(root / "labels" / "case04.nii.gz", label, np.eye(4))
     (note,) = (note for note in checked(root).notes if "--slice-axis" in note)
-    assert note.startswith("slices are taken across axis 2, as in the first labelled volume; 1 volumes have far fewer")
+    assert note.startswith(
+        "slices are taken across axis 2, which has the fewest voxels of the first labelled volume; 1 volumes"
+    )
     assert "another axis: case04;" in note
     assert not any("--slice-axis chooses" in note for note in checked(root, slice_axis=2).notes)
 
@@ -253,12 +255,12 @@ def test_one_image_of_two_patients_is_said(tmp_path: Path) -> None:
     for name in ("images", "labels"):  # labelled, and of the test; another name, and other bytes
         image = nib.load(root / name / "case01.nii.gz")
         nib.save(nib.Nifti1Image(np.asarray(image.dataobj), image.affine), root / name / "case05.nii.gz")
-    said = "case01 (labelled) and case05 (test) have the same voxels, and count as two patients"
+    said = "case01 (labelled) and case05 (test) have the same voxels, but count as two patients"
     assert said in checked(root).notes
     folder = open_folder(root)
     found = inspection.inspect_folder(folder)
     lines = inspection.warnings_of(folder, found, inspection.labels_of(folder, found, None))
-    assert "case01 and case05 have the same voxels, and count as two patients" in lines
+    assert "case01 and case05 have the same voxels, but count as two patients" in lines
     assert inspection.same_images(inspection.inspect_folder(open_folder(acdc(tmp_path / "acdc", 2)))) == []
 
 

@@ -16,7 +16,7 @@ def test_the_demo_replaces_nothing_of_others(tmp_path: Path, capsys: pytest.Capt
     mine = tmp_path / "split.json"
     mine.write_text("mine")
     assert main(["demo", "--output", str(tmp_path)]) == 2
-    assert "holds files of others" in capsys.readouterr().err
+    assert "holds files that pglcl demo did not write" in capsys.readouterr().err
     assert main(["demo", "--output", str(mine)]) == 2
     assert "must be a folder" in capsys.readouterr().err
     assert [p.read_text() for p in tmp_path.iterdir()] == ["mine"]
@@ -30,7 +30,7 @@ def test_a_folder_of_the_demo_is_known_again(tmp_path: Path) -> None:
     described.parent.mkdir()
     for text in ('{"name": "MNI152"}', "[]", "{"):
         described.write_text(text)
-        with pytest.raises(UserError, match="holds files of others"):
+        with pytest.raises(UserError, match="holds files that pglcl demo did not write"):
             check_folder(tmp_path)
     described.write_text(json.dumps({"name": NAME}))
     check_folder(tmp_path)

@@ -30,7 +30,7 @@ from tests.pglcl.folders import describe, nnunet, tiny
 )
 def test_channels(first: tuple[str, ...], second: tuple[str, ...], differ: bool) -> None:
     lines = Description(first).contradictions(Description(second))
-    assert [f"those of the training {', '.join(first)}" in line for line in lines] == [True] * differ
+    assert [f"in the training {', '.join(first)}" in line for line in lines] == [True] * differ
 
 
 def test_classes() -> None:
@@ -53,14 +53,14 @@ def test_another_meaning_is_not_scored(tmp_path: Path, capsys: pytest.CaptureFix
         assert main(arguments) == 2
         lines = capsys.readouterr().err.splitlines()
         assert lines == [
-            f"pglcl: {other}: channels are MR1, MR0, those of the training MR0, MR1",
+            f"pglcl: {other}: channels are MR1, MR0, in the training MR0, MR1",
             f"pglcl: {other}: the class 'ball' has the value 2, in the training 1",
             f"pglcl: {other}: the class 'cube' has the value 1, in the training 2",
         ]
     describe(other, channel_names={"0": "MR1", "1": "MR0"})
     swapped = load_model(run)
     swapped.description = Description.of(open_folder(other))
-    with pytest.raises(UserError, match="runs that are averaged must agree: of run 2, channels are MR1, MR0, those of"):
+    with pytest.raises(UserError, match="runs that are averaged must agree: of run 2, channels are MR1, MR0, in"):
         Predictor([load_model(run), swapped])
-    with pytest.raises(UserError, match="channels are MR1, MR0, those of the training MR0, MR1"):
+    with pytest.raises(UserError, match="channels are MR1, MR0, in the training MR0, MR1"):
         Training(other, tmp_path / "new", tiny(steps=4, init=str(run)), quiet=True).run()

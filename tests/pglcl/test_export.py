@@ -64,7 +64,7 @@ def test_other_logits_are_not_written(
     load = export._load_script
     monkeypatch.setattr(export, "_load_script", lambda path: lambda image: load(path)(image) + 0.01)
     assert main(["export", str(trained[1]), "--format", "torchscript", "-o", str(tmp_path / "network.ts")]) == 2
-    assert "not written: its logits differ" in capsys.readouterr().err
+    assert "was not written: logits of the exported network differ" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -93,7 +93,7 @@ BAD_HEADERS = {
     "its header claims": header_change(dim=[3, 3000, 26, 5, 1, 1, 1, 1]),
     "bytes more than its header claims": header_change(dim=[3, 29, 26, 5, 1, 1, 1, 1]),
     "no magic string": header_change(magic=b"abc"),
-    "the header of a pair": header_change(magic=b"ni1"),
+    "a header whose voxels are in another file": header_change(magic=b"ni1"),
 }
 
 
@@ -227,7 +227,7 @@ def test_voxels_that_a_header_keeps_elsewhere(tmp_path: Path) -> None:
         path.write_text(header.replace(renamed.name, name))
         assert refused(path).endswith(f"must have its voxels in one file, got ElementDataFile = {name}")
     path.write_text(header.replace(renamed.name, "gone.raw"))
-    assert refused(path).endswith("gone.raw, which is no file")
+    assert refused(path).endswith("gone.raw, which is not a file")
 
 
 @pytest.mark.parametrize("ending", [".mha", ".nrrd"])
@@ -298,7 +298,7 @@ def test_dicom_folders_that_are_refused(tmp_path: Path) -> None:
     content = inner.read_bytes()
     twin = folder / "twin.dcm"
     twin.write_bytes(content)
-    assert "two slices lie at one position" in refused(folder)
+    assert "two slices have the same position" in refused(folder)
     twin.unlink()
     other = dicom(tmp_path / "another", VOXELS[:20, :20], STRAIGHT)
     copied = folder / "other.dcm"
@@ -315,7 +315,7 @@ def test_dicom_of_a_tilted_gantry(tmp_path: Path) -> None:
     """Read as straight, its last slice would lie beside its place; a mask as well."""
     tilted = STRAIGHT.copy()
     tilted[:3, 2] += 0.3 * STRAIGHT[:3, 0]
-    assert "slices must lie straight behind each other, and are shifted by up to 1.68 mm" in refused(
+    assert "slices must lie straight behind each other, but are shifted by up to 1.68 mm" in refused(
         dicom(tmp_path / "scan", VOXELS, tilted)
     )
 
@@ -490,7 +490,7 @@ def png_of_16_bit_colours(path: Path) -> Path:
 
 
 def test_colours_of_16_bits_are_refused_by_name(tmp_path: Path) -> None:
-    assert "16 bits a channel" in refused(png_of_16_bit_colours(tmp_path / "a.png"))
+    assert "several channels of 16 bits" in refused(png_of_16_bit_colours(tmp_path / "a.png"))
 
 
 def test_one_flipped_bit_of_a_png_is_refused_or_harmless(tmp_path: Path) -> None:

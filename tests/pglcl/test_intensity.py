@@ -74,7 +74,7 @@ def test_values_that_float32_cannot_standardise(kind: str, scale: float, fits: b
     """The network would see 0 everywhere, without a word."""
     x = (np.random.default_rng(0).random((1, 6, 6, 6)) * scale).astype(np.float32)
     problem = Intensity((Channel(kind),), "").problem(x)
-    assert problem == "" if fits else f"beyond what {kind} can normalise" in problem
+    assert problem == "" if fits else f"which {kind} cannot normalise" in problem
     if fits and scale:
         assert 0.5 < float(Channel(kind)(torch.from_numpy(x)).std()) < 2
 
@@ -113,9 +113,9 @@ def test_constants() -> None:
 def test_what_cannot_be_measured() -> None:
     grey = measure(np.random.default_rng(0).random((1, 5, 5, 5), np.float32), FLOAT, None)
     flat = measure(np.ones((1, 5, 5, 5), np.float32), FLOAT, np.ones((5, 5, 5), bool))
-    with pytest.raises(UserError, match="rgb is for three channels, the images have 1"):
+    with pytest.raises(UserError, match="rgb needs images with three channels, got 1"):
         choose_intensity("rgb", None, (), [grey])
     with pytest.raises(UserError, match="no labelled volume has any"):
         choose_intensity("ct", None, (), [grey])
-    with pytest.raises(UserError, match="the labelled foreground has one value, 1"):
+    with pytest.raises(UserError, match="the labelled foreground has only one value, 1"):
         choose_intensity("ct", None, (), [flat])

@@ -49,8 +49,8 @@ def test_options() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "must be like"), ("0", "from 2 to 256 classes"), ("0,a", "must be like"), ("0,1,1", "the value 1 twice"),
-        ("0,1+1", "the value 1 twice"), ("0,5-3", "must be like"), ("*,1", r"beside a value"), ("0+*,1+*", r"one \*"),
+        ("", "must be like"), ("0", "from 2 to 256 classes"), ("0,a", "must be like"), ("0,1,1", "got 1 twice"),
+        ("0,1+1", "got 1 twice"), ("0,5-3", "must be like"), ("*,1", "together with"), ("0+*,1+*", r"one \*"),
         ("0,1=a,2=a", "a name twice"), ("0,1,*=ignore", "cannot ignore"), ("0,1.5", "must be like"),
         ("0,1-999999999", "must be like"), ("0,99999999999", "must be like"), ("0,,1", "must be like"),
     ],
@@ -63,7 +63,7 @@ def test_options_that_are_refused(text: str, message: str) -> None:
 def test_a_value_outside_is_named_with_its_voxels() -> None:
     data = np.zeros((3, 4, 5), np.uint8)
     data[0, 0, :2], data[1, 1, 1] = 9, 200
-    with pytest.raises(UserError, match=r"a\.nii\.gz: has values that are no label: 9 in 2 voxels, 200 in 1 voxel"):
+    with pytest.raises(UserError, match=r"a\.nii\.gz: has values that are not labels: 9 in 2 voxels, 200 in 1 voxel"):
         LabelMap.of_values([1, 2]).encode(data, HERE)
     with pytest.raises(UserError, match="has 300 different values"):
         value_counts(np.arange(300).reshape(3, 10, 10), HERE)

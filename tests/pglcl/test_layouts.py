@@ -132,8 +132,8 @@ def test_files_that_are_not_read_are_said(tmp_path: Path) -> None:
     for name in ("scan.mhd", "scan.raw"):
         (root / "images" / name).write_text("ElementDataFile = scan.raw\n")
     assert open_folder(root).notes == [
-        f"{root / 'labels'}: case01.npz (1): not read, their format is not known by its suffix",
-        f"{root / 'labels'}: more (1): not read, folders of images; images and labels must lie directly there",
+        f"{root / 'labels'}: case01.npz (1): not read, unknown suffix",
+        f"{root / 'labels'}: more (1): not read, folders of images; images and labels must not lie in folders below",
     ]
 
 
@@ -153,7 +153,7 @@ def test_a_copy_of_the_image_is_no_label(tmp_path: Path) -> None:
     root = pictures(tmp_path, 3, colour=False, unlabelled=0)
     shutil.copy(root / "images" / "cell00.png", root / "labels" / "cell00.png")
     found = [line for report in inspect_folder(open_folder(root)) for line in report.problems]
-    assert found == [f"{root / 'labels' / 'cell00.png'}: has the voxels of its image; is it a copy of the image?"]
+    assert found == [f"{root / 'labels' / 'cell00.png'}: has the same voxels as its image; is it a copy of the image?"]
 
 
 def test_negative_label_values_need_a_meaning(tmp_path: Path) -> None:
@@ -165,7 +165,8 @@ def test_negative_label_values_need_a_meaning(tmp_path: Path) -> None:
     count = int((label == -1).sum())
     (line,) = (line for report in found for line in report.problems)
     assert line.endswith(
-        f"case01.nii.gz: has negative values: -1 in {count} voxels; --labels says what they mean, such as 0,1,-1=ignore"
+        f"case01.nii.gz: has negative values: -1 in {count} voxels; say with --labels what they mean, for example "
+        "--labels 0,1,-1=ignore"
     )
     declared = parse_labels("0,1,2,-1=ignore")
     assert not any(report.problems for report in inspect_folder(open_folder(root), declared))
@@ -180,7 +181,7 @@ def test_numbers_of_objects_are_no_classes(tmp_path: Path) -> None:
         save(root / "labels" / f"case{i}.nii.gz", numbers.astype(np.int16))
     data = open_folder(root)
     reports = inspect_folder(data)
-    with pytest.raises(UserError, match="have 400 different values, there are at most 256 classes"):
+    with pytest.raises(UserError, match="have 400 different values, but at most 256 classes"):
         labels_of(data, reports, None)
     assert len(labels_of(data, reports, parse_labels("0,1-1000=cell"))) == 2
 
@@ -198,7 +199,7 @@ def test_labels_of_one_patient_or_blank_are_warned_of(tmp_path: Path) -> None:
     for i in range(1, 6):
         save(root / "labels" / f"case{i:02d}.nii.gz", np.zeros((30 + i % 3, 26, 5 + i % 2), np.uint8))
     reports = inspect_folder(data)
-    assert warnings_of(data, reports, labels)[0] == "5 of 6 labels are blank"
+    assert warnings_of(data, reports, labels)[0] == "5 of 6 labels are empty"
 
 
 @pytest.mark.parametrize("place", ["images/case01.nii.gz", "labels/case01.nii.gz"])
@@ -279,9 +280,9 @@ def test_names_that_look_like_volumes_of_one_patient(tmp_path: Path) -> None:
             for kind, data in (("images", image), ("labels", label)):
                 save(tmp_path / kind / f"patient{number:03d}_frame{frame:02d}.nii.gz", data)
     assert open_folder(tmp_path).notes == [
-        "patient001_frame01 and patient001_frame12 look like volumes of one patient, and count as two patients, of "
-        "whom one may be trained on and the other scored (2 such names); a list with the column patient keeps them "
-        "together"
+        "patient001_frame01 and patient001_frame12 look like volumes of one patient, but count as two patients, so "
+        "one may be used for training and the other for the scores (2 such names); a list with the column "
+        "patient keeps them together"
     ]
     assert open_folder(acdc(tmp_path / "acdc", 2)).notes == []
     for path in [*(tmp_path / "images").iterdir(), *(tmp_path / "labels").iterdir()]:

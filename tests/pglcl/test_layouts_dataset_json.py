@@ -114,12 +114,12 @@ def test_names_that_say_what_a_value_is(
     assert (labels.values, labels.names, labels.ignore) == (((0,), (2,)), ("air", "organ"), (7,))
     with pytest.raises(UserError, match="the background must have the value 0, got 1"):
         declared(tmp_path, {"0": "organ", "1": "background"})
-    with pytest.raises(UserError, match="the value 0 is the background, and cannot be ignored"):
+    with pytest.raises(UserError, match="the value 0 is the background and cannot be ignored"):
         declared(tmp_path, {"0": "ignore", "1": "organ", "2": "tumour"})  # the organ would be the background
 
 
 def test_two_values_of_one_name(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="the labels 1, 2 have one name, 'organ'; without labels in the file"):
+    with pytest.raises(UserError, match="the labels 1, 2 have the same name, 'organ'; give each its own name"):
         declared_by_decathlon(tmp_path, {"0": "background", "1": "organ", "2": "organ"})
 
 
@@ -134,7 +134,9 @@ def test_nnunet_regions_become_exclusive_classes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"regions.* need regions_class_order"):
         open_folder(root)
     describe(root, labels={**regions, "whole": [1, 2, 3]}, regions_class_order=[1, 2])
-    with pytest.raises(UserError, match=r"have the values \[1, 2, 3\], regions_class_order \[1, 2\] must have all"):
+    with pytest.raises(
+        UserError, match=r"regions_class_order must have all values of regions, \[1, 2, 3\], got \[1, 2\]"
+    ):
         open_folder(root)
 
 
@@ -145,7 +147,7 @@ BAD_DESCRIPTIONS = {
     '{"channel_names": {"0": "MR"}}': "not an nnU-Net description: KeyError",
     '{"channel_names": {"0": "MR"}, "labels": {"background": 0, "a": -1}}': "labels must be whole numbers from 0",
     '{"channel_names": {"0": "MR"}, "labels": {"background": 0, "a": true}}': "labels must be whole numbers from 0",
-    '{"channel_names": {"0": "MR"}, "labels": {"background": 0, "a": 0}}': "have one value, 0",
+    '{"channel_names": {"0": "MR"}, "labels": {"background": 0, "a": 0}}': "have the same value, 0",
     '{"channel_names": {"x": "MR"}, "labels": {}}': "not an nnU-Net description",
     '{"training": [{"image": 3}]}': "not a Decathlon description",
     "[" * 100_000: "not readable as JSON",
@@ -210,8 +212,8 @@ def test_images_that_a_description_does_not_list_are_said(tmp_path: Path) -> Non
     content["test"] = ["./imagesTr/brain_002.nii.gz", "./imagesTs/brain_900.nii.gz"]
     (root / "dataset.json").write_text(json.dumps(content))
     assert open_folder(root).notes == [
-        f"{root / 'imagesTr'}: brain_003.nii.gz, brain_004.nii.gz (2): not read, dataset.json does not list them",
-        f"{root / 'dataset.json'}: 1 of the images that it lists as test are not there",
+        f"{root / 'imagesTr'}: brain_003.nii.gz, brain_004.nii.gz (2): not read, since dataset.json does not list them",
+        f"{root / 'dataset.json'}: 1 of the test images that it lists do not exist",
     ]
 
 
@@ -220,5 +222,5 @@ def test_a_name_that_json_gives_twice(tmp_path: Path) -> None:
     root = nnunet(tmp_path)
     text = (root / "dataset.json").read_text()
     (root / "dataset.json").write_text(text.replace('"cube": 2', '"ball": 2'))
-    with pytest.raises(UserError, match=r"dataset\.json: not readable as JSON: the name 'ball' is there twice"):
+    with pytest.raises(UserError, match=r"dataset\.json: not readable as JSON: the name 'ball' occurs twice"):
         open_folder(root)

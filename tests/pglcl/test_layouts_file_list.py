@@ -54,10 +54,10 @@ def test_lists_that_are_refused(tmp_path: Path) -> None:
     for change, message in (
         ({"lable": "x"}, "entry 1: has 'lable'; columns are"),
         ({"image": ""}, "entry 1: must have an image"),
-        ({"image": 3}, "entry 1: must have an image, and paths"),
+        ({"image": 3}, "entry 1: must have an image; paths"),
         ({"image": "nowhere.nii.gz"}, "nowhere.nii.gz: not found"),
         ({"label": "nowhere.nii.gz"}, "nowhere.nii.gz: not found"),
-        ({"name": "../a"}, "must be fit for a file"),
+        ({"name": "../a"}, "must be usable as a file name"),
         ({"image": rows[1]["image"]}, "is listed 2 times"),
     ):
         (tmp_path / "list.json").write_text(json.dumps([{**rows[0], **change}, *rows[1:]]))
@@ -102,7 +102,7 @@ def test_patients_of_some_entries_alone(tmp_path: Path) -> None:
     for number in (1, 3):
         rows[number]["patient"] = ""
     (tmp_path / "list.json").write_text(json.dumps(rows))
-    with pytest.raises(UserError, match=r"list\.json: no patient in the entries 2, 4, while others have one"):
+    with pytest.raises(UserError, match=r"list\.json: the entries 2, 4 have no patient, while others have one"):
         open_folder(tmp_path / "list.json")
     for row in rows:
         row["patient"] = ""

@@ -74,7 +74,7 @@ def test_labels_say_what_a_number_is() -> None:
     assert set(group_files(files, ["case"])) == {"case"}
     with pytest.raises(UserError, match="all of one kind"):
         group_files(files, ["case", "case_0001"])
-    with pytest.raises(UserError, match="case_0000: is it of a case of its own"):
+    with pytest.raises(UserError, match="case_0000: it is not clear whether"):
         group_files(files, ["case_0000"])
 
 
@@ -101,7 +101,7 @@ def test_inputs_of_predict(tmp_path: Path) -> None:
         group_inputs([image, image])
     with pytest.raises(UserError, match="is given twice"):
         group_inputs([image, root / "images"])
-    with pytest.raises(UserError, match="no image in this folder"):
+    with pytest.raises(UserError, match="this folder has no image"):
         group_inputs([root])
     with pytest.raises(UserError, match="has the name of"):
         group_inputs([root / "images", root / "labels"])

@@ -29,7 +29,7 @@ def test_what_is_read_is_never_written_over(overwrite: bool, tmp_path: Path) -> 
     scan.write_text("voxels")
     for path in spellings(tmp_path):
         for output, read in ((path, scan), (scan, path)):
-            with pytest.raises(UserError, match="is read by this command"):
+            with pytest.raises(UserError, match="would be replaced, but this command reads it"):
                 check_outputs([output], inputs=[read], overwrite=overwrite)
     assert scan.read_text() == "voxels"
 

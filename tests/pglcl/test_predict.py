@@ -149,7 +149,7 @@ def test_masks_do_not_lie_beside_a_folders_images(
     (tmp_path / "link").symlink_to(folder)
     for output in (folder, tmp_path / "link", folder / ".." / "scans"):
         assert main(["predict", str(trained[1]), str(folder), "-o", str(output), "--overwrite"]) == 2
-        assert "holds the images; next time, masks would count as images, too" in capsys.readouterr().err
+        assert "holds the images, and masks in it would be read as images next time" in capsys.readouterr().err
     assert sorted(path.suffix for path in folder.iterdir()) in ([".mhd", ".raw"], [".mhd", ".zraw"])
     assert main(["predict", str(trained[1]), str(folder), "-o", str(folder / "masks")]) == 0
 

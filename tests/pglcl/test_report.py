@@ -92,7 +92,7 @@ def test_what_a_reader_looks_for(run: Path, trained: Trained) -> None:
 @pytest.mark.parametrize(("options", "says", "panels"), [
     ({}, "positives, of the same class and similar entropy, both filled or both not filled by it", 3),
     ({"guidance": False}, "not guided (--no-guidance)", 3),
-    ({"loss": "gaussian"}, "--loss gaussian compares patches with the statistics of classes", 0),
+    ({"loss": "gaussian"}, "--loss gaussian compares patches with statistics of classes", 0),
     ({"method": "semi"}, "--method semi has no contrast", 0),
 ])  # fmt: skip
 def test_the_report_says_which_patches_a_run_chose(options: dict, says: str, panels: int) -> None:
@@ -127,7 +127,9 @@ def test_a_fold_is_reported_by_its_validation(tmp_path: Path, capsys: pytest.Cap
     assert main(["report", str(run), "-q"]) == 0, capsys.readouterr().err
     words = "".join(Page((run / "report.html").read_text()).words)
     assert "Scores on the validation volumes" in words
-    assert "This run has no test patients. Scores are of the validation patients, of which the best" in words
+    assert (
+        "This run has no test patients. Scores are those of the validation patients, which also chose the best" in words
+    )
     assert "test volume" not in words
     assert (run / "scores_validation.json").exists()
 
@@ -150,7 +152,7 @@ def test_volumes_that_are_shown_differ() -> None:
     ("config.json", "", 2, "not readable as JSON"),
     ("config.json", "[1]", 2, "must be a JSON object"),
     ("config.json", '{"data": 3}', 2, "data must be the path of a folder"),
-    ("config.json", '{"data": "/nowhere"}', 2, "/nowhere: no such folder"),
+    ("config.json", '{"data": "/nowhere"}', 2, "/nowhere: not found"),
     ("split.json", "[]", 2, "must be a JSON object"),
     ("split.json", '{"test": {"a": 1}}', 2, "labelled must be a list of patients, got None"),
     ("split.json", "[" * 100000, 2, "not readable as JSON"),

@@ -46,9 +46,7 @@ def test_what_is_clearly_different(tmp_path: Path) -> None:
     for spacing, differs in (((0.7, 1.7, 2), False), ((1, 1, 3.1), True), ((0.6, 1, 2), True), ((1, 1.9, 2), True)):
         source = read_source(of_spacing(tmp_path / "other.nii.gz", *spacing))
         assert bool(known.problem(source, config, None)) == differs, spacing
-    words = (
-        "its voxels are 1 x 1.9 x 2 mm as the network sees them, those of the training 1 x 1 x 2 to 1.2 x 1.2 x 2 mm"
-    )
+    words = "its voxels are 1 x 1.9 x 2 mm as the network sees them, in the training 1 x 1 x 2 to 1.2 x 1.2 x 2 mm"
     assert known.problem(source, config, None) == words
 
 
@@ -85,7 +83,7 @@ def test_predictions_and_scores_of_other_voxels_say_so(
     assert shown.err == ""
     assert "OTHER VOXELS" not in shown.out
     assert main(["predict", str(run), str(scan), "-o", str(masks / "other")]) == 0
-    words = "mm as the network sees them, those of the training"
+    words = "mm as the network sees them, in the training"
     assert f"pglcl: {scan}: its voxels are 0.469 x 0.464 {words}" in capsys.readouterr().err
     assert main(["evaluate", str(run), str(other), "-o", str(scores)]) == 0
     shown = capsys.readouterr()
@@ -125,4 +123,4 @@ def test_held_out_volumes_of_other_voxels_are_said_at_the_start(
     save(root / "images" / "case06.nii.gz", image, np.diag([0.5, 0.5, 2, 1]))  # unlabelled: part of the training
     config = tiny(steps=4, spatial_dims=3, image_size="16,16,8")
     Training(root, tmp_path / "run3d", config).run()
-    assert "--spacing brings them to one size" in capsys.readouterr().err.replace("\n", "")
+    assert "--spacing resamples them to one size" in capsys.readouterr().err.replace("\n", "")

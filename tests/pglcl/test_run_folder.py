@@ -178,7 +178,7 @@ def test_other_data_are_refused_file_by_file(copies: tuple[Path, Path]) -> None:
     said = refused(data, run)
     assert "labels/case00.nii.gz: its content has changed" in said
     assert "images/case06.nii.gz: its content has changed" in said
-    assert "images/case02.nii.gz: the run began with it; it is gone" in said
+    assert "images/case02.nii.gz: was there when the run began, and is missing" in said
     assert "case01" not in said
     assert content != (data / "labels" / "case00.nii.gz").read_bytes()
 
@@ -287,7 +287,7 @@ def replace_keeping_times(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(Path.unlink, "is gone"), (replace_keeping_times, "has changed"), (lambda path: os.utime(path, (1, 1)), "")],
+    [(Path.unlink, "was removed"), (replace_keeping_times, "was changed"), (lambda path: os.utime(path, (1, 1)), "")],
 )
 def test_validation_volumes_that_change_meanwhile(
     change: Callable[[Path], None], message: str, copies: tuple[Path, Path], ended: Path, monkeypatch: Any
@@ -296,7 +296,7 @@ def test_validation_volumes_that_change_meanwhile(
     assert json.loads((run / "split.json").read_text())["validation"] == ["case03"]
     monkeypatch.setattr(learner, "update_teacher", changing(data, 7, change))
     if message:
-        with pytest.raises(UserError, match=rf"case03\.nii\.gz: {message}, while it was still needed"):
+        with pytest.raises(UserError, match=rf"case03\.nii\.gz: {message} while this command still needed it"):
             resume(data, run, validate_every=4)
         assert not (run / "model.pt").exists()
     else:
@@ -316,7 +316,7 @@ def test_volumes_that_change_while_they_are_read(
         return loaded
 
     monkeypatch.setattr(train, "load_training_data", change_then_load)
-    with pytest.raises(UserError, match=r"case00\.nii\.gz: has changed, while it was still needed"):
+    with pytest.raises(UserError, match=r"case00\.nii\.gz: was changed while this command still needed it"):
         Training(copies[0], tmp_path / "new", tiny(), quiet=True).run()
     assert not (tmp_path / "new" / "checkpoint.pt").exists()
 
@@ -376,9 +376,9 @@ def test_a_flipped_bit_anywhere_is_refused(name: str, ended: Path, tmp_path: Pat
 def test_another_runs_checkpoint_and_model_are_refused(copies: tuple[Path, Path], ended: Path) -> None:
     data, run = copies
     shutil.copy(ended / "checkpoint.pt", run / "checkpoint.pt")
-    assert "checkpoint.pt: is of the run" in refused(data, run)
+    assert "checkpoint.pt: belongs to the run" in refused(data, run)
     shutil.copy(ended / "model.pt", run / "model.pt")
-    with pytest.raises(UserError, match=r"model\.pt: is of the run .*, not of this one"):
+    with pytest.raises(UserError, match=r"model\.pt: belongs to the run .*, not to this run"):
         load_model(run, "cpu")
 
 
@@ -393,10 +393,10 @@ def spoil(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     [
         (lambda s: s.update(step=10**9), r"must be of step 0 to 8, got 1000000000"),
         (lambda s: s.update(step=-1), r"must be of step 0 to 8, got -1"),
-        (lambda s: s.update(step="5"), r"does not say which run"),
-        (lambda s: s.pop("run"), r"does not say which run"),
-        (lambda s: s["optimizer"]["state"].clear(), r"its optimiser knows 0 of"),
-        (lambda s: s["optimizer"]["state"].popitem(), r"its optimiser knows"),
+        (lambda s: s.update(step="5"), r"does not name its run"),
+        (lambda s: s.pop("run"), r"does not name its run"),
+        (lambda s: s["optimizer"]["state"].clear(), r"its optimiser has 0 of"),
+        (lambda s: s["optimizer"]["state"].popitem(), r"its optimiser has"),
         (lambda s: s.pop("contrast"), r"does not fit this run: contrast"),
         (lambda s: s["student"].popitem(), r"does not fit this run"),
         (lambda s: s["run"]["config"].update(learning_rate=0.5), r"--learning-rate: the run has 0.5"),
@@ -416,7 +416,7 @@ def test_a_checkpoint_that_is_whole_but_wrong(
 def test_a_missing_checkpoint_is_no_fresh_start(copies: tuple[Path, Path]) -> None:
     data, run = copies
     (run / "checkpoint.pt").unlink()
-    assert "checkpoint.pt: is missing, and metrics.jsonl shows that the run had begun" in refused(data, run)
+    assert "checkpoint.pt: is missing, although metrics.jsonl shows that the run has begun" in refused(data, run)
 
 
 @pytest.mark.parametrize("name", ["config.json", "split.json", "run.json", "environment.json", "metrics.jsonl"])
@@ -461,7 +461,7 @@ def test_more_steps(copies: tuple[Path, Path], ended: Path, tmp_path: Path) -> N
     data, _ = copies
     run = tmp_path / "more"
     shutil.copytree(ended, run)
-    assert "a run may be given more, not fewer" in refused(data, run, steps=6)
+    assert "a run may get more steps, but not fewer" in refused(data, run, steps=6)
     assert main(["train", "--resume", str(run), "--steps", "12", "-q"]) == 0
     assert load_model(run, "cpu").step == 12
     assert json.loads((run / "config.json").read_text())["steps"] == 12
@@ -511,7 +511,7 @@ def test_another_number_of_threads_is_said(copies: tuple[Path, Path], capsys: An
     (run / "run.json").write_text(json.dumps({**described, "threads": began + 3}))
     spoil(run / "checkpoint.pt", lambda s: s["run"].update(threads=began + 3))
     Training(data, run, tiny(), resume=True).run()
-    assert f"--threads {began + 3} keeps them bit for bit" in capsys.readouterr().err
+    assert f"with --threads {began + 3} they do not" in capsys.readouterr().err
 
 
 # --- signals and kills ----------------------------------------------------------------------------------------------

@@ -207,7 +207,7 @@ def test_a_run_starts_from_another(folder: Path, tmp_path: Path) -> None:
     assert record["initial"] == weights_hash(load_model(tmp_path / "first").network)
 
     straight = run_to_end(folder, tmp_path / "straight", **options)
-    with pytest.raises(UserError, match="another configuration"):
+    with pytest.raises(UserError, match="the run has other options"):
         Training(folder, tmp_path / "straight", tiny(**{**options, "init": ""}), resume=True, quiet=True).run()
     # A run that was killed before its first checkpoint reads the weights again, and they must be the same.
     again = tmp_path / "again"
@@ -219,7 +219,7 @@ def test_a_run_starts_from_another(folder: Path, tmp_path: Path) -> None:
     for name in ("checkpoint.pt", "model.pt", "metrics.jsonl"):
         (again / name).unlink()
     Training(folder, tmp_path / "first", tiny(steps=10), resume=True, quiet=True).run()
-    with pytest.raises(UserError, match="its weights are no longer those that"):
+    with pytest.raises(UserError, match="its weights are not those that"):
         Training(folder, again, tiny(**options), resume=True, quiet=True).run()
     # After that, it does not need them any more.
     shutil.rmtree(tmp_path / "first")
@@ -229,21 +229,21 @@ def test_a_run_starts_from_another(folder: Path, tmp_path: Path) -> None:
 def test_weights_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     run_to_end(folder, tmp_path / "first", method="supervised", steps=1)
     wrong = {
-        "--network: the run has unet, got dynunet": {"network": "dynunet"},
-        "--channels: the run has 4,8,8, got 4,8": {"channels": "4,8"},
-        "--embedding-dim: the run has 8, got 4": {"embedding_dim": 4},
-        "--spatial-dims: the run has 2, got 3": {"spatial_dims": 3, "image_size": "16,16,4", "patch_size": 4},
-        "classes: the run has background,label 1,label 2, got background,one,two": {"labels": "0,1=one,2=two"},
-        "classes: the run has background,label 1,label 2, got background,all": {"labels": "0,1+2=all"},
+        "--network: that run has unet, got dynunet": {"network": "dynunet"},
+        "--channels: that run has 4,8,8, got 4,8": {"channels": "4,8"},
+        "--embedding-dim: that run has 8, got 4": {"embedding_dim": 4},
+        "--spatial-dims: that run has 2, got 3": {"spatial_dims": 3, "image_size": "16,16,4", "patch_size": 4},
+        "classes: that run has background,label 1,label 2, got background,one,two": {"labels": "0,1=one,2=two"},
+        "classes: that run has background,label 1,label 2, got background,all": {"labels": "0,1+2=all"},
     }
     for line, options in wrong.items():
         with pytest.raises(UserError, match=f"do not fit this run:\n{line}"):
             Training(folder, tmp_path / "b", tiny(**options, init=str(tmp_path / "first")), quiet=True).run()
         assert not (tmp_path / "b" / "config.json").exists()
-    with pytest.raises(UserError, match="no trained model there"):
+    with pytest.raises(UserError, match="has no trained model"):
         Training(folder, tmp_path / "b", tiny(init=str(tmp_path / "nowhere")), quiet=True).run()
     two = decathlon(tmp_path / "two")
-    with pytest.raises(UserError, match="channels of the images: the run has 1, got 2"):
+    with pytest.raises(UserError, match="channels of the images: that run has 1, got 2"):
         Training(two, tmp_path / "b", tiny(init=str(tmp_path / "first")), quiet=True).run()
 
 
@@ -340,7 +340,7 @@ def test_a_signal_to_every_process_stops_with_a_checkpoint(
 
 def test_another_configuration_is_refused(folder: Path, tmp_path: Path) -> None:
     run_to_end(folder, tmp_path / "run")
-    with pytest.raises(UserError, match="holds a run already; add --resume"):
+    with pytest.raises(UserError, match="already holds a run; add --resume"):
         Training(folder, tmp_path / "run", tiny(), quiet=True).run()
     with pytest.raises(UserError, match=r"--learning-rate: the run has 0\.002, got 0\.1"):
         Training(folder, tmp_path / "run", tiny(learning_rate=0.1), resume=True, quiet=True).run()
@@ -395,7 +395,7 @@ def test_bad_data_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         Training(root, tmp_path / "run", tiny(), quiet=True).run()
     text = "\n".join(caught.value.lines)
-    assert "case06.nii.gz: a constant image" in text
+    assert "case06.nii.gz: is a constant image" in text
     assert "case01.nii.gz" in text
     assert "pglcl inspect" in text
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
@@ -497,7 +497,7 @@ def test_an_error_of_two_processes_is_one_line(folder: Path, tmp_path: Path) -> 
     refused = processes(folder, tmp_path / "run")
     _, err = refused.communicate(timeout=240)
     assert refused.returncode == 2
-    line = f"{tmp_path / 'run'}: holds a run already; add --resume to go on with it, or choose another --output"
+    line = f"{tmp_path / 'run'}: already holds a run; add --resume to continue it, or choose another --output"
     assert err.strip().splitlines() == [f"pglcl: {line}"]
     # torchrun adds its own traceback and a summary. The line comes before the traceback, and at the end of the summary.
     refused_by = torchrun(folder, tmp_path / "run")

@@ -136,5 +136,5 @@ def test_a_file_that_changes_its_size_while_it_is_read(
 
     monkeypatch.setattr(formats, "read", replace_then_read)
     image, label = tmp_path / "image.nii", tmp_path / "label.nii"
-    with pytest.raises(UserError, match=rf"{replaced}: has changed while it was read"):
+    with pytest.raises(UserError, match=rf"{replaced}: was changed while it was read"):
         read_volume([image]) if replaced == image.name else read_label_values(label, image)

@@ -202,7 +202,7 @@ def _bytes_of(path: Path) -> int:
         raise UserError(f"{path}: must have its voxels in one file, got {field} {name}")
     for file in voxel_files(path):
         if not file.is_file():
-            raise UserError(f"{path}: its voxels must be in {file}, which is no file")
+            raise UserError(f"{path}: its voxels must be in {file}, which is not a file")
         size += file.stat().st_size
     return size
 
@@ -229,7 +229,7 @@ def _stack(folder: Path, files: list[Path], slices: list[Any], *, voxels: bool) 
         if len(one.GetSize()) != 3 or one.GetSize()[2] != 1:
             raise UserError(f"{file}: must hold one slice, got shape {one.GetSize()}; multi-frame DICOM is not read")
         if one.GetNumberOfComponents() != 1:
-            raise UserError(f"{file}: must have one number a voxel, got {one.GetNumberOfComponents()}")
+            raise UserError(f"{file}: must have one number per voxel, got {one.GetNumberOfComponents()}")
         if one.GetSize() != size:
             raise UserError(f"{file}: must have the shape of the other slices, {size[:2]}, got {one.GetSize()[:2]}")
         same = np.allclose(np.array(one.GetDirection()).reshape(3, 3), direction, atol=1e-3)
@@ -242,7 +242,7 @@ def _stack(folder: Path, files: list[Path], slices: list[Any], *, voxels: bool) 
     shifted = origins - np.outer(origins @ direction[:, 2], direction[:, 2])
     if (shift := np.linalg.norm(shifted, axis=1).max()) > SHIFTED * min(first.GetSpacing()[:2]):
         raise UserError(
-            f"{folder}: slices must lie straight behind each other, and are shifted by up to {shift:.3g} mm, as with a "
+            f"{folder}: slices must lie straight behind each other, but are shifted by up to {shift:.3g} mm, as with a "
             "tilted gantry; convert the series first, for example with dcm2niix"
         )
     affine = np.eye(4)
@@ -270,7 +270,7 @@ def _slice_distance(folder: Path, positions: np.ndarray, alone: float) -> float:
     steps = np.diff(positions)
     usual = float(np.median(steps))
     if usual <= 0 or steps.min() <= 0:
-        raise UserError(f"{folder}: two slices lie at one position; a folder must hold one volume")
+        raise UserError(f"{folder}: two slices have the same position; a folder must hold one volume")
     if np.abs(steps - usual).max() > UNEVEN * usual + 1e-3:
         raise UserError(
             f"{folder}: slices must be evenly spaced, got distances from {steps.min():g} to {steps.max():g} mm; "

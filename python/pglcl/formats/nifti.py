@@ -55,7 +55,7 @@ def _opened(path: Path) -> Iterator[tuple[io.BufferedIOBase, bool]]:
         compressed = file.read(2) == GZIP_MAGIC
         file.seek(0)
         if not compressed and path.name.lower().endswith(".gz"):
-            raise UserError(f"{path}: not readable as NIfTI: it ends in .gz and is no gzip file")
+            raise UserError(f"{path}: not readable as NIfTI: its name ends in .gz, but it is not a gzip file")
         try:
             yield (gzip.GzipFile(fileobj=file), True) if compressed else (file, False)
         except (zlib.error, EOFError, gzip.BadGzipFile) as error:
@@ -72,7 +72,7 @@ def _header(start: bytes, path: Path) -> nib.Nifti1Header:
         raise UserError(f"{path}: not readable as NIfTI: it does not begin with a NIfTI header")
     magic = header["magic"].item()
     if magic[:3] in (b"ni1", b"ni2"):
-        raise UserError(f"{path}: must be NIfTI in one file, got the header of a pair")
+        raise UserError(f"{path}: must be NIfTI in one file, got a header whose voxels are in another file (.img)")
     if magic[:3] not in (b"n+1", b"n+2"):
         raise UserError(f"{path}: not readable as NIfTI: the header has no magic string")
     if not 1 <= int(header["dim"][0]) <= 7:
@@ -100,7 +100,7 @@ def _source(header: nib.Nifti1Header, path: Path) -> Source:
     except (HeaderDataError, KeyError) as error:
         raise UserError(f"{path}: unknown datatype, number {int(header['datatype'])}") from error
     if dtype.fields is not None:
-        raise UserError(f"{path}: must have one number a voxel, got {''.join(dtype.names).upper()} colours")
+        raise UserError(f"{path}: must have one number per voxel, got {''.join(dtype.names).upper()} colours")
     if dtype.kind == "c":
         raise UserError(f"{path}: must have real numbers, got complex voxels ({dtype.name})")
     if dtype.kind not in "iuf":

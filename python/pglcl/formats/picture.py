@@ -71,16 +71,16 @@ def _source(image: Any, path: Path, *, label: bool) -> Source:
     turned = _orientation(image)
     if turned != 1:
         raise UserError(
-            f"{path}: is stored turned or mirrored (EXIF orientation {turned}), so that a mask could be meant in two "
-            "ways; store it upright, for example with ImageMagick's mogrify -auto-orient"
+            f"{path}: is stored turned or mirrored (EXIF orientation {turned}), so programs disagree on where its mask "
+            "lies; store it upright, for example with ImageMagick's mogrify -auto-orient"
         )
     lossy = image.format if image.format in LOSSY else LOSSY_COMPRESSIONS.get(_tag(image, COMPRESSION), "")
     if label and lossy:
         raise UserError(f"{path}: is stored as {lossy}, which can change values, and cannot be a label")
     if label and _tag(image, PHOTOMETRIC) == WHITE_IS_ZERO:
-        raise UserError(f"{path}: stores white as 0, so that its values could be meant in two ways; store black as 0")
+        raise UserError(f"{path}: stores white as 0, so programs disagree on its values; store black as 0")
     if "16" in raw and image.mode in (*COLOUR, "LA"):
-        raise UserError(f"{path}: has 16 bits a channel and several channels ({raw}), of which Pillow keeps 8 bits")
+        raise UserError(f"{path}: has several channels of 16 bits ({raw}), of which Pillow keeps only 8 bits; store 8")
     dtype = {"F": np.float32, "I": np.int32}.get(image.mode, np.uint16 if image.mode.startswith("I;16") else np.uint8)
     channels = 3 if colour and not label else 1
     size = rows * columns * pages * channels * np.dtype(dtype).itemsize
@@ -121,8 +121,7 @@ def _pixels(image: Any, path: Path, *, label: bool) -> np.ndarray:
     if image.mode in ("LA", "RGBA"):
         if label and _transparency_matters(data[..., :-1], data[..., -1]):
             raise UserError(
-                f"{path}: is partly transparent, so that its values could be meant in two ways; store it without "
-                "transparency"
+                f"{path}: is partly transparent, so programs disagree on its values; store it without transparency"
             )
         data = data[..., :-1]
     if raw in STRETCHED:

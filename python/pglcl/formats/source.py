@@ -1,4 +1,4 @@
-"""The source of voxels, which every reader returns and every writer needs; checks and errors that readers share."""
+"""The description of a file's voxels, which readers return and writers need; checks and errors of all readers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pglcl.errors import UserError
 
 @dataclass(frozen=True)
 class Source:
-    """What a file tells of its voxels, and what is needed to write a result in its geometry.
+    """What a file says about its voxels, and what is needed to write a result in its geometry.
 
     reader: nifti, itk, dicom, picture or hdf5. shape: (X, Y, Z) in the axes of the file; a picture is (rows, columns,
     1). axes: of the file, 2 or 3. dtype: of the file. affine: (4, 4), from voxels to R, A, S in units of `scale` mm.
@@ -49,7 +49,7 @@ def check_affine(affine: np.ndarray, path: Path) -> np.ndarray:
     lengths = voxel_sizes(affine)
     # The determinant of axes of length 1 is 0 if they lie in a plane.
     if not (lengths > 0).all() or abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-4:
-        raise UserError(f"{path}: the affine is singular")
+        raise UserError(f"{path}: the affine is singular: a voxel has no volume")
     return affine
 
 

@@ -33,7 +33,7 @@ def open_folder(root: Path) -> DataFolder:
     if root.is_file() and root.suffix.lower() in (".csv", ".json"):
         data = file_list.read(root)
     elif not root.is_dir():
-        raise UserError(f"{root}: no such folder" + (", and no .csv or .json list" if root.exists() else ""))
+        raise UserError(f"{root}: " + ("must be a folder, or a .csv or .json list" if root.exists() else "not found"))
     else:
         data = _layout_of(root)(root)
     if not data.cases:
@@ -42,7 +42,7 @@ def open_folder(root: Path) -> DataFolder:
     names = Counter(case.name for case in data.cases)
     twice = [name for name, count in names.items() if count > 1]
     if twice:
-        raise UserError(f"{root}: volumes of the same name: {', '.join(twice[:5])}")
+        raise UserError(f"{root}: several volumes have the same name: {', '.join(twice[:5])}")
     data.notes += alike_names(data.cases)
     return data
 
@@ -77,6 +77,6 @@ def group_inputs(paths: Iterable[Path]) -> list[Case]:
             continue
         found = inputs_in(path)
         if not found:
-            raise UserError(f"{path}: no image in this folder; images end in {known_suffixes()}")
+            raise UserError(f"{path}: this folder has no image; images end in {known_suffixes()}")
         files += found
     return [Case(name, name, images, None) for name, images in group_files(files).items()]

@@ -81,9 +81,9 @@ def alike_names(cases: Iterable[Case]) -> list[str]:
     if not alike:
         return []
     return [
-        f"{alike[0][0]} and {alike[0][1]} look like volumes of one patient, and count as two patients, of whom one may "
-        f"be trained on and the other scored ({len(alike)} such names); a list with the column patient keeps them "
-        "together"
+        f"{alike[0][0]} and {alike[0][1]} look like volumes of one patient, but count as two patients, so one may be "
+        f"used for training and the other for the scores ({len(alike)} such names); a list with the column patient "
+        "keeps them together"
     ]
 
 
@@ -95,7 +95,7 @@ def not_listed(file: Path, cases: Sequence[Case]) -> list[str]:
         others = [path.name for path in children(folder) if is_input_file(path) and path.resolve() not in listed]
         if others:
             some = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-            lines.append(f"{folder}: {some} ({len(others)}): not read, {file.name} does not list them")
+            lines.append(f"{folder}: {some} ({len(others)}): not read, since {file.name} does not list them")
     return lines
 
 

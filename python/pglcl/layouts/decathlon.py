@@ -37,7 +37,7 @@ def read(root: Path) -> DataFolder:
     except (TypeError, KeyError, AttributeError, ValueError, OSError) as error:
         raise UserError(f"{file}: not a Decathlon description: {error!r}") from error
     notes = not_listed(file, cases)
-    notes += [f"{file}: {absent} of the images that it lists as test are not there"] if absent else []
+    notes += [f"{file}: {absent} of the test images that it lists do not exist"] if absent else []
     return DataFolder(root, "decathlon", cases, labels, modalities=modalities, notes=notes)
 
 
@@ -47,8 +47,8 @@ def _by_name(names: Mapping[str, Any], file: Path) -> dict[str, Any]:
     if twice:
         values = ", ".join(value for value, name in names.items() if str(name) == twice[0])
         raise UserError(
-            f"{file}: the labels {values} have one name, {twice[0]!r}; without labels in the file, --labels can merge "
-            "values"
+            f"{file}: the labels {values} have the same name, {twice[0]!r}; give each its own name, or remove labels "
+            "from the file and merge values with --labels"
         )
     return {str(name): value for value, name in names.items()}
 

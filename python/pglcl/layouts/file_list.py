@@ -23,7 +23,8 @@ def read(file: Path) -> DataFolder:
     if isinstance(content, dict) and isinstance(content.get("cases"), list):
         if set(content) - {"cases", "labels"} or not isinstance(content.get("labels", {}), dict):
             raise UserError(
-                f"{file}: must have cases, a list, and may have labels, name: value; got {', '.join(content)}"
+                f"{file}: must have the list cases, and may have the object labels (name: value); got "
+                f"{', '.join(content)}"
             )
         labels = named_values(content.get("labels", {}), file)
         content = content["cases"]
@@ -58,7 +59,7 @@ def _without_patient(file: Path, rows: list[dict[str, Any]]) -> list[str]:
     if not without or len(without) == len(rows):
         return []
     numbers = ", ".join(map(str, without[:5])) + (", ..." if len(without) > 5 else "")
-    return [f"{file}: no patient in the entries {numbers}, while others have one; give it in all of them, or in none"]
+    return [f"{file}: the entries {numbers} have no patient, while others have one; give all of them one, or none"]
 
 
 def _listed_case(file: Path, row: Mapping[str, Any], columns: Sequence[str]) -> Case:
@@ -74,7 +75,7 @@ def _listed_case(file: Path, row: Mapping[str, Any], columns: Sequence[str]) -> 
     flat = [item for value in images for item in (value if isinstance(value, list) else [value]) if item]
     texts = [*flat, *(row[key] for key in ("label", "patient", "name") if row.get(key))]
     if not row.get("image") or not all(isinstance(text, str) for text in texts):
-        raise UserError("must have an image, and paths and names as text")
+        raise UserError("must have an image; paths and names must be text")
     paths = tuple(file.parent / text for text in flat)
     label = file.parent / row["label"] if row.get("label") else None
     missing = [path for path in (*paths, *([label] if label else [])) if "\0" in str(path) or not path.exists()]
@@ -85,7 +86,7 @@ def _listed_case(file: Path, row: Mapping[str, Any], columns: Sequence[str]) -> 
     folders = [part for part in Path(flat[0]).parts[:-1] if part not in ("/", ".", "..")]
     name = row.get("name") or "_".join([*folders, match[1] if match else stem(paths[0])])
     if "/" in name or is_hidden(Path(name)):
-        raise UserError(f"the name {name!r} must be fit for a file: no / in it, and no dot before it")
+        raise UserError(f"the name {name!r} must be usable as a file name: without a / and without a dot at its start")
     return Case(name, row.get("patient") or name, paths, label)
 
 

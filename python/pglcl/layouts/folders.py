@@ -54,6 +54,6 @@ def holds_images(folder: Path) -> bool:
 
 
 def refuse_lonely(labels: Iterable[Path], images: Path) -> None:
-    problems = [f"{path}: a label without an image in {images}" for path in labels]
+    problems = [f"{path}: is a label without an image in {images}" for path in labels]
     if problems:
         raise UserError(*problems)

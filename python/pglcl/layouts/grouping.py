@@ -68,7 +68,7 @@ def unique_names(files: list[Path]) -> dict[str, Path]:
         elif path.absolute() == by_name[name].absolute():
             problems.append(f"{path}: is given twice")
         else:
-            problems.append(f"{path}: has the name of {by_name[name]}; each case needs a name of its own")
+            problems.append(f"{path}: has the same name as {by_name[name]}; each case needs its own name")
     if problems:
         raise UserError(*problems)
     return by_name
@@ -88,8 +88,9 @@ def _labels_name_files(numbers: dict[str, dict[int, Path]], labels: Collection[s
     more = sorted(max(channels) for channels in numbers.values())[-1]
     if more and all(label.endswith("_0000") for label in single):
         raise UserError(
-            f"label {single[0]}: is it of a case of its own, or of the case {single[0][:-5]}, with channels 0000 to "
-            f"{more:04d}? The label of a case with channels must have no number: {single[0][:-5]}"
+            f"label {single[0]}: it is not clear whether it belongs to an image of this name, or to the case "
+            f"{single[0][:-5]} with channels 0000 to {more:04d}. The label of a case with channels must have no "
+            f"number: {single[0][:-5]}"
         )
     return True
 

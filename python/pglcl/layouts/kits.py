@@ -24,7 +24,7 @@ def read(root: Path) -> DataFolder:
         if "imaging" in own:
             cases.append(Case(folder.name, folder.name, (own["imaging"],), own.get("segmentation")))
         elif "segmentation" in own:  # the images of KiTS are fetched by a program of their own
-            problems.append(f"{own['segmentation']}: a label without its image, {folder / 'imaging.nii.gz'}")
+            problems.append(f"{own['segmentation']}: is a label without its image, {folder / 'imaging.nii.gz'}")
     if problems:
         raise UserError(*problems)
     names = {0: "background", 1: "kidney", 2: "tumor", 3: "cyst"}

@@ -18,16 +18,16 @@ def named_values(labels: Mapping[str, Any], file: Path) -> LabelMap | None:
         if isinstance(value, bool) or not re.fullmatch(r"\d{1,9}", str(value)):
             raise UserError(f"{file}: labels must be whole numbers from 0, got {value!r} for {name!r}")
         if int(value) in values:
-            raise UserError(f"{file}: labels {values[int(value)]!r} and {name!r} have one value, {value}")
+            raise UserError(f"{file}: labels {values[int(value)]!r} and {name!r} have the same value, {value}")
         if name.lower() == "background" and int(value):
             raise UserError(
-                f"{file}: the background must have the value 0, got {value}; without labels in the file, --labels may "
-                "begin with it"
+                f"{file}: the background must have the value 0, got {value}; change it, or remove labels from the file "
+                "and give them with --labels, background first"
             )
         if name.lower() == "ignore" and not int(value):  # else the next class would count as the background
             raise UserError(
-                f"{file}: the value 0 is the background, and cannot be ignored; without labels in the file, --labels "
-                "can say what it is"
+                f"{file}: the value 0 is the background and cannot be ignored; change it, or remove labels from the "
+                "file and give them with --labels"
             )
         values[int(value)] = name
     ignored = [value for value, name in values.items() if name.lower() == "ignore"]

@@ -82,7 +82,7 @@ def _labels(content: Mapping[str, Any], file: Path, notes: list[str]) -> LabelMa
         )
     parts = {value for name in foreground for value in (regions[name] if name in regions else [labels[name]])}
     if parts - set(order) - {0}:
-        raise UserError(f"{file}: regions have the values {sorted(parts)}, regions_class_order {order} must have all")
+        raise UserError(f"{file}: regions_class_order must have all values of regions, {sorted(parts)}, got {order}")
     notes.append(
         "regions are trained as exclusive classes: "
         + ", ".join(f"value {value} is {name} alone" for name, value in zip(foreground, order))

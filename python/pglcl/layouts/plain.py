@@ -28,8 +28,8 @@ def not_read(*folders: Path) -> list[str]:
         others = [path.name for path in found if path.is_file() and not suffix_of(path) and path.name not in voxels]
         below = [path.name for path in found if path.is_dir() and not is_dicom_folder(path) and holds_images(path)]
         for names, why in (
-            (others, "their format is not known by its suffix"),
-            (below, "folders of images; images and labels must lie directly there"),
+            (others, "unknown suffix"),
+            (below, "folders of images; images and labels must not lie in folders below"),
         ):
             if names:
                 some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
