@@ -237,5 +237,5 @@ def test_inspect_notes_an_empty_label(tmp_path: Path) -> None:
 def test_labels_without_an_image(tmp_path: Path) -> None:
     root = plain(tmp_path)
     (root / "images" / "case00.nii.gz").unlink()
-    with pytest.raises(UserError, match=r"case00\.nii\.gz: a label without an image"):
+    with pytest.raises(UserError, match=r"case00\.nii\.gz: is a label without an image"):
         open_folder(root)

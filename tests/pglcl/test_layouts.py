@@ -61,7 +61,7 @@ def test_kits_whose_images_were_not_fetched(tmp_path: Path) -> None:
     """The labels come with the repository, the images by a program. A case must not be missing without a word."""
     root = kits(tmp_path, 3)
     (root / "case_00001" / "imaging.nii.gz").unlink()
-    with pytest.raises(UserError, match=r"case_00001/segmentation\.nii\.gz: a label without its image"):
+    with pytest.raises(UserError, match=r"case_00001/segmentation\.nii\.gz: is a label without its image"):
         open_folder(root)
     (root / "case_00001" / "segmentation.nii.gz").unlink()
     assert len(open_folder(root).cases) == 2

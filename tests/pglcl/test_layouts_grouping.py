@@ -46,10 +46,10 @@ REFUSED = {
     ("a_0000", "b_0001"): "channels of b must be numbered from 0000",
     ("a_0000", "b"): "b.nii.gz: has no channel number",
     ("a_0000", "b_2015"): "channels of b must be numbered from 0000",
-    ("a.nii", "a.nii.gz"): "a.nii.gz: has the name of there/a.nii",
-    ("a_0000.nii", "a_0000.nii.gz"): "has the name of",
+    ("a.nii", "a.nii.gz"): "a.nii.gz: has the same name as there/a.nii",
+    ("a_0000.nii", "a_0000.nii.gz"): "has the same name as",
     ("a.nii.gz", "a.nii.gz"): "is given twice",
-    ("a.png", "a.jpg"): "has the name of",
+    ("a.png", "a.jpg"): "has the same name as",
     ("._a.nii.gz",): "hidden file",
     (".partial-12-a.nii.gz",): "hidden file",
     (".nii.gz",): "hidden file",
@@ -90,7 +90,7 @@ def test_suffixes_are_compared_without_case(tmp_path: Path) -> None:
 def test_two_labels_of_one_name(tmp_path: Path) -> None:
     root = plain(tmp_path)
     (root / "labels" / "case00.nii").write_bytes(b"")
-    with pytest.raises(UserError, match=r"case00\.nii\.gz: has the name of .*case00\.nii;"):
+    with pytest.raises(UserError, match=r"case00\.nii\.gz: has the same name as .*case00\.nii;"):
         open_folder(root)
 
 
@@ -103,6 +103,6 @@ def test_inputs_of_predict(tmp_path: Path) -> None:
         group_inputs([image, root / "images"])
     with pytest.raises(UserError, match="this folder has no image"):
         group_inputs([root])
-    with pytest.raises(UserError, match="has the name of"):
+    with pytest.raises(UserError, match="has the same name as"):
         group_inputs([root / "images", root / "labels"])
     assert [case.name for case in group_inputs([image])] == ["case00"]

@@ -52,7 +52,7 @@ def batches(folder: Path) -> StepBatches:
     ids=str,
 )
 def test_more_memory_than_there_is(options: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"a step takes at least .*, cpu has .*: reduce --batch-size"):
+    with pytest.raises(UserError, match=r"a step takes at least .*, but cpu has .*: reduce --batch-size"):
         check_resources(TrainConfig(**options), torch.device("cpu"), 1)
 
 

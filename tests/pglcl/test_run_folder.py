@@ -215,7 +215,7 @@ def test_a_description_that_was_edited(tmp_path: Path) -> None:
     describe(root, channel_names={"0": "zscore"})
     assert "the run began with intensities percentile" in refused(root, run)
     describe(root, channel_names={"0": "MR0"}, labels={"background": 0, "ball": 1, "ignore": 2})
-    assert "the run began with the classes 0,1=ball,2=cube, the data have 0,1=ball,2=ignore" in refused(root, run)
+    assert "the run began with the classes 0,1=ball,2=cube, the data now have 0,1=ball,2=ignore" in refused(root, run)
     describe(root, channel_names={"0": "other MR"})
     resume(root, run)
 

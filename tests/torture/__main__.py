@@ -23,7 +23,7 @@ MARKS = ("<!-- torture -->", "<!-- end -->")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="of one process, and half as many of two ranks")
-    parser.add_argument("--flips", type=int, default=200, help="bits turned in each kind of file")
+    parser.add_argument("--flips", type=int, default=200, help="number of bits to flip in each kind of file")
     parser.add_argument("--inputs", type=int, default=-1, help="bad inputs, drawn; -1: all")
     parser.add_argument("--seed", type=int, default=0, help="of every draw")
     parser.add_argument("--only", default="", help="attacks whose name has this in it; the other rows of the page stay")
@@ -52,9 +52,9 @@ def run(kill_count: int, flip_count: int, input_count: int, seed: int, only: str
     attacks: dict[str, Callable[[Tally, Path, random.Random], None]] = {
         "kill -9 in a training, 1 process": lambda t, f, d: kills.kill_and_resume(t, f, kill_count, 1, d),
         "kill -9 in a training, 2 processes": lambda t, f, d: kills.kill_and_resume(t, f, (kill_count + 1) // 2, 2, d),
-        "a bit turned in a compressed image": lambda t, f, d: flips.flip_volumes(t, f, flip_count, d),
-        "a bit turned in a run's files, then resumed": lambda t, f, d: flips.flip_run_files(t, f, flip_count // 4, d),
-        "a bit turned in a model, then used": lambda t, f, d: flips.flip_models(t, f, flip_count // 4, d),
+        "a bit flipped in a compressed image": lambda t, f, d: flips.flip_volumes(t, f, flip_count, d),
+        "a bit flipped in a run's files, then resumed": lambda t, f, d: flips.flip_run_files(t, f, flip_count // 4, d),
+        "a bit flipped in a model, then used": lambda t, f, d: flips.flip_models(t, f, flip_count // 4, d),
         "bad volumes, folders, options and runs": lambda t, f, d: bad_inputs.attack_inputs(t, f, d, input_count),
     }
     tallies = []
