@@ -70,7 +70,7 @@ def test_torch_func_gives_the_gradient_of_autograd(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_compiled_autograd_of_an_eager_loss(name: str) -> None:
+def test_compiled_autograd_gives_the_gradient_of_an_eager_loss(name: str) -> None:
     function, x = FUNCTIONS[name]
     leaf = x.clone().requires_grad_()
     (want,) = torch.autograd.grad(function(leaf), leaf)
@@ -91,7 +91,7 @@ def contrast(z: Tensor, keys: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("function", [contrast, contrast_op])
-def test_transforms_of_the_op_and_of_what_is_compiled(function: Callable[..., Tensor], compiled: bool) -> None:
+def test_torch_func_works_on_the_op_and_on_compiled_functions(function: Callable[..., Tensor], compiled: bool) -> None:
     """Also nested transforms, each with respect to another argument."""
 
     def inner(keys: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def test_forward_mode_and_second_derivatives_are_refused_by_name(name: str) -> N
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_batch_of_no_problems(name: str) -> None:
+def test_vmap_over_an_empty_batch_gives_empty_results(name: str) -> None:
     function, x = FUNCTIONS[name]
     none = x.new_zeros(0, *x.shape)
     assert torch.vmap(function)(none).shape == (0,)
@@ -311,7 +311,7 @@ NOT_LEARNT: dict[str, Callable[..., Tensor]] = {
 
 
 @pytest.mark.parametrize("name", NOT_LEARNT)
-def test_what_a_teacher_made_in_inference_mode(name: str) -> None:
+def test_tensors_made_in_inference_mode_are_accepted(name: str) -> None:
     """PyTorch's autograd saves no tensor that was made there."""
     assert made_in_inference_mode(LABELS).is_inference()
     gradients = []

@@ -73,7 +73,7 @@ def test_compare_takes_turns() -> None:
     assert turns == "abababab"  # the warm-up, and one turn per repetition
 
 
-def test_compare_is_short_of_time() -> None:
+def test_compare_takes_fewer_samples_if_time_is_short() -> None:
     calls = allocate(1, seconds=0.05)["some"]
     assert len(runner.compare(calls, repetitions=9, seconds=0.3)["forward"]) in (2, 3)
 
@@ -117,7 +117,7 @@ def test_a_crash_is_not_taken_for_a_shortage() -> None:
     assert runner.in_child(signal.raise_signal, signal.SIGKILL) == "out of memory"
 
 
-def test_ratio_and_find() -> None:
+def test_ratio_is_that_of_the_medians() -> None:
     rows = [
         {"contender": c, "passes": "forward", "N": 8, "seconds": s} for c, s in (("a", [1.0, 3.0, 2.0]), ("b", [4.0]))
     ]
@@ -169,7 +169,7 @@ def test_products_are_those_of_the_loss(with_keys: bool, monkeypatch: pytest.Mon
         torch.testing.assert_close(made[0], anchors @ anchors.t() @ anchors)
 
 
-def test_authors_formulas_where_they_are_defined() -> None:
+def test_the_authors_formulas_match_where_they_are_defined() -> None:
     inputs = gaussian.problem(64, 32, "float32", "cpu")
     for temperature in (0.5, gaussian.TEMPERATURE):
         torch.testing.assert_close(
@@ -182,7 +182,7 @@ def test_authors_formulas_where_they_are_defined() -> None:
     assert torch.isfinite(gaussian_contrast_loss(*inputs, temperature=0.005))
 
 
-def test_slope() -> None:
+def test_slope_is_the_exponent_on_a_log_log_plot() -> None:
     assert scaling.slope([1.0, 2.0, 4.0], [3.0, 12.0, 48.0]) == pytest.approx(2.0)
     assert math.isnan(scaling.slope([1.0], [3.0]))
     assert math.isnan(scaling.slope([], []))
@@ -208,7 +208,7 @@ def test_every_run_has_a_place_of_its_own() -> None:
     assert next(segmentation.matrix("hippocampus/fully supervised/0")).options()["labelled"] == 110
 
 
-def test_paired_interval() -> None:
+def test_the_paired_interval_contains_the_mean_difference() -> None:
     rng = np.random.default_rng(0)
     patients = [f"p{i}" for i in range(12)]
     base = [{p: float(rng.normal(0.7, 0.1)) for p in patients} for _ in range(3)]

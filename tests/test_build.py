@@ -135,7 +135,7 @@ def test_a_broken_build_folder_is_begun_anew(project: Path) -> None:
     built(project)
 
 
-def test_what_is_missing_is_said_in_one_line(project: Path, tmp_path: Path) -> None:
+def test_a_missing_tool_gives_an_error_of_one_line(project: Path, tmp_path: Path) -> None:
     (project / "tiny.cpp").write_text("#error no")
     assert "could not compile the native module" in last_line(build(project))
     assert "CXX=no-such-compiler -x names no program" in last_line(build(project, CXX="no-such-compiler -x"))

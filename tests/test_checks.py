@@ -82,7 +82,9 @@ def test_a_refusal_is_raised_alone() -> None:
     assert refusal.value.__context__ is None
 
 
-def test_an_error_that_is_none_of_the_arguments_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_that_has_nothing_to_do_with_the_arguments_is_raised_unchanged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     error = MemoryError("no room")
 
     def refuse(*_: object) -> None:

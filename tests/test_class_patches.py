@@ -43,7 +43,7 @@ def test_crops_cover_the_image() -> None:
     assert torch.all(found.coverage == 1)
 
 
-def test_crops_in_three_dimensions() -> None:
+def test_crops_of_volumes_have_the_output_size() -> None:
     image, labels = torch.randn(2, 1, 6, 7, 8), torch.randint(0, 3, (2, 6, 7, 8))
     found = class_patches(image, labels, 3, 3, output_size=4)
     assert found.images.shape[1:] == (1, 4, 4, 4)
@@ -78,7 +78,7 @@ def test_coverage_counts_the_mask_not_intensities() -> None:
     assert torch.all(found.coverage == 1)
 
 
-def test_padding_and_resizing() -> None:
+def test_pad_adds_zeros_and_resize_interpolates() -> None:
     image = torch.ones(1, 1, 8, 8)
     padded = class_patches(image, torch.zeros(1, 8, 8).long(), 4, 1, output_size=[7, 6], mode="pad")
     assert padded.images.shape == (4, 1, 7, 6)
@@ -113,14 +113,14 @@ def test_padding_and_resizing() -> None:
         ("max_patches must be at least 1, got 0", {"max_patches": 0}),
     ],
 )
-def test_bad_crops(message: str, change: dict) -> None:
+def test_bad_arguments_are_refused_by_name(message: str, change: dict) -> None:
     call = {"images": torch.zeros(1, 1, 8, 8), "labels": torch.zeros(1, 8, 8).long(), "patch_size": 4, **change}
     with pytest.raises((ValueError, TypeError), match=message):
         class_patches(**{"num_classes": 2, **call})
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_coverage_of_long_crops_in_16_bits(dtype: torch.dtype) -> None:
+def test_coverage_of_long_crops_is_exact_in_16_bits(dtype: torch.dtype) -> None:
     labels = torch.zeros(1, 70_000, 2, dtype=torch.int64)
     labels[0, :17_500] = 1
     crops = class_patches(torch.ones(1, 1, 70_000, 2, dtype=dtype), labels, (70_000, 2), 2)
@@ -135,13 +135,13 @@ def test_sizes_of_numpy_count_as_ints() -> None:
 
 
 @pytest.mark.parametrize("mode", ["resize", "pad"])
-def test_images_without_channels(mode: str) -> None:
+def test_images_without_channels_give_empty_crops(mode: str) -> None:
     found = class_patches(torch.ones(2, 0, 8, 8), torch.zeros(2, 8, 8).long(), 4, 1, output_size=6, mode=mode)
     assert found.images.shape == (8, 0, 6, 6)
     assert torch.all(found.coverage == 1)
 
 
-def test_no_crop_stays_in_the_graph() -> None:
+def test_a_result_without_crops_stays_in_the_graph() -> None:
     images = torch.full((2, 1, 8, 8), torch.inf, requires_grad=True)
     found = class_patches(images, torch.full((2, 8, 8), -1), 4, 2, output_size=6)
     assert found.images.shape == (0, 1, 6, 6)

@@ -63,7 +63,7 @@ def test_threshold_state_survives_bit_for_bit(tmp_path) -> None:
     assert set(threshold.state_dict()) == {"value", "updates"}
 
 
-def test_bad_thresholds() -> None:
+def test_bad_options_are_refused_by_name() -> None:
     for options in ({"initial": 2.0}, {"target": 1.0}, {"gain": 0.0}, {"num_classes": 0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             CoverageThreshold(**{"num_classes": 2, **options})
@@ -88,14 +88,14 @@ def test_bad_thresholds() -> None:
         ),
     ],
 )
-def test_bad_updates(message: str, coverage, labels) -> None:
+def test_bad_updates_are_refused_and_change_nothing(message: str, coverage, labels) -> None:
     threshold = CoverageThreshold(2)
     with pytest.raises((ValueError, TypeError), match=message):
         threshold.update(coverage, labels)
     assert threshold.value.tolist() == [0.5, 0.5]
 
 
-def test_made_on_the_meta_device() -> None:
+def test_a_module_made_on_the_meta_device_can_be_reset() -> None:
     with torch.device("meta"):
         threshold = CoverageThreshold(3, initial=1.0)
     threshold.to_empty(device="cpu").reset_parameters()
@@ -114,7 +114,7 @@ def test_made_on_the_meta_device() -> None:
         {"num_classes": 3, "gain": 10**30},  # has more than 64 bits
     ],
 )
-def test_numbers_of_any_kind(options: dict) -> None:
+def test_numpy_numbers_and_fractions_count_as_numbers(options: dict) -> None:
     threshold = CoverageThreshold(**options)
     plain = CoverageThreshold(int(options["num_classes"]), gain=float(options.get("gain", 0.5)))
     batch = torch.rand(20), torch.randint(-1, 3, (20,))

@@ -128,7 +128,7 @@ def patch_contrast_sum(losses: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_is_the_loss_of_one_process_on_all_batches(world: int, tmp_path: Path) -> None:
+def test_the_mean_over_ranks_is_the_loss_of_one_process_on_all_batches(world: int, tmp_path: Path) -> None:
     mp.spawn(compare_with_one_process, (world, str(tmp_path)), nprocs=world)
 
 
@@ -271,7 +271,7 @@ def test_a_dead_rank_does_not_hang_the_others(gather: str, tmp_path: Path) -> No
     assert any(word in message.lower() for word in ("timed out", "timeout", "connection", "closed")), message
 
 
-def test_bad_options() -> None:
+def test_bad_options_are_refused_by_name() -> None:
     z, y = torch.randn(4, 3), torch.zeros(4).long()
     with pytest.raises(ValueError, match="gather must be one of all, ring, got 'some'"):
         patch_contrast_loss(z, y, gather="some")

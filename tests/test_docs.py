@@ -34,7 +34,7 @@ def run_page(name: str) -> dict[str, Any]:
     return names
 
 
-def test_training_loop() -> None:
+def test_the_code_of_training_loop_runs() -> None:
     names = run_page("training_loop.md")
     assert torch.isfinite(names["loss"])
     assert names["queue"].counts.min() > 0
@@ -46,7 +46,7 @@ def test_training_loop() -> None:
 @pytest.mark.skipif(
     importlib.util.find_spec("pytorch_metric_learning") is None, reason="pytorch-metric-learning is not installed"
 )
-def test_from_supcon() -> None:
+def test_the_code_of_from_supcon_runs() -> None:
     run_page("from_supcon.md")
 
 

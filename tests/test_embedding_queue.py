@@ -38,7 +38,7 @@ def as_set(rows) -> list[tuple[float, ...]]:
     batches=st.lists(st.lists(st.integers(-1, 3), max_size=14), max_size=6),
     length=st.integers(1, 6),
 )
-def test_holds_the_newest_of_each_class(batches: list[list[int]], length: int) -> None:
+def test_the_queue_holds_the_newest_keys_of_each_class(batches: list[list[int]], length: int) -> None:
     queue, expected = EmbeddingQueue(3, 2, length), ListQueue(3, length)
     for labels in batches:
         z, y = torch.randn(len(labels), 2), torch.tensor(labels, dtype=torch.int64)
@@ -101,7 +101,7 @@ def test_statistics_are_kept_in_32_bits_under_autocast(device: torch.device) -> 
             module.queue.statistics(dtype)
 
 
-def test_carries_no_gradient() -> None:
+def test_queued_keys_carry_no_gradient() -> None:
     queue = EmbeddingQueue(2, 3, 4)
     z = torch.randn(6, 3, requires_grad=True)
     queue.enqueue(z * 2, torch.zeros(6, dtype=torch.int64))
@@ -124,7 +124,7 @@ def test_state_survives_bit_for_bit_and_moves(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("assign", [False, True])
-def test_made_on_the_meta_device(assign: bool) -> None:
+def test_a_queue_made_on_the_meta_device_can_be_loaded_or_reset(assign: bool) -> None:
     """As large models are made. What is not saved must get a value, too."""
     full = EmbeddingQueue(2, 3, 4)
     full.enqueue(torch.randn(5, 3), torch.arange(5) % 2)
@@ -150,7 +150,7 @@ def test_nothing_waits_for_a_device() -> None:
     assert queue.keys().keys.shape == (15, 4)
 
 
-def test_keys_are_those_of_the_loss(device: torch.device) -> None:
+def test_queued_keys_give_the_loss_of_the_same_keys(device: torch.device) -> None:
     queue, loss = EmbeddingQueue(3, 4, 20).to(device), PatchContrastLoss()
     z, y = torch.randn(30, 4, device=device), torch.randint(0, 3, (30,), device=device)
     queue.enqueue(z, y)
@@ -183,12 +183,12 @@ ROWS = (torch.zeros(5, 4), torch.zeros(5).long())
         ),
     ],
 )
-def test_bad_input(message: str, error: type[Exception], arguments: tuple[Tensor, ...]) -> None:
+def test_bad_input_is_refused_by_name(message: str, error: type[Exception], arguments: tuple[Tensor, ...]) -> None:
     with pytest.raises(error, match=message):
         EmbeddingQueue(3, 4).enqueue(*arguments)
 
 
-def test_bad_options() -> None:
+def test_bad_options_and_descriptors_are_refused() -> None:
     with pytest.raises(ValueError, match=r"descriptors must have shape \(M, C\) = \(5, 2\), got \(5, 1\)"):
         EmbeddingQueue(3, 4, 5, descriptor_dim=2).enqueue(*ROWS, torch.zeros(5))
     with pytest.raises(ValueError, match="length must be at least 1, got 0"):
@@ -198,7 +198,7 @@ def test_bad_options() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e300])
-def test_keys_that_are_not_finite_are_left_out_with_a_word(bad: float) -> None:
+def test_keys_that_are_not_finite_are_left_out_with_a_warning(bad: float) -> None:
     queue, expected = (EmbeddingQueue(2, 3, 8, descriptor_dim=1) for _ in range(2))
     z, y = torch.randn(9, 3, dtype=torch.float64), torch.arange(9) % 2
     h = torch.rand(9, dtype=torch.float64)
@@ -219,7 +219,7 @@ def test_keys_that_are_not_finite_are_left_out_with_a_word(bad: float) -> None:
     assert queue.num_refused == 2
 
 
-def test_a_subclass_is_as_readable_as_a_tensor() -> None:
+def test_a_subclass_of_tensor_gives_the_warning_too() -> None:
     class Image(Tensor):
         pass
 
@@ -230,7 +230,7 @@ def test_a_subclass_is_as_readable_as_a_tensor() -> None:
     assert type(queue.storage) is Tensor
 
 
-def test_modules_with_a_group_are_copied_and_say_why_they_are_not_pickled() -> None:
+def test_modules_with_a_group_are_copied_and_not_pickled() -> None:
     class Group:
         def __reduce__(self) -> Any:
             raise TypeError("cannot pickle 'ProcessGroup' object")

@@ -91,11 +91,11 @@ def test_matches_reference(name: str, dtype: torch.dtype, pairwise: bool, device
 
 @pytest.mark.parametrize("n", [0, 1, 31, 32, 33, 65])
 @pytest.mark.parametrize("d", [1, 7, 16, 33, 300])
-def test_sizes_that_do_not_divide_tiles(n: int, d: int, device: torch.device) -> None:
+def test_sizes_that_do_not_divide_tiles_match_the_reference(n: int, d: int, device: torch.device) -> None:
     assert_matches_reference(gaussian_problem(n, d, classes=2), torch.float32, device)
 
 
-def test_every_instruction_set(isa: str) -> None:
+def test_every_instruction_set_matches_the_reference(isa: str) -> None:
     for dtype in DTYPES:
         assert_matches_reference(gaussian_problem(70, 20), dtype, "cpu")
 
@@ -114,7 +114,7 @@ def test_same_bits_for_any_number_of_threads(dtype: torch.dtype, set_threads: Ca
         assert torch.equal(grad, results[0][1])
 
 
-def test_exponents_that_overflow_a_plain_exponential(device: torch.device) -> None:
+def test_exponents_that_overflow_a_plain_exponential_give_a_finite_loss(device: torch.device) -> None:
     # psi = 4096, lambda = 4 and tau = 0.2 give exponents of 50 t' S t, far above 88, where float32 ends.
     anchors, labels, means, covariances, counts = gaussian_problem(40, 8)
     naive = torch.exp(4 / (2 * 0.2**2) * (anchors.float() * 6) @ covariances[0].float() @ (anchors.float() * 6).t())
@@ -158,7 +158,7 @@ def test_nothing_to_contrast_is_zero_and_stays_in_the_graph(reduction: str, devi
         assert torch.all(t.grad == 0)
 
 
-def test_opcheck(device: torch.device) -> None:
+def test_opcheck_accepts_both_ops(device: torch.device) -> None:
     problem = [t.to(device) for t in gaussian_problem(12, 5)]
     problem[0].requires_grad_()
     for reduction in REDUCTIONS:
@@ -168,7 +168,7 @@ def test_opcheck(device: torch.device) -> None:
     torch.library.opcheck(ops.gaussian_contrast_backward, (grad, *gradients, valid, 1))
 
 
-def test_gradcheck(device: torch.device) -> None:
+def test_gradients_pass_gradcheck(device: torch.device) -> None:
     anchors, *rest = (t.to(device) for t in gaussian_problem(6, 4, pairwise=True))
     torch.autograd.gradcheck(lambda t: gaussian_contrast_loss(t, *rest, temperature=0.7), anchors.requires_grad_())
 
@@ -181,7 +181,7 @@ def test_double_backward_is_refused(device: torch.device) -> None:
         grad.sum().backward()
 
 
-def test_compiles_whole(device: torch.device) -> None:
+def test_compiles_without_graph_breaks(device: torch.device) -> None:
     anchors, *rest = (t.to(device).float() if t.is_floating_point() else t.to(device) for t in gaussian_problem(30, 8))
 
     def step(t: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ BAD_CALLS = [
 
 
 @pytest.mark.parametrize(("message", "error", "change"), BAD_CALLS)
-def test_bad_input(message: str, error: type[Exception], change: dict) -> None:
+def test_bad_input_is_refused_by_name(message: str, error: type[Exception], change: dict) -> None:
     with pytest.raises(error, match=message):
         gaussian_contrast_loss(**{**GOOD, **change})
 
@@ -236,7 +236,7 @@ def test_labels_beyond_the_classes_are_refused_on_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("hard", [False, True])
-def test_module(hard: bool, device: torch.device) -> None:
+def test_the_module_contrasts_with_its_queue(hard: bool, device: torch.device) -> None:
     module = GaussianContrastLoss(3, 8, queue_length=64, hard_negatives=hard).to(device)
     z, y = torch.randn(40, 8, device=device, requires_grad=True), torch.randint(0, 3, (40,), device=device)
     assert module(z, y) == 0  # nothing is queued yet
@@ -269,7 +269,7 @@ def test_module_state_survives_bit_for_bit(tmp_path) -> None:
 
 @pytest.mark.parametrize("pairwise", [False, True])
 @pytest.mark.parametrize("norm", [1e15, 1e18, 1e25])
-def test_exponents_beyond_float32(norm: float, pairwise: bool, isa: str) -> None:
+def test_exponents_beyond_float32_give_the_right_loss_or_infinity(norm: float, pairwise: bool, isa: str) -> None:
     """Loss and gradient are right, or infinite where float32 cannot hold them."""
     anchors, labels, means, covariances, counts = gaussian_problem(40, 6, pairwise=pairwise)
     anchors[::4] /= norm  # with moderate exponents
@@ -301,7 +301,7 @@ def test_an_anchor_that_takes_no_part_may_hold_anything(device: torch.device) ->
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_keys_may_be_queued_before_the_backward_pass(reduction: str, device: torch.device) -> None:
+def test_keys_queued_before_the_backward_pass_do_not_change_gradients(reduction: str, device: torch.device) -> None:
     z, y = torch.randn(9, 5, device=device), torch.arange(9, device=device) % 3
     gradients = []
     for between in (False, True):
@@ -337,7 +337,7 @@ def test_an_upstream_gradient_that_is_not_finite_spoils_no_anchor_that_is_left_o
     torch.testing.assert_close(*gradients)
 
 
-def test_module_names_what_the_user_gave() -> None:
+def test_the_module_names_its_own_arguments_in_errors() -> None:
     y = torch.zeros(6).long()
     for hard_negatives in (False, True):
         module = GaussianContrastLoss(3, 4, queue_length=8, hard_negatives=hard_negatives)

@@ -70,7 +70,7 @@ def test_truncated_normal_stays_inside(a: float, b: float) -> None:
     assert torch.all(x.diff() * (1 if a + b <= 0 else -1) >= -1e-9)
 
 
-def test_a_slab_that_holds_nothing_is_said_to() -> None:
+def test_an_empty_slab_is_reported() -> None:
     mean, factor = random_law(3)
     v, one = torch.ones(3, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
     for direction, lower, upper in ((v, one, -one), (v, one, one), (v * 0, -one, one)):
@@ -91,7 +91,7 @@ def clusters(d: int = 6, count: int = 60) -> list[Tensor]:
     return [torch.randn(count, d, generator=g) * 0.4 + torch.eye(d)[k] * 2 for k in range(3)]
 
 
-def test_lie_between_the_classes() -> None:
+def test_hard_negatives_lie_between_the_classes() -> None:
     queue = queue_of(clusters())
     g = torch.Generator().manual_seed(0)
     anchors = F.normalize(torch.cat([c[:20] for c in clusters()]) + 0.05, dim=1)
@@ -109,7 +109,7 @@ def test_lie_between_the_classes() -> None:
                 assert torch.linalg.eigvalsh(covariances[i, j]).min() > -1e-6
 
 
-def test_the_same_for_the_same_generator() -> None:
+def test_the_same_seed_gives_the_same_statistics() -> None:
     queue, anchors, labels = queue_of(clusters()), F.normalize(clusters()[0], dim=1), torch.zeros(60).long()
     results = []
     for seed in (5, 5, 6):
@@ -164,7 +164,7 @@ def test_no_anchor_and_an_anchor_on_a_key_fall_back() -> None:
     assert torch.isfinite(means).all()
 
 
-def test_bad_input() -> None:
+def test_bad_input_is_refused_by_name() -> None:
     queue = queue_of(clusters())
     with pytest.raises(ValueError, match="anchors must have shape"):
         hard_negative_statistics(torch.zeros(4, 5), torch.zeros(4).long(), queue)

@@ -26,7 +26,7 @@ def run_python(code: str, folder: Path = ROOT, **environment: str) -> subprocess
     )
 
 
-def test_build_info() -> None:
+def test_build_info_describes_build_and_machine() -> None:
     info = build_info()
     assert info["torch_running"] == torch.__version__
     assert info["torch_built"]
@@ -109,7 +109,7 @@ def import_from(folder: Path, *path: Path) -> str:
     return result.stderr.strip().splitlines()[-1]
 
 
-def test_sources_without_a_module_say_what_to_do(tmp_path: Path) -> None:
+def test_an_import_of_sources_without_a_compiled_module_says_what_to_do(tmp_path: Path) -> None:
     here, installed = copy_of_the_sources(tmp_path / "checkout"), copy_of_the_sources(tmp_path / "installed")
     (installed / "_build_config.py").touch()
     message = import_from(here.parent, installed.parent)
@@ -148,7 +148,7 @@ def test_every_package_of_the_sources_is_installed() -> None:
     assert set(listed) == found
 
 
-def test_public_names() -> None:
+def test_every_public_name_has_a_docstring_and_every_function_a_twin() -> None:
     for name in pglcl_ext.__all__:
         assert getattr(pglcl_ext, name).__doc__, f"{name} has no docstring"
     twins = set(pglcl_ext.reference.__all__)

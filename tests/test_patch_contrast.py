@@ -42,13 +42,13 @@ def test_matches_reference(name: str, dtype: torch.dtype, m: int | None, device:
 
 @pytest.mark.parametrize("n", [1, 2, 31, 33, 127, 128, 129, 257])
 @pytest.mark.parametrize("m", [None, 1, 128, 200])
-def test_sizes_that_do_not_divide_tiles(n: int, m: int | None, device: torch.device) -> None:
+def test_sizes_that_do_not_divide_tiles_match_the_reference(n: int, m: int | None, device: torch.device) -> None:
     for d in (1, 7, 64):
         problem = ContrastProblem.random(n, d, m=m, classes=2, max_positive_disparity=0.6)
         assert_matches_reference(problem, torch.float32, device)
 
 
-def test_every_instruction_set(isa: str) -> None:
+def test_every_instruction_set_matches_the_reference(isa: str) -> None:
     for dtype in DTYPES:
         for m in (None, 150):
             assert_matches_reference(ContrastProblem.random(280, 40, m=m, max_positive_disparity=0.5), dtype, "cpu")
@@ -56,7 +56,7 @@ def test_every_instruction_set(isa: str) -> None:
 
 
 @given(data=st.data())
-def test_random_problems(data: st.DataObject) -> None:
+def test_random_problems_agree_with_plain_pytorch(data: st.DataObject) -> None:
     n = data.draw(st.integers(1, 200), "n")
     m = data.draw(st.none() | st.integers(1, 200), "m")
     channels = data.draw(st.sampled_from([None, 1, 2, 5]), "channels")
@@ -88,7 +88,7 @@ def test_random_problems(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("m", [None, 90], ids=["self", "keys"])
-def test_explicit_masks(m: int | None, device: torch.device) -> None:
+def test_explicit_masks_match_the_reference(m: int | None, device: torch.device) -> None:
     problem = ContrastProblem.random(140, 16, m=m)
     shape = (140, m or 140)
     problem.options = {"positive_mask": torch.rand(shape) < 0.1, "negative_mask": torch.rand(shape) < 0.5}
@@ -157,7 +157,7 @@ def errors_beside_pytorch(problem: ContrastProblem) -> list[tuple[float, float]]
 
 @pytest.mark.parametrize("temperature", [0.2, 0.002])
 @pytest.mark.parametrize("name", ["equal", "one above the others", "unit rows"])
-def test_sums_over_a_million_keys(name: str, temperature: float, isa: str) -> None:
+def test_sums_over_a_million_keys_keep_their_digits(name: str, temperature: float, isa: str) -> None:
     """Terms of one size are rounded to one side. In float32 the losses were off by 4e-5, and gradients of keys too."""
     m = 1_000_000
     keys = {"equal": torch.full((m, 2), 0.3), "one above the others": torch.full((m, 2), 0.1)}.get(name)
@@ -175,7 +175,7 @@ def test_sums_over_a_million_keys(name: str, temperature: float, isa: str) -> No
 
 @pytest.mark.parametrize("m", [None, 70], ids=["self", "keys"])
 @pytest.mark.parametrize("d", [256, 700, 5000])
-def test_products_of_long_rows(d: int, m: int | None, isa: str) -> None:
+def test_products_of_long_rows_keep_their_digits(d: int, m: int | None, isa: str) -> None:
     """Of numbers above 0, as after a ReLU, a sum of thousands loses digits if it is one."""
     g = torch.Generator().manual_seed(0)
     options = {"temperature": 1e-3, "reduction": "none"}

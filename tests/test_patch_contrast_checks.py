@@ -74,7 +74,7 @@ BAD_CALLS = [
 
 
 @pytest.mark.parametrize(("message", "error", "change"), BAD_CALLS)
-def test_bad_input(message: str, error: type[Exception], change: dict) -> None:
+def test_bad_input_is_refused_by_name(message: str, error: type[Exception], change: dict) -> None:
     call = {"anchors": torch.randn(10, 4), "labels": torch.zeros(10, dtype=torch.long), **change}
     with pytest.raises(error, match=message):
         patch_contrast_loss(**call)

@@ -23,7 +23,7 @@ def test_module_counts_anchors(device: torch.device) -> None:
     assert module.num_valid.item() == 0
 
 
-def test_module_normalises(device: torch.device) -> None:
+def test_the_module_normalises_embeddings(device: torch.device) -> None:
     z, y = torch.randn(40, 8, device=device) * 50, torch.randint(0, 3, (40,), device=device)
     expected = patch_contrast_loss(F.normalize(z, dim=1), y, temperature=0.1)
     torch.testing.assert_close(PatchContrastLoss()(z, y), expected)
@@ -73,7 +73,7 @@ def test_a_row_of_zeros_stays_as_it_is(dtype: torch.dtype, device: torch.device)
     assert 0 < float(got[0].abs().max()) <= 2 * float(of_unit.abs().max())
 
 
-def test_module_takes_rows_without_entries(device: torch.device) -> None:
+def test_the_module_accepts_embeddings_of_size_0(device: torch.device) -> None:
     z = torch.zeros(4, 0, device=device, requires_grad=True)
     loss = PatchContrastLoss()(z, torch.tensor([0, 0, 1, 1], device=device))
     torch.testing.assert_close(loss, torch.full((), math.log(3), device=device))

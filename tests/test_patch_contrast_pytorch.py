@@ -25,7 +25,7 @@ def op_arguments(device: torch.device, dtype: torch.dtype, *, keys: bool, reduct
 
 @pytest.mark.parametrize("keys", [False, True])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_opcheck(keys: bool, reduction: str, device: torch.device) -> None:
+def test_opcheck_accepts_both_ops(keys: bool, reduction: str, device: torch.device) -> None:
     arguments = op_arguments(device, torch.float32, keys=keys, reduction=reduction)
     torch.library.opcheck(ops.patch_contrast.default, arguments)
     with torch.no_grad():
@@ -35,7 +35,7 @@ def test_opcheck(keys: bool, reduction: str, device: torch.device) -> None:
     torch.library.opcheck(ops.patch_contrast_backward.default, backward)
 
 
-def test_gradcheck(device: torch.device) -> None:
+def test_gradients_pass_gradcheck(device: torch.device) -> None:
     for options in ({}, {"max_positive_disparity": 0.5}, {"num_positives": 2}, {"reduction": "none"}):
         for m in (None, 9):
             p = ContrastProblem.random(12, 4, m=m, classes=2, **options).cast(torch.float64, device)
@@ -54,7 +54,7 @@ def test_double_backward_is_refused(device: torch.device) -> None:
         grad.sum().backward()
 
 
-def test_compiles_whole(device: torch.device) -> None:
+def test_compiles_without_graph_breaks(device: torch.device) -> None:
     p = ContrastProblem.random(60, 8, m=50).cast(torch.float32, device)
     q = ContrastProblem.random(60, 8, num_positives=3).cast(torch.float32, device)
     for problem in (p, q):
@@ -70,7 +70,7 @@ def test_compiles_whole(device: torch.device) -> None:
     )
 
 
-def test_autocast(device: torch.device) -> None:
+def test_autocast_gives_the_loss_in_float32(device: torch.device) -> None:
     linear = torch.nn.Linear(8, 8).to(device)
     x, y = torch.randn(50, 8, device=device), torch.randint(0, 3, (50,), device=device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -84,7 +84,7 @@ def test_autocast(device: torch.device) -> None:
     assert torch.isfinite(linear.weight.grad).all()
 
 
-def test_slices_expansions_and_transposes(device: torch.device) -> None:
+def test_slices_expansions_and_transposes_change_no_result(device: torch.device) -> None:
     wide = torch.randn(70, 40, device=device, dtype=torch.float64)
     y, d = torch.randint(0, 3, (140,), device=device)[::2], torch.rand(70, 3, device=device)[:, 1]
     for z in (wide[:, 5:25], wide[:, ::2], torch.randn(9, 70, device=device).double().t(), wide[:1].expand(70, 40)):
@@ -94,7 +94,7 @@ def test_slices_expansions_and_transposes(device: torch.device) -> None:
         assert torch.equal(a, b)
 
 
-def test_keys_without_gradient(device: torch.device) -> None:
+def test_keys_that_need_no_gradient_get_none(device: torch.device) -> None:
     p = ContrastProblem.random(60, 8, m=50).cast(torch.float32, device)
     p.keys = p.keys.detach()
     p.loss().backward()

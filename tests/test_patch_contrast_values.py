@@ -66,7 +66,7 @@ def assert_large_logits_match(problem: ContrastProblem, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m", [None, 130], ids=["self", "keys"])
-def test_large_logits(dtype: torch.dtype, m: int | None, isa: str) -> None:
+def test_large_logits_agree_with_plain_pytorch_in_float64(dtype: torch.dtype, m: int | None, isa: str) -> None:
     for scale in (1.0, 2.0**5, 2.0**13) + (() if dtype == torch.float16 else (2.0**57,)):  # norms up to 3e4, 6e17
         for temperature in (2.0**-4, 1.0, 16.0):
             for weight in (0.0, 2.0**-10, 1.0, 1e7):
@@ -77,7 +77,9 @@ def test_large_logits(dtype: torch.dtype, m: int | None, isa: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("m", [None, 50], ids=["self", "keys"])
 @pytest.mark.parametrize(("norm", "temperature"), [(1e18, 1e-4), (1e19, 1.0), (1e37, 0.1)])
-def test_logits_beyond_float32(norm: float, temperature: float, m: int | None, dtype: torch.dtype, isa: str) -> None:
+def test_logits_beyond_float32_give_the_right_loss_or_infinity(
+    norm: float, temperature: float, m: int | None, dtype: torch.dtype, isa: str
+) -> None:
     """The loss is right, or infinite where its dtype cannot hold it. Every fifth anchor is short, with small logits."""
     for channels, options in ((1, {}), (3, {"num_positives": 3, "num_negatives": 4}), (1, {"negative_weight": 30.0})):
         p = ContrastProblem.random(60, 8, m=m, channels=channels, temperature=temperature, reduction="none", **options)
@@ -112,7 +114,7 @@ def test_a_certain_anchor_has_no_gradient(dtype: torch.dtype, device: torch.devi
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_a_large_upstream_gradient(dtype: torch.dtype, isa: str) -> None:
+def test_a_large_upstream_gradient_gives_the_gradient_of_plain_pytorch(dtype: torch.dtype, isa: str) -> None:
     # All logits are the smallest of unit vectors: e^(logit - largest possible logit) is near the end of float32.
     z = torch.tensor([[1.0, 0], [-1, 0], [-1, 0]])
     for labels in ([0, 0, 0], [0, 0, 1], [0, 1, 1]):
@@ -134,7 +136,7 @@ def test_a_large_upstream_gradient(dtype: torch.dtype, isa: str) -> None:
 @pytest.mark.parametrize("m", [None, 30], ids=["self", "keys"])
 @pytest.mark.parametrize("temperature", [0.01, 1.0])
 @pytest.mark.parametrize("weight", [1.0, 1e-30, 1e19, 1e30])
-def test_an_upstream_gradient_near_the_largest_number(
+def test_an_upstream_gradient_near_the_largest_number_gives_right_or_infinite_gradients(
     dtype: torch.dtype, upstream: float, m: int | None, temperature: float, weight: float
 ) -> None:
     """Gradients are right, or infinite where their dtype cannot hold them."""
@@ -154,7 +156,7 @@ def test_an_upstream_gradient_near_the_largest_number(
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("m", [None, 140], ids=["self", "keys"])
-def test_what_is_not_a_number_spreads_to_what_depends_on_it(bad: float, m: int | None, device: torch.device) -> None:
+def test_nan_spreads_to_the_losses_that_depend_on_it(bad: float, m: int | None, device: torch.device) -> None:
     p = ContrastProblem.random(140, 8, m=m, classes=2, ignored=False, reduction="none").cast(torch.float32, device)
     with torch.no_grad():
         p.anchors[3] = bad
@@ -173,7 +175,7 @@ def test_what_is_not_a_number_spreads_to_what_depends_on_it(bad: float, m: int |
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_row_that_is_not_a_number_spoils_no_other(isa: str, masked: bool) -> None:
+def test_a_row_of_nan_changes_no_other_row(isa: str, masked: bool) -> None:
     # Key 0 is a positive of the anchors of its class that are near it, and a negative of the others that are far.
     g = torch.Generator().manual_seed(0)
     z, k = torch.randn(150, 6, generator=g), torch.randn(140, 6, generator=g)

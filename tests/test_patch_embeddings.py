@@ -63,7 +63,7 @@ def test_matches_the_sum_patch_by_patch(shape, patch: list[int], step: list[int]
     torch.testing.assert_close(got, want)
 
 
-def test_entropy_of_another_prediction(device: torch.device) -> None:
+def test_entropy_is_that_of_the_prediction_if_one_is_given(device: torch.device) -> None:
     labels = torch.randint(0, 3, (2, 8, 8), device=device)
     one_hot = torch.nn.functional.one_hot(labels, 3).movedim(-1, 1).float()
     prediction = torch.randn(2, 3, 8, 8, device=device).softmax(1)
@@ -136,7 +136,7 @@ def test_selected_rows_alone_are_pooled(shape, patch: list[int], step: list[int]
     assert none.embeddings.shape == (0, shape[1])
 
 
-def test_one_pass_over_the_features() -> None:
+def test_no_copy_of_the_features_is_made_for_each_class() -> None:
     """There are no copies of the feature map for each class, with which memory would grow."""
     shape = (4, 64, 64, 64)
     features = torch.randn(shape, requires_grad=True)
@@ -194,7 +194,7 @@ def test_one_patch_and_no_patch_reach_the_loss(count: int) -> None:
     assert len(class_patches(features.detach(), weights, 4, 2).labels) == count
 
 
-def test_compiles_whole() -> None:
+def test_compiles_without_graph_breaks() -> None:
     features, weights = torch.randn(2, 4, 16, 16), torch.randn(2, 3, 16, 16).softmax(1)
     for select in (None, lambda rows: rows.limited(2, rows.entropy)):
 
@@ -234,7 +234,7 @@ def test_coverage_is_that_of_the_statistics() -> None:
         ("select must be a function of PatchRows, or None, got int", {"select": 3}),
     ],
 )
-def test_bad_input(message: str, change: dict) -> None:
+def test_bad_input_is_refused_by_name(message: str, change: dict) -> None:
     call = {"features": torch.zeros(2, 4, 8, 8), "weights": torch.ones(2, 3, 8, 8), "patch_size": 4, **change}
     with pytest.raises((ValueError, TypeError), match=message):
         patch_embeddings(**call)
@@ -242,7 +242,7 @@ def test_bad_input(message: str, change: dict) -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("select", [None, lambda rows: rows])
-def test_sums_over_large_patches_have_room(autocast: bool, select, device: torch.device) -> None:
+def test_sums_over_large_patches_do_not_overflow_16_bits(autocast: bool, select, device: torch.device) -> None:
     features = torch.full((1, 3, 64, 64, 64), 300.0, device=device)
     weights = torch.full((1, 2, 64, 64, 64), 0.5, device=device)
     if not autocast:
@@ -263,7 +263,7 @@ def test_pools_in_32_bits_under_autocast(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("select", [None, lambda rows: rows])
-def test_a_class_of_hardly_any_weight(select, device: torch.device) -> None:
+def test_embeddings_of_a_class_of_hardly_any_weight_are_exact(select, device: torch.device) -> None:
     features = torch.rand(1, 3, 4, 4, device=device)
     hardly = torch.rand(1, 1, 4, 4, device=device) * 1e-41
     weights, prediction = torch.cat([1 - hardly, hardly], dim=1), torch.rand(1, 2, 4, 4, device=device) / 2
@@ -315,7 +315,7 @@ def test_a_priority_that_is_not_a_number_is_the_lowest(device: torch.device) -> 
          lambda rows: rows._replace(index=rows.index + torch.tensor([1, 0, 0]))),
     ],
 )  # fmt: skip
-def test_what_select_returns_is_checked(error: type[Exception], message: str, select) -> None:
+def test_the_result_of_select_is_checked(error: type[Exception], message: str, select) -> None:
     with pytest.raises(error, match=message):
         patch_embeddings(torch.zeros(2, 4, 8, 8), torch.ones(2, 3, 8, 8), 4, select=select)
 
@@ -323,12 +323,12 @@ def test_what_select_returns_is_checked(error: type[Exception], message: str, se
 @pytest.mark.parametrize("batch", [0, 1])
 @pytest.mark.parametrize("channels", [0, 3])
 @pytest.mark.parametrize("select", [None, lambda rows: rows])
-def test_nothing_to_pool(batch: int, channels: int, select) -> None:
+def test_empty_features_give_empty_embeddings(batch: int, channels: int, select) -> None:
     pooled = patch_embeddings(torch.zeros(batch, channels, 8, 8), torch.ones(batch, 2, 8, 8), 4, select=select)
     assert pooled.embeddings.shape == (batch * 8, channels)
 
 
-def test_labels_may_be_given_to_rows_without_their_class(device: torch.device) -> None:
+def test_rows_without_their_class_get_an_embedding_of_0(device: torch.device) -> None:
     features = torch.randn(1, 3, 8, 8, device=device, requires_grad=True)
     weights = torch.zeros(1, 2, 8, 8, device=device)
     weights[:, 0] = 1
@@ -338,7 +338,7 @@ def test_labels_may_be_given_to_rows_without_their_class(device: torch.device) -
     assert torch.autograd.grad(pooled.embeddings.sum(), features)[0].isfinite().all()
 
 
-def test_classes_of_rows_that_were_chosen(device: torch.device) -> None:
+def test_the_threshold_finds_the_classes_of_rows_before_and_after_compact(device: torch.device) -> None:
     weights = torch.rand(2, 3, 8, 8, device=device)
     batch = patch_embeddings(torch.randn(2, 4, 8, 8, device=device), weights, 4, coverage=0.5)
     threshold = CoverageThreshold(3).to(device)
@@ -352,7 +352,7 @@ def test_classes_of_rows_that_were_chosen(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("coverage", [Fraction(1, 4), np.float32(0.25), 2**70, -(2**70), math.inf])
-def test_a_coverage_of_any_kind_of_number(coverage) -> None:
+def test_numpy_numbers_count_as_numbers(coverage) -> None:
     features, weights = torch.randn(1, 2, 8, 8), torch.rand(1, 3, 8, 8).softmax(1)
     want = patch_embeddings(features, weights, 2, coverage=float(coverage))
     got = patch_embeddings(features, weights, np.uint8(2), coverage=coverage, ignore_index=np.int8(-1))

@@ -58,14 +58,14 @@ def test_matches_reference(shape, patch, stride, probabilities: bool, dtype, dev
         assert_matches_reference(x, dtype, device, patch, stride, probabilities=probabilities, normalize=normalize)
 
 
-def test_every_instruction_set(isa: str) -> None:
+def test_every_instruction_set_matches_the_reference(isa: str) -> None:
     for shape, patch, stride in GRIDS:
         for dtype in DTYPES:
             assert_matches_reference(torch.randn(shape, dtype=torch.float64), dtype, "cpu", patch, stride)
 
 
 @given(data=st.data())
-def test_random_grids(data: st.DataObject) -> None:
+def test_random_grids_agree_with_plain_pytorch(data: st.DataObject) -> None:
     dims = data.draw(st.integers(2, 3))
     image = [data.draw(st.integers(1, 20)) for _ in range(dims)]
     patch = [data.draw(st.integers(1, s)) for s in image]
@@ -78,7 +78,7 @@ def test_random_grids(data: st.DataObject) -> None:
     assert_matches_reference(x, dtype, "cpu", patch, stride, probabilities=probabilities)
 
 
-def test_bounds_and_invariances(device: torch.device) -> None:
+def test_statistics_stay_in_their_bounds_and_ignore_a_shift(device: torch.device) -> None:
     x = torch.randn(2, 4, 24, 24, device=device) * 3
     s = patch_statistics(x, 8)
     assert (s.entropy >= 0).all()
@@ -96,7 +96,7 @@ def test_bounds_and_invariances(device: torch.device) -> None:
     torch.testing.assert_close((s.class_entropy * s.confidence).sum(1), s.entropy)
 
 
-def test_extreme_logits(device: torch.device) -> None:
+def test_extreme_logits_give_finite_statistics_and_gradients(device: torch.device) -> None:
     x = (torch.randint(0, 2, (1, 3, 16, 16), device=device) * 2e4 - 1e4).requires_grad_()
     s = patch_statistics(x, 4)
     for t in s:
@@ -106,7 +106,7 @@ def test_extreme_logits(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("gap", [60.0, 80.0, 87.0, 90.0, 100.0, 104.0, 1e4])
-def test_a_class_of_hardly_any_probability(gap: float, isa: str) -> None:
+def test_statistics_of_an_unlikely_class_are_exact(gap: float, isa: str) -> None:
     x = torch.randn(1, 2, 8, 8)
     x[:, 1] -= gap
     ours, exact = x.clone().requires_grad_(), x.double().requires_grad_()
@@ -119,7 +119,7 @@ def test_a_class_of_hardly_any_probability(gap: float, isa: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_class_entropy_of_confident_logits_in_low_precision(dtype: torch.dtype) -> None:
+def test_class_entropy_of_confident_logits_is_exact_in_low_precision(dtype: torch.dtype) -> None:
     x = torch.randn(1, 3, 16, 16)
     x[:, 0] += 9
     x = x.to(dtype)
@@ -132,7 +132,7 @@ def test_class_entropy_of_confident_logits_in_low_precision(dtype: torch.dtype) 
     torch.testing.assert_close(a.double(), b, rtol=2 * torch.finfo(dtype).eps, atol=float(1e-3 * b.abs().max()))
 
 
-def test_probabilities_below_the_smallest_normal_number(device: torch.device) -> None:
+def test_gradients_of_probabilities_below_the_normal_range_are_exact(device: torch.device) -> None:
     tiny = torch.tensor([1e-37, 1.5e-38, 1e-39, 1e-42, 1.4e-45], device=device)
     p = torch.stack([torch.ones_like(tiny), tiny]).reshape(1, 2, 1, 5)
     ours, exact = p.clone().requires_grad_(), p.double().requires_grad_()
@@ -141,7 +141,7 @@ def test_probabilities_below_the_smallest_normal_number(device: torch.device) ->
     torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=1e-6)  # -(log p + 1): 95.7 at 1e-42
 
 
-def test_absent_class_and_certain_probabilities(device: torch.device) -> None:
+def test_an_absent_class_and_a_certain_one_have_entropy_0(device: torch.device) -> None:
     p = torch.zeros(1, 3, 8, 8, device=device)
     p[:, 0] = 1
     p.requires_grad_()
@@ -152,7 +152,7 @@ def test_absent_class_and_certain_probabilities(device: torch.device) -> None:
     assert torch.isfinite(grad).all()
 
 
-def test_what_is_not_a_number_stays_in_its_patch(device: torch.device) -> None:
+def test_nan_stays_in_its_patch(device: torch.device) -> None:
     for bad in (math.nan, math.inf):
         x = torch.randn(1, 3, 16, 16, device=device)
         x[0, 1, 2, 3] = bad
@@ -173,7 +173,7 @@ def test_a_stride_beyond_the_image_leaves_one_patch(stride: int, device: torch.d
         assert torch.equal(a, b)
 
 
-def test_empty_batch(device: torch.device) -> None:
+def test_an_empty_batch_gives_empty_statistics(device: torch.device) -> None:
     x = torch.zeros(0, 3, 16, 16, device=device, requires_grad=True)
     s = patch_statistics(x, 8)
     assert s.entropy.shape == (0, 2, 2)
@@ -181,7 +181,7 @@ def test_empty_batch(device: torch.device) -> None:
     torch.autograd.grad([t.sum() for t in s], x)
 
 
-def test_slices_and_transposes(device: torch.device) -> None:
+def test_slices_and_transposes_change_no_statistics(device: torch.device) -> None:
     wide = torch.randn(4, 6, 40, 40, device=device)
     for x in (wide[1:3, ::2, 3:30, 5:33], wide.transpose(2, 3), wide[:, :1].expand(4, 3, 40, 40)):
         for a, b in zip(patch_statistics(x, 9), patch_statistics(x.contiguous(), 9)):
@@ -199,7 +199,7 @@ def test_same_bits_for_any_number_of_threads(set_threads: Callable[[int], None])
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
-def test_citizenship(device: torch.device) -> None:
+def test_opcheck_derivatives_and_compilation_pass(device: torch.device) -> None:
     x = torch.randn(2, 3, 9, 8, device=device, dtype=torch.float64, requires_grad=True)
     arguments = (x, [4, 3], [2, 3], False, True)
     torch.library.opcheck(ops.patch_statistics.default, arguments)
@@ -220,7 +220,7 @@ def test_citizenship(device: torch.device) -> None:
         grad.sum().backward()
 
 
-def test_autocast(device: torch.device) -> None:
+def test_autocast_keeps_the_dtype_of_the_input(device: torch.device) -> None:
     conv = torch.nn.Conv2d(1, 3, 3).to(device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         s = patch_statistics(conv(torch.randn(1, 1, 18, 18, device=device)), 8)
@@ -250,12 +250,12 @@ BAD_CALLS = [
 
 
 @pytest.mark.parametrize(("message", "error", "arguments"), BAD_CALLS)
-def test_bad_input(message: str, error: type[Exception], arguments: tuple) -> None:
+def test_bad_input_is_refused_by_name(message: str, error: type[Exception], arguments: tuple) -> None:
     with pytest.raises(error, match=message):
         patch_statistics(*arguments)
 
 
-def test_bad_flags() -> None:
+def test_flags_that_are_not_bool_are_refused() -> None:
     for name in ("probabilities", "normalize"):
         for bad in ("no", None, 1, torch.tensor(True)):
             with pytest.raises(TypeError, match=f"{name} must be True or False, got {type(bad).__name__}"):
@@ -276,7 +276,7 @@ def test_gradients_keep_their_digits_at_large_logits(device: torch.device) -> No
 
 
 @pytest.mark.parametrize(("gap", "stride"), [(70, 4), (80, 4), (80, 1), (82, 4)])
-def test_the_gradient_of_an_unlikely_class_beside_two_likely_ones(gap: float, stride: int, isa: str) -> None:
+def test_the_gradient_of_an_unlikely_class_beside_two_likely_ones_is_exact(gap: float, stride: int, isa: str) -> None:
     """The third class has the class entropy of the pixels where it is least unlikely, so its gradient is not small."""
     x = torch.randn(1, 3, 8, 8)
     x[:, 2] -= gap
@@ -291,7 +291,7 @@ def test_the_gradient_of_an_unlikely_class_beside_two_likely_ones(gap: float, st
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("classes", [2, 3, 7, 11])
-def test_logits_of_minus_infinity(classes: int, dtype: torch.dtype, isa: str) -> None:
+def test_logits_of_minus_infinity_count_as_probability_0(classes: int, dtype: torch.dtype, isa: str) -> None:
     """A masked class, -inf, has probability 0. So has a logit that is smaller by more than the largest number."""
     largest = torch.finfo(dtype).max
     x = torch.randn(1, classes, 6, 37, dtype=torch.float64)
@@ -310,7 +310,7 @@ def test_logits_of_minus_infinity(classes: int, dtype: torch.dtype, isa: str) ->
 
 
 @pytest.mark.parametrize("classes", [2, 3, 7, 11])
-def test_float64_logits_beyond_float32(classes: int, isa: str) -> None:
+def test_float64_logits_beyond_float32_agree_with_plain_pytorch(classes: int, isa: str) -> None:
     """Logits up to the largest float64, whose distance is infinite; no class, one class or all of them are likely."""
     x = torch.randn(1, classes, 6, 37, dtype=torch.float64)
     x[0, :, 0] *= 1e39
@@ -344,7 +344,7 @@ def test_a_pixel_without_probabilities_spoils_all_classes_of_its_patch(classes: 
         assert grad[0, :, 1, 5].isnan().all()
 
 
-def test_the_reference_agrees_on_what_is_not_a_number() -> None:
+def test_the_reference_has_nan_at_the_same_places() -> None:
     x = torch.randn(1, 3, 4, 8, dtype=torch.float64)
     x[0, 1, 1, 5] = math.nan
     for ours, theirs in zip(patch_statistics(x, 4), reference.patch_statistics(x, 4)):

@@ -45,7 +45,7 @@ def test_gradients_of_many_patches_keep_their_digits(channels: int) -> None:
         torch.testing.assert_close(grad, torch.full((2, channels), 1 / (2 * channels)), rtol=1e-6, atol=0)
 
 
-def test_with_itself(device: torch.device) -> None:
+def test_disparity_with_itself_is_symmetric_with_a_zero_diagonal(device: torch.device) -> None:
     a = torch.rand(50, 2, device=device, requires_grad=True)
     d = semantic_disparity(a)
     assert torch.equal(d, d.t())
@@ -55,7 +55,7 @@ def test_with_itself(device: torch.device) -> None:
     torch.testing.assert_close(grad, want)
 
 
-def test_citizenship(device: torch.device) -> None:
+def test_opcheck_derivatives_and_compilation_pass(device: torch.device) -> None:
     a = torch.rand(7, 2, device=device, dtype=torch.float64, requires_grad=True)
     b = torch.rand(5, 2, device=device, dtype=torch.float64, requires_grad=True)
     torch.library.opcheck(ops.semantic_disparity.default, (a, b))
@@ -106,6 +106,6 @@ BAD_CALLS = [
 
 
 @pytest.mark.parametrize(("message", "error", "arguments"), BAD_CALLS)
-def test_bad_input(message: str, error: type[Exception], arguments: tuple) -> None:
+def test_bad_input_is_refused_by_name(message: str, error: type[Exception], arguments: tuple) -> None:
     with pytest.raises(error, match=message):
         semantic_disparity(*arguments)

@@ -25,7 +25,7 @@ OLDEST_PYTHON = re.search(r'^requires-python = ">=(.+)"$', (ROOT / "pyproject.to
         (".ci/run", r"^oldest_torch=\"torch==(\d+\.\d+)"),
     ],
 )
-def test_oldest_torch(file: str, pattern: str) -> None:
+def test_every_file_names_the_same_oldest_torch(file: str, pattern: str) -> None:
     found = re.findall(pattern, (ROOT / file).read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert found == [OLDEST_TORCH]
 
@@ -41,7 +41,7 @@ def test_the_build_asks_for_the_oldest_torch() -> None:
         assert path.stem.startswith("test_versions") or b"TORCH_TARGET_VERSION=0x" not in path.read_bytes(), path
 
 
-def test_oldest_python() -> None:
+def test_every_file_names_the_same_oldest_python() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert re.findall(r"Python (\S+) or later", text) == [OLDEST_PYTHON]
     assert f"with Python {OLDEST_PYTHON}" in text  # that is, tested

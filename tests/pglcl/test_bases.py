@@ -60,7 +60,7 @@ def test_segmentation_loss_leaves_out_what_has_no_target() -> None:
     assert segmentation_loss(sure, target) < 1e-4
 
 
-def test_copy_paste_mixes_everything_alike() -> None:
+def test_copy_paste_mixes_images_and_targets_alike() -> None:
     batch, prediction = make_batch(), torch.randn(4, 3, 32, 32).softmax(1)
     views = CopyPaste(1.0, True).views(batch, Taught.of(prediction, 2, []), torch.Generator().manual_seed(0))
     pseudo = prediction[2:].argmax(1)
@@ -94,7 +94,7 @@ def test_labelled_images_are_pasted_into_each_other_during_warm_up() -> None:
 
 
 @pytest.mark.parametrize(("strong", "dropout"), [(1, 0.0), (2, 0.0), (1, 0.5), (2, 0.5)])
-def test_weak_to_strong_counts_sure_pixels_alone(strong: int, dropout: float) -> None:
+def test_weak_to_strong_counts_only_sure_pixels(strong: int, dropout: float) -> None:
     batch, prediction = make_batch(), (torch.randn(4, 3, 32, 32) * 2).softmax(1)
     base = WeakToStrong(1.0, 0.7, strong, dropout)
     views = base.views(batch, Taught.of(prediction, 2, []), torch.Generator().manual_seed(0))
@@ -113,7 +113,7 @@ def test_weak_to_strong_counts_sure_pixels_alone(strong: int, dropout: float) ->
         assert len(views.strongly_augmented().images) == 6
 
 
-def test_what_is_no_part_of_an_organ_is_background_and_hardly_certain() -> None:
+def test_removed_components_become_background_with_its_probability() -> None:
     prediction = torch.full((1, 3, 8, 8), 0.05)
     prediction[:, 0] = 0.9
     for place in ((slice(1, 4), slice(1, 4)), (6, 6)):  # an organ and an island of class 1
@@ -126,7 +126,7 @@ def test_what_is_no_part_of_an_organ_is_background_and_hardly_certain() -> None:
     assert cleaned.certainty[0, 6, 6] == pytest.approx(0.05)
 
 
-def test_boxes_lie_anywhere_inside() -> None:
+def test_random_boxes_lie_inside_at_every_place() -> None:
     g = torch.Generator().manual_seed(0)
     boxes = torch.stack([random_box((9, 12), 0.5, g) for _ in range(200)])
     assert torch.all(boxes.sum(dim=(1, 2)) == 4 * 6)

@@ -24,7 +24,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_shapes_before_and_after_warm_up(data: TrainingData) -> None:
+def test_batches_have_unlabelled_views_only_after_the_warm_up(data: TrainingData) -> None:
     batches = StepBatches(data.labelled, data.unlabelled, tiny(flips="all"))
     assert {name: tuple(t.shape) for name, t in batches[0].items()} == {"image": (4, 1, 32, 32), "label": (4, 32, 32)}
     after = batches[3]
@@ -56,7 +56,7 @@ def test_workers_change_nothing(data: TrainingData, workers: int) -> None:
         assert same(batch, batches[step])
 
 
-def test_patches_of_volumes_with_channels(tmp_path: Path) -> None:
+def test_patches_of_volumes_have_all_channels(tmp_path: Path) -> None:
     config = tiny(spatial_dims=3, image_size="16,16,16")
     data = load_training_data(decathlon(tmp_path), config)
     batch = StepBatches(data.labelled, data.unlabelled, config)[4]

@@ -18,14 +18,14 @@ from tests.conftest import data_folder
 from tests.pglcl.folders import OBLIQUE, acdc, decathlon, plain, save, ssl4mis, tiny, volume
 
 
-def test_plain_layout(tmp_path: Path) -> None:
+def test_plain_folders_are_read(tmp_path: Path) -> None:
     data = open_folder(plain(tmp_path))
     assert data.layout == "plain"
     assert [case.label is None for case in data.cases] == [False] * 6 + [True] * 2
     assert distance_unit(data) == "mm"
 
 
-def test_plain_channels_of_their_own_files(tmp_path: Path) -> None:
+def test_channels_in_files_of_their_own_are_one_case(tmp_path: Path) -> None:
     image, label = volume(0)
     for channel in (0, 1):
         save(tmp_path / "images" / f"a_{channel:04d}.nii.gz", image)
@@ -35,7 +35,7 @@ def test_plain_channels_of_their_own_files(tmp_path: Path) -> None:
     assert inspect_folder(open_folder(tmp_path))[0].channels == 2
 
 
-def test_acdc_layout(tmp_path: Path) -> None:
+def test_acdc_folders_are_read(tmp_path: Path) -> None:
     data = open_folder(acdc(tmp_path, 3))
     assert data.layout == "acdc"
     assert len(data.cases) == 6
@@ -44,7 +44,7 @@ def test_acdc_layout(tmp_path: Path) -> None:
     assert distance_unit(data) == "voxel"  # every header says 1 mm
 
 
-def test_decathlon_layout(tmp_path: Path) -> None:
+def test_decathlon_folders_are_read(tmp_path: Path) -> None:
     data = open_folder(decathlon(tmp_path))
     assert data.layout == "decathlon"
     assert data.labels == LabelMap.of_values([1, 2], {1: "ball", 2: "cube"})
@@ -52,7 +52,7 @@ def test_decathlon_layout(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(data_folder() is None, reason="no real volumes: neither PGLCL_DATA nor shared/data")
-def test_real_folders() -> None:
+def test_real_folders_are_recognised_and_split() -> None:
     root = data_folder()
     assert root is not None
     hearts = open_folder(root / "ACDC")
@@ -73,7 +73,7 @@ def test_split_is_by_patient_and_reproducible(tmp_path: Path) -> None:
     assert shuffled[0] == shuffled[1] != shuffled[2]
 
 
-def test_folds(tmp_path: Path) -> None:
+def test_every_patient_is_in_one_fold(tmp_path: Path) -> None:
     data = open_folder(acdc(tmp_path, 11))  # two volumes of each patient
     splits = [split_patients(data, tiny(folds=5, fold=k, test=-1, validation=-1)) for k in range(5)]
     kept = [p for split in splits for p in split.validation]
@@ -105,7 +105,7 @@ def test_folds_keep_the_test_of_the_folder(tmp_path: Path) -> None:
     assert sorted(kept) == sorted(set(data.patients) - set(data.parts["test"]))
 
 
-def test_folds_that_cannot_be(tmp_path: Path) -> None:
+def test_more_folds_than_patients_are_refused(tmp_path: Path) -> None:
     data = open_folder(plain(tmp_path))  # six have labels
     split = split_patients(data, tiny(folds=6, fold=1, test=-1, validation=-1))
     assert len(split.validation) == 1
@@ -121,7 +121,7 @@ def test_unlabelled_patients_are_never_for_test_or_validation(tmp_path: Path) ->
     assert {"case06", "case07"} <= set(split.unlabelled)
 
 
-def test_split_from_a_file(tmp_path: Path) -> None:
+def test_a_split_file_gives_the_parts(tmp_path: Path) -> None:
     data = open_folder(plain(tmp_path / "data"))
     file = tmp_path / "split.json"
     parts = {"labelled": ["case01"], "unlabelled": ["case06"], "validation": [], "test": ["case00"]}
@@ -143,7 +143,7 @@ def test_split_from_a_file(tmp_path: Path) -> None:
         split_patients(data, tiny(split_file=str(file)))
 
 
-def test_a_fold_that_names_a_patient_twice(tmp_path: Path) -> None:
+def test_a_fold_that_names_a_patient_twice_is_refused(tmp_path: Path) -> None:
     """Otherwise --labelled 2 would train on one patient."""
     data, file = open_folder(plain(tmp_path / "data")), tmp_path / "splits_final.json"
     for part in ("train", "val"):
@@ -154,7 +154,7 @@ def test_a_fold_that_names_a_patient_twice(tmp_path: Path) -> None:
             split_patients(data, tiny(split_file=str(file), validation=-1, test=-1))
 
 
-def test_too_few_volumes(tmp_path: Path) -> None:
+def test_a_split_of_too_few_volumes_is_refused(tmp_path: Path) -> None:
     data = open_folder(plain(tmp_path))
     with pytest.raises(UserError, match="ask for 8 patients with labels, but only 6 have labels"):
         split_patients(data, tiny(labelled=5))
@@ -164,7 +164,7 @@ def test_too_few_volumes(tmp_path: Path) -> None:
         split_patients(open_folder(tmp_path), tiny())
 
 
-def test_folders_that_are_none(tmp_path: Path) -> None:
+def test_folders_without_a_known_layout_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not found"):
         open_folder(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no volumes found"):
@@ -234,7 +234,7 @@ def test_inspect_notes_an_empty_label(tmp_path: Path) -> None:
     assert "is an empty label" in notes[0]
 
 
-def test_labels_without_an_image(tmp_path: Path) -> None:
+def test_a_label_without_an_image_is_refused(tmp_path: Path) -> None:
     root = plain(tmp_path)
     (root / "images" / "case00.nii.gz").unlink()
     with pytest.raises(UserError, match=r"case00\.nii\.gz: is a label without an image"):

@@ -26,7 +26,7 @@ from tests.pglcl.test_train import flags
 
 
 @pytest.mark.parametrize("name", ["inspect", "train", "predict", "evaluate", "report", "export", "demo"])
-def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_option_with_its_default(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     text = capsys.readouterr().out
     assert "Usage" in text
@@ -39,7 +39,7 @@ def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert headings == ["Arguments", "Options", *dict.fromkeys(option.group for option in OPTIONS.values())]
 
 
-def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_names_a_damaged_file_and_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = plain(tmp_path)
     assert main(["inspect", str(root), "--verbose"]) == 0
     assert "no problem found" in capsys.readouterr().out
@@ -50,7 +50,7 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.startswith("pglcl: ")
 
 
-def test_flags_win_over_the_file(tmp_path: Path) -> None:
+def test_options_take_precedence_over_the_toml_file(tmp_path: Path) -> None:
     root, run = plain(tmp_path / "data"), tmp_path / "run"
     file = tmp_path / "run.toml"
     lines = [f"{name} = {json.dumps(value)}" for name, value in {**vars(tiny()), "seed": 5, "steps": 4}.items()]
@@ -60,7 +60,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     assert (config["seed"], config["steps"], config["image_size"]) == (7, 4, "32")
 
 
-def test_the_papers_settings_train(tmp_path: Path) -> None:
+def test_the_preset_of_the_paper_trains(tmp_path: Path) -> None:
     """Gaussian loss with hard negatives, crops, two stages; small for a test."""
     root, run = plain(tmp_path / "data"), tmp_path / "run"
     small = ["--image-size", "32", "--patch-size", "16", "--channels", "4,8,8", "--steps", "6", "--batch-size", "4"]
@@ -74,7 +74,7 @@ def test_the_papers_settings_train(tmp_path: Path) -> None:
     assert main(["train", str(root), "-o", str(tmp_path / "other"), "--preset", "nature"]) == 2
 
 
-def test_toml_errors(tmp_path: Path) -> None:
+def test_errors_in_a_toml_file_name_the_option(tmp_path: Path) -> None:
     file = tmp_path / "a.toml"
     for text, message in (
         ("stepz = 3", "unknown option 'stepz'"),
@@ -101,7 +101,9 @@ def test_toml_errors(tmp_path: Path) -> None:
         (["--device", "cuda:9"], "--device cuda:9: not available"),
     ],
 )
-def test_bad_options(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_options_are_refused_by_name(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = plain(tmp_path / "data")
     given = dict(zip(flags()[::2], flags()[1::2]))
     given.update(dict([options]))
@@ -110,7 +112,9 @@ def test_bad_options(options: list[str], message: str, tmp_path: Path, capsys: p
     assert message in capsys.readouterr().err
 
 
-def test_one_data_folder(trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_data_folder_is_refused(
+    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of two, one would be left out without a word."""
     root, run = map(str, trained)
     for arguments, message in (
@@ -136,7 +140,9 @@ def test_version_and_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["nonsense"]) == 2
 
 
-def test_errors_and_their_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_kind_of_error_has_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """An expected error is one line. An unexpected one keeps its traceback, and is called a bug."""
     for error, code, text in (
         (UserError("a", "b"), 2, "pglcl: a\npglcl: b\n"),
@@ -160,7 +166,7 @@ def test_errors_and_their_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         assert captured.out == ""
 
 
-def test_output_that_nobody_can_take(trained: tuple[Path, Path]) -> None:
+def test_an_output_stream_that_cannot_be_written_is_an_error(trained: tuple[Path, Path]) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     with open("/dev/full", "w") as full:
@@ -173,7 +179,7 @@ def test_output_that_nobody_can_take(trained: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize("closed", ["<&- >&-", ">&- 2>&-", "<&- >&- 2>&-"])
-def test_closed_streams(closed: str, trained: tuple[Path, Path], tmp_path: Path) -> None:
+def test_closed_streams_change_nothing(closed: str, trained: tuple[Path, Path], tmp_path: Path) -> None:
     """Nothing fails, and no file of ours gets the number of a closed stream, to which others may print."""
     image, masks = trained[0] / "images" / "case00.nii.gz", tmp_path / "masks"
     line = f"{sys.executable} -m pglcl predict {trained[1]} {image} -o {masks} {closed}"
@@ -182,7 +188,7 @@ def test_closed_streams(closed: str, trained: tuple[Path, Path], tmp_path: Path)
     assert subprocess.run(line, shell=True, cwd=ROOT).returncode == 2  # the mask exists
 
 
-def test_signs_that_a_terminal_lacks(copied: tuple[Path, Path], tmp_path: Path) -> None:
+def test_characters_that_the_terminal_lacks_are_escaped(copied: tuple[Path, Path], tmp_path: Path) -> None:
     root, run = copied
     narrow = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     command = [sys.executable, "-m", "pglcl", "evaluate", str(run), str(root)]
@@ -192,7 +198,7 @@ def test_signs_that_a_terminal_lacks(copied: tuple[Path, Path], tmp_path: Path) 
     assert "\u00b1" in (run / "scores_test.md").read_text(encoding="utf-8")
 
 
-def test_names_that_are_no_text(copied: tuple[Path, Path], tmp_path: Path) -> None:
+def test_file_names_that_are_not_utf8_work(copied: tuple[Path, Path], tmp_path: Path) -> None:
     """Every command that reads or writes files works with names whose bytes are not UTF-8."""
     folder = Path(os.fsdecode(bytes(tmp_path) + b"/latin-\xe9"))
     try:
@@ -208,7 +214,7 @@ def test_names_that_are_no_text(copied: tuple[Path, Path], tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("seconds", [0.3, 1.0, 2.0, 3.5])
-def test_stopped_while_it_starts(seconds: float, trained: tuple[Path, Path], tmp_path: Path) -> None:
+def test_ctrl_c_at_the_start_prints_no_traceback(seconds: float, trained: tuple[Path, Path], tmp_path: Path) -> None:
     """Ctrl-C gives no traceback at any moment, also while packages are imported."""
     program = (
         "import signal, sys, threading, time; from pglcl.__main__ import main\n"
@@ -221,7 +227,7 @@ def test_stopped_while_it_starts(seconds: float, trained: tuple[Path, Path], tmp
     assert "Traceback" not in result.stderr
 
 
-def test_only_the_first_rank_speaks(
+def test_only_the_first_rank_works_and_prints(
     trained: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """Under torchrun, every rank runs the command. Except in a training, only the first one does the work."""
@@ -235,7 +241,7 @@ def test_only_the_first_rank_speaks(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_quiet(copied: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_prints_nothing(copied: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, run = copied
     scan = str(root / "images" / "case00.nii.gz")
     for command in (
@@ -268,7 +274,7 @@ def test_evaluate_says_when_patients_are_missing(
 
 
 @pytest.mark.parametrize("command", ["evaluate", "report"])
-def test_volumes_that_change_while_they_are_scored(
+def test_a_volume_that_changes_while_it_is_scored_is_refused(
     command: str,
     copied: tuple[Path, Path],
     tmp_path: Path,
@@ -295,7 +301,7 @@ def test_volumes_that_change_while_they_are_scored(
     assert not [path.name for path in run.iterdir() if path.suffix in (".csv", ".md", ".html")]
 
 
-def test_an_unfinished_run_is_called_so(
+def test_scores_of_an_unfinished_run_say_so(
     trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, run = trained[0], tmp_path / "run"
@@ -316,7 +322,7 @@ def test_an_unfinished_run_is_called_so(
     assert json.loads((run / "scores_test.json").read_text())["subject"]["step"] == 8
 
 
-def test_scores_of_other_data_are_kept(
+def test_scores_of_other_data_are_not_replaced(
     copied: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, run = copied
@@ -342,7 +348,9 @@ def test_scores_of_other_data_are_kept(
     assert (run / "scores_test.json").read_bytes() == first
 
 
-def test_evaluate(copied: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_prints_and_writes_the_scores_of_the_test(
+    copied: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     root, run = copied
     assert main(["evaluate", str(run), str(root)]) == 0
     out = capsys.readouterr().out
@@ -394,7 +402,7 @@ def test_predict_skips_a_broken_file_and_says_so(
     assert "has no trained model" in capsys.readouterr().err
 
 
-def test_report_is_one_whole_file(copied: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_report_is_one_file_without_links_and_scripts(copied: tuple[Path, Path], tmp_path: Path) -> None:
     root, run = copied
     page = tmp_path / "report.html"
     assert main(["report", str(run), "--data", str(root), "-o", str(page)]) == 0
@@ -414,7 +422,7 @@ def test_report_is_one_whole_file(copied: tuple[Path, Path], tmp_path: Path) -> 
     assert text.count("alt='") == text.count("<img")
 
 
-def test_the_extra_is_named_when_it_is_missing() -> None:
+def test_a_missing_package_is_named_with_its_command() -> None:
     code = "import sys; sys.modules['x'] = None; import importlib.util as u; find = u.find_spec\n"
     code += "u.find_spec = lambda n, *a: None if n in ('monai', 'typer') else find(n, *a)\n"
     code += "sys.argv = ['pglcl', 'train']; from pglcl.__main__ import main; sys.exit(main())"
@@ -424,7 +432,7 @@ def test_the_extra_is_named_when_it_is_missing() -> None:
 
 
 @pytest.mark.slow
-def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_trains_two_runs_and_writes_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("nilearn")
     assert main(["demo", "--output", str(tmp_path), "--steps", "20"]) == 0
     out = capsys.readouterr().out

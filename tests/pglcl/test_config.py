@@ -24,7 +24,7 @@ def test_the_defaults_are_allowed_and_the_warm_up_is_a_share() -> None:
 
 @pytest.mark.parametrize("name", [name for name, value in DEFAULTS.items() if isinstance(value, float)])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0])
-def test_no_number_is_infinite_or_none(name: str, value: float) -> None:
+def test_numbers_that_are_not_finite_are_refused(name: str, value: float) -> None:
     with pytest.raises(UserError, match=flag(name)):
         TrainConfig(**{name: value})
 
@@ -102,18 +102,18 @@ def test_a_warm_up_does_not_matter_without_unlabelled_images() -> None:
     assert tiny(method="supervised", warmup=100).warmup_steps == 100
 
 
-def test_toml_as_windows_writes_it(tmp_path: Path) -> None:
+def test_toml_with_a_byte_order_mark_and_windows_line_ends_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text("steps = 7\r\nlearning-rate = 1\r\n", encoding="utf-8-sig")
     assert read_toml(tmp_path / "a.toml") == {"steps": 7, "learning_rate": 1.0}
 
 
-def test_deep_toml(tmp_path: Path) -> None:
+def test_deeply_nested_toml_is_refused(tmp_path: Path) -> None:
     (tmp_path / "deep.toml").write_text("steps = " + "[" * 5000)
     with pytest.raises(UserError, match=r"deep\.toml: not readable as TOML"):
         read_toml(tmp_path / "deep.toml")
 
 
-def test_the_papers_settings() -> None:
+def test_the_preset_has_the_settings_of_the_paper() -> None:
     """The settings of the paper and its code (method, sections 6 and 9)."""
     config = TrainConfig(**with_preset("paper", {}))
     assert (config.loss, config.hard_negatives, config.queue_length, config.embedding_dim) == (
@@ -127,7 +127,7 @@ def test_the_papers_settings() -> None:
     assert set(PRESETS["paper"]) <= set(OPTIONS)
 
 
-def test_what_is_given_wins_over_a_preset() -> None:
+def test_given_options_take_precedence_over_a_preset() -> None:
     config = TrainConfig(**with_preset("paper", {"queue_length": 7, "consistency": "copy-paste", "loss": "infonce"}))
     assert (config.queue_length, config.consistency) == (7, "copy-paste")
     assert not config.hard_negatives  # it would have no effect

@@ -85,7 +85,7 @@ def test_anchors_are_pixels_that_the_teacher_is_sure_of(monkeypatch: pytest.Monk
     assert set(unsure.tolist()) == {0, 1}
 
 
-def test_first_are_the_anchors_of_which_the_student_is_least_certain() -> None:
+def test_the_least_certain_anchors_of_the_student_come_first() -> None:
     contrast = PatchContrast(tiny(patch_size=4, anchors_per_class=2, mixed_patches="together"), 3)
     contrast.threshold.value.zero_()
     student, _ = networks()
@@ -104,7 +104,7 @@ def test_first_are_the_anchors_of_which_the_student_is_least_certain() -> None:
 
 @pytest.mark.parametrize("choice", ["split", "leave-out", "together"])
 @pytest.mark.parametrize("guidance", [False, True])
-def test_mixed_patches_and_filled_ones_of_a_class_are_no_pair(choice: str, guidance: bool) -> None:
+def test_a_mixed_and_a_filled_patch_of_a_class_are_no_pair(choice: str, guidance: bool) -> None:
     config = tiny(mixed_patches=choice, guidance=guidance, queue_length=0, inside_coverage=0.9)
     contrast = PatchContrast(config, 3)
     g = torch.Generator().manual_seed(0)

@@ -39,7 +39,9 @@ def trained(root: Path, run: Path, **changes: Any) -> None:
     Training(root, run, tiny(**{"steps": 30, "warmup": 10, **changes}), quiet=True).run()
 
 
-def test_pictures_from_inspect_to_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pictures_are_inspected_trained_scored_and_predicted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root, run, output = pictures(tmp_path / "data"), tmp_path / "run", tmp_path / "masks"
     assert main(["inspect", str(root), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -65,7 +67,7 @@ def test_pictures_from_inspect_to_masks(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["report", str(run), "-q"]) == 0
 
 
-def test_nnunet_with_its_splits(tmp_path: Path) -> None:
+def test_nnunet_folders_train_on_a_fold_of_their_split_file(tmp_path: Path) -> None:
     root, run, output = nnunet(tmp_path / "data", ending=".nrrd"), tmp_path / "run", tmp_path / "masks"
     names = [f"heart_{i:03d}" for i in range(6)]
     folds = [{"train": names[:4], "val": names[4:]}, {"train": names[2:], "val": names[:2]}]
@@ -116,7 +118,7 @@ def test_a_run_on_one_of_the_folds_of_nnunet_is_resumed(tmp_path: Path) -> None:
     assert json.loads((run / "config.json").read_text())["steps"] == 6
 
 
-def test_ssl4mis_with_its_lists(tmp_path: Path) -> None:
+def test_ssl4mis_folders_use_their_lists_as_split(tmp_path: Path) -> None:
     root, run, output = ssl4mis(tmp_path / "data"), tmp_path / "run", tmp_path / "masks"
     trained(root, run, validation=-1, test=-1)
     assert json.loads((run / "split.json").read_text())["test"] == ["patient007", "patient008"]
@@ -125,7 +127,7 @@ def test_ssl4mis_with_its_lists(tmp_path: Path) -> None:
     assert nib.load(output / "patient007_frame01.nii.gz").shape == (30, 26, 5)
 
 
-def test_values_in_and_values_out(tmp_path: Path) -> None:
+def test_predictions_have_the_label_values_of_the_files(tmp_path: Path) -> None:
     """Files have the values 0, 500, 600. Predictions have them, too, whether classes are merged or named or not."""
     root = plain(tmp_path / "data")
     for path in (root / "labels").iterdir():
@@ -172,7 +174,7 @@ def checked(root: Path, **changes: Any) -> inspection.Survey:
 
 
 @pytest.mark.parametrize("name", ["case00", "case02", "case03", "case05"])  # labelled, unlabelled, validation, test
-def test_every_part_is_checked(name: str, tmp_path: Path) -> None:
+def test_volumes_of_every_part_are_checked(name: str, tmp_path: Path) -> None:
     root = plain(tmp_path)
     path = root / "images" / f"{name}.nii.gz"
     data = nib.load(path)
@@ -184,7 +186,7 @@ def test_every_part_is_checked(name: str, tmp_path: Path) -> None:
         checked(root)
 
 
-def test_a_class_that_no_labelled_volume_has_is_said_at_the_start(tmp_path: Path) -> None:
+def test_train_names_a_class_that_no_labelled_volume_has(tmp_path: Path) -> None:
     root = plain(tmp_path)
     for i in range(2):
         path = root / "labels" / f"case{i:02d}.nii.gz"
@@ -202,7 +204,7 @@ def test_a_class_that_no_labelled_volume_has_is_said_at_the_start(tmp_path: Path
         checked(root)
 
 
-def test_sizes_that_no_memory_holds(tmp_path: Path) -> None:
+def test_sizes_beyond_the_memory_are_refused(tmp_path: Path) -> None:
     root = decathlon(tmp_path)
     with pytest.raises(UserError, match=r"a step takes at least .* --image-size 1048576x1048576"):
         checked(root, image_size="1048576")
@@ -215,7 +217,7 @@ def test_two_dimensional_images_need_two_dimensions(tmp_path: Path) -> None:
         checked(pictures(tmp_path), spatial_dims=3, image_size="32,32,16")
 
 
-def test_images_that_do_not_suit_the_model(tmp_path: Path) -> None:
+def test_images_that_do_not_suit_the_options_are_refused(tmp_path: Path) -> None:
     """They would be padded to a volume, or resampled as if a voxel without a size had 1 mm, without a word."""
     root = ssl4mis(tmp_path / "ssl4mis")
     with pytest.raises(UserError, match=r"\.h5: cannot be resampled to --spacing 2 mm: its format does not say how"):
@@ -235,7 +237,7 @@ def test_images_that_do_not_suit_the_model(tmp_path: Path) -> None:
         prepare(shares, tiny(), 2, rgb)
 
 
-def test_slices_that_lie_across_another_axis_are_said(tmp_path: Path) -> None:
+def test_train_names_volumes_with_slices_across_another_axis(tmp_path: Path) -> None:
     root = plain(tmp_path)
     assert not any("--slice-axis" in note for note in checked(root).notes)
     image, label = volume(4, (5, 26, 31))
@@ -249,7 +251,7 @@ def test_slices_that_lie_across_another_axis_are_said(tmp_path: Path) -> None:
     assert not any("--slice-axis chooses" in note for note in checked(root, slice_axis=2).notes)
 
 
-def test_one_image_of_two_patients_is_said(tmp_path: Path) -> None:
+def test_train_names_an_image_that_two_patients_share(tmp_path: Path) -> None:
     """The score of the second says nothing about new patients."""
     root = plain(tmp_path)
     for name in ("images", "labels"):  # labelled, and of the test; another name, and other bytes
@@ -264,7 +266,7 @@ def test_one_image_of_two_patients_is_said(tmp_path: Path) -> None:
     assert inspection.same_images(inspection.inspect_folder(open_folder(acdc(tmp_path / "acdc", 2)))) == []
 
 
-def test_a_cache_is_open_to_others(tmp_path: Path) -> None:
+def test_a_cache_has_the_permissions_of_the_umask(tmp_path: Path) -> None:
     """As open as the umask lets any new folder be: several users may share it."""
     before = os.umask(0o022)
     try:
@@ -288,7 +290,7 @@ def test_ct_is_measured_on_training_cases_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-def test_a_cache_changes_nothing(dims: int, tmp_path: Path) -> None:
+def test_cached_volumes_equal_those_without_a_cache(dims: int, tmp_path: Path) -> None:
     root = decathlon(tmp_path / "data")
     options = {"spatial_dims": dims, "image_size": "16" if dims == 3 else "32"}
     plainly = load_training_data(root, tiny(**options))
@@ -311,7 +313,7 @@ def test_a_cache_changes_nothing(dims: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["image.npy", "label.npy", "geometry.json"])
-def test_a_turned_bit_in_a_cache_is_prepared_anew(name: str, tmp_path: Path) -> None:
+def test_a_cache_entry_with_a_flipped_bit_is_prepared_again(name: str, tmp_path: Path) -> None:
     root, options = decathlon(tmp_path / "data"), {"cache": str(tmp_path / "cache"), "image_size": "32"}
     whole = load_training_data(root, tiny(image_size="32")).labelled[0]  # in memory
     load_training_data(root, tiny(**options))
@@ -340,7 +342,7 @@ def test_a_volume_that_was_replaced_is_not_taken_from_a_cache(tmp_path: Path) ->
         assert (prepared == load_training_data(root, tiny()).labelled[0].image).all()
 
 
-def test_what_another_run_puts_into_a_cache_stays(tmp_path: Path) -> None:
+def test_entries_of_another_run_stay_in_the_cache(tmp_path: Path) -> None:
     """A new run removes volumes that a kill left unfinished, but none that another run is writing."""
     (tmp_path / ".partial-left").mkdir()
     (tmp_path / ".partial-lives").mkdir()
@@ -386,7 +388,7 @@ def slabs(root: Path, source: Path) -> Path:
 
 
 @pytest.mark.skipif(data_folder() is None, reason=NO_DATA)
-def test_a_few_organs_of_a_real_ct(tmp_path: Path) -> None:
+def test_merged_organs_of_a_real_ct_are_trained_and_predicted(tmp_path: Path) -> None:
     source = data_folder()
     assert source is not None
     root, run, output = slabs(tmp_path / "data", source / "CT_torso"), tmp_path / "run", tmp_path / "masks"

@@ -12,7 +12,7 @@ from pglcl.errors import UserError
 from pglcl.train import Interrupted, Training
 
 
-def test_the_demo_replaces_nothing_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_refuses_a_folder_with_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine = tmp_path / "split.json"
     mine.write_text("mine")
     assert main(["demo", "--output", str(tmp_path)]) == 2
@@ -22,7 +22,7 @@ def test_the_demo_replaces_nothing_of_others(tmp_path: Path, capsys: pytest.Capt
     assert [p.read_text() for p in tmp_path.iterdir()] == ["mine"]
 
 
-def test_a_folder_of_the_demo_is_known_again(tmp_path: Path) -> None:
+def test_a_folder_is_recognised_as_the_demos_by_its_dataset_json(tmp_path: Path) -> None:
     check_folder(tmp_path)
     check_folder(tmp_path / "new")
     (tmp_path / "new").rmdir()
@@ -36,7 +36,7 @@ def test_a_folder_of_the_demo_is_known_again(tmp_path: Path) -> None:
     check_folder(tmp_path)
 
 
-def test_a_demo_that_is_killed_while_it_writes_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_of_a_killed_demo_can_be_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("nilearn")
 
     def killed(*arguments: object) -> None:
@@ -48,7 +48,7 @@ def test_a_demo_that_is_killed_while_it_writes_its_data(tmp_path: Path, monkeypa
     check_folder(tmp_path)  # the next demo may use it again
 
 
-def test_a_demo_that_is_stopped(
+def test_a_stopped_demo_exits_with_130(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stop(self: Training) -> None:

@@ -28,12 +28,14 @@ from tests.pglcl.folders import describe, nnunet, tiny
         (("image", "channel_t2", "channel_flair"), ("image", "channel_flair", "channel_t2"), True),
     ],
 )
-def test_channels(first: tuple[str, ...], second: tuple[str, ...], differ: bool) -> None:
+def test_channels_at_other_places_are_a_contradiction(
+    first: tuple[str, ...], second: tuple[str, ...], differ: bool
+) -> None:
     lines = Description(first).contradictions(Description(second))
     assert [f"in the training {', '.join(first)}" in line for line in lines] == [True] * differ
 
 
-def test_classes() -> None:
+def test_names_with_other_values_are_a_contradiction() -> None:
     began = Description((), {"background": (0,), "liver": (1,), "lung": (10, 11)})
     assert Description.from_state(json.loads(json.dumps(began.state()))) == began
     assert began.contradictions(Description((), {"Liver": (1,), "lung": (11,), "spleen": (5,)})) == []
@@ -41,7 +43,7 @@ def test_classes() -> None:
     assert lines == ["the class 'liver' has the value 2, in the training 1"]
 
 
-def test_another_meaning_is_not_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_that_contradict_the_training_are_not_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, run = nnunet(tmp_path / "data", channels=2), tmp_path / "run"
     Training(root, run, tiny(steps=4), quiet=True).run()
     assert Description.of(open_folder(root)).channels == ("MR0", "MR1")

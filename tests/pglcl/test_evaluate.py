@@ -105,7 +105,9 @@ def test_the_scores_of_the_other_volumes_are_kept(
         assert f"WITHOUT 1 volumes that could not be scored: {one}" in kept.files[1].read_text()
 
 
-def test_no_volume_can_be_scored(copied: tuple[Path, Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_volume_that_cannot_be_scored_is_named(
+    copied: tuple[Path, Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     root, run, names = copied
 
     def fail(*_: Any, **__: Any) -> None:
@@ -118,7 +120,7 @@ def test_no_volume_can_be_scored(copied: tuple[Path, Path, list[str]], monkeypat
     assert not list(run.glob("scores_*"))
 
 
-def test_a_bug_is_not_taken_for_a_volume(copied: tuple[Path, Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_stops_the_evaluation(copied: tuple[Path, Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     root, run, _ = copied
     monkeypatch.setattr(evaluate, "score_volume", lambda *_, **__: 1 // 0)
     with pytest.raises(ZeroDivisionError):

@@ -21,7 +21,9 @@ from tests.pglcl.folders import tiny
 Trained = tuple[Path, Path]
 
 
-def test_torchscript(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_torchscript_gives_the_same_logits(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, path = trained[1], tmp_path / "network.ts"
     assert main(["export", str(run), "--format", "torchscript", "-o", str(path)]) == 0
     assert str(path) in capsys.readouterr().out
@@ -43,7 +45,9 @@ def test_torchscript(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFix
     ("name", "dims", "channels"),
     [("basicunet", 2, "4,8,8,8,8"), ("dynunet", 2, "4,8,8"), ("segresnet", 2, "8,16,32"), ("dynunet", 3, "4,8,8")],
 )
-def test_each_network(name: str, dims: int, channels: str, kind: str, tmp_path: Path) -> None:
+def test_each_network_is_exported_with_the_same_logits(
+    name: str, dims: int, channels: str, kind: str, tmp_path: Path
+) -> None:
     if kind == "onnx":
         pytest.importorskip("onnxruntime")
     size = "32" if dims == 2 else "16"
@@ -58,7 +62,7 @@ def test_each_network(name: str, dims: int, channels: str, kind: str, tmp_path: 
     assert export.description(load_model(tmp_path / "run"))["network"] == name
 
 
-def test_other_logits_are_not_written(
+def test_a_file_with_other_logits_is_not_written(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     load = export._load_script
@@ -68,7 +72,7 @@ def test_other_logits_are_not_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_onnx(trained: Trained, tmp_path: Path) -> None:
+def test_onnx_gives_the_same_logits(trained: Trained, tmp_path: Path) -> None:
     onnxruntime, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
     run, path = trained[1], tmp_path / "network.onnx"
     assert main(["export", str(run), "--format", "onnx", "-o", str(path), "-q"]) == 0
@@ -81,7 +85,7 @@ def test_onnx(trained: Trained, tmp_path: Path) -> None:
     assert json.loads(onnx.load(str(path)).metadata_props[0].value)["spatial_dims"] == 2
 
 
-def test_weights_of_a_run_that_has_not_ended(
+def test_export_says_that_a_run_is_unfinished(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -108,7 +112,7 @@ def test_weights_of_a_run_that_has_not_ended(
 
 
 @pytest.mark.skipif(importlib.util.find_spec("onnx") is not None, reason="onnx is installed")
-def test_onnx_is_named_where_it_is_missing(
+def test_missing_packages_of_onnx_are_named(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["export", str(trained[1]), "--format", "onnx", "-o", str(tmp_path / "network.onnx")]) == 2

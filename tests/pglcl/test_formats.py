@@ -58,7 +58,7 @@ def test_one_flipped_bit_of_a_compressed_file_is_refused_or_harmless(tmp_path: P
 
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".nii"])
-def test_cut_anywhere(ending: str, tmp_path: Path) -> None:
+def test_a_file_truncated_anywhere_is_refused(ending: str, tmp_path: Path) -> None:
     content = save(tmp_path / f"a{ending}", VOXELS[:12, :10], OBLIQUE).read_bytes()
     for length in {0, 1, 10, 100, 347, 348, 352, 400, len(content) // 2, len(content) - 9, len(content) - 1}:
         if length < len(content):
@@ -135,7 +135,7 @@ def test_headers_that_are_read_and_written(case: str, tmp_path: Path) -> None:
     assert np.isfinite(back.header["pixdim"]).all()
 
 
-def test_a_qform_without_a_handedness(tmp_path: Path) -> None:
+def test_a_qform_without_a_handedness_is_read_as_the_standard_says(tmp_path: Path) -> None:
     """pixdim[0] is 0 in many old files; by the standard, it then counts as 1."""
     affine = np.diag([2.0, 3.0, 4.0, 1.0])
     path = rewritten(save(tmp_path / "a.nii", VOXELS, affine), header_change(sform_code=0, qform_code=1))
@@ -147,7 +147,7 @@ def test_a_qform_without_a_handedness(tmp_path: Path) -> None:
     np.testing.assert_allclose(nib.load(tmp_path / "b.nii.gz").affine, affine, atol=1e-6)
 
 
-def test_a_small_file_that_claims_much_takes_no_memory(tmp_path: Path) -> None:
+def test_a_small_file_with_a_large_claim_allocates_nothing(tmp_path: Path) -> None:
     header = nib.Nifti1Header()
     header.set_data_dtype(np.int16)
     header.set_data_shape((1500, 1500, 1500))
@@ -161,7 +161,7 @@ def test_a_small_file_that_claims_much_takes_no_memory(tmp_path: Path) -> None:
     tracemalloc.stop()
 
 
-def test_scaled_types_and_other_shapes(tmp_path: Path) -> None:
+def test_scaled_values_and_shapes_of_two_to_four_axes_are_read(tmp_path: Path) -> None:
     image = nib.Nifti1Image(VOXELS, OBLIQUE)
     image.header.set_slope_inter(0.5, -3)
     nib.save(image, tmp_path / "a.nii.gz")
@@ -183,7 +183,7 @@ def test_scaled_types_and_other_shapes(tmp_path: Path) -> None:
     assert isinstance(nib.load(tmp_path / "h.nii.gz"), nib.Nifti2Image)
 
 
-def test_spacing_in_other_units(tmp_path: Path) -> None:
+def test_spacing_in_microns_is_read_as_mm(tmp_path: Path) -> None:
     image = nib.Nifti1Image(VOXELS, np.diag([500.0, 700, 900, 1]))
     image.header.set_xyzt_units("micron")
     nib.save(image, tmp_path / "a.nii")
@@ -194,7 +194,7 @@ def test_spacing_in_other_units(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", [".nrrd", ".mha", ".mhd"])
-def test_the_same_volume_in_every_format(ending: str, tmp_path: Path) -> None:
+def test_a_volume_is_read_equally_in_every_format(ending: str, tmp_path: Path) -> None:
     expected = read_volume([save(tmp_path / "a.nii.gz", VOXELS, STRAIGHT)])
     path = write(tmp_path / f"b{ending}", VOXELS, STRAIGHT)
     read = read_volume([path])
@@ -213,7 +213,7 @@ def test_the_same_volume_in_every_format(ending: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_volume([tmp_path / f"d{suffix}"]).data, np.moveaxis(chances, -1, 0))
 
 
-def test_voxels_that_a_header_keeps_elsewhere(tmp_path: Path) -> None:
+def test_a_renamed_file_of_voxels_is_found_by_its_header(tmp_path: Path) -> None:
     """A run knows the hash of the file that holds the voxels, whatever its name."""
     path = write(tmp_path / "a.mhd", VOXELS, STRAIGHT)
     (voxels,) = files_of(path)[1:]
@@ -231,7 +231,7 @@ def test_voxels_that_a_header_keeps_elsewhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", [".mha", ".nrrd"])
-def test_voxels_beside_a_header_that_usually_holds_them(ending: str, tmp_path: Path) -> None:
+def test_voxels_in_a_file_beside_mha_and_nrrd_are_checked(ending: str, tmp_path: Path) -> None:
     """Otherwise a run would not see that they change, nor a reader that half of them is gone."""
     voxels, path = tmp_path / "voxels.raw", tmp_path / f"a{ending}"
     whole = write(tmp_path / "whole.nii.gz", VOXELS, np.diag([-1.0, -1, 1, 1]))
@@ -255,13 +255,13 @@ def test_voxels_beside_a_header_that_usually_holds_them(ending: str, tmp_path: P
 
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".mha", ".png", ".h5"])
-def test_a_pipe_where_a_list_names_an_image(ending: str, tmp_path: Path) -> None:
+def test_a_pipe_is_refused_in_every_format(ending: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / f"a{ending}")
     assert refused(tmp_path / f"a{ending}").endswith("must be a file, is a named pipe")
 
 
 @pytest.mark.parametrize("ending", [".nrrd", ".mha"])
-def test_damaged_voxels_behind_a_text_header(ending: str, tmp_path: Path) -> None:
+def test_damaged_compressed_voxels_are_refused(ending: str, tmp_path: Path) -> None:
     path = write(tmp_path / f"a{ending}", VOXELS, STRAIGHT)
     content = path.read_bytes()
     for place in range(len(content) - 1500, len(content), 37):
@@ -311,7 +311,7 @@ def test_dicom_folders_that_are_refused(tmp_path: Path) -> None:
     assert "is one missing?" in refused(folder)
 
 
-def test_dicom_of_a_tilted_gantry(tmp_path: Path) -> None:
+def test_dicom_of_a_tilted_gantry_is_refused(tmp_path: Path) -> None:
     """Read as straight, its last slice would lie beside its place; a mask as well."""
     tilted = STRAIGHT.copy()
     tilted[:3, 2] += 0.3 * STRAIGHT[:3, 0]
@@ -320,7 +320,7 @@ def test_dicom_of_a_tilted_gantry(tmp_path: Path) -> None:
     )
 
 
-def test_hidden_files_are_no_part_of_a_dicom_folder(tmp_path: Path) -> None:
+def test_hidden_files_of_a_dicom_folder_are_not_read(tmp_path: Path) -> None:
     """A file manager may leave one at any time, for example between the start of a run and its resume."""
     folder = dicom(tmp_path / "scan", VOXELS, STRAIGHT)
     before = files_of(folder)
@@ -342,7 +342,7 @@ PICTURES = {
 
 
 @pytest.mark.parametrize("case", PICTURES, ids=lambda c: c[0])
-def test_pictures(case: tuple[str, str], tmp_path: Path) -> None:
+def test_pictures_are_read_and_written(case: tuple[str, str], tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     data = PICTURES[case]
     path = tmp_path / case[0]
@@ -371,7 +371,7 @@ def test_pictures(case: tuple[str, str], tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_volume([tmp_path / "p.tif"]).data[0], chances[:, :, 0])
 
 
-def test_pictures_that_would_be_read_as_something_else(tmp_path: Path) -> None:
+def test_label_pictures_keep_their_numbers_and_jpeg_labels_are_refused(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     grey = np.arange(48, dtype=np.uint8).reshape(6, 8)
     image.fromarray(grey).save(tmp_path / "image.png")
@@ -404,7 +404,7 @@ def test_pictures_that_would_be_read_as_something_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", [".jpg", ".png", ".tif"])
-def test_pictures_that_are_stored_turned(ending: str, tmp_path: Path) -> None:
+def test_pictures_that_are_stored_turned_are_refused(ending: str, tmp_path: Path) -> None:
     """A camera's turn: programs that heed it and those that do not draw masks in two ways."""
     image = pytest.importorskip("PIL.Image")
     picture = image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8))
@@ -419,7 +419,7 @@ def test_pictures_that_are_stored_turned(ending: str, tmp_path: Path) -> None:
             assert f"is stored turned or mirrored (EXIF orientation {orientation})" in refused(path)
 
 
-def test_a_mask_whose_white_is_0(tmp_path: Path) -> None:
+def test_a_mask_whose_white_is_0_is_refused(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     mask = np.arange(48, dtype=np.uint8).reshape(6, 8) % 2 * 255
     image.fromarray(mask).save(tmp_path / "image.png")
@@ -430,7 +430,7 @@ def test_a_mask_whose_white_is_0(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", [".png", ".tif", ".bmp"])
-def test_a_mask_whose_content_is_not_what_its_suffix_says(ending: str, tmp_path: Path) -> None:
+def test_a_jpeg_mask_with_another_suffix_is_refused(ending: str, tmp_path: Path) -> None:
     """JPEG turns a mask of 0 and 200 into many values near them, which would be classes."""
     image = pytest.importorskip("PIL.Image")
     mask = image.fromarray((np.arange(48, dtype=np.uint8).reshape(6, 8) % 2) * 200)
@@ -442,7 +442,7 @@ def test_a_mask_whose_content_is_not_what_its_suffix_says(ending: str, tmp_path:
     assert read_volume([tmp_path / f"mask{ending}"]).data.shape == (1, 6, 8, 1)
 
 
-def test_a_mask_in_a_tiff_that_is_compressed_as_jpeg(tmp_path: Path) -> None:
+def test_a_mask_in_a_tiff_with_jpeg_compression_is_refused(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     mask = image.fromarray((np.arange(48, dtype=np.uint8).reshape(6, 8) % 2) * 200)
     mask.save(tmp_path / "image.png")
@@ -453,7 +453,7 @@ def test_a_mask_in_a_tiff_that_is_compressed_as_jpeg(tmp_path: Path) -> None:
     assert set(read_label_values(tmp_path / "mask.tif", tmp_path / "image.png").flat) == {0, 200}
 
 
-def test_a_mask_that_is_partly_transparent(tmp_path: Path) -> None:
+def test_a_mask_whose_transparency_matters_is_refused(tmp_path: Path) -> None:
     """A mask that was painted on a transparent layer may have its shape in the transparency alone."""
     image = pytest.importorskip("PIL.Image")
     inside = np.arange(48).reshape(6, 8) % 3 == 0

@@ -11,7 +11,7 @@ from pglcl.intensity import RGB_MEAN, RGB_STD, Channel, Intensity, Measured, cho
 FLOAT, BYTES, SHORT = np.dtype(np.float32), np.dtype(np.uint8), np.dtype(np.int16)
 
 
-def test_percentile_and_zscore_are_of_each_channel() -> None:
+def test_percentile_and_zscore_normalise_each_channel_by_itself() -> None:
     x = torch.randn(2, 9, 9, 9) * torch.tensor([3.0, 50.0])[:, None, None, None] + 7
     for kind in ("percentile", "zscore"):
         y = Intensity((Channel(kind),) * 2, "")(x)
@@ -33,7 +33,7 @@ def ct_case(seed: int, *, padding: float = -1024) -> Measured:
 
 
 @pytest.mark.parametrize("padding", [-1024, -2048, -3024])
-def test_ct_by_labelled_foreground(padding: float) -> None:
+def test_ct_is_measured_on_the_labelled_foreground(padding: float) -> None:
     cases = [ct_case(seed, padding=padding) for seed in range(3)]
     chosen = choose_intensity("auto", None, (), cases)
     (channel,) = chosen.channels
@@ -49,7 +49,7 @@ def test_ct_by_labelled_foreground(padding: float) -> None:
     assert Intensity.from_state(chosen.state()) == chosen
 
 
-def test_foreground_that_reaches_into_the_padding() -> None:
+def test_ct_does_not_count_padding_in_the_foreground() -> None:
     data = np.zeros((1, 10, 10, 10), np.float32)
     data[0, :5], data[0, 5:] = -3024, np.arange(500).reshape(5, 10, 10) % 100
     measured = measure(data, SHORT, np.ones((10, 10, 10), bool))
@@ -57,7 +57,7 @@ def test_foreground_that_reaches_into_the_padding() -> None:
     assert channel.low >= 0
 
 
-def test_whole_numbers_of_a_file_may_be_scaled() -> None:
+def test_scaled_whole_numbers_count_by_their_scaled_values() -> None:
     """By the slope in its header: values are what counts, not the type that stores them."""
     scaled = measure(np.linspace(-900, 900, 125, dtype=np.float32).reshape(1, 5, 5, 5), SHORT, None)
     assert scaled.hounsfield == (False,)
@@ -70,7 +70,7 @@ def test_whole_numbers_of_a_file_may_be_scaled() -> None:
     ("zscore", 1e30, False), ("zscore", 1e-25, False), ("zscore", 1e10, True), ("zscore", 0, True),
     ("percentile", 2e38, False), ("percentile", 1e-35, False), ("percentile", 1e-25, True), ("percentile", 1e25, True),
 ])  # fmt: skip
-def test_values_that_float32_cannot_standardise(kind: str, scale: float, fits: bool) -> None:
+def test_a_range_that_float32_cannot_standardise_is_refused(kind: str, scale: float, fits: bool) -> None:
     """The network would see 0 everywhere, without a word."""
     x = (np.random.default_rng(0).random((1, 6, 6, 6)) * scale).astype(np.float32)
     problem = Intensity((Channel(kind),), "").problem(x)
@@ -79,7 +79,7 @@ def test_values_that_float32_cannot_standardise(kind: str, scale: float, fits: b
         assert 0.5 < float(Channel(kind)(torch.from_numpy(x)).std()) < 2
 
 
-def test_what_auto_takes() -> None:
+def test_auto_chooses_by_description_and_values() -> None:
     grey = measure(np.random.default_rng(0).random((1, 5, 5, 5), np.float32), FLOAT, None)
     colour = measure(np.arange(3 * 64, dtype=np.float32).reshape(3, 8, 8, 1), BYTES, None)
     low = measure(np.linspace(-2000, 2000, 125, dtype=np.float32).reshape(1, 5, 5, 5), FLOAT, None)
@@ -99,7 +99,7 @@ def test_what_auto_takes() -> None:
     assert [c.kind for c in choose_intensity("auto", None, ("CT", "PET"), [both]).channels] == ["ct", "percentile"]
 
 
-def test_constants() -> None:
+def test_rgb_and_window_use_fixed_constants() -> None:
     colour = measure(np.arange(3 * 64, dtype=np.float32).reshape(3, 8, 8, 1), BYTES, None)
     y = choose_intensity("rgb", None, (), [colour])(torch.full((3, 1, 1, 1), 255.0)).flatten()
     np.testing.assert_allclose(y, (1 - np.array(RGB_MEAN)) / np.array(RGB_STD), rtol=1e-5)
@@ -110,7 +110,7 @@ def test_constants() -> None:
     assert window.reason == "--window 40,400"
 
 
-def test_what_cannot_be_measured() -> None:
+def test_ct_and_rgb_refuse_data_that_do_not_suit_them() -> None:
     grey = measure(np.random.default_rng(0).random((1, 5, 5, 5), np.float32), FLOAT, None)
     flat = measure(np.ones((1, 5, 5, 5), np.float32), FLOAT, np.ones((5, 5, 5), bool))
     with pytest.raises(UserError, match="rgb needs images with three channels, got 1"):

@@ -15,7 +15,7 @@ HERE = Path("a.nii.gz")
 
 
 @pytest.mark.parametrize("values", [(0, 255), (0, 1, 2, 4), (0, 500, 600), tuple(range(118)), (0, 1, 70000)])
-def test_values_come_back(values: tuple[int, ...]) -> None:
+def test_decoding_returns_the_encoded_values(values: tuple[int, ...]) -> None:
     labels = LabelMap.of_values(values)
     data = np.array(values)[np.random.default_rng(0).integers(0, len(values), (5, 6, 7))]
     classes = labels.encode(data, HERE)
@@ -32,7 +32,7 @@ def test_background_is_a_class_whether_it_occurs_or_not() -> None:
     assert LabelMap.of_values([-1, 3, 2]).values == ((0,), (-1,), (2,), (3,))
 
 
-def test_options() -> None:
+def test_labels_options_are_parsed() -> None:
     labels = parse_labels("0,85=RV,170")
     assert labels.values == ((0,), (85,), (170,))
     assert labels.names == ("background", "RV", "label 170")
@@ -55,7 +55,7 @@ def test_options() -> None:
         ("0,1-999999999", "must be like"), ("0,99999999999", "must be like"), ("0,,1", "must be like"),
     ],
 )  # fmt: skip
-def test_options_that_are_refused(text: str, message: str) -> None:
+def test_wrong_labels_options_are_refused(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_labels(text)
 
@@ -69,7 +69,7 @@ def test_a_value_outside_is_named_with_its_voxels() -> None:
         value_counts(np.arange(300).reshape(3, 10, 10), HERE)
 
 
-def test_whole_numbers_within_a_thousandth() -> None:
+def test_labels_must_be_whole_numbers_within_a_thousandth() -> None:
     near = np.array([0.0, 1.0000001, 1.9995, 254.9995])
     np.testing.assert_array_equal(whole_numbers(near, HERE), [0, 1, 2, 255])
     with pytest.raises(UserError, match=r"within 0\.001, got 1\.002 in 2 voxels"):
@@ -83,19 +83,19 @@ def test_whole_numbers_within_a_thousandth() -> None:
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(5_000_000_000, "i8"), (-(2**63), "i8"), (2**63, "u8"), (2**31, "u4")])
-def test_a_value_that_no_mask_could_hold(value: int, dtype: str) -> None:
+def test_values_from_2_to_the_31_on_are_refused(value: int, dtype: str) -> None:
     with pytest.raises(UserError, match=rf"below 2\^31, got {abs(value):.12g}".replace("+", r"\+")):
         whole_numbers(np.array([0, value], dtype), HERE)
 
 
 @given(st.lists(st.integers(-5, 300), min_size=1, max_size=60))
-def test_counts(values: list[int]) -> None:
+def test_voxels_are_counted_by_value(values: list[int]) -> None:
     data = np.array(values, np.int16).reshape(1, -1, 1)
     assert count_values(data) == {v: values.count(v) for v in sorted(set(values))}
     assert count_values(np.asfortranarray(data)) == count_values(data)
 
 
-def test_classes_that_are_ignored_or_beyond_a_byte() -> None:
+def test_many_classes_take_two_bytes_and_ignored_ones_do_not_count() -> None:
     labels = LabelMap.of_values(range(200), ignore=[255])
     data = np.array([[[0, 199, 255]]])
     assert labels.encode(data, HERE).dtype == np.int16

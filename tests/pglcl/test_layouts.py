@@ -45,7 +45,7 @@ def test_hidden_files_of_a_folder_are_not_read(tmp_path: Path) -> None:
     assert len(group_inputs([root / "images"])) == 8
 
 
-def test_kits(tmp_path: Path) -> None:
+def test_kits_folders_are_read(tmp_path: Path) -> None:
     root = kits(tmp_path)
     (root / "case_00007" / "segmentation.nii.gz").unlink()
     data = open_folder(root)
@@ -57,7 +57,7 @@ def test_kits(tmp_path: Path) -> None:
     assert propose(data, reports)[-1].value == "ct"
 
 
-def test_kits_whose_images_were_not_fetched(tmp_path: Path) -> None:
+def test_a_kits_label_without_its_image_is_refused(tmp_path: Path) -> None:
     """The labels come with the repository, the images by a program. A case must not be missing without a word."""
     root = kits(tmp_path, 3)
     (root / "case_00001" / "imaging.nii.gz").unlink()
@@ -67,7 +67,7 @@ def test_kits_whose_images_were_not_fetched(tmp_path: Path) -> None:
     assert len(open_folder(root).cases) == 2
 
 
-def test_ssl4mis(tmp_path: Path) -> None:
+def test_ssl4mis_folders_are_read(tmp_path: Path) -> None:
     root = ssl4mis(tmp_path)
     data = open_folder(root)
     assert data.layout == "ssl4mis"
@@ -87,7 +87,7 @@ def test_ssl4mis(tmp_path: Path) -> None:
         open_folder(root)
 
 
-def test_ssl4mis_slices_without_their_volumes(tmp_path: Path) -> None:
+def test_ssl4mis_slices_are_read_if_their_volume_is_missing(tmp_path: Path) -> None:
     root = ssl4mis(tmp_path)
     (root / "data" / "patient001_frame01.h5").unlink()
     data = open_folder(root)
@@ -97,7 +97,7 @@ def test_ssl4mis_slices_without_their_volumes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", [".png", ".bmp", ".tif", ".jpg"])
-def test_pictures(ending: str, tmp_path: Path) -> None:
+def test_folders_of_pictures_are_read(ending: str, tmp_path: Path) -> None:
     data = open_folder(pictures(tmp_path, ending=ending))
     reports = inspect_folder(data)
     assert not any(r.problems for r in reports)
@@ -109,7 +109,7 @@ def test_pictures(ending: str, tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_dicom_folders_beside_labels(tmp_path: Path) -> None:
+def test_dicom_folders_are_paired_with_label_files(tmp_path: Path) -> None:
     for i in range(2):
         image, label = volume(i)
         dicom(tmp_path / "images" / f"scan{i}", image.astype(np.int16), STRAIGHT)
@@ -121,7 +121,7 @@ def test_dicom_folders_beside_labels(tmp_path: Path) -> None:
     assert [case.name for case in group_inputs([tmp_path / "images"])] == ["scan0", "scan1"]
 
 
-def test_files_that_are_not_read_are_said(tmp_path: Path) -> None:
+def test_files_that_are_not_read_are_named(tmp_path: Path) -> None:
     """A label among them would make its image count as unlabelled."""
     root = plain(tmp_path, 4, unlabelled=1)
     assert open_folder(root).notes == []
@@ -148,7 +148,7 @@ def test_proposals_are_options_that_a_training_takes(shape: tuple[int, ...], tmp
     assert TrainConfig(spatial_dims=dims, **chosen).size
 
 
-def test_a_copy_of_the_image_is_no_label(tmp_path: Path) -> None:
+def test_a_label_that_is_a_copy_of_its_image_is_a_problem(tmp_path: Path) -> None:
     """An image of 8 bits has few enough values for a label."""
     root = pictures(tmp_path, 3, colour=False, unlabelled=0)
     shutil.copy(root / "images" / "cell00.png", root / "labels" / "cell00.png")
@@ -172,7 +172,7 @@ def test_negative_label_values_need_a_meaning(tmp_path: Path) -> None:
     assert not any(report.problems for report in inspect_folder(open_folder(root), declared))
 
 
-def test_numbers_of_objects_are_no_classes(tmp_path: Path) -> None:
+def test_too_many_label_values_are_refused(tmp_path: Path) -> None:
     root = tmp_path
     for i in range(2):
         image = volume(i, (30, 26, 10))[0]
@@ -186,7 +186,7 @@ def test_numbers_of_objects_are_no_classes(tmp_path: Path) -> None:
     assert len(labels_of(data, reports, parse_labels("0,1-1000=cell"))) == 2
 
 
-def test_labels_of_one_patient_or_blank_are_warned_of(tmp_path: Path) -> None:
+def test_empty_labels_and_classes_of_one_patient_give_a_warning(tmp_path: Path) -> None:
     root = plain(tmp_path)
     for i in range(1, 6):
         label = volume(i, (30 + i % 3, 26, 5 + i % 2))[1]
@@ -203,7 +203,7 @@ def test_labels_of_one_patient_or_blank_are_warned_of(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["images/case01.nii.gz", "labels/case01.nii.gz"])
-def test_a_link_that_leads_nowhere_is_not_left_out(place: str, tmp_path: Path) -> None:
+def test_a_link_that_leads_nowhere_is_refused(place: str, tmp_path: Path) -> None:
     """Data may have been moved, or never fetched. Otherwise, a labelled volume would count as unlabelled."""
     root = plain(tmp_path / "data")
     path = root / place
@@ -219,7 +219,7 @@ def test_a_link_that_leads_nowhere_is_not_left_out(place: str, tmp_path: Path) -
         group_inputs([path])
 
 
-def test_a_pipe_is_no_image(tmp_path: Path) -> None:
+def test_a_pipe_is_refused_as_an_image(tmp_path: Path) -> None:
     """Reading it would wait for ever."""
     root = plain(tmp_path / "data")
     pipe = root / "images" / "case09.nii.gz"
@@ -229,7 +229,7 @@ def test_a_pipe_is_no_image(tmp_path: Path) -> None:
             read()
 
 
-def test_folders_that_are_links(tmp_path: Path) -> None:
+def test_links_to_folders_are_followed_without_endless_loops(tmp_path: Path) -> None:
     """A selection of patients is often a folder of links. A link to a folder above must not lead to an endless loop."""
     root, chosen = acdc(tmp_path / "data", 3), tmp_path / "chosen"
     chosen.mkdir()
@@ -244,7 +244,7 @@ def test_folders_that_are_links(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["labels", "images", "dataset.json"])
-def test_parts_of_a_folder_that_lead_nowhere(name: str, tmp_path: Path) -> None:
+def test_a_folder_whose_part_is_a_dead_link_is_refused(name: str, tmp_path: Path) -> None:
     """Otherwise all volumes would be unlabelled, or the folder would seem to have another layout."""
     root = plain(tmp_path / "data", 3)
     if (root / name).exists():
@@ -254,7 +254,7 @@ def test_parts_of_a_folder_that_lead_nowhere(name: str, tmp_path: Path) -> None:
         open_folder(root)
 
 
-def test_a_list_of_patients_that_leads_nowhere(tmp_path: Path) -> None:
+def test_a_list_of_patients_that_is_a_dead_link_is_refused(tmp_path: Path) -> None:
     """Otherwise, test patients would be used to train."""
     root = ssl4mis(tmp_path / "data")
     (root / "test.list").unlink()
@@ -263,7 +263,7 @@ def test_a_list_of_patients_that_leads_nowhere(tmp_path: Path) -> None:
         open_folder(root)
 
 
-def test_links_in_a_folder_of_patients(tmp_path: Path) -> None:
+def test_a_dead_link_in_a_folder_of_patients_is_refused(tmp_path: Path) -> None:
     root = acdc(tmp_path / "data", 2)
     path = root / "training" / "patient001" / "patient001_frame01_gt.nii.gz"
     path.unlink()
@@ -272,7 +272,7 @@ def test_links_in_a_folder_of_patients(tmp_path: Path) -> None:
         open_folder(root)
 
 
-def test_names_that_look_like_volumes_of_one_patient(tmp_path: Path) -> None:
+def test_names_that_look_like_volumes_of_one_patient_are_noted(tmp_path: Path) -> None:
     """Only lists and ACDC tell patients from volumes. One volume could be trained on, and the other be the test."""
     image, label = volume(0)
     for number in (1, 2):
@@ -290,7 +290,7 @@ def test_names_that_look_like_volumes_of_one_patient(tmp_path: Path) -> None:
     assert open_folder(tmp_path).notes == []
 
 
-def test_units_of_files_of_several_kinds(tmp_path: Path) -> None:
+def test_the_unit_names_all_units_of_mixed_files(tmp_path: Path) -> None:
     root = pictures(tmp_path, 2, unlabelled=0)
     save(root / "images" / "scan.nii.gz", volume(0)[0])
     data = open_folder(root)

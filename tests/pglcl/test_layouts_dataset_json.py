@@ -25,7 +25,7 @@ from tests.pglcl.folders import (
 )  # fmt: skip
 
 
-def test_nnunet(tmp_path: Path) -> None:
+def test_nnunet_folders_are_read(tmp_path: Path) -> None:
     root = nnunet(tmp_path, channels=2)
     data = open_folder(root)
     assert data.layout == "nnunet"
@@ -40,7 +40,7 @@ def test_nnunet(tmp_path: Path) -> None:
     assert not any(r.problems for r in inspect_folder(data))
 
 
-def test_nnunet_in_another_format(tmp_path: Path) -> None:
+def test_nnunet_files_must_have_the_declared_ending(tmp_path: Path) -> None:
     data = open_folder(nnunet(tmp_path, 3, unlabelled=1, ending=".nrrd"))
     assert [report.problems for report in inspect_folder(data)] == [[], [], []]
     describe(tmp_path, file_ending=".nii.gz")
@@ -66,7 +66,7 @@ def test_nnunet_keeps_the_colours_of_a_picture_in_one_file(tmp_path: Path) -> No
         open_folder(root)
 
 
-def test_nnunet_whose_names_do_not_fit(tmp_path: Path) -> None:
+def test_nnunet_names_with_wrong_channels_are_refused(tmp_path: Path) -> None:
     root = nnunet(tmp_path, channels=2)
     (root / "imagesTr" / "heart_003_0001.nii.gz").unlink()
     with pytest.raises(UserError, match="heart_003 must have the channels of the others"):
@@ -76,7 +76,7 @@ def test_nnunet_whose_names_do_not_fit(tmp_path: Path) -> None:
         open_folder(root)
 
 
-def test_nnunet_labels_to_ignore(tmp_path: Path) -> None:
+def test_nnunet_voxels_called_ignore_do_not_count(tmp_path: Path) -> None:
     root = nnunet(tmp_path, 3, unlabelled=0)
     describe(root, labels={"background": 0, "ball": 1, "cube": 2, "ignore": 3})
     image, label = volume(0)
@@ -104,7 +104,7 @@ def declared_by_a_list(root: Path, labels: dict[str, str]) -> LabelMap | None:
 
 
 @pytest.mark.parametrize("declared", [declared_by_decathlon, declared_by_a_list])
-def test_names_that_say_what_a_value_is(
+def test_labels_called_ignore_and_background_have_their_meaning(
     declared: Callable[[Path, dict[str, str]], LabelMap | None], tmp_path: Path
 ) -> None:
     """What is called ignore is left out, not learned. The value 0 is the background, whatever its name."""
@@ -118,7 +118,7 @@ def test_names_that_say_what_a_value_is(
         declared(tmp_path, {"0": "ignore", "1": "organ", "2": "tumour"})  # the organ would be the background
 
 
-def test_two_values_of_one_name(tmp_path: Path) -> None:
+def test_two_label_values_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the labels 1, 2 have the same name, 'organ'; give each its own name"):
         declared_by_decathlon(tmp_path, {"0": "background", "1": "organ", "2": "organ"})
 
@@ -165,7 +165,7 @@ def test_descriptions_that_are_refused(text: str, tmp_path: Path) -> None:
     assert "dataset.json" in error.value.lines[0]
 
 
-def test_decathlon_as_the_first_nnunet_wrote_it(tmp_path: Path) -> None:
+def test_folders_of_the_first_nnunet_are_read(tmp_path: Path) -> None:
     """dataset.json lists CASE.nii.gz, the files are CASE_0000.nii.gz."""
     root = decathlon(tmp_path, channels=1)
     for path in list((root / "imagesTr").iterdir()):
@@ -175,7 +175,7 @@ def test_decathlon_as_the_first_nnunet_wrote_it(tmp_path: Path) -> None:
     assert not any(r.problems for r in inspect_folder(data))
 
 
-def test_files_that_a_description_names_twice(tmp_path: Path) -> None:
+def test_files_that_a_description_names_twice_are_refused(tmp_path: Path) -> None:
     root = decathlon(tmp_path / "decathlon", 3, 1)
     content = json.loads((root / "dataset.json").read_text())
     for other, message in (
@@ -196,7 +196,7 @@ def test_files_that_a_description_names_twice(tmp_path: Path) -> None:
         open_folder(root)
 
 
-def test_descriptions_as_windows_writes_them(tmp_path: Path) -> None:
+def test_descriptions_with_a_byte_order_mark_are_read(tmp_path: Path) -> None:
     root = nnunet(tmp_path / "nnunet")
     (root / "dataset.json").write_text((root / "dataset.json").read_text(), encoding="utf-8-sig")
     assert len(open_folder(root).cases) == 8
@@ -205,7 +205,7 @@ def test_descriptions_as_windows_writes_them(tmp_path: Path) -> None:
     assert open_folder(root).parts["test"] == ("patient008",)
 
 
-def test_images_that_a_description_does_not_list_are_said(tmp_path: Path) -> None:
+def test_images_that_a_description_does_not_list_are_noted(tmp_path: Path) -> None:
     root = decathlon(tmp_path, 5, 1)
     content = json.loads((root / "dataset.json").read_text())
     content["training"] = content["training"][:2]
@@ -217,7 +217,7 @@ def test_images_that_a_description_does_not_list_are_said(tmp_path: Path) -> Non
     ]
 
 
-def test_a_name_that_json_gives_twice(tmp_path: Path) -> None:
+def test_json_with_a_repeated_name_is_refused(tmp_path: Path) -> None:
     """Python would keep the last one: here, the class of value 1 would be gone."""
     root = nnunet(tmp_path)
     text = (root / "dataset.json").read_text()

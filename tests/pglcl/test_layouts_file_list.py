@@ -30,7 +30,7 @@ def listed(root: Path) -> list[dict[str, str]]:
     return rows
 
 
-def test_a_list_as_csv_and_as_json(tmp_path: Path) -> None:
+def test_csv_and_json_lists_give_the_same_cases(tmp_path: Path) -> None:
     rows = listed(tmp_path)
     lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
     (tmp_path / "list.csv").write_text("\n".join(lines) + "\n")
@@ -96,7 +96,7 @@ def test_every_entry_has_the_same_channels_in_the_same_order(tmp_path: Path) -> 
     assert len(open_folder(tmp_path / "list.csv").cases) == 1
 
 
-def test_patients_of_some_entries_alone(tmp_path: Path) -> None:
+def test_a_list_with_some_patients_missing_is_refused(tmp_path: Path) -> None:
     """As a spreadsheet writes merged cells. The second scan of a patient could come into the test."""
     rows = listed(tmp_path)
     for number in (1, 3):
@@ -110,7 +110,7 @@ def test_patients_of_some_entries_alone(tmp_path: Path) -> None:
     assert len(open_folder(tmp_path / "list.json").patients) == 4
 
 
-def test_labels_that_a_list_confuses(tmp_path: Path) -> None:
+def test_a_list_that_uses_a_file_twice_is_refused(tmp_path: Path) -> None:
     root = plain(tmp_path / "data", 3, unlabelled=0)
     image, label = "images/case00.nii.gz", "labels/case00.nii.gz"
     for rows, message in (

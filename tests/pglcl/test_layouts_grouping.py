@@ -33,7 +33,7 @@ GROUPS = {
 
 
 @pytest.mark.parametrize("names", GROUPS, ids=lambda n: n[0])
-def test_the_rule(names: tuple[str, ...]) -> None:
+def test_files_are_grouped_by_their_channel_numbers(names: tuple[str, ...]) -> None:
     for order in (names, tuple(reversed(names))):
         groups = group_files(paths(*order))
         assert {name: len(files) for name, files in groups.items()} == GROUPS[names]
@@ -58,7 +58,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("names", REFUSED, ids=lambda n: " ".join(n))
-def test_what_breaks_the_rule(names: tuple[str, ...]) -> None:
+def test_names_that_break_the_rule_are_refused(names: tuple[str, ...]) -> None:
     with pytest.raises(UserError, match=REFUSED[names]):
         group_files(paths(*names))
 
@@ -68,7 +68,7 @@ def test_channels_of_a_case_lie_in_one_folder() -> None:
         group_files([Path("a/x_0000.nii"), Path("b/x_0001.nii")])
 
 
-def test_labels_say_what_a_number_is() -> None:
+def test_label_names_decide_whether_a_number_is_a_channel() -> None:
     files = paths("case_0000", "case_0001", "case_0002")
     assert set(group_files(files, ["case_0000", "case_0002"])) == {"case_0000", "case_0001", "case_0002"}
     assert set(group_files(files, ["case"])) == {"case"}
@@ -87,14 +87,14 @@ def test_suffixes_are_compared_without_case(tmp_path: Path) -> None:
     assert all(case.label is not None for case in cases[:6])
 
 
-def test_two_labels_of_one_name(tmp_path: Path) -> None:
+def test_two_labels_of_one_name_are_refused(tmp_path: Path) -> None:
     root = plain(tmp_path)
     (root / "labels" / "case00.nii").write_bytes(b"")
     with pytest.raises(UserError, match=r"case00\.nii\.gz: has the same name as .*case00\.nii;"):
         open_folder(root)
 
 
-def test_inputs_of_predict(tmp_path: Path) -> None:
+def test_wrong_inputs_of_predict_are_refused(tmp_path: Path) -> None:
     root = plain(tmp_path)
     image = root / "images" / "case00.nii.gz"
     with pytest.raises(UserError, match="is given twice"):

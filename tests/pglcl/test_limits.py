@@ -51,7 +51,7 @@ def batches(folder: Path) -> StepBatches:
     ],
     ids=str,
 )
-def test_more_memory_than_there_is(options: dict[str, Any]) -> None:
+def test_a_step_that_needs_more_memory_than_there_is_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"a step takes at least .*, but cpu has .*: reduce --batch-size"):
         check_resources(TrainConfig(**options), torch.device("cpu"), 1)
 
@@ -79,7 +79,9 @@ def test_prepared_volumes_and_a_step_share_the_memory(monkeypatch: pytest.Monkey
         check_memory(config, torch.device("cuda"), prepared=3 * step)
 
 
-def test_processes_and_threads(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_many_workers_or_threads_are_refused(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UserError, match=r"--workers must be at most .* got 1000"):
         check_resources(tiny(workers=1000), torch.device("cpu"), 1)
     for threads in (-1, 100000):
@@ -91,13 +93,17 @@ def test_processes_and_threads(tmp_path: Path, folder: Path, capsys: pytest.Capt
     check_threads(os.cpu_count() or 1)
 
 
-def test_an_output_of_300_characters(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_output_name_of_300_characters_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["train", str(folder), "-o", str(tmp_path / ("x" * 300)), "--labelled", "2"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "cannot be written: File name too long" in line
 
 
-def test_little_shared_memory(batches: StepBatches, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_workers_is_limited_by_the_shared_memory(
+    batches: StepBatches, monkeypatch: pytest.MonkeyPatch
+) -> None:
     each = 5 * batches.bytes_of_a_batch()
     batch = batches[5]
     assert sum(t.numel() * t.element_size() for t in batch.values()) <= batches.bytes_of_a_batch()
@@ -137,7 +143,7 @@ def load_with_little_shared_memory(root: str) -> None:
         filler.unlink()
 
 
-def test_a_disk_that_fills_up_under_tensorboard(tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_under_tensorboard_is_an_error_of_one_line(tmp_path: Path) -> None:
     """The error is one line, without a traceback of the thread that writes its events."""
     program = (
         "import sys; from pathlib import Path; from pglcl.record import MetricsLog\n"
@@ -160,7 +166,7 @@ def test_a_disk_that_fills_up_under_tensorboard(tmp_path: Path) -> None:
     assert said.stderr == ""
 
 
-def test_shared_memory_that_fills_up(folder: Path) -> None:
+def test_full_shared_memory_is_an_error_and_not_waited_for(folder: Path) -> None:
     """With a real /dev/shm of 16 MiB. A batch that does not fit must raise an error, and not be waited for."""
     mount = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=16m tmpfs /dev/shm && exec "$@"', "sh"]
     if shutil.which("unshare") is None or subprocess.run([*mount, "true"], capture_output=True).returncode:
@@ -179,7 +185,7 @@ class Usage:
         self.free = free
 
 
-def test_a_process_that_prepares_batches_is_killed(batches: StepBatches) -> None:
+def test_a_killed_worker_is_an_error_that_names_workers(batches: StepBatches) -> None:
     before = children()
     source = loader(batches, 0, 1)
     next(source)
@@ -193,7 +199,7 @@ def children() -> set[int]:
     return {int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()}
 
 
-def test_a_full_disk_while_tensorboard_writes(
+def test_a_full_disk_while_tensorboard_writes_is_an_error_of_one_line(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*arguments: Any, **options: Any) -> None:

@@ -31,7 +31,7 @@ def wait(ready: Any) -> None:
     signal.pause()
 
 
-def test_the_other_is_told_who_and_a_kill_frees_the_folder(tmp_path: Path) -> None:
+def test_the_error_names_the_owner_and_a_kill_frees_the_folder(tmp_path: Path) -> None:
     data, run, ready = plain(tmp_path / "data"), tmp_path / "run", fork.Event()
     owner = fork.Process(target=hold, args=(run, ready))
     owner.start()
@@ -75,7 +75,7 @@ def test_a_folder_that_moves_away_is_noticed(tmp_path: Path) -> None:
             lock.check()
 
 
-def test_folders_that_cannot_be_made(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file" / "run", tmp_path / ("x" * 300)):
         with pytest.raises(WriteError, match="cannot be written"), FolderLock(folder):

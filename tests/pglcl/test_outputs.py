@@ -24,7 +24,7 @@ def spellings(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_what_is_read_is_never_written_over(overwrite: bool, tmp_path: Path) -> None:
+def test_a_file_that_is_read_is_never_replaced(overwrite: bool, tmp_path: Path) -> None:
     scan = tmp_path / "scan.nii.gz"
     scan.write_text("voxels")
     for path in spellings(tmp_path):
@@ -34,7 +34,7 @@ def test_what_is_read_is_never_written_over(overwrite: bool, tmp_path: Path) -> 
     assert scan.read_text() == "voxels"
 
 
-def test_what_exists_is_kept(tmp_path: Path) -> None:
+def test_an_existing_file_is_not_replaced(tmp_path: Path) -> None:
     old, new, dangling = tmp_path / "old.txt", tmp_path / "new.txt", tmp_path / "dangling"
     old.write_text("text")
     dangling.symlink_to(tmp_path / "nowhere")
@@ -50,7 +50,7 @@ def test_what_exists_is_kept(tmp_path: Path) -> None:
     assert old.read_text() == "text"
 
 
-def test_a_folder_in_the_way(tmp_path: Path) -> None:
+def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mask.nii.gz").mkdir()
     with pytest.raises(UserError, match="is a folder"):
         check_outputs([tmp_path / "mask.nii.gz"], overwrite=True)
@@ -59,19 +59,19 @@ def test_a_folder_in_the_way(tmp_path: Path) -> None:
         check_outputs([tmp_path / "file" / "deeper" / "mask.nii.gz"])
 
 
-def test_two_outputs_of_one_name(tmp_path: Path) -> None:
+def test_two_outputs_of_one_name_are_refused(tmp_path: Path) -> None:
     for first, second in (("a.nii.gz", "a.nii.gz"), ("A.nii.gz", "a.nii.gz"), ("\u00e9.nii", "e\u0301.nii")):
         with pytest.raises(UserError, match="written twice"):
             check_outputs([tmp_path / first, tmp_path / second], overwrite=True)
 
 
-def test_a_name_that_is_too_long(tmp_path: Path) -> None:
+def test_a_name_that_is_too_long_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / ("x" * 300), tmp_path / ("x" * 300) / "mask.nii.gz"):
         with pytest.raises(UserError, match="too long"):
             check_outputs([path])
 
 
-def test_many_are_counted(tmp_path: Path) -> None:
+def test_a_message_counts_the_files_that_it_does_not_name(tmp_path: Path) -> None:
     paths = [tmp_path / f"{i}.txt" for i in range(12)]
     for path in paths:
         path.write_text("")
@@ -82,13 +82,13 @@ def test_many_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_is_not_ours(tmp_path: Path) -> None:
+def test_a_folder_without_write_permission_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="cannot be written: Permission denied"):
         check_outputs([tmp_path / "mask.nii.gz"])
 
 
-def test_outputs_stay_out_of_the_data(tmp_path: Path) -> None:
+def test_outputs_inside_the_data_folder_are_refused(tmp_path: Path) -> None:
     folders = {
         plain(tmp_path / "plain", 3): (["images", "labels", "labels/new"], ["masks", "../masks"]),
         decathlon(tmp_path / "decathlon", 2): (["imagesTr", "labelsTr", "labelsTs"], ["predictions"]),

@@ -66,7 +66,7 @@ def test_the_best_covered_rows_of_each_class_qualify() -> None:
 
 @pytest.mark.parametrize("patches", ["pooled", "crop"])
 @pytest.mark.parametrize("shape", [(16, 24), (12, 16, 4)])
-def test_pairs_of_a_prediction(shape: tuple[int, ...], patches: str) -> None:
+def test_the_anchor_is_foreground_and_not_its_own_positive(shape: tuple[int, ...], patches: str) -> None:
     """In two dimensions and in three: the anchor is of the foreground, and is not its own positive."""
     config = tiny(patches=patches, patch_size=4, mixed_patches="together", guidance=False)
     p = torch.randn(1, 3, *shape, generator=torch.Generator().manual_seed(0)).mul(3).softmax(dim=1)

@@ -32,7 +32,7 @@ def case(root: Path, number: int = 0) -> Case:
 
 
 @pytest.mark.parametrize("resized", [(9, 12, 5), (7, 12, 9), (20, 31, 5), (1, 12, 5)])
-def test_rows_are_those_of_the_whole_volume(resized: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_volume_restored_by_slabs_equals_the_whole(resized: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """A volume that is restored slab by slab is the same as one restored at once, up to rounding."""
     geometry = Geometry((13, 17, 5), resized)
     p = torch.randn(3, *(n + 2 for n in resized)).softmax(dim=0)
@@ -79,7 +79,7 @@ def test_flips_are_averaged(dims: int) -> None:
     torch.testing.assert_close(p, torch.stack(by_hand).mean(dim=0))
 
 
-def test_flips_where_they_are_allowed(trained: Trained, tmp_path: Path) -> None:
+def test_flips_are_refused_for_a_model_trained_without_them(trained: Trained, tmp_path: Path) -> None:
     root, run = trained
     model = load_model(run)
     plainly, flipped = (Predictor([model], tta=tta)(case(root))[0].probabilities() for tta in ("none", "flips"))
@@ -140,7 +140,7 @@ def test_predictions_never_replace_their_input(trained: Trained, tmp_path: Path)
     assert len(list((root / "labels").iterdir())) == 2
 
 
-def test_masks_do_not_lie_beside_a_folders_images(
+def test_masks_in_the_folder_of_the_images_are_refused(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Masks of another format would replace no image, but would be predicted next time."""
@@ -154,7 +154,7 @@ def test_masks_do_not_lie_beside_a_folders_images(
     assert main(["predict", str(trained[1]), str(folder), "-o", str(folder / "masks")]) == 0
 
 
-def test_masks_do_not_replace_the_labels_of_a_list(
+def test_masks_in_the_folder_of_the_labels_of_a_list_are_refused(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = plain(tmp_path / "data", 3, unlabelled=0)
@@ -198,7 +198,9 @@ def test_an_earlier_mask_is_kept(trained: Trained, tmp_path: Path, capsys: pytes
     assert captured.err == ""
 
 
-def test_names_that_meet(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_outputs_with_one_file_name_are_refused(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The probabilities of one image would have the file name of another image's mask."""
     root, run = trained
     for name in ("a.nii.gz", "a_probabilities.nii.gz"):

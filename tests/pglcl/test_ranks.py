@@ -84,7 +84,7 @@ def test_a_process_group_leaves_no_thread(port: int) -> None:
     ("0", "^pglcl: of 2 ranks, rank 1 did not connect within 1 seconds: check that every rank"),
     ("1", r"^pglcl, rank 1: rank 0 did not answer at localhost:\d+ within 1 seconds \(Connection refused\): check"),
 ])  # fmt: skip
-def test_a_rank_that_does_not_come(
+def test_a_rank_that_does_not_connect_is_named(
     rank: str,
     message: str,
     port: int,
@@ -103,7 +103,7 @@ def test_a_rank_that_does_not_come(
 
 
 @pytest.mark.usefixtures("port")
-def test_a_rank_that_ends_between_the_meeting_and_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_ends_before_the_group_is_made_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has announced itself, so the other rank makes the group, and must not wait longer for that, either."""
     monkeypatch.setenv("PGLCL_MEETING_SECONDS", "5")
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -114,7 +114,7 @@ def test_a_rank_that_ends_between_the_meeting_and_the_group(monkeypatch: pytest.
     assert other.exitcode == 0
 
 
-def test_a_rank_that_is_lost_is_no_bug(port: int) -> None:
+def test_a_lost_rank_is_an_error_of_one_line(port: int) -> None:
     other = another_rank(end_after_the_meeting)
     with pytest.raises(UserError, match=r"another rank has ended: it was killed.*--resume continues"):
         talk()
@@ -123,7 +123,7 @@ def test_a_rank_that_is_lost_is_no_bug(port: int) -> None:
     assert not dist.is_initialized()
 
 
-def test_other_errors_of_a_rank_stay_what_they_are() -> None:
+def test_other_errors_of_a_rank_are_raised_unchanged() -> None:
     with pytest.raises(RuntimeError, match="a bug"), lost_ranks_explained():
         raise RuntimeError("a bug")
 
@@ -136,7 +136,7 @@ def test_other_errors_of_a_rank_stay_what_they_are() -> None:
     ({"MASTER_ADDR": ""}, "MASTER_ADDR must be the address of rank 0"),
     ({"PGLCL_MEETING_SECONDS": "-1"}, "PGLCL_MEETING_SECONDS must be a whole number from 1"),
 ])  # fmt: skip
-def test_what_a_launcher_leaves_is_checked(
+def test_environment_variables_of_a_launcher_are_checked(
     changes: dict[str, str], message: str, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in changes.items():
@@ -153,7 +153,7 @@ def test_a_rank_needs_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device_of_rank(CPU) == CPU
 
 
-def test_a_rank_without_a_launcher_is_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_in_the_environment_alone_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another program may leave RANK in the environment. The command must not do nothing and exit with 0."""
     for size, rank, own in (("", "1", 0), ("1", "1", 0), ("2", "1", 1), ("2", "x", 0), ("2", "", 0)):
         monkeypatch.setenv("WORLD_SIZE", size)
@@ -161,7 +161,7 @@ def test_a_rank_without_a_launcher_is_nobody(monkeypatch: pytest.MonkeyPatch) ->
         assert own_rank() == own
 
 
-def test_processes_and_torchrun_together(
+def test_processes_under_torchrun_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -171,7 +171,7 @@ def test_processes_and_torchrun_together(
     assert "--processes cannot be used under torchrun" in capsys.readouterr().err
 
 
-def test_wrong_options_are_said_once(
+def test_wrong_options_are_printed_by_the_first_rank_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -49,7 +49,7 @@ def run(trained: Trained, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained[1], tmp_path / "run"))
 
 
-def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+def test_names_are_escaped_in_the_page(tmp_path: Path) -> None:
     root = plain(tmp_path / "data & <b>", 8)
     for old, new in zip(("case02", "case03", "case04", "case05"), NAMES):
         for kind in ("images", "labels"):
@@ -68,7 +68,7 @@ def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
     assert page.tags.count("img") == (page.tags.count("figure"))
 
 
-def test_what_a_reader_looks_for(run: Path, trained: Trained) -> None:
+def test_the_report_has_split_scores_and_pictures(run: Path, trained: Trained) -> None:
     (run / "scores_test.json").unlink(missing_ok=True)
     assert main(["report", str(run), "-q"]) == 0
     page = Page((run / "report.html").read_text(encoding="utf-8"))
@@ -162,7 +162,7 @@ def test_volumes_that_are_shown_differ() -> None:
     ("metrics.jsonl", "", 0, "metrics.jsonl: has no row of a step"),
     ("scores_test.json", "{}", 0, ""),
 ])  # fmt: skip
-def test_files_of_a_run_that_are_damaged(
+def test_damaged_files_of_a_run_are_named(
     name: str, text: str, code: int, says: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (run / name).write_text(text)
@@ -175,14 +175,14 @@ def test_files_of_a_run_that_are_damaged(
         assert (run / name).read_text() == text  # the file of another program stays
 
 
-def test_bytes_that_are_no_text(run: Path) -> None:
+def test_metrics_that_are_not_text_are_a_problem(run: Path) -> None:
     (run / "metrics.jsonl").write_bytes(b"\xff\xfe\x00")
     rows, problem = _metric_rows(run)
     assert rows == []
     assert problem.startswith("metrics.jsonl: ")
 
 
-def test_a_run_that_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_on_a_missing_run_print_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = {"report": [], "evaluate": [str(tmp_path)], "predict": [str(tmp_path), "-o", "x"]}
     more["export"] = ["--format", "torchscript"]
     for command, arguments in more.items():
@@ -211,7 +211,7 @@ def test_a_page_replaces_nothing_else(run: Path, trained: Trained, capsys: pytes
 
 
 @pytest.mark.parametrize("command", ["report", "evaluate"])
-def test_the_list_of_the_data_is_kept(command: str, run: Path, trained: Trained, tmp_path: Path) -> None:
+def test_the_list_of_the_data_is_not_replaced(command: str, run: Path, trained: Trained, tmp_path: Path) -> None:
     """This holds for any spelling of its path, and also for labels that the command does not read."""
     listed = tmp_path / "scores_test.csv"
     rows = [f"{folder}/case{i:02d}.nii.gz" for i in range(6) for folder in ("images", "labels")]
@@ -234,7 +234,7 @@ def test_the_list_of_the_data_is_kept(command: str, run: Path, trained: Trained,
     assert listed.read_bytes() == before
 
 
-def test_curves_of_few_and_many_points() -> None:
+def test_curves_are_drawn_for_the_metrics_that_exist() -> None:
     assert curves([]) == []
     few = [{"step": 1, "segmentation": 0.5}, {"step": 2, "validation_dice": 0.1}]
     assert [p.caption for p in curves(few)] == ["segmentation loss", "validation Dice"]

@@ -25,7 +25,7 @@ def of_spacing(path: Path, *spacing: float, shape: tuple[int, ...] = (64, 48, 6)
     return save(path, volume(0, shape)[0], np.diag([*spacing, 1.0]))
 
 
-def test_what_the_network_sees(tmp_path: Path) -> None:
+def test_voxel_sizes_are_those_that_the_network_sees(tmp_path: Path) -> None:
     """Slices are scaled to the size of the network, so their extent counts; volumes keep their voxels, or --spacing."""
     source = read_source(of_spacing(tmp_path / "a.nii.gz", 1.5, 2.0, 8.0))
     assert sizes_seen(source, tiny(image_size="32"), 2) == pytest.approx((3.0, 4.0))
@@ -37,7 +37,7 @@ def test_what_the_network_sees(tmp_path: Path) -> None:
     assert sizes_seen(read_source(turned), tiny(**volumes), None) == (1.5, 2.0, 8.0)
 
 
-def test_what_is_clearly_different(tmp_path: Path) -> None:
+def test_voxel_sizes_beyond_a_factor_of_1_5_are_reported(tmp_path: Path) -> None:
     config = tiny(spatial_dims=3, image_size="16,16,16")
     sources = [read_source(of_spacing(tmp_path / f"{s}.nii.gz", s, s, 2)) for s in (1.0, 1.2)]
     known = Resolution.of(sources, config, None)
@@ -50,7 +50,7 @@ def test_what_is_clearly_different(tmp_path: Path) -> None:
     assert known.problem(source, config, None) == words
 
 
-def test_files_that_do_not_say_how_large_their_voxels_are(tmp_path: Path) -> None:
+def test_files_without_voxel_sizes_are_told_from_files_with_them(tmp_path: Path) -> None:
     picture = read_source(sorted((pictures(tmp_path, 1) / "images").iterdir())[0])
     scan = read_source(of_spacing(tmp_path / "a.nii.gz", 1, 1, 2))
     config = tiny()
@@ -71,7 +71,7 @@ def finer(root: Path, to: Path) -> Path:
     return to
 
 
-def test_predictions_and_scores_of_other_voxels_say_so(
+def test_predict_and_evaluate_name_images_with_other_voxels(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, run = trained[0], Path(shutil.copytree(trained[1], tmp_path / "run"))
@@ -95,7 +95,7 @@ def test_predictions_and_scores_of_other_voxels_say_so(
     assert "case04: its voxels are" in page.read_text()
 
 
-def test_a_model_of_an_older_version_does_not_know(
+def test_a_model_without_voxel_sizes_says_so(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, run = trained[0], Path(shutil.copytree(trained[1], tmp_path / "run"))
@@ -111,9 +111,7 @@ def test_a_model_of_an_older_version_does_not_know(
     torch.testing.assert_close(model.network.state_dict(), load_model(trained[1]).network.state_dict())
 
 
-def test_held_out_volumes_of_other_voxels_are_said_at_the_start(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_train_names_held_out_volumes_with_other_voxels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = plain(tmp_path / "data")
     image, label = volume(5)
     for kind, data in (("images", image), ("labels", label)):

@@ -96,7 +96,7 @@ def same_weights(a: Path, b: Path) -> bool:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_nothing_but_files(name: str, copies: tuple[Path, Path]) -> None:
+def test_a_folder_or_pipe_in_the_place_of_a_file_is_refused(name: str, copies: tuple[Path, Path]) -> None:
     """Reading a pipe would wait for ever."""
     data, run = copies
     (run / name).unlink(missing_ok=True)
@@ -138,7 +138,7 @@ def test_a_run_whose_options_are_gone_is_kept(copies: tuple[Path, Path]) -> None
 
 
 @pytest.mark.parametrize("link", [True, False])
-def test_a_lock_that_is_another_file(link: bool, data: Path, tmp_path: Path) -> None:
+def test_a_lock_file_that_links_to_another_file_leaves_it_unchanged(link: bool, data: Path, tmp_path: Path) -> None:
     run, other = tmp_path / "run", tmp_path / "thesis.txt"
     run.mkdir()
     other.write_text("text")
@@ -155,7 +155,7 @@ def test_a_lock_that_is_another_file(link: bool, data: Path, tmp_path: Path) -> 
 # --- data and split -------------------------------------------------------------------------------------------------
 
 
-def test_volumes_that_are_added_change_nothing(copies: tuple[Path, Path], ended: Path) -> None:
+def test_added_volumes_do_not_change_a_resumed_run(copies: tuple[Path, Path], ended: Path) -> None:
     data, run = copies
     split = (run / "split.json").read_text()
     for i in range(3):
@@ -167,7 +167,7 @@ def test_volumes_that_are_added_change_nothing(copies: tuple[Path, Path], ended:
     assert same_weights(run, ended)
 
 
-def test_other_data_are_refused_file_by_file(copies: tuple[Path, Path]) -> None:
+def test_changed_files_of_the_data_are_named_and_refused(copies: tuple[Path, Path]) -> None:
     data, run = copies
     content = (data / "labels" / "case00.nii.gz").read_bytes()
     image, label = volume(77, (30, 26, 5))
@@ -183,7 +183,7 @@ def test_other_data_are_refused_file_by_file(copies: tuple[Path, Path]) -> None:
     assert content != (data / "labels" / "case00.nii.gz").read_bytes()
 
 
-def test_a_list_that_pairs_the_same_files_otherwise(data: Path, tmp_path: Path) -> None:
+def test_a_list_that_combines_the_same_files_differently_is_refused(data: Path, tmp_path: Path) -> None:
     """No file has changed. Yet a resume would learn from patients of the validation, or from another's label."""
     rows = [
         {"image": f"images/{name}.nii.gz", "label": f"labels/{name}.nii.gz" if i < 6 else "", "patient": f"p{i}"}
@@ -208,7 +208,7 @@ def test_a_list_that_pairs_the_same_files_otherwise(data: Path, tmp_path: Path) 
     resume(file, run)
 
 
-def test_a_description_that_was_edited(tmp_path: Path) -> None:
+def test_an_edited_dataset_json_is_refused(tmp_path: Path) -> None:
     """The files are the same, and dataset.json now asks for other intensities, or for other names of classes."""
     root, run = nnunet(tmp_path / "data"), tmp_path / "run"
     stop_by(signal.SIGINT, root, run)
@@ -220,7 +220,7 @@ def test_a_description_that_was_edited(tmp_path: Path) -> None:
     resume(root, run)
 
 
-def test_files_that_were_only_touched_or_moved_are_the_same(copies: tuple[Path, Path], ended: Path) -> None:
+def test_files_that_were_only_touched_or_moved_are_accepted(copies: tuple[Path, Path], ended: Path) -> None:
     data, run = copies
     os.utime(data / "images" / "case00.nii.gz", (0, 0))
     moved = data.rename(data.with_name("moved"))
@@ -289,7 +289,7 @@ def replace_keeping_times(path: Path) -> None:
     ("change", "message"),
     [(Path.unlink, "was removed"), (replace_keeping_times, "was changed"), (lambda path: os.utime(path, (1, 1)), "")],
 )
-def test_validation_volumes_that_change_meanwhile(
+def test_a_validation_volume_that_changes_during_the_training_is_refused(
     change: Callable[[Path], None], message: str, copies: tuple[Path, Path], ended: Path, monkeypatch: Any
 ) -> None:
     data, run = copies
@@ -304,7 +304,7 @@ def test_validation_volumes_that_change_meanwhile(
         assert same_weights(run, ended)
 
 
-def test_volumes_that_change_while_they_are_read(
+def test_a_volume_that_changes_while_it_is_read_is_refused(
     data: Path, copies: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
 ) -> None:
     """Otherwise, the run would keep the hash of other voxels than those that it was trained on."""
@@ -325,14 +325,16 @@ def test_volumes_that_change_while_they_are_read(
     '{"step": 1, "loss": NaN}', '{"step": 1, "loss": "0.5"}', '{"step": 1, "seconds": null}', '{"step": true}',
     '{"step": 1, "loss": 1e999}', '{"step": 1, "loss": [1]}',
 ])  # fmt: skip
-def test_metrics_that_are_no_numbers(row: str, copies: tuple[Path, Path]) -> None:
+def test_metrics_that_are_not_numbers_are_refused(row: str, copies: tuple[Path, Path]) -> None:
     data, run = copies
     (run / "metrics.jsonl").write_text(f'{row}\n{{"step": 1}}\n')
     assert "metrics.jsonl, line 1: must be an object of numbers" in refused(data, run)
 
 
 @pytest.mark.parametrize("seconds", [-1e11, 1e13])
-def test_a_file_of_no_year(seconds: float, copies: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_file_with_a_time_beyond_all_years_is_recorded(
+    seconds: float, copies: tuple[Path, Path], tmp_path: Path
+) -> None:
     data, run = copies[0], tmp_path / "new"
     try:
         os.utime(data / "images" / "case00.nii.gz", (seconds, seconds))
@@ -342,7 +344,7 @@ def test_a_file_of_no_year(seconds: float, copies: tuple[Path, Path], tmp_path: 
     assert len(read_record(run).files) == 9
 
 
-def test_what_was_read_is_written_down(data: Path, ended: Path) -> None:
+def test_run_json_has_size_and_hash_of_every_file_that_was_read(data: Path, ended: Path) -> None:
     files = json.loads((ended / "run.json").read_text())["files"]
     read = {"labelled": ("case00", "case01"), "unlabelled": ("case02", "case06", "case07"), "validation": ("case03",)}
     images = {f"images/{name}.nii.gz" for names in read.values() for name in names}
@@ -405,7 +407,7 @@ def spoil(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
         (lambda s: s["model"].update(slice_axis=0), r"the run began with slices across axis 0, got 2"),
     ],
 )
-def test_a_checkpoint_that_is_whole_but_wrong(
+def test_a_valid_checkpoint_with_wrong_content_is_refused(
     change: Callable[[dict[str, Any]], None], message: str, copies: tuple[Path, Path]
 ) -> None:
     data, run = copies
@@ -413,7 +415,7 @@ def test_a_checkpoint_that_is_whole_but_wrong(
     assert message in refused(data, run)
 
 
-def test_a_missing_checkpoint_is_no_fresh_start(copies: tuple[Path, Path]) -> None:
+def test_a_missing_checkpoint_is_refused(copies: tuple[Path, Path]) -> None:
     data, run = copies
     (run / "checkpoint.pt").unlink()
     assert "checkpoint.pt: is missing, although metrics.jsonl shows that the run has begun" in refused(data, run)
@@ -425,7 +427,7 @@ def test_a_missing_checkpoint_is_no_fresh_start(copies: tuple[Path, Path]) -> No
     [b"", b"[1, 2]", b'"text"', b"\x93\xff\x00", b"[" * 100_000, b'{"step": "x", "labelled": 3}\n'],
     ids=["empty", "list", "text", "binary", "deep", "types"],
 )
-def test_json_files_of_another_kind(name: str, content: bytes, copies: tuple[Path, Path]) -> None:
+def test_json_files_of_another_kind_are_refused(name: str, content: bytes, copies: tuple[Path, Path]) -> None:
     data, run = copies
     (run / name).write_bytes(content)
     if name == "metrics.jsonl" and content in (b"", b"\x93\xff\x00", b"[" * 100_000):
@@ -442,13 +444,15 @@ def test_json_files_of_another_kind(name: str, content: bytes, copies: tuple[Pat
 # --- options --------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_resumed_by_its_name_alone(copies: tuple[Path, Path], ended: Path, data: Path) -> None:
+def test_a_run_is_resumed_without_its_data_folder_and_options(
+    copies: tuple[Path, Path], ended: Path, data: Path
+) -> None:
     _, run = copies
     assert main(["train", "--resume", str(run), "-q"]) == 0
     assert same_weights(run, ended)
 
 
-def test_options_of_the_run_that_are_not_given_stay(copies: tuple[Path, Path], capsys: Any) -> None:
+def test_a_resumed_run_keeps_its_options(copies: tuple[Path, Path], capsys: Any) -> None:
     data, run = copies
     arguments = ["train", str(data), "-o", str(run), "--resume", "-q"]
     assert main([*arguments, "--learning-rate", "0.1"]) == 2
@@ -457,7 +461,7 @@ def test_options_of_the_run_that_are_not_given_stay(copies: tuple[Path, Path], c
     assert json.loads((run / "config.json").read_text())["checkpoint_every"] == 4
 
 
-def test_more_steps(copies: tuple[Path, Path], ended: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_may_get_more_steps(copies: tuple[Path, Path], ended: Path, tmp_path: Path) -> None:
     data, _ = copies
     run = tmp_path / "more"
     shutil.copytree(ended, run)
@@ -469,7 +473,7 @@ def test_more_steps(copies: tuple[Path, Path], ended: Path, tmp_path: Path) -> N
     assert [row["step"] for row in read_metrics(run)] == [8, 10, 12]
 
 
-def test_a_model_of_fewer_steps_does_not_outlive_them(ended: Path, data: Path, tmp_path: Path) -> None:
+def test_a_resume_with_more_steps_removes_the_earlier_last_model(ended: Path, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(ended, run)
 
@@ -484,7 +488,7 @@ def test_a_model_of_fewer_steps_does_not_outlive_them(ended: Path, data: Path, t
     assert not (run / "model.pt").exists()
 
 
-def test_the_warm_up_is_a_share_that_more_steps_do_not_change(data: Path, tmp_path: Path) -> None:
+def test_more_steps_do_not_change_the_warm_up(data: Path, tmp_path: Path) -> None:
     stop_by(signal.SIGINT, data, tmp_path / "run", warmup=-1)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["warmup"] == 2
     resume(data, tmp_path / "run", warmup=-1, steps=12)
@@ -504,7 +508,7 @@ def test_unlabelled_images_reach_the_weights_by_default(tmp_path: Path) -> None:
     assert not same_weights(*models)
 
 
-def test_another_number_of_threads_is_said(copies: tuple[Path, Path], capsys: Any) -> None:
+def test_a_resume_with_another_number_of_threads_says_so(copies: tuple[Path, Path], capsys: Any) -> None:
     data, run = copies
     described = json.loads((run / "run.json").read_text())
     began = described["threads"]
@@ -537,7 +541,7 @@ def test_a_hang_up_that_nohup_ignores_is_ignored(data: Path, tmp_path: Path) -> 
     assert (tmp_path / "run" / "model.pt").exists()
 
 
-def test_what_a_kill_left_behind_is_removed(copies: tuple[Path, Path]) -> None:
+def test_partial_files_of_a_killed_run_are_removed(copies: tuple[Path, Path]) -> None:
     data, run = copies
     (run / ".partial-4242-checkpoint.pt").write_bytes(b"half")
     resume(data, run)
@@ -559,7 +563,7 @@ def removing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
     return after
 
 
-def test_a_folder_that_was_removed_meanwhile(data: Path, tmp_path: Path, removing: Callable[[Path], None]) -> None:
+def test_a_run_stops_when_its_folder_is_removed(data: Path, tmp_path: Path, removing: Callable[[Path], None]) -> None:
     removing(tmp_path / "run")
     with pytest.raises(UserError, match="run: was removed or renamed while the run wrote to it"):
         Training(data, tmp_path / "run", tiny(), quiet=True).run()

@@ -24,7 +24,7 @@ def evaluation(run: str = "run", **changes: Any) -> Evaluation:
     return Evaluation(replace(subject, **changes), found, {1: "ball"}, "mm")
 
 
-def test_scores_are_json(tmp_path: Path) -> None:
+def test_score_files_are_json_without_nan(tmp_path: Path) -> None:
     """A missing score is null, since JSON has no NaN."""
     evaluation().save(score_files(tmp_path, "test"))
 
@@ -39,7 +39,7 @@ def test_scores_are_json(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".partial")] == []
 
 
-def test_scores_say_what_they_belong_to(tmp_path: Path) -> None:
+def test_score_files_name_their_subject(tmp_path: Path) -> None:
     files = score_files(tmp_path, "test")
     first = evaluation()
     first.save(files)
@@ -59,14 +59,14 @@ def test_scores_say_what_they_belong_to(tmp_path: Path) -> None:
     "", "{", "[]", "null", "3", '{"format": "pglcl scores 2"}', '{"summary": [], "scores": []}', "[" * 100000,
     '{"format": "pglcl scores 2", "subject": [], "scores": 3, "unit": 1, "class_names": []}',
 ], ids=range(9))  # fmt: skip
-def test_a_file_that_holds_no_scores(text: str, tmp_path: Path) -> None:
+def test_a_file_that_holds_no_scores_is_not_read_as_scores(text: str, tmp_path: Path) -> None:
     files = score_files(tmp_path, "test")
     files[-1].write_text(text)
     assert read_scores(files[-1]) is None
     assert not may_renew(files, evaluation().subject)(files[-1])
 
 
-def test_scores_with_a_value_of_another_type(tmp_path: Path) -> None:
+def test_scores_with_a_value_of_another_type_are_not_read(tmp_path: Path) -> None:
     files = score_files(tmp_path, "test")
     evaluation().save(files)
     content = json.loads(files[-1].read_text())

@@ -23,7 +23,7 @@ def scores(prediction: torch.Tensor, truth: torch.Tensor, spacing=(1.0, 1.0, 1.0
     return score_volume(prediction.long(), truth.long(), classes, spacing, patient="p", case="c")
 
 
-def test_perfect_and_shifted() -> None:
+def test_perfect_and_shifted_masks_have_known_scores() -> None:
     truth = ball((10, 12, 12), 6)
     perfect = scores(truth, truth)[0]
     assert (perfect.dice, perfect.hd95, perfect.asd, perfect.status) == (1, 0, 0, "ok")
@@ -92,7 +92,7 @@ def test_summary_counts_and_means() -> None:
     assert rows[1]["status"] == "absent"
 
 
-def test_distances_between_scattered_voxels() -> None:
+def test_scattered_voxels_have_exact_distances() -> None:
     """Single voxels lie everywhere, so all are on a surface, and the box is the whole volume."""
     truth = torch.zeros(20, 20, 20, dtype=torch.uint8)
     truth[::2, ::2, ::2] = 1
@@ -126,7 +126,7 @@ def test_distances_in_an_image_are_those_of_its_outline() -> None:
     assert found.hd95 == 5
 
 
-def test_bootstrap_covers_the_mean() -> None:
+def test_the_bootstrap_interval_covers_the_mean_in_most_draws() -> None:
     random = np.random.default_rng(0)
     covered = 0
     for seed in range(200):

@@ -17,7 +17,9 @@ from tests.pglcl.steps import gradient_of, make_batch, networks, predict_class_e
 @pytest.mark.parametrize("patches", ["pooled", "crop"])
 @pytest.mark.parametrize("loss", ["infonce", "gaussian"])
 @pytest.mark.parametrize("consistency", list(BASES))
-def test_every_combination_steps(consistency: str, loss: str, patches: str, dims: int) -> None:
+def test_every_combination_of_options_gives_a_finite_loss_and_gradients(
+    consistency: str, loss: str, patches: str, dims: int
+) -> None:
     size = "32" if dims == 2 else "16"
     options = {"consistency": consistency, "loss": loss, "patches": patches, "spatial_dims": dims, "image_size": size}
     options["mixed_patches"] = "split" if loss == "infonce" else "together"  # with random labels, no patch is filled
@@ -67,7 +69,7 @@ def test_the_teachers_pseudo_labels_reach_the_loss(monkeypatch: pytest.MonkeyPat
     assert results[0][2] != results[1][2]  # and so do the classes that are queued
 
 
-def test_semi_is_patchcl_without_the_contrast() -> None:
+def test_a_contrast_of_weight_0_gives_the_gradients_of_semi() -> None:
     student, teacher = networks()
     batch = make_batch()
     _, plain = gradient_of(StepLoss(student, teacher, None, tiny(method="semi")), batch)
@@ -93,7 +95,7 @@ def test_the_weight_of_the_contrast_rises_and_returns_to_0() -> None:
     assert {constant._contrast_weight(i) for i in range(n)} == {2.0}
 
 
-def test_of_a_weak_view_the_student_sees_half_of_the_feature_channels() -> None:
+def test_half_of_the_feature_channels_of_a_weak_view_are_dropped() -> None:
     config = tiny(consistency="weak-to-strong")
     student, teacher = networks()
     step = StepLoss(student, teacher, None, config)

@@ -54,7 +54,9 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
-def test_a_kill_between_the_last_two_files(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resume_after_a_kill_between_the_last_two_files_writes_both_models(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The best model must not stay without the classes of which masks keep only the largest component."""
     run, options = tmp_path / "run", {"validate_every": 3, "learning_rate": 0.02}
     save, saved = RunFolder.save_model, []
@@ -152,7 +154,7 @@ def test_masks_keep_the_largest_component_where_validation_patients_score_no_wor
     {"method": "supervised"}, {"method": "semi", "consistency": "mean-teacher"}, {"loss": "gaussian"},
     {"patches": "crop", "amp": True}, {"queue_length": 0},
 ], ids=str)  # fmt: skip
-def test_runs_and_scores(options: dict, folder: Path, tmp_path: Path) -> None:
+def test_a_run_writes_its_files_and_can_be_scored(options: dict, folder: Path, tmp_path: Path) -> None:
     Training(folder, tmp_path / "run", tiny(validate_every=4, **options), quiet=True).run()
     files = {p.name for p in (tmp_path / "run").iterdir()}
     assert {"config.json", "split.json", "environment.json", "metrics.jsonl", "tensorboard", "model.pt"} <= files
@@ -166,7 +168,7 @@ def test_runs_and_scores(options: dict, folder: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in read_metrics(tmp_path / "run") if "validation_dice" in row] == [4, 8]
 
 
-def test_volumes_and_channels(tmp_path: Path) -> None:
+def test_volumes_with_two_channels_are_trained_and_scored(tmp_path: Path) -> None:
     data = decathlon(tmp_path / "data")
     options = {"spatial_dims": 3, "image_size": "16,16,16", "spacing": "2,2,3", "steps": 5}
     Training(data, tmp_path / "run", tiny(**options), quiet=True).run()
@@ -177,7 +179,7 @@ NETWORKS = {"basicunet": "4,8,8,8,8", "dynunet": "4,8,8", "segresnet": "8,16,32"
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_other_networks(network: str, folder: Path, tmp_path: Path) -> None:
+def test_each_network_is_trained_and_scored(network: str, folder: Path, tmp_path: Path) -> None:
     options = {"network": network, "channels": NETWORKS[network], "amp": network == "dynunet"}
     run_to_end(folder, tmp_path / "run", **options)
     assert math.isfinite(read_metrics(tmp_path / "run")[-1]["contrast"])
@@ -189,14 +191,14 @@ def test_other_networks(network: str, folder: Path, tmp_path: Path) -> None:
     assert moved.abs().max() > 1e-4
 
 
-def test_another_network_in_three_dimensions(tmp_path: Path) -> None:
+def test_segresnet_trains_in_three_dimensions(tmp_path: Path) -> None:
     data = decathlon(tmp_path / "data")
     options = {"spatial_dims": 3, "image_size": "16,16,16", "steps": 4, "network": "segresnet", "channels": "8,16,32"}
     run_to_end(data, tmp_path / "run", **options)
     assert evaluate_run(tmp_path / "run", data).summary[0]["class"] == "ball"
 
 
-def test_a_run_starts_from_another(folder: Path, tmp_path: Path) -> None:
+def test_a_run_with_init_starts_from_the_weights_of_the_other(folder: Path, tmp_path: Path) -> None:
     first = run_to_end(folder, tmp_path / "first")
     options = {"init": str(tmp_path / "first"), "seed": 3, "steps": 6}
     # With a learning rate near 0, student and teacher keep the weights of the first run.
@@ -226,7 +228,7 @@ def test_a_run_starts_from_another(folder: Path, tmp_path: Path) -> None:
     Training(folder, tmp_path / "straight", tiny(**{**options, "steps": 7}), resume=True, quiet=True).run()
 
 
-def test_weights_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
+def test_weights_of_init_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:
     run_to_end(folder, tmp_path / "first", method="supervised", steps=1)
     wrong = {
         "--network: that run has unet, got dynunet": {"network": "dynunet"},
@@ -247,7 +249,7 @@ def test_weights_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
         Training(two, tmp_path / "b", tiny(init=str(tmp_path / "first")), quiet=True).run()
 
 
-def test_learns(folder: Path, tmp_path: Path) -> None:
+def test_training_reaches_a_high_dice_on_simple_data(folder: Path, tmp_path: Path) -> None:
     run_to_end(folder, tmp_path / "run", steps=300, warmup=100, learning_rate=1e-2)
     assert evaluate_run(tmp_path / "run", folder).summary[-1]["dice"] > 0.8
 
@@ -261,7 +263,7 @@ def test_the_same_run_gives_the_same_bits(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"loss": "gaussian", "hard_negatives": True}, {"method": "semi"}], ids=str)
 @pytest.mark.parametrize("stop_at", [1, 3, 5])
-def test_interrupted_and_resumed(
+def test_an_interrupted_run_ends_with_the_same_weights(
     stop_at: int, options: dict, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight = run_to_end(folder, tmp_path / "straight", **options)
@@ -294,7 +296,7 @@ def flags(**changes) -> list[str]:
     return [part for pair in pairs for part in pair if part]
 
 
-def test_killed_and_resumed(folder: Path, tmp_path: Path) -> None:
+def test_a_killed_run_ends_with_the_same_weights(folder: Path, tmp_path: Path) -> None:
     """After kill -9 at any moment, the checkpoint is whole, and the resumed run ends with the same weights."""
     options = {"steps": 60, "checkpoint_every": 2}
     straight = run_to_end(folder, tmp_path / "straight", **options)
@@ -347,7 +349,7 @@ def test_another_configuration_is_refused(folder: Path, tmp_path: Path) -> None:
     Training(folder, tmp_path / "run", tiny(checkpoint_every=7), resume=True, quiet=True).run()  # changes no weight
 
 
-def test_a_checkpoint_that_is_none(folder: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
     run_to_end(folder, tmp_path / "run")
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match="not a checkpoint of pglcl"):
@@ -380,7 +382,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pyte
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-def test_an_output_that_cannot_be_written(folder: Path, tmp_path: Path) -> None:
+def test_an_output_below_a_file_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         Training(folder, tmp_path / "file" / "run", tiny(), quiet=True).run()
@@ -401,7 +403,7 @@ def test_bad_data_is_refused_before_training(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-def test_labels_that_are_all_empty(tmp_path: Path) -> None:
+def test_a_training_on_empty_labels_is_refused(tmp_path: Path) -> None:
     import nibabel as nib
     import numpy as np
 
@@ -432,7 +434,7 @@ def processes(folder: Path, run: Path, *more: str, **changes: Any) -> subprocess
 
 
 @pytest.mark.slow
-def test_two_processes_stopped_and_resumed(folder: Path, tmp_path: Path) -> None:
+def test_two_stopped_processes_end_with_the_same_weights(folder: Path, tmp_path: Path) -> None:
     """They end with the same bits as two processes that were not stopped, started by one command or by torchrun."""
     options = {"steps": 40, "checkpoint_every": 1000}
     straight = torchrun(folder, tmp_path / "straight", **options)
@@ -473,7 +475,7 @@ def train_other_contrasts(folder: Path, place: Path, ports: Sequence[int]) -> No
 
 
 @pytest.mark.slow
-def test_two_ranks_of_each_contrast_stopped_and_resumed(
+def test_two_stopped_ranks_of_each_contrast_end_with_the_same_weights(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_threads: Callable[[int], None]
 ) -> None:
     ports = free_ports(3 * len(OTHER_CONTRASTS))
@@ -509,7 +511,7 @@ def test_an_error_of_two_processes_is_one_line(folder: Path, tmp_path: Path) -> 
         RunFolder(tmp_path / "run", folder, tiny(steps=1, method="supervised")).open(resume=True, ranks=2)
 
 
-def test_profile(folder: Path, tmp_path: Path) -> None:
+def test_the_profile_has_every_section_of_a_step(folder: Path, tmp_path: Path) -> None:
     Training(folder, tmp_path / "run", tiny(), profile=True, quiet=True).run()
     rows = json.loads((tmp_path / "run" / "profile.json").read_text())
     assert {"data", "teacher", "student forward", "contrast forward", "backward", "update"} <= {row[0] for row in rows}

@@ -37,7 +37,7 @@ AXES = [
 
 
 @pytest.mark.parametrize("affine", [OBLIQUE, *AXES], ids=lambda a: "".join(nib.aff2axcodes(a)))
-def test_written_where_it_was_read(affine: np.ndarray, tmp_path: Path) -> None:
+def test_a_result_has_the_voxels_and_affine_of_its_source(affine: np.ndarray, tmp_path: Path) -> None:
     data = np.arange(5 * 6 * 7, dtype=np.float32).reshape(5, 6, 7)
     path = save(tmp_path / "a.nii.gz", data, affine)
     read = read_volume([path])
@@ -53,7 +53,7 @@ def test_written_where_it_was_read(affine: np.ndarray, tmp_path: Path) -> None:
     np.testing.assert_allclose(read.spacing, canonical.header.get_zooms(), rtol=1e-5)
 
 
-def test_a_label_in_other_axes_than_its_image(tmp_path: Path) -> None:
+def test_a_label_in_other_axes_is_read_like_one_in_the_axes_of_its_image(tmp_path: Path) -> None:
     image, label = volume(0)
     path = save(tmp_path / "i.nii.gz", image, OBLIQUE)
     expected = read_label(save(tmp_path / "a.nii.gz", label, OBLIQUE), path, LABELS)
@@ -77,7 +77,9 @@ def test_a_label_in_other_axes_than_its_image(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("shape", [(30, 26, 5), (17, 41, 9), (64, 33, 3), (5, 70, 66)])
-def test_a_mask_survives_the_networks_resolution(shape: tuple[int, ...], dims: int, tmp_path: Path) -> None:
+def test_a_mask_is_nearly_the_same_after_the_networks_resolution(
+    shape: tuple[int, ...], dims: int, tmp_path: Path
+) -> None:
     image, label = volume(0, shape)
     path, truth = save(tmp_path / "i.nii.gz", image), save(tmp_path / "l.nii.gz", label)
     config = tiny(
@@ -115,14 +117,14 @@ def test_resizing_keeps_means_and_labels() -> None:
     assert torch.equal(resize_label(resize_label(y, (8, 10, 12)), (4, 5, 6)), y)
 
 
-def test_shapes() -> None:
+def test_resized_shape_fits_the_size_or_the_spacing() -> None:
     assert resized_shape((200, 256, 10), (1, 1, 8), slice_axis=2, size=(128, 128), target=None) == (100, 128, 10)
     assert resized_shape((10, 100, 50), (8, 1, 1), slice_axis=0, size=(32, 64), target=None) == (10, 32, 16)
     assert resized_shape((10, 20, 30), (3.0, 1.0, 0.5), slice_axis=None, size=(), target=(1, 1, 1)) == (30, 20, 15)
 
 
 @pytest.mark.parametrize("replaced", ["image.nii", "label.nii"])
-def test_a_file_that_changes_its_size_while_it_is_read(
+def test_a_file_that_changes_its_shape_while_it_is_read_is_refused(
     replaced: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its header was checked before it changed. Voxels of another shape must not be used."""

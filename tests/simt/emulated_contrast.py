@@ -18,7 +18,7 @@ from tests.simt.contrast_cases import OPTIONS, TILED_DTYPES, assert_contrast, ev
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m", [None, 70], ids=["self", "keys"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_options(name: str, m: int | None, dtype: torch.dtype) -> None:
+def test_every_option_matches_the_reference(name: str, m: int | None, dtype: torch.dtype) -> None:
     assert_contrast(ContrastProblem.random(67, 24, m=m, classes=3, **OPTIONS[name]), dtype)
 
 
@@ -31,14 +31,14 @@ def test_sizes_that_do_not_divide_tiles(n: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("depth", [1, 8, 20, 64, 136, 256])
-def test_depths(depth: int, dtype: torch.dtype) -> None:
+def test_every_depth_matches_the_reference(depth: int, dtype: torch.dtype) -> None:
     assert_contrast(ContrastProblem.random(35, depth, m=66, classes=2), dtype)
 
 
 @pytest.mark.parametrize("device", [{"capability": 75}, {}, {"allow_tf32": True}], ids=["sm_75", "sm_80", "TF32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("depth", "n", "m"), [(257, 35, None), (300, 34, 40), (512, 5, 33)])
-def test_rows_that_pass_in_chunks(
+def test_rows_that_pass_in_chunks_match_the_reference(
     depth: int, n: int, m: int | None, dtype: torch.dtype, device: dict[str, Any]
 ) -> None:
     emulator.take_launches()
@@ -53,7 +53,7 @@ def test_masks_and_channels_of_rows_that_pass_in_chunks() -> None:
     assert_contrast(ContrastProblem.random(20, 260, channels=3, max_positive_disparity=0.4), torch.bfloat16)
 
 
-def test_a_depth_of_2048() -> None:
+def test_a_depth_of_2048_matches_the_reference() -> None:
     assert_contrast(ContrastProblem.random(6, 2048, classes=2), torch.bfloat16)
 
 
@@ -72,7 +72,7 @@ def test_plain_kernel_beyond_one_chunk_of_depth() -> None:
     ids=["sm_75", "sm_86", "TF32", "one stage"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_devices(dtype: torch.dtype, device: dict[str, Any]) -> None:
+def test_every_capability_matches_the_reference(dtype: torch.dtype, device: dict[str, Any]) -> None:
     for m in (None, 100):
         assert_contrast(ContrastProblem.random(70, 96, m=m, max_positive_disparity=0.5), dtype, **device)
 
@@ -95,20 +95,20 @@ def test_bounds_per_anchor_channels_and_masks() -> None:
 
 @pytest.mark.parametrize("m", [None, 12], ids=["self", "keys"])
 @pytest.mark.parametrize("dtype", TILED_DTYPES, ids=str)
-def test_bounds_of_a_few_anchors(dtype: torch.dtype, m: int | None) -> None:
+def test_bounds_of_a_few_anchors_match_the_reference(dtype: torch.dtype, m: int | None) -> None:
     bounds = {"max_positive_disparity": torch.rand(9) / 2 + 0.2, "min_negative_disparity": torch.rand(9) / 2}
     assert_contrast(ContrastProblem.random(9, 8, m=m, classes=2, ignored=False, **bounds), dtype)
 
 
 @pytest.mark.parametrize("m", [None, 12], ids=["self", "keys"])
 @pytest.mark.parametrize("dtype", TILED_DTYPES, ids=str)
-def test_channels_of_a_few_anchors(dtype: torch.dtype, m: int | None) -> None:
+def test_channels_of_a_few_anchors_match_the_reference(dtype: torch.dtype, m: int | None) -> None:
     options = {"max_positive_disparity": 0.4, "min_negative_disparity": 0.3}
     assert_contrast(ContrastProblem.random(9, 8, m=m, channels=3, **options), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_nothing_to_contrast(dtype: torch.dtype) -> None:
+def test_nothing_to_contrast_gives_a_loss_of_0(dtype: torch.dtype) -> None:
     for n, m, label in ((0, None, 0), (5, 0, 0), (40, None, -1), (1, None, 0)):
         keys = {} if m is None else {"keys": torch.randn(m, 8, dtype=dtype), "key_labels": torch.zeros(m).long()}
         loss, grads = calls.patch_contrast(
@@ -198,7 +198,7 @@ def test_what_the_forward_pass_says_of_each_anchor(dtype: torch.dtype, device: d
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_an_anchor_that_is_a_later_key(dtype: torch.dtype) -> None:
+def test_an_anchor_that_is_a_later_key_matches_the_reference(dtype: torch.dtype) -> None:
     z = torch.nn.functional.normalize(torch.randn(90, 16, dtype=torch.float64), dim=1).to(dtype)
     y = torch.randint(0, 3, (90,))
     rows = slice(45, 75)

@@ -55,12 +55,14 @@ wide_path = pytest.mark.parametrize(
 @wide_path
 @pytest.mark.parametrize("m", [None, 11], ids=["self", "keys"])
 @pytest.mark.parametrize("weight", [0.0, 30.0])
-def test_wide_anchors(dtype: torch.dtype, device: dict[str, Any], m: int | None, weight: float) -> None:
+def test_wide_anchors_match_the_reference(
+    dtype: torch.dtype, device: dict[str, Any], m: int | None, weight: float
+) -> None:
     assert_wide_contrast(beyond_float32(m, temperature=2.0**-8, negative_weight=weight), dtype, **device)
 
 
 @pytest.mark.parametrize("dtype", TILED_DTYPES, ids=str)
-def test_wide_anchors_by_rules(dtype: torch.dtype) -> None:
+def test_wide_anchors_chosen_by_rules_match_the_reference(dtype: torch.dtype) -> None:
     bounds = {"max_positive_disparity": 0.6, "min_negative_disparity": 0.1}
     assert_wide_contrast(beyond_float32(None, channels=3, temperature=0.01, **bounds), dtype)
     masks = {"positive_mask": torch.rand(13, 11) < 0.4, "negative_mask": torch.rand(13, 11) < 0.4}

@@ -13,7 +13,7 @@ from tests.simt.contrast_cases import shifted
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize(("n", "m", "channels"), [(1, 1, 1), (33, 20, 1), (20, 70, 3), (0, 5, 1)])
-def test_disparity(n: int, m: int, channels: int, dtype: torch.dtype) -> None:
+def test_disparity_and_gradients_match_the_reference(n: int, m: int, channels: int, dtype: torch.dtype) -> None:
     a, b = (torch.rand(k, channels).mul(8).round().div(8).to(dtype).requires_grad_() for k in (n, m))
     want = reference.semantic_disparity(a, b)
     torch.testing.assert_close(calls.semantic_disparity(a.detach(), b.detach()), want.detach())
@@ -26,7 +26,7 @@ def test_disparity(n: int, m: int, channels: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("positives", [True, False])
 @pytest.mark.parametrize("itself", [True, False])
-def test_bounds(positives: bool, itself: bool, dtype: torch.dtype) -> None:
+def test_bounds_match_the_reference(positives: bool, itself: bool, dtype: torch.dtype) -> None:
     for count in (1, 4, 30):
         for channels in (1, 3):
             a, y = torch.rand(40, channels).mul(10).round().div(10).to(dtype), torch.randint(-1, 3, (40,))
@@ -50,7 +50,7 @@ def test_exactly_as_many_keys_as_asked_for(positives: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("positives", [True, False])
-def test_bounds_to_the_last_bit(positives: bool, channels: int, dtype: torch.dtype) -> None:
+def test_bounds_are_exact_to_the_last_bit(positives: bool, channels: int, dtype: torch.dtype) -> None:
     """Disparities of sixteenths need no rounding. Anchors are the keys from the third on; the last ones are no keys."""
     generator = torch.Generator().manual_seed(0)
     b = torch.randint(0, 9, (12, channels), generator=generator).to(dtype) / 8

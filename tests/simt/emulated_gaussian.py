@@ -18,7 +18,9 @@ from tests.simt.contrast_cases import TILED_DTYPES, shifted
 @pytest.mark.parametrize(
     ("n", "depth", "shared"), [(1, 1, 160), (37, 20, 160), (20, 130, 160), (9, 200, 11), (0, 8, 160)]
 )
-def test_gaussian(n: int, depth: int, shared: int, pairwise: bool, dtype: torch.dtype) -> None:
+def test_loss_and_gradients_match_the_reference(
+    n: int, depth: int, shared: int, pairwise: bool, dtype: torch.dtype
+) -> None:
     anchors, *rest = gaussian_problem(n, depth, pairwise=pairwise, empty=(1,))
     ours = anchors.to(dtype)
     shared = shared * 1024 * (2 if dtype == torch.float64 else 1)
@@ -63,7 +65,7 @@ def test_storage_offsets_of_gaussians(dtype: torch.dtype, pairwise: bool) -> Non
         assert torch.equal(a, b)
 
 
-def test_gaussian_rows_that_do_not_fit() -> None:
+def test_gaussian_rows_that_do_not_fit_are_refused() -> None:
     anchors, *rest = gaussian_problem(3, 200)
     rest = [rest[0], *(t.float() for t in rest[1:3]), rest[3]]
     calls.gaussian_contrast(anchors.float(), *rest, shared_bytes=11 * 1024)

@@ -35,7 +35,9 @@ TOLERANCE_OF_STATISTICS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bflo
 @pytest.mark.parametrize(("shape", "patch", "stride"), GRIDS)
 @pytest.mark.parametrize("probabilities", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_statistics(shape, patch, stride, probabilities: bool, dtype: torch.dtype) -> None:
+def test_statistics_and_gradients_match_the_reference(
+    shape, patch, stride, probabilities: bool, dtype: torch.dtype
+) -> None:
     x = torch.randn(shape, dtype=torch.float64) * 2
     x = (x.softmax(1) if probabilities else x).to(dtype)
     oracle = x.double().requires_grad_()
@@ -67,7 +69,7 @@ def test_statistics_of_more_classes_than_registers_hold(shape: tuple[int, ...], 
     torch.testing.assert_close(grad, torch.autograd.grad(want, x, weights)[0], rtol=1e-10, atol=1e-12)
 
 
-def test_statistics_where_their_elements_lie() -> None:
+def test_statistics_do_not_depend_on_strides() -> None:
     """Channels last, slices and expanded gradients are read in place."""
     x = torch.randn(2, 4, 16, 16, dtype=torch.float64)
     grads = [torch.randn(2, 4, 4).double(), torch.tensor(0.5).double().expand(2, 4, 4, 4)]
@@ -214,7 +216,7 @@ def test_statistics_of_a_pixel_without_probabilities(classes: int) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logits_that_are_no_numbers(bad: float) -> None:
+def test_nan_in_a_logit_stays_in_its_patch(bad: float) -> None:
     x = torch.randn(1, 3, 8, 8)
     x[0, 1, 2, 3] = bad
     (h, *_), _ = calls.patch_statistics(x, [4, 4], [4, 4], None, probabilities=False, normalize=False)

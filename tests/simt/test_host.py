@@ -30,12 +30,12 @@ def run_emulated(capability: int, *arguments: str) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-def test_kernels() -> None:
+def test_the_cases_of_every_kernel_pass_on_an_emulated_device() -> None:
     run_emulated(80, *TESTS)
 
 
 @pytest.mark.parametrize("capability", DEVICES)
-def test_draw_of_the_ops_tests(capability: int) -> None:
+def test_a_draw_of_the_ops_tests_passes_on_emulated_devices(capability: int) -> None:
     # Without the largest tests, which `make emulated` runs.
     least = "not large_logits and not gradcheck and not extreme_logits"
     run_emulated(capability, "--draw", str(DRAWN), "--draw-seed", str(capability), "-k", least, *FILES)
