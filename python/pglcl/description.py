@@ -22,7 +22,7 @@ class Description:
 
     @classmethod
     def of(cls, data: DataFolder) -> Description:
-        """That of a data folder."""
+        """The description of a data folder."""
         labels = data.labels
         return cls(data.columns or data.modalities, {} if labels is None else dict(zip(labels.names, labels.values)))
 

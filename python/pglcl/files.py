@@ -76,7 +76,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a file for reading, and nothing else: reading a named pipe may wait for ever, a device may never end.
+    """Opens a file for reading. Anything else is refused: a pipe may never begin, and a device may never end.
 
     Raises:
         OSError: as for open.

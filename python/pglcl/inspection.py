@@ -299,7 +299,7 @@ def _other_voxels(
 
 
 def _other_levels(held_out: Sequence[CaseReport], levels: Levels, intensity: Intensity) -> list[str]:
-    """Lines about held out volumes whose intensities lie elsewhere than those of the training volumes."""
+    """Lines about held out volumes whose intensities clearly differ from those of the training volumes."""
     lines = [f"{r.case.images[0]}: {why}" for r in held_out if (why := levels.problem(r.levels, intensity))]
     more = len(lines) - SHOWN
     return lines[:SHOWN] + ([f"and {more} more volumes of validation and test with such values"] if more > 0 else [])

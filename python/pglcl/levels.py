@@ -1,4 +1,4 @@
-"""The levels of intensity that a network was trained on, and whether those of another image lie elsewhere."""
+"""The range of intensities that a network was trained on, and whether an image clearly lies outside it."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def levels_of(image: np.ndarray) -> tuple[Level, ...]:
 
 @dataclass(frozen=True)
 class Levels:
-    """Those of training images.
+    """The percentiles 5 and 95 of the intensities of training images, for each channel.
 
-    low, high: of each channel, the least and the most of percentile 5, and of percentile 95. distance: of each channel,
-    the mean distance between both percentiles of an image.
+    low: the smallest and the largest percentile 5. high: the smallest and the largest percentile 95. distance: the mean
+    distance between both percentiles of an image.
     """
 
     low: tuple[tuple[float, float], ...]
@@ -42,17 +42,18 @@ class Levels:
 
     @classmethod
     def of(cls, images: Iterable[Sequence[Level]]) -> Levels:
-        """Those of some images, each with the same number of channels."""
+        """The levels of some images, which have the same number of channels."""
         found = np.array([list(image) for image in images])  # (N, C, 2)
         least, most = found.min(axis=0), found.max(axis=0)
         low, high = (tuple((float(a), float(b)) for a, b in zip(least[:, i], most[:, i])) for i in (0, 1))
         return cls(low, high, tuple(float(d) for d in (found[..., 1] - found[..., 0]).mean(axis=0)))
 
     def problem(self, image: Sequence[Level], intensity: Intensity) -> str:
-        """How an image clearly differs, or nothing.
+        """How an image clearly differs; empty if it does not.
 
-        It does if both percentiles lie far above, or both far below, those of every training image; or if they are far
-        closer together, or farther apart. So a larger field of view, or a brighter implant, is no difference.
+        An image differs if both percentiles lie far above those of every training image, or both far below; or if they
+        are much closer together, or much farther apart. So a larger field of view or a bright implant makes no
+        difference.
         """
         for c, (channel, (low, high)) in enumerate(zip(intensity.channels, image)):
             usual = self.distance[c]
@@ -65,8 +66,8 @@ class Levels:
             if above or below or (scaled and low < high):
                 which = f"channel {c} has" if len(image) > 1 else "it has"
                 return (
-                    f"{which} values from {low:.4g} to {high:.4g} (percentiles 5 and 95), the training images from "
-                    f"{low_least:.4g} to {high_most:.4g}"
+                    f"{which} values from {low:.4g} to {high:.4g} (percentiles 5 and 95); the training images have "
+                    f"values from {low_least:.4g} to {high_most:.4g}"
                 )
         return ""
 

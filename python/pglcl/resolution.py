@@ -29,7 +29,7 @@ class Resolution:
 
     @classmethod
     def of(cls, sources: Iterable[Source], config: TrainConfig, slice_axis: int | None) -> Resolution:
-        """That of some images, prepared with these options."""
+        """The resolution of some images, prepared with these options."""
         sources = list(sources)
         units = tuple(sorted({source.unit for source in sources}))
         sizes = [sizes_seen(source, config, slice_axis) for source in sources if source.unit == "mm"]

@@ -402,7 +402,10 @@ def split_differences(path: Path, now: Any, began: dict[str, list[str]]) -> list
 
 
 def _fold_differences(path: Path, folds: list[Any], fold: int, began: dict[str, list[str]]) -> list[str]:
-    """The same for nnU-Net's list of folds, of which a run has one. Patients without labels may be added to `train`."""
+    """As :func:`split_differences`, for nnU-Net's list of folds, one of which is the run's split.
+
+    Unlabelled patients of the run may have been added to `train`.
+    """
     now = folds[fold] if fold < len(folds) and isinstance(folds[fold], dict) else {}
     train, val = now.get("train"), now.get("val")
     if not isinstance(train, list) or not isinstance(val, list):

@@ -35,7 +35,9 @@ def test_a_shift_and_a_factor_are_told_from_another_field_of_view() -> None:
         assert known.problem(levels_of(image), CT) == ""
     same = torso(7)
     for other in (same + 1024, same - 1024, (same + 1024) / 2048, (same + 1024) / 16, same * 16):
-        assert "(percentiles 5 and 95), the training images from -1000 to" in known.problem(levels_of(other), CT)
+        assert "(percentiles 5 and 95); the training images have values from -1000 to" in known.problem(
+            levels_of(other), CT
+        )
         assert known.problem(levels_of(other), PERCENTILE) == ""  # the network sees the same
 
 

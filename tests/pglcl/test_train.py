@@ -85,9 +85,9 @@ def test_patients_that_the_run_of_init_has_seen_are_named(folder: Path, tmp_path
     options = {"init": str(tmp_path / "first"), "steps": 4, "split_file": str(tmp_path / "split.json")}
     options |= {"validation": -1, "test": -1}
     Training(copied, tmp_path / "second", tiny(**options)).run()
-    assert "read images of 3 patients that are held out now: case00, case01, case03" in capsys.readouterr().err
+    assert "read images of 3 patients that are now held out: case00, case01, case03" in capsys.readouterr().err
     Training(copied, tmp_path / "same", tiny(init=str(tmp_path / "first"), steps=4, validation=0, test=1)).run()
-    assert "held out now" not in capsys.readouterr().err
+    assert "now held out" not in capsys.readouterr().err
 
 
 def test_the_best_model_of_validation_is_kept_beside_the_last(folder: Path, tmp_path: Path) -> None:
