@@ -248,7 +248,7 @@ def test_train_names_volumes_with_slices_across_another_axis(tmp_path: Path) -> 
         "slices are taken across axis 2, which has the fewest voxels of the first labelled volume; 1 volumes"
     )
     assert "another axis: case04;" in note
-    assert not any("--slice-axis chooses" in note for note in checked(root, slice_axis=2).notes)
+    assert not any("--slice-axis sets the axis" in note for note in checked(root, slice_axis=2).notes)
 
 
 def test_train_names_an_image_that_two_patients_share(tmp_path: Path) -> None:

@@ -215,7 +215,7 @@ def test_an_edited_dataset_json_is_refused(tmp_path: Path) -> None:
     describe(root, channel_names={"0": "zscore"})
     assert "the run began with intensities percentile" in refused(root, run)
     describe(root, channel_names={"0": "MR0"}, labels={"background": 0, "ball": 1, "ignore": 2})
-    assert "the run began with the classes 0,1=ball,2=cube, the data now have 0,1=ball,2=ignore" in refused(root, run)
+    assert "the run began with the classes 0,1=ball,2=cube; the data now have 0,1=ball,2=ignore" in refused(root, run)
     describe(root, channel_names={"0": "other MR"})
     resume(root, run)
 
@@ -367,7 +367,7 @@ def test_a_flipped_bit_anywhere_is_refused(name: str, ended: Path, tmp_path: Pat
         spoiled = bytearray(content)
         spoiled[place] ^= 1 << int(random.integers(8))
         (tmp_path / name).write_bytes(spoiled)
-        with pytest.raises(UserError, match=rf"{name}: not a checkpoint of pglcl"):
+        with pytest.raises(UserError, match=rf"{name}: (not a checkpoint of pglcl|damaged or changed: its content)"):
             load_tensors(tmp_path / name)
     for length in (0, 1, 76, 77, 78, len(content) - 1):
         (tmp_path / name).write_bytes(content[:length])
@@ -404,7 +404,7 @@ def spoil(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
         (lambda s: s["run"]["config"].update(learning_rate=0.5), r"--learning-rate: the run has 0.5"),
         (lambda s: s["run"]["files"].popitem(), r"run.json: its files are not those"),
         (lambda s: s["run"]["cases"].popitem(), r"run.json: its cases are not those"),
-        (lambda s: s["model"].update(slice_axis=0), r"the run began with slices across axis 0, got 2"),
+        (lambda s: s["model"].update(slice_axis=0), r"the run began with slices across axis 0; now axis 2"),
     ],
 )
 def test_a_valid_checkpoint_with_wrong_content_is_refused(
