@@ -8,7 +8,7 @@ from pglcl.model import Projection, SegmentationNetwork, update_teacher
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_projection_of_any_number_of_patches(count: int) -> None:
+def test_the_projection_takes_any_number_of_patches(count: int) -> None:
     projection = Projection(6, 4).train()
     x = torch.randn(count, 6, requires_grad=True)
     z = projection(x)

@@ -46,7 +46,7 @@ def test_rows_that_pass_in_chunks_match_the_reference(
     assert not [name for name in emulator.take_launches() if "plain" in name]
 
 
-def test_masks_and_channels_of_rows_that_pass_in_chunks() -> None:
+def test_masks_and_channels_of_rows_in_chunks_match_the_reference() -> None:
     problem = ContrastProblem.random(33, 260, m=20)
     problem.options = {"positive_mask": torch.rand(33, 20) < 0.3, "negative_mask": torch.rand(33, 20) < 0.5}
     assert_contrast(problem, torch.float32)
@@ -57,7 +57,7 @@ def test_a_depth_of_2048_matches_the_reference() -> None:
     assert_contrast(ContrastProblem.random(6, 2048, classes=2), torch.bfloat16)
 
 
-def test_plain_kernel_beyond_one_chunk_of_depth() -> None:
+def test_the_plain_kernel_beyond_one_chunk_matches_the_reference() -> None:
     assert_contrast(ContrastProblem.random(6, 1100, classes=2), torch.float64)
 
 
@@ -77,7 +77,7 @@ def test_every_capability_matches_the_reference(dtype: torch.dtype, device: dict
         assert_contrast(ContrastProblem.random(70, 96, m=m, max_positive_disparity=0.5), dtype, **device)
 
 
-def test_bounds_per_anchor_channels_and_masks() -> None:
+def test_bounds_per_anchor_channels_and_masks_match_the_reference() -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         for m in (None, 50):
             problem = ContrastProblem.random(40, 8, m=m)
@@ -119,7 +119,7 @@ def test_nothing_to_contrast_gives_a_loss_of_0(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *TILED_DTYPES], ids=str)
-def test_embeddings_of_no_depth_and_no_anchors(dtype: torch.dtype) -> None:
+def test_embeddings_of_size_0_and_no_anchors_give_the_right_loss(dtype: torch.dtype) -> None:
     y = torch.tensor([0, 0, 1, 1, 1])
     loss, (grad,) = calls.patch_contrast(torch.empty(5, 0, dtype=dtype), y)
     torch.testing.assert_close(loss.double(), torch.tensor(4.0).double().log(), rtol=1e-6, atol=0)
@@ -136,7 +136,7 @@ def test_the_reduction_takes_more_than_one_round(n: int) -> None:
         assert_contrast(ContrastProblem.random(n, 8, m=20, classes=2, reduction=reduction), torch.float32)
 
 
-def test_gradient_of_the_sum_of_losses() -> None:
+def test_an_expanded_upstream_gradient_is_read_like_a_contiguous_one() -> None:
     problem = ContrastProblem.random(9, 8, classes=2, ignored=False).cast(torch.float32)
     expanded = torch.tensor(1.5).expand(9)
     _, (grad,) = calls.patch_contrast(problem.anchors, problem.labels, reduction="none", upstream=expanded)
@@ -168,7 +168,7 @@ def test_tiles_of_ignored_patches_add_nothing(dtype: torch.dtype, device: dict[s
     assert torch.all(grad[40:] == 0)
 
 
-def test_anchors_whose_warp_is_not_the_first() -> None:
+def test_anchors_beyond_the_first_warp_match_the_reference() -> None:
     for dtype in TILED_DTYPES:
         problem = ContrastProblem.random(28, 8, ignored=False)
         problem.labels[:25] = -1
@@ -177,7 +177,7 @@ def test_anchors_whose_warp_is_not_the_first() -> None:
 
 
 @every_path
-def test_what_the_forward_pass_says_of_each_anchor(dtype: torch.dtype, device: dict[str, Any]) -> None:
+def test_the_outputs_of_each_anchor_equal_their_formulas(dtype: torch.dtype, device: dict[str, Any]) -> None:
     z = (torch.randn(12, 8, generator=torch.Generator().manual_seed(1)) / 3).to(dtype)
     y = torch.tensor([0, 0, 0, 1, 1, 2, -1, 0, 1, 3, 3, -1])  # 5 has no positive, 6 and 11 have no pair
     temperature, weight = 0.5, 3.0
@@ -209,7 +209,9 @@ def test_an_anchor_that_is_a_later_key_matches_the_reference(dtype: torch.dtype)
 
 
 @every_path
-def test_gradients_of_anchors_that_are_later_keys(dtype: torch.dtype, device: dict[str, Any]) -> None:
+def test_gradients_of_anchors_that_are_later_keys_match_the_reference(
+    dtype: torch.dtype, device: dict[str, Any]
+) -> None:
     generator = torch.Generator().manual_seed(0)
     z = torch.nn.functional.normalize(torch.randn(80, 8, generator=generator), dim=1).to(dtype)
     y, rows = torch.randint(0, 3, (80,), generator=generator), slice(70, 78)
@@ -228,7 +230,7 @@ def test_gradients_of_anchors_that_are_later_keys(dtype: torch.dtype, device: di
 
 
 @every_path
-def test_an_anchor_that_has_only_itself_among_later_keys(dtype: torch.dtype, device: dict[str, Any]) -> None:
+def test_an_anchor_with_only_itself_as_key_has_a_loss_of_0(dtype: torch.dtype, device: dict[str, Any]) -> None:
     z, y = torch.randn(6, 8).to(dtype), torch.tensor([-1, -1, -1, 0, -1, -1])
     unknown = torch.tensor([math.nan], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     with calls.device(**device):
@@ -238,7 +240,7 @@ def test_an_anchor_that_has_only_itself_among_later_keys(dtype: torch.dtype, dev
 
 @pytest.mark.parametrize("device", [{}, {"allow_tf32": True}, {"capability": 75}], ids=str)
 @pytest.mark.parametrize("dtype", TILED_DTYPES, ids=str)
-def test_labels_of_more_than_31_bits(dtype: torch.dtype, device: dict[str, Any]) -> None:
+def test_labels_of_more_than_31_bits_match_the_reference(dtype: torch.dtype, device: dict[str, Any]) -> None:
     """Some are alike in 32 bits, some are those of no anchor, and some are what others are coded as in a block."""
     names = torch.tensor([5, 5 + 2**32, 2**30 - 1, 2**30, 2**30 + 1, -(2**30), -(2**30) - 1, 2**62, -(2**63)])
     p = ContrastProblem.random(70, 8, m=81, max_positive_disparity=0.6)

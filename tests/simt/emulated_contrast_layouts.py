@@ -13,7 +13,7 @@ from tests.simt.contrast_cases import TILED_DTYPES, apart, assert_contrast, insi
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *TILED_DTYPES], ids=str)
-def test_inputs_of_any_strides(dtype: torch.dtype) -> None:
+def test_inputs_of_any_strides_give_the_same_bits(dtype: torch.dtype) -> None:
     bounds = {"max_positive_disparity": torch.rand(9) / 2 + 0.2, "min_negative_disparity": torch.rand(9) / 3}
     problem = ContrastProblem.random(9, 8, m=12, classes=2, **bounds)
     arguments = (problem.anchors.to(dtype), problem.labels, problem.descriptors)
@@ -57,7 +57,7 @@ def test_rows_that_begin_at_16_bytes_are_not_copied() -> None:
     assert "aten::clone" not in called
 
 
-def test_masks_whose_strides_exceed_32_bits() -> None:
+def test_masks_whose_strides_exceed_32_bits_match_the_reference() -> None:
     # Pages that are not written take no memory.
     row = 2**31 + 8
     problem = ContrastProblem.random(3, 8, m=5)

@@ -16,7 +16,7 @@ from tests.simt.contrast_cases import TILED_DTYPES, every_path, padded
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_what_is_not_a_number(dtype: torch.dtype) -> None:
+def test_nan_spreads_to_the_losses_that_depend_on_it(dtype: torch.dtype) -> None:
     problem = ContrastProblem.random(40, 8, classes=2, ignored=False, max_positive_disparity=0.5, reduction="none")
     for bad in (math.nan, math.inf):
         z, d = problem.anchors.to(dtype), problem.descriptors.clone()
@@ -105,7 +105,7 @@ def test_a_row_that_is_no_number_leaves_the_gradients_of_others_alone(
     torch.testing.assert_close(grad[y == 1], want[y == 1], rtol=1e-3, atol=1e-3)
 
 
-def test_a_key_that_is_no_number_behind_many_tiles() -> None:
+def test_an_ignored_key_of_nan_changes_no_gradient() -> None:
     """All four warps have weights in most tiles. In one tile, 32 threads find a NaN, of a key that is ignored."""
     generator = torch.Generator().manual_seed(0)
     z, k = torch.randn(32, 8, generator=generator), torch.randn(288, 8, generator=generator)
@@ -189,7 +189,9 @@ def test_an_anchor_without_pairs_is_not_undecided(dtype: torch.dtype, device: di
 
 @every_path
 @pytest.mark.parametrize("sign", [1, -1])
-def test_descriptors_whose_difference_overflows(dtype: torch.dtype, device: dict[str, Any], sign: int) -> None:
+def test_only_descriptors_whose_difference_overflows_give_nan(
+    dtype: torch.dtype, device: dict[str, Any], sign: int
+) -> None:
     huge = sign * (1.5e308 if dtype == torch.float64 else 3e38)
     z, y = torch.randn(6, 8).to(dtype), torch.tensor([0, 0, 1, 1, 0, 0])
     h = torch.full((6,), huge, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
@@ -217,7 +219,7 @@ def test_one_key_of_unknown_channels_spoils_every_anchor(
 @pytest.mark.parametrize("place", [0, 33])
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("dtype", TILED_DTYPES, ids=str)
-def test_descriptors_that_are_no_numbers_of_long_rows(dtype: torch.dtype, channels: int, place: int) -> None:
+def test_descriptors_of_nan_give_nan_for_long_rows(dtype: torch.dtype, channels: int, place: int) -> None:
     """Rows of more than 256 columns are read in chunks, but the descriptors of keys only once."""
     options = {"max_positive_disparity": 0.5, "reduction": "none"}
     problem = ContrastProblem.random(5, 272, m=34, classes=2, channels=channels, **options)
@@ -247,7 +249,7 @@ def test_descriptors_that_are_no_numbers_of_long_rows(dtype: torch.dtype, channe
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *TILED_DTYPES], ids=str)
-def test_bounds_that_are_no_numbers(dtype: torch.dtype) -> None:
+def test_a_bound_of_nan_gives_nan_for_its_anchor_only(dtype: torch.dtype) -> None:
     problem = ContrastProblem.random(20, 8, classes=2, ignored=False, reduction="none")
     bounds = torch.full((20,), 0.5)
     bounds[4] = math.nan
@@ -259,7 +261,7 @@ def test_bounds_that_are_no_numbers(dtype: torch.dtype) -> None:
 
 
 @every_path
-def test_a_product_of_which_a_part_leaves_the_range(dtype: torch.dtype, device: dict[str, Any]) -> None:
+def test_a_product_with_a_part_beyond_the_range_is_right_or_nan(dtype: torch.dtype, device: dict[str, Any]) -> None:
     """The sum is minus infinity in order, and stays there. As a negative, it must not count as a share of 0."""
     if dtype == torch.float16:
         return  # its products reach at most 4e9 a column
@@ -272,7 +274,7 @@ def test_a_product_of_which_a_part_leaves_the_range(dtype: torch.dtype, device: 
 
 
 @every_path
-def test_negatives_of_minus_infinity_make_the_loss_no_number(dtype: torch.dtype, device: dict[str, Any]) -> None:
+def test_negatives_of_minus_infinity_make_the_loss_nan(dtype: torch.dtype, device: dict[str, Any]) -> None:
     anchors, y, key_y = torch.ones(2, 8, dtype=dtype), torch.tensor([0, 1]), torch.tensor([0, 0, 1])
     keys = torch.zeros(3, 8, dtype=dtype)
     keys[2] = -math.inf  # the negative of the first anchor, the positive of the second
@@ -286,7 +288,7 @@ def test_negatives_of_minus_infinity_make_the_loss_no_number(dtype: torch.dtype,
 
 
 @every_path
-def test_logits_at_the_lower_end_of_the_range(dtype: torch.dtype, device: dict[str, Any]) -> None:
+def test_logits_at_the_lower_end_of_the_range_give_the_right_loss(dtype: torch.dtype, device: dict[str, Any]) -> None:
     """Pairs that do not count must still be below them."""
     if dtype == torch.float16:
         return
@@ -298,7 +300,7 @@ def test_logits_at_the_lower_end_of_the_range(dtype: torch.dtype, device: dict[s
     torch.testing.assert_close(loss.double(), torch.tensor([math.log(5)]).double(), rtol=1e-6, atol=0)
 
 
-def test_weights_that_float16_holds_by_their_scale() -> None:
+def test_weights_that_float16_holds_by_their_scale_are_right() -> None:
     """Weights of pairs are rounded to float16, so the largest coefficient scales them, whichever warp reads it."""
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(100) % 2
@@ -321,7 +323,7 @@ def test_weights_that_float16_holds_by_their_scale() -> None:
     assert torch.isfinite(grad).all()
 
 
-def test_weights_of_two_in_one_lane() -> None:
+def test_two_weights_in_one_lane_give_exact_gradients() -> None:
     """A weight of exactly 2 has a single bit; the anchor and both keys are in the first lane."""
     anchor, keys = torch.zeros(1, 8).bfloat16(), torch.zeros(2, 8).bfloat16()
     anchor[0, 0], keys[0, 0], keys[1, 0] = 16, -16, 16  # the positive has no share of the denominator
@@ -339,7 +341,7 @@ def test_weights_of_two_in_one_lane() -> None:
 
 
 @every_path
-def test_gradients_near_the_end_of_the_range(dtype: torch.dtype, device: dict[str, Any]) -> None:
+def test_gradients_near_the_end_of_the_range_are_right(dtype: torch.dtype, device: dict[str, Any]) -> None:
     if dtype in (torch.float16, torch.float64):
         return  # gradients of float16 end at 65504; float64 has a far wider range
     z = (torch.randn(4, 8, generator=torch.Generator().manual_seed(0)) / 8).to(dtype)
@@ -350,7 +352,7 @@ def test_gradients_near_the_end_of_the_range(dtype: torch.dtype, device: dict[st
     torch.testing.assert_close(grad / upstream, want, rtol=2e-2, atol=1e-3)
 
 
-def test_the_spread_of_positives_leaves_the_range() -> None:
+def test_positives_spread_beyond_the_range_give_the_right_loss() -> None:
     """The logits are finite. The sum of the distances of 60 positives from the highest leaves float32, the mean not."""
     z = torch.zeros(62, 8)
     z[0, 0], z[1, 0], z[2:, 0] = 1.0, 1e38, -1e38
@@ -359,7 +361,7 @@ def test_the_spread_of_positives_leaves_the_range() -> None:
     torch.testing.assert_close(loss, torch.tensor([2e38 * 60 / 61]), rtol=1e-5, atol=0)
 
 
-def test_a_temperature_that_float32_has_no_room_for() -> None:
+def test_a_temperature_below_the_range_of_float32_gives_the_right_loss() -> None:
     z = torch.eye(4, 8) * 1e-20 + 1e-21
     y = torch.tensor([0, 0, 1, 1])
     loss, (grad,) = calls.patch_contrast(z, y, temperature=1e-40, reduction="none")
@@ -372,7 +374,7 @@ def test_a_temperature_that_float32_has_no_room_for() -> None:
 
 @pytest.mark.parametrize("device", [{}, {"capability": 75}], ids=str)
 @pytest.mark.parametrize("dtype", TILED_DTYPES, ids=str)
-def test_an_infinite_key_behind_many_tiles(dtype: torch.dtype, device: dict[str, Any]) -> None:
+def test_an_ignored_infinite_key_gives_finite_gradients(dtype: torch.dtype, device: dict[str, Any]) -> None:
     """As many threads see the key as warps have met weights before it. It is ignored, so no gradient is NaN."""
     problem = ContrastProblem.random(64, 8, m=17 * 64, ignored=False, classes=2)
     anchors, keys, key_labels = problem.anchors.to(dtype), problem.keys.to(dtype), problem.key_labels.clone()

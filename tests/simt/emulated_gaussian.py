@@ -57,7 +57,7 @@ def test_labels_beyond_the_classes_and_an_ignored_class() -> None:
 
 @pytest.mark.parametrize("pairwise", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_storage_offsets_of_gaussians(dtype: torch.dtype, pairwise: bool) -> None:
+def test_storage_offsets_change_no_bit(dtype: torch.dtype, pairwise: bool) -> None:
     anchors, *rest = gaussian_problem(11, 8, pairwise=pairwise)
     want = calls.gaussian_contrast(anchors.to(dtype), *rest)
     got = calls.gaussian_contrast(shifted(anchors.to(dtype)), *(shifted(t) for t in rest))
@@ -73,7 +73,7 @@ def test_gaussian_rows_that_do_not_fit_are_refused() -> None:
         calls.gaussian_contrast(anchors, *rest, shared_bytes=11 * 1024)
 
 
-def test_gaussian_rows_that_take_all_shared_memory() -> None:
+def test_gaussian_rows_that_take_all_shared_memory_match_the_reference() -> None:
     """The kernel that computes in float64 what float32 had no room for asks for more than 48 KiB here."""
     anchors, *rest = gaussian_problem(2, 2048)
     want = reference.gaussian_contrast_loss(anchors, *rest, reduction="none")
@@ -82,7 +82,7 @@ def test_gaussian_rows_that_take_all_shared_memory() -> None:
 
 
 @pytest.mark.parametrize("pairwise", [False, True])
-def test_gaussian_blocks_of_fewer_rows(pairwise: bool) -> None:
+def test_gaussian_blocks_of_fewer_rows_match_the_reference(pairwise: bool) -> None:
     anchors, *rest = gaussian_problem(7, 40, pairwise=pairwise)
     want = reference.gaussian_contrast_loss(anchors, *rest, reduction="none")
     # Eight anchors, and products and gradients of three; in float32.
@@ -90,13 +90,13 @@ def test_gaussian_blocks_of_fewer_rows(pairwise: bool) -> None:
     torch.testing.assert_close(loss.double(), want, rtol=1e-4, atol=1e-4)
 
 
-def test_gaussian_rows_of_more_than_48_kib() -> None:
+def test_gaussian_rows_of_more_than_48_kib_match_the_reference() -> None:
     anchors, labels, *tables = gaussian_problem(1, 264, classes=1)
     loss, _, _ = calls.gaussian_contrast(anchors, labels * 0, *tables)
     torch.testing.assert_close(loss, reference.gaussian_contrast_loss(anchors, labels * 0, *tables))
 
 
-def test_gaussian_logits_far_below_zero() -> None:
+def test_gaussian_logits_far_below_zero_give_the_right_loss() -> None:
     anchors, labels, means, _, counts = gaussian_problem(4, 8)
     labels = labels.abs()
     anchors = anchors.abs() + 1
@@ -109,7 +109,7 @@ def test_gaussian_logits_far_below_zero() -> None:
         torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-5)
 
 
-def test_gaussian_exponents_of_which_a_part_leaves_the_range() -> None:
+def test_gaussian_exponents_with_a_part_beyond_the_range_are_right_or_nan() -> None:
     """A class with an exponent of minus infinity is not left out, unlike a class with a weight of 0."""
     anchors, y, counts = torch.zeros(1, 256), torch.tensor([0]), torch.tensor([1, 1])
     means, covariances = torch.zeros(2, 256), torch.zeros(2, 256, 256)
@@ -128,7 +128,7 @@ def test_gaussian_exponents_of_which_a_part_leaves_the_range() -> None:
 
 @pytest.mark.parametrize("dtype", TILED_DTYPES, ids=str)
 @pytest.mark.parametrize("pairwise", [False, True])
-def test_gaussian_anchors_beyond_float32(pairwise: bool, dtype: torch.dtype) -> None:
+def test_gaussian_anchors_beyond_float32_give_the_right_loss(pairwise: bool, dtype: torch.dtype) -> None:
     """Every third anchor is moderate, the others are wide. float32 cannot hold one of them, and one does not count."""
     anchors, labels, means, covariances, counts = gaussian_problem(9, 140, pairwise=pairwise, empty=(1,))
     labels = torch.tensor([0, 2, 3, 0, -1, 1, 2, 3, 0])
@@ -147,7 +147,7 @@ def test_gaussian_anchors_beyond_float32(pairwise: bool, dtype: torch.dtype) -> 
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b[b.isfinite()].abs().max()))
 
 
-def test_gaussian_gradients_alone_beyond_float32() -> None:
+def test_gaussian_gradients_beyond_float32_are_right_or_infinite() -> None:
     """The loss is finite. Its gradient is the sum of two infinite terms, which is finite or not."""
     anchors, means, covariances = torch.zeros(1, 8), torch.zeros(2, 8), torch.zeros(2, 8, 8)
     anchors[0, 3] = 1.0
@@ -164,7 +164,7 @@ def test_gaussian_gradients_alone_beyond_float32() -> None:
     assert gradients[0].tolist() == [0, 0, 0, 0, 0, math.inf, 0, 0]
 
 
-def test_gaussian_weight_and_covariances_at_the_end_of_the_range() -> None:
+def test_gaussian_numbers_at_the_end_of_the_range_give_the_right_loss() -> None:
     anchors, labels, means, covariances, counts = gaussian_problem(4, 8)
     arguments = (anchors.float(), labels.abs(), means.float())
     loss, _, _ = calls.gaussian_contrast(

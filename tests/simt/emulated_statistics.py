@@ -58,7 +58,7 @@ def test_statistics_and_gradients_match_the_reference(
 @pytest.mark.parametrize(
     ("shape", "patch"), [((1030, 3, 2), (2, 2)), ((10, 12, 14), (12, 13)), ((9, 18, 17), (17, 17))]
 )
-def test_statistics_of_more_classes_than_registers_hold(shape: tuple[int, ...], patch: tuple[int, int]) -> None:
+def test_more_classes_than_registers_hold_match_the_reference(shape: tuple[int, ...], patch: tuple[int, int]) -> None:
     """Patches of 1, 2 and 3 chunks of 128 pixels."""
     x = torch.randn(1, *shape, dtype=torch.float64, requires_grad=True)
     want = reference.patch_statistics(x, patch, (1, 1))
@@ -91,7 +91,7 @@ def test_statistics_do_not_depend_on_strides() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("width", "patch", "stride"), [(20, 4, 4), (36, 18, 18), (26, 8, 6), (24, 16, 4), (32, 18, 6)])
-def test_statistics_of_widths_that_vectors_do_not_divide(
+def test_widths_that_vectors_do_not_divide_match_the_reference(
     width: int, patch: int, stride: int, dtype: torch.dtype
 ) -> None:
     x = torch.randn(1, 3, 6, width, dtype=torch.float64).to(dtype)
@@ -104,7 +104,7 @@ def test_statistics_of_widths_that_vectors_do_not_divide(
 
 @pytest.mark.parametrize("classes", [2, 9])
 @pytest.mark.parametrize("patch", [(12, 3), (40, 1), (4, 11), (12, 12)], ids=str)
-def test_patches_whose_width_does_not_divide_a_warp(patch: tuple[int, int], classes: int) -> None:
+def test_patch_widths_that_do_not_divide_a_warp_match_the_reference(patch: tuple[int, int], classes: int) -> None:
     """Lanes go over them in steps of 32 pixels, or of groups of four: several rows, and a rest."""
     x = torch.randn(1, classes, *patch)
     got, _ = calls.patch_statistics(x, list(patch), list(patch), None, probabilities=False, normalize=False)
@@ -112,7 +112,7 @@ def test_patches_whose_width_does_not_divide_a_warp(patch: tuple[int, int], clas
         torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=2e-6)
 
 
-def test_statistics_whose_places_exceed_32_bits() -> None:
+def test_images_whose_indices_exceed_32_bits_have_the_right_statistics() -> None:
     far = 2**30
     x = torch.empty(1, 2, 1, far + 16, dtype=torch.bfloat16)
     ends = [torch.randn(1, 2, 1, 16).bfloat16() for _ in range(2)]
@@ -126,7 +126,7 @@ def test_statistics_whose_places_exceed_32_bits() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_storage_offsets_of_statistics(dtype: torch.dtype) -> None:
+def test_storage_offsets_do_not_change_statistics(dtype: torch.dtype) -> None:
     x = torch.randn(1, 3, 8, 16).to(dtype)
     grads = [torch.randn(shape).to(dtype) for shape in ((1, 2, 2), (1, 3, 2, 2), (1, 3, 2, 2))]
     options = {"probabilities": False, "normalize": False}
@@ -138,7 +138,7 @@ def test_storage_offsets_of_statistics(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("classes", [2, 8, 12])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_statistics_of_confident_logits(classes: int, dtype: torch.dtype) -> None:
+def test_statistics_of_confident_logits_match_the_reference(classes: int, dtype: torch.dtype) -> None:
     """A class of subnormal mass has an entropy and a gradient. The gradient does not depend on rounded outputs."""
     g = torch.Generator().manual_seed(0)
     for low in (-6.0, -12.0, -90.0):
@@ -155,14 +155,14 @@ def test_statistics_of_confident_logits(classes: int, dtype: torch.dtype) -> Non
         torch.testing.assert_close(grad.double(), expected, rtol=0, atol=max(4 * eps, 1e-5) * scale)
 
 
-def test_probabilities_below_the_normal_range() -> None:
+def test_gradients_of_probabilities_below_the_normal_range_are_exact() -> None:
     x = torch.tensor([1.0, 1e-42]).reshape(1, 2, 1, 1)
     ones = [torch.ones(1, 1, 1), torch.zeros(1, 2, 1, 1), torch.zeros(1, 2, 1, 1)]
     _, grad = calls.patch_statistics(x, [1, 1], [1, 1], ones, probabilities=True, normalize=False)
     torch.testing.assert_close(grad.flatten(), -(x.double().log() + 1).float().flatten())
 
 
-def test_statistics_of_probabilities_that_are_exactly_zero() -> None:
+def test_probabilities_of_0_have_class_entropy_0_and_finite_gradients() -> None:
     p = torch.rand(1, 5, 8, 8, dtype=torch.float64).softmax(1)
     p[:, 2] = 0
     p[0, 0, 3, 3] = 0
@@ -174,7 +174,7 @@ def test_statistics_of_probabilities_that_are_exactly_zero() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_statistics_of_extreme_logits() -> None:
+def test_extreme_logits_give_finite_statistics() -> None:
     x = torch.randint(0, 2, (1, 3, 16, 16)) * 2e4 - 1e4
     got, grad = calls.patch_statistics(
         x, [4, 4], [4, 4], [torch.ones(1, 4, 4), *[torch.ones(1, 3, 4, 4)] * 2], probabilities=False, normalize=False
@@ -184,7 +184,7 @@ def test_statistics_of_extreme_logits() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("classes", [3, 11])
-def test_statistics_of_logits_of_minus_infinity(classes: int, dtype: torch.dtype) -> None:
+def test_logits_of_minus_infinity_match_the_reference(classes: int, dtype: torch.dtype) -> None:
     x = torch.randn(1, classes, 2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x[0, 0, 0, :2], x[0, 1, 0, 1:4], x[0, :-1, 1, 0], x[0, 1:, 1, 1] = (-math.inf,) * 4
     x[0, 0, 1, 2], x[0, 1, 1, 2] = torch.finfo(dtype).max, -torch.finfo(dtype).max
@@ -206,7 +206,7 @@ def test_statistics_of_logits_of_minus_infinity(classes: int, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("classes", [3, 11])
-def test_statistics_of_a_pixel_without_probabilities(classes: int) -> None:
+def test_a_pixel_without_probabilities_makes_its_patch_nan(classes: int) -> None:
     for bad, which in ((-math.inf, slice(None)), (math.inf, 0), (math.inf, 1), (math.nan, 0), (math.nan, classes - 1)):
         x = torch.randn(1, classes, 2, 6)
         x[0, which, 1, 1] = bad
