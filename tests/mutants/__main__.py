@@ -24,6 +24,7 @@ import random
 import shutil
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -125,7 +126,63 @@ def chosen(arguments: argparse.Namespace) -> list[Fault]:
     return faults
 
 
-def main() -> int:
+class Outcome:
+    """Receives the result of each fault of a run: records it, prints survivors and keeps killed.txt.
+
+    Args:
+        faults: those of the run.
+        record: gets every result.
+        count: of faults to try.
+        names: killed.txt is written with these and the faults that are killed now; None leaves it as it is.
+    """
+
+    def __init__(self, faults: list[Fault], record: Record, count: int, names: set[str] | None) -> None:
+        self.by_number = {fault.number: fault for fault in faults}
+        self.record, self.count, self.names = record, count, names
+        self.alive: list[Fault] = []
+        self.done = 0
+
+    def __call__(self, result: campaign.Result) -> None:
+        fault = self.by_number[result.fault]
+        self.record.add(fault, result)
+        self.done += 1
+        if self.names is not None:
+            (self.names.add if result.killed else self.names.discard)(name_of(fault))
+            keep_killed(self.names)
+        if not result.killed:
+            self.alive.append(fault)
+            print(f"{result.how.upper()} {fault.file}:{fault.line}\n  {fault.key}", flush=True)
+        if self.done % 20 == 0:
+            print(f"{self.done} of {self.count}", flush=True)
+
+
+def run_tests(
+    planted: list[Fault],
+    todo: list[Fault],
+    record: Record,
+    report: Callable[[campaign.Result], None],
+    arguments: argparse.Namespace,
+) -> str:
+    """Tries the faults `todo` in a build that holds `planted`. Returns why this ended early, or nothing."""
+    build(planted)
+    texts = [f"{fault.number} {fault.original} {fault.mutated}" for fault in planted]
+    plugin = campaign.Campaign(
+        [(fault.number, fault.near) for fault in todo],
+        MOST_FAULTS,
+        record.hints(),
+        {fault.number: record.killers.get(fault.key, "") for fault in todo},
+        report,
+        arguments.processes,
+        arguments.patience,
+        lambda file: RESULTS.parent / f"measured_{native.digest([], digest(file), *texts)}.pickle",
+    )
+    plain = ["-o", "addopts=", "-s", "-p", "no:cacheprovider", "-p", "no:terminal", "-W", "ignore"]
+    files = [file for file in emulator.TESTS if (native.ROOT / file).exists()]
+    code = pytest.main([*plain, "--emulated", "80", "-k", arguments.tests, *files], plugins=[plugin])
+    return plugin.error or ("" if code in (0, 5) else f"pytest ends with {code}")
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draw", type=int, help="so many faults, drawn by --seed; all by default")
     parser.add_argument("--seed", type=int, default=0)
@@ -136,7 +193,11 @@ def main() -> int:
     parser.add_argument("--tests", default="", help="only these tests, as pytest -k has it: a first try, in less time")
     parser.add_argument("--afresh", action="store_true", help="try faults again that earlier runs have settled")
     parser.add_argument("--list", action="store_true", help="list the faults and stop")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parsed()
     os.environ["OMP_NUM_THREADS"] = "1"  # a forked process does not get the threads of this one
     faults, proved, record = chosen(arguments), equivalents(), Record()
     if arguments.list:
@@ -150,60 +211,15 @@ def main() -> int:
         print("equivalent.txt names faults that are no longer planted:", *sorted(stale), sep="\n  ")
     counted = [fault for fault in faults if fault.key not in proved]
     todo = [fault for fault in counted if arguments.afresh or fault.key not in record.valid]
-    by_number = {fault.number: fault for fault in faults}
-    names = killed_before() & {name_of(fault) for fault in everything}
-    alive: list[Fault] = []
-    done = 0
-
-    def report(result: campaign.Result) -> None:
-        nonlocal done
-        fault = by_number[result.fault]
-        record.add(fault, result)
-        done += 1
-        (names.add if result.killed else names.discard)(name_of(fault))
-        if arguments.new:
-            keep_killed(names)
-        if not result.killed:
-            alive.append(fault)
-            print(f"{result.how.upper()} {fault.file}:{fault.line}\n  {fault.key}", flush=True)
-        if done % 20 == 0:
-            print(f"{done} of {len(todo)}", flush=True)
-
+    names = killed_before() & {name_of(fault) for fault in everything} if arguments.new else None
+    outcome = Outcome(faults, record, len(todo), names)
     if todo:
         # A draw plants no other faults. Other runs may be stopped; they plant all, so that the next run need not build.
         planted = faults if arguments.draw is not None else everything
-        build(planted)
-        texts = [f"{fault.number} {fault.original} {fault.mutated}" for fault in planted]
-        plugin = campaign.Campaign(
-            [(fault.number, fault.near) for fault in todo],
-            MOST_FAULTS,
-            record.hints(),
-            {fault.number: record.killers.get(fault.key, "") for fault in todo},
-            report,
-            arguments.processes,
-            arguments.patience,
-            lambda file: RESULTS.parent / f"measured_{native.digest([], digest(file), *texts)}.pickle",
-        )
-        options = [
-            "-o",
-            "addopts=",
-            "-s",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:terminal",
-            "-W",
-            "ignore",
-            "--emulated",
-            "80",
-            "-k",
-            arguments.tests,
-        ]
-        files = [file for file in emulator.TESTS if (native.ROOT / file).exists()]
-        code = pytest.main([*options, *files], plugins=[plugin])
-        if plugin.error or code not in (0, 5):
-            print(plugin.error or f"pytest ends with {code}")
+        if error := run_tests(planted, todo, record, outcome, arguments):
+            print(error)
             return 2
+    alive = outcome.alive
     killed = len(counted) - len(alive)
     print(f"planted {len(faults)}, killed {killed}, equivalent {len(faults) - len(counted)}, survivors {len(alive)}")
     return 1 if alive else 0

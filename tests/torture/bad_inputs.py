@@ -51,59 +51,13 @@ def bad_volumes(folder: Path, data: Path, run: Path) -> Iterator[Case]:
     """Bad volumes, each the only image of a `pglcl predict`."""
     scans, masks = folder / "scans", folder / "masks"
     scans.mkdir()
-    header = bytearray(nib.Nifti1Image(volume(0)[0], np.eye(4)).to_bytes())
-
-    def patched(offset: int, value: bytes) -> bytes:
-        changed = bytearray(header)
-        changed[offset : offset + len(value)] = value
-        return bytes(changed)
-
-    def image(array: np.ndarray) -> bytes:
-        return bytes(nib.Nifti1Image(array, np.eye(4)).to_bytes())
-
-    def with_affine(rows: np.ndarray) -> bytes:
-        """A file whose header has `rows` as its sform, which nibabel itself would not write."""
-        return patched(252, struct.pack("<hh", 0, 1) + bytes(header[256:280]) + rows[:3].astype("<f4").tobytes())
-
-    rgb = np.zeros((6, 6, 4), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
-    singular = np.diag([1.0, 0.0, 1.0, 1.0])
-    with_nan = volume(0)[0]
-    with_nan[0, 0, 0] = np.nan
-    contents: dict[str, bytes] = {
-        "empty": b"",
-        "text": b"not an image\n",
-        "header alone": bytes(header[:352]),
-        "half": bytes(header[: len(header) // 2]),
-        "unknown datatype": patched(70, struct.pack("<h", 4711)),
-        "vox_offset < 0": patched(108, struct.pack("<f", -8.0)),
-        "vox_offset past the end": patched(108, struct.pack("<f", 1e9)),
-        "NaN vox_offset": patched(108, struct.pack("<f", float("nan"))),
-        "1500^3 voxels claimed": patched(42, struct.pack("<hhh", 1500, 1500, 1500)),
-        "no dimension": patched(40, struct.pack("<h", 0)),
-        "nine dimensions": patched(40, struct.pack("<h", 9)),
-        "negative size": patched(42, struct.pack("<h", -3)),
-        "singular affine": with_affine(singular),
-        "NaN affine": with_affine(np.full((4, 4), np.nan)),
-        "complex": image(np.zeros((6, 6, 4), np.complex64)),
-        "RGB voxels": image(rgb),
-        "NaN voxel": image(with_nan),
-        "five axes": image(np.zeros((6, 6, 4, 2, 2), np.float32)),
-        "one axis": image(np.zeros(6, np.float32)),
-        "no voxels": image(np.zeros((0, 6, 4), np.float32)),
-        "two channels for one": image(np.stack([volume(0)[0]] * 2, axis=-1)),
-    }
-    for name, content in contents.items():
+    sound = nib.Nifti1Image(volume(0)[0], np.eye(4)).to_bytes()
+    for name, content in {**bad_headers(sound), **bad_voxels()}.items():
         for ending, stored in ((".nii", content), (".nii.gz", gzip.compress(content))):
             path = scans / f"{name.replace(' ', '_')}_{len(ending)}{ending}"
             path.write_bytes(stored)
             yield f"{name}, {ending}", ["predict", run, path, "-o", masks]
-    whole = gzip.compress(bytes(header))
-    for name, stored in {
-        "checksum": whole[:-8] + b"\0" * 8,
-        "no end": whole[:-20],
-        "bytes behind": whole + b"garbage",
-        "deflate": whole[:40] + b"\xff" * 8 + whole[48:],
-    }.items():
+    for name, stored in bad_gzip(gzip.compress(sound)).items():
         path = scans / f"gzip_{name.replace(' ', '_')}.nii.gz"
         path.write_bytes(stored)
         yield f"gzip: {name}", ["predict", run, path, "-o", masks]
@@ -113,6 +67,63 @@ def bad_volumes(folder: Path, data: Path, run: Path) -> Iterator[Case]:
     yield "the same file twice", ["predict", run, same, same, "-o", masks]
     yield "over its input", ["predict", run, same, "-o", data / "images"]
     yield "over the labels", ["predict", run, same, "-o", data / "labels"]
+
+
+def bad_headers(sound: bytes) -> dict[str, bytes]:
+    """Files whose header is cut or claims what is not so, made of a sound one."""
+
+    def patched(offset: int, value: bytes) -> bytes:
+        return sound[:offset] + value + sound[offset + len(value) :]
+
+    def with_affine(rows: np.ndarray) -> bytes:
+        """A file whose header has `rows` as its sform, which nibabel itself would not write."""
+        return patched(252, struct.pack("<hh", 0, 1) + sound[256:280] + rows[:3].astype("<f4").tobytes())
+
+    return {
+        "empty": b"",
+        "text": b"not an image\n",
+        "header alone": sound[:352],
+        "half": sound[: len(sound) // 2],
+        "unknown datatype": patched(70, struct.pack("<h", 4711)),
+        "vox_offset < 0": patched(108, struct.pack("<f", -8.0)),
+        "vox_offset past the end": patched(108, struct.pack("<f", 1e9)),
+        "NaN vox_offset": patched(108, struct.pack("<f", float("nan"))),
+        "1500^3 voxels claimed": patched(42, struct.pack("<hhh", 1500, 1500, 1500)),
+        "no dimension": patched(40, struct.pack("<h", 0)),
+        "nine dimensions": patched(40, struct.pack("<h", 9)),
+        "negative size": patched(42, struct.pack("<h", -3)),
+        "singular affine": with_affine(np.diag([1.0, 0.0, 1.0, 1.0])),
+        "NaN affine": with_affine(np.full((4, 4), np.nan)),
+    }
+
+
+def bad_voxels() -> dict[str, bytes]:
+    """Files of voxels that are no image, or not one for this model."""
+
+    def image(array: np.ndarray) -> bytes:
+        return bytes(nib.Nifti1Image(array, np.eye(4)).to_bytes())
+
+    with_nan = volume(0)[0]
+    with_nan[0, 0, 0] = np.nan
+    return {
+        "complex": image(np.zeros((6, 6, 4), np.complex64)),
+        "RGB voxels": image(np.zeros((6, 6, 4), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])),
+        "NaN voxel": image(with_nan),
+        "five axes": image(np.zeros((6, 6, 4, 2, 2), np.float32)),
+        "one axis": image(np.zeros(6, np.float32)),
+        "no voxels": image(np.zeros((0, 6, 4), np.float32)),
+        "two channels for one": image(np.stack([volume(0)[0]] * 2, axis=-1)),
+    }
+
+
+def bad_gzip(whole: bytes) -> dict[str, bytes]:
+    """Compressed files that were damaged afterwards."""
+    return {
+        "checksum": whole[:-8] + b"\0" * 8,
+        "no end": whole[:-20],
+        "bytes behind": whole + b"garbage",
+        "deflate": whole[:40] + b"\xff" * 8 + whole[48:],
+    }
 
 
 def bad_folders(folder: Path, data: Path) -> Iterator[Case]:
