@@ -1,5 +1,8 @@
-// The arguments of the ops as C++ sees them, shared by the devices' implementations. The schemas are in pglcl.cpp.
+// The arguments and outputs of the ops as C++ sees them, shared by the implementations of all devices. The schemas are
+// in pglcl.cpp.
 #pragma once
+
+#include <tuple>
 
 #include "stable.h"
 
@@ -41,6 +44,9 @@ struct PatchContrastArgs {
   int64_t ignore_index, self_offset, reduction;
   bool allow_tf32;  // whether float32 products may round their factors to TF32; only GPUs can
 };
+
+// loss, max_logit, log_sum, positive_logit, num_positives and num_valid.
+using ContrastOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 struct GaussianContrastArgs {
   const Tensor &anchors, &labels, &means, &covariances, &counts;

@@ -65,9 +65,6 @@ struct Arguments {
   const void* address(const Tensor& t) const { return t.numel() ? t.const_data_ptr() : &inputs; }
 };
 
-// loss, max_logit, log_sum, positive_logit, num_positives, num_valid
-using ContrastOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 ContrastOutputs forward(PGLCL_CONTRAST_PARAMETERS) {
   const PatchContrastArgs x PGLCL_CONTRAST_ARGUMENTS;
   require_contrast(x);

@@ -90,9 +90,6 @@ struct Arguments {
   }
 };
 
-// loss, max_logit, log_sum, positive_logit, num_positives and num_valid.
-using ContrastOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 ContrastOutputs forward(PGLCL_CONTRAST_PARAMETERS) {
   const PatchContrastArgs x PGLCL_CONTRAST_ARGUMENTS;
   require_contrast(x);
