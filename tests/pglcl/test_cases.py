@@ -1,54 +1,17 @@
-"""Layouts, splits, and the findings of inspect."""
+"""Splits of the patients, and the unit of distances."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import nibabel as nib
-import numpy as np
 import pytest
 from pglcl.cases import distance_unit, folds_of, split_patients
 from pglcl.errors import UserError
-from pglcl.inspection import inspect_folder
-from pglcl.labels import LabelMap
 from pglcl.layouts import open_folder
 
 from tests.conftest import data_folder
-from tests.pglcl.folders import OBLIQUE, acdc, decathlon, plain, save, ssl4mis, tiny, volume
-
-
-def test_plain_folders_are_read(tmp_path: Path) -> None:
-    data = open_folder(plain(tmp_path))
-    assert data.layout == "plain"
-    assert [case.label is None for case in data.cases] == [False] * 6 + [True] * 2
-    assert distance_unit(data) == "mm"
-
-
-def test_channels_in_files_of_their_own_are_one_case(tmp_path: Path) -> None:
-    image, label = volume(0)
-    for channel in (0, 1):
-        save(tmp_path / "images" / f"a_{channel:04d}.nii.gz", image)
-    save(tmp_path / "labels" / "a.nii.gz", label)
-    (case,) = open_folder(tmp_path).cases
-    assert [p.name for p in case.images] == ["a_0000.nii.gz", "a_0001.nii.gz"]
-    assert inspect_folder(open_folder(tmp_path))[0].channels == 2
-
-
-def test_acdc_folders_are_read(tmp_path: Path) -> None:
-    data = open_folder(acdc(tmp_path, 3))
-    assert data.layout == "acdc"
-    assert len(data.cases) == 6
-    assert data.patients == ["patient001", "patient002", "patient003"]
-    assert all(case.label is not None for case in data.cases)
-    assert distance_unit(data) == "voxel"  # every header says 1 mm
-
-
-def test_decathlon_folders_are_read(tmp_path: Path) -> None:
-    data = open_folder(decathlon(tmp_path))
-    assert data.layout == "decathlon"
-    assert data.labels == LabelMap.of_values([1, 2], {1: "ball", 2: "cube"})
-    assert inspect_folder(data)[0].channels == 2
+from tests.pglcl.folders import acdc, pictures, plain, save, ssl4mis, tiny, volume
 
 
 @pytest.mark.skipif(data_folder() is None, reason="no real volumes: neither PGLCL_DATA nor shared/data")
@@ -164,78 +127,9 @@ def test_a_split_of_too_few_volumes_is_refused(tmp_path: Path) -> None:
         split_patients(open_folder(tmp_path), tiny())
 
 
-def test_folders_without_a_known_layout_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not found"):
-        open_folder(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="no volumes found"):
-        open_folder(tmp_path)
-    (tmp_path / "dataset.json").write_text('{"training": [3]}')
-    with pytest.raises(UserError, match="not a Decathlon description"):
-        open_folder(tmp_path)
-
-
-def truncated(path: Path) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-
-
-def with_nan(path: Path) -> None:
-    image = nib.load(path)
-    data = image.get_fdata().astype(np.float32)
-    data[0, 0, 0] = np.nan
-    save(path, data)
-
-
-def spoil_image(change) -> None:
-    def spoil(root: Path) -> None:
-        change(root / "images" / "case01.nii.gz")
-
-    return spoil
-
-
-def spoil_label(data, affine=OBLIQUE):
-    def spoil(root: Path) -> None:
-        _, label = volume(1, (31, 26, 6))
-        save(root / "labels" / "case01.nii.gz", data(label), affine)
-
-    return spoil
-
-
-BAD = {
-    "truncated or damaged": spoil_image(truncated),
-    "not readable as NIfTI": spoil_image(lambda p: p.write_text("hello")),
-    "1 voxels that are NaN or infinite": spoil_image(with_nan),
-    "is a constant image: every voxel is 7": spoil_image(lambda p: save(p, np.full((31, 26, 6), 7, np.float32))),
-    "has values that are not labels: 5 in 156 voxels; labels are 0,1,2": spoil_label(
-        lambda y: np.concatenate([np.full_like(y[:1], 5), y[1:]])
-    ),
-    "labels must be whole numbers": spoil_label(lambda y: y + 0.5),
-    "must have the shape of its image": spoil_label(lambda y: y[1:]),
-    "must have the affine of its image": spoil_label(lambda y: y, np.eye(4)),
-}
-
-
-@pytest.mark.parametrize("message", BAD)
-def test_inspect_names_every_problem(message: str, tmp_path: Path) -> None:
-    root = plain(tmp_path)
-    assert not any(r.problems for r in inspect_folder(open_folder(root), LabelMap.of_values([1, 2])))
-    BAD[message](root)
-    problems = [line for r in inspect_folder(open_folder(root), LabelMap.of_values([1, 2])) for line in r.problems]
-    assert len(problems) == 1
-    assert message in problems[0]
-    assert "case01.nii.gz" in problems[0]
-
-
-def test_inspect_notes_an_empty_label(tmp_path: Path) -> None:
-    root = plain(tmp_path)
-    spoil_label(lambda y: 0 * y)(root)
-    notes = [line for r in inspect_folder(open_folder(root)) for line in r.notes]
-    assert len(notes) == 1
-    assert "is an empty label" in notes[0]
-
-
-def test_a_label_without_an_image_is_refused(tmp_path: Path) -> None:
-    root = plain(tmp_path)
-    (root / "images" / "case00.nii.gz").unlink()
-    with pytest.raises(UserError, match=r"case00\.nii\.gz: is a label without an image"):
-        open_folder(root)
+def test_the_unit_names_all_units_of_mixed_files(tmp_path: Path) -> None:
+    root = pictures(tmp_path, 2, unlabelled=0)
+    save(root / "images" / "scan.nii.gz", volume(0)[0])
+    data = open_folder(root)
+    assert distance_unit(data) == "mm and pixel"
+    assert distance_unit(data, data.cases[:2]) == "pixel"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +11,19 @@ import nibabel as nib
 import numpy as np
 import pytest
 from pglcl import inspection
-from pglcl.cache import clear_partial
 from pglcl.cases import split_patients
 from pglcl.cli import main
 from pglcl.config import TrainConfig
 from pglcl.errors import UserError
 from pglcl.formats import read
-from pglcl.inspection import labels_of, propose, survey
-from pglcl.intensity import Channel, Intensity
-from pglcl.layouts import Case, open_folder
+from pglcl.inspection import labels_of, propose
+from pglcl.layouts import open_folder
 from pglcl.model import load_model
-from pglcl.prepare import prepare
 from pglcl.train import Training
 from pglcl.training_data import load_training_data
 
 from tests.conftest import data_folder
-from tests.pglcl.folders import acdc, decathlon, describe, kits, nnunet, pictures, plain, save, ssl4mis, tiny, volume
+from tests.pglcl.folders import describe, nnunet, pictures, plain, save, ssl4mis, tiny, volume
 
 
 def values_of(path: Path) -> set[int]:
@@ -164,195 +159,6 @@ def test_labels_are_kept_as_bytes_and_padding_is_ignored(tmp_path: Path) -> None
     assert kept.element_size() == 1
     assert set(kept.unique().tolist()) == {-1, 0, 1, 2}
     assert data.num_classes == 3
-
-
-# --- checks before the training -------------------------------------------------------------------------------------
-
-
-def checked(root: Path, **changes: Any) -> inspection.Survey:
-    return survey(open_folder(root), tiny(**changes))
-
-
-@pytest.mark.parametrize("name", ["case00", "case02", "case03", "case05"])  # labelled, unlabelled, validation, test
-def test_volumes_of_every_part_are_checked(name: str, tmp_path: Path) -> None:
-    root = plain(tmp_path)
-    path = root / "images" / f"{name}.nii.gz"
-    data = nib.load(path)
-    save(path, np.stack([np.asarray(data.dataobj)] * 2, axis=-1), data.affine)
-    with pytest.raises(UserError, match=rf"{name}\.nii\.gz: has 2 channels, the others have 1"):
-        checked(root)
-    path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(UserError, match=rf"{name}\.nii\.gz: truncated or damaged"):
-        checked(root)
-
-
-def test_train_names_a_class_that_no_labelled_volume_has(tmp_path: Path) -> None:
-    root = plain(tmp_path)
-    for i in range(2):
-        path = root / "labels" / f"case{i:02d}.nii.gz"
-        image = nib.load(path)
-        label = np.asarray(image.dataobj).copy()
-        label[label == 2] = 0
-        save(path, label, image.affine)
-    notes = checked(root).notes
-    assert notes[0] == "class 2 (label 2, value 2): no labelled volume has it; it cannot be learned"
-    for i in range(2):
-        path = root / "labels" / f"case{i:02d}.nii.gz"
-        image = nib.load(path)
-        save(path, np.zeros(image.shape, np.uint8), image.affine)
-    with pytest.raises(UserError, match="the labels of all 2 labelled volumes are empty"):
-        checked(root)
-
-
-def test_sizes_beyond_the_memory_are_refused(tmp_path: Path) -> None:
-    root = decathlon(tmp_path)
-    with pytest.raises(UserError, match=r"a step takes at least .* --image-size 1048576x1048576"):
-        checked(root, image_size="1048576")
-    with pytest.raises(UserError, match="memory are free; --cache DIR keeps them on the disk"):
-        checked(root, spatial_dims=3, image_size="16", spacing="0.01")
-
-
-def test_two_dimensional_images_need_two_dimensions(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cell00\.png: is a 2-D image; --spatial-dims 3 needs volumes"):
-        checked(pictures(tmp_path), spatial_dims=3, image_size="32,32,16")
-
-
-def test_images_that_do_not_suit_the_options_are_refused(tmp_path: Path) -> None:
-    """They would be padded to a volume, or resampled as if a voxel without a size had 1 mm, without a word."""
-    root = ssl4mis(tmp_path / "ssl4mis")
-    with pytest.raises(UserError, match=r"\.h5: cannot be resampled to --spacing 2 mm: its format does not say how"):
-        checked(root, spatial_dims=3, image_size="16", spacing="2", validation=-1, test=-1)
-    image = volume(0)[0]
-    flat = Case("flat", "p", (save(tmp_path / "flat.nii.gz", image[:, :, 2]),), None)
-    grey = Intensity((Channel("percentile"),), "")
-    with pytest.raises(UserError, match=r"flat\.nii\.gz: is a 2-D image; --spatial-dims 3 needs volumes"):
-        prepare(flat, tiny(spatial_dims=3, image_size="16"), None, grey)
-    assert prepare(flat, tiny(), 2, grey).image.shape == (1, 32, 32, 1)
-    colours = np.stack([image / image.max()] * 3, axis=-1)
-    shares = Case("shares", "p", (save(tmp_path / "shares.nii.gz", colours),), None)
-    rgb = Intensity((Channel("rgb", 0, 255, 124, 58),) * 3, "")
-    with pytest.raises(
-        UserError, match=r"shares\.nii\.gz: channel 0 must have values from 0 to 255 for --normalise rgb"
-    ):
-        prepare(shares, tiny(), 2, rgb)
-
-
-def test_train_names_volumes_with_slices_across_another_axis(tmp_path: Path) -> None:
-    root = plain(tmp_path)
-    assert not any("--slice-axis" in note for note in checked(root).notes)
-    image, label = volume(4, (5, 26, 31))
-    save(root / "images" / "case04.nii.gz", image, np.eye(4))
-    save(root / "labels" / "case04.nii.gz", label, np.eye(4))
-    (note,) = (note for note in checked(root).notes if "--slice-axis" in note)
-    assert note.startswith(
-        "slices are taken across axis 2, which has the fewest voxels of the first labelled volume; 1 volumes"
-    )
-    assert "another axis: case04;" in note
-    assert not any("--slice-axis sets the axis" in note for note in checked(root, slice_axis=2).notes)
-
-
-def test_train_names_an_image_that_two_patients_share(tmp_path: Path) -> None:
-    """The score of the second says nothing about new patients."""
-    root = plain(tmp_path)
-    for name in ("images", "labels"):  # labelled, and of the test; another name, and other bytes
-        image = nib.load(root / name / "case01.nii.gz")
-        nib.save(nib.Nifti1Image(np.asarray(image.dataobj), image.affine), root / name / "case05.nii.gz")
-    said = "case01 (labelled) and case05 (test) have the same voxels, but count as two patients"
-    assert said in checked(root).notes
-    folder = open_folder(root)
-    found = inspection.inspect_folder(folder)
-    lines = inspection.warnings_of(folder, found, inspection.labels_of(folder, found, None))
-    assert "case01 and case05 have the same voxels, but count as two patients" in lines
-    assert inspection.same_images(inspection.inspect_folder(open_folder(acdc(tmp_path / "acdc", 2)))) == []
-
-
-def test_a_cache_has_the_permissions_of_the_umask(tmp_path: Path) -> None:
-    """As open as the umask lets any new folder be: several users may share it."""
-    before = os.umask(0o022)
-    try:
-        load_training_data(plain(tmp_path / "data"), tiny(cache=str(tmp_path / "cache")))
-    finally:
-        os.umask(before)
-    entries = [*(tmp_path / "cache").iterdir()]
-    assert {entry.stat().st_mode & 0o777 for entry in entries} == {0o755}
-    assert {path.stat().st_mode & 0o777 for entry in entries for path in entry.iterdir()} == {0o644}
-
-
-def test_ct_is_measured_on_training_cases_alone(tmp_path: Path) -> None:
-    root = kits(tmp_path)
-    first = checked(root).intensity
-    assert [channel.kind for channel in first.channels] == ["ct"]
-    for name in ("case_00006", "case_00007"):  # of the test
-        image = nib.load(root / name / "imaging.nii.gz")
-        save(root / name / "imaging.nii.gz", np.asarray(image.dataobj) + 500, image.affine)
-    assert checked(root).intensity == first
-    assert checked(root, window="40,400").intensity.channels[0].kind == "window"
-
-
-@pytest.mark.parametrize("dims", [2, 3])
-def test_cached_volumes_equal_those_without_a_cache(dims: int, tmp_path: Path) -> None:
-    root = decathlon(tmp_path / "data")
-    options = {"spatial_dims": dims, "image_size": "16" if dims == 3 else "32"}
-    plainly = load_training_data(root, tiny(**options))
-    cached = [load_training_data(root, tiny(**options, cache=str(tmp_path / "cache"))) for _ in range(2)]
-    entries = sorted(path.name for path in (tmp_path / "cache").iterdir())
-    assert len(entries) == len(plainly.labelled) + len(plainly.unlabelled)
-    for data in cached:
-        for pool in ("labelled", "unlabelled"):
-            for a, b in zip(getattr(plainly, pool), getattr(data, pool)):
-                assert a.case == b.case
-                assert (a.image == b.image).all()
-                assert (a.label is None and b.label is None) or (a.label == b.label).all()
-                assert (a.geometry, a.spacing) == (b.geometry, b.spacing)
-                assert (a.foreground == b.foreground).all()
-    (tmp_path / "cache" / entries[0] / "image.npy").write_bytes(b"damaged")
-    (tmp_path / "cache" / ".partial-left").mkdir()
-    again = load_training_data(root, tiny(**options, cache=str(tmp_path / "cache")))
-    assert (again.labelled[0].image == plainly.labelled[0].image).all()
-    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == entries
-
-
-@pytest.mark.parametrize("name", ["image.npy", "label.npy", "geometry.json"])
-def test_a_cache_entry_with_a_flipped_bit_is_prepared_again(name: str, tmp_path: Path) -> None:
-    root, options = decathlon(tmp_path / "data"), {"cache": str(tmp_path / "cache"), "image_size": "32"}
-    whole = load_training_data(root, tiny(image_size="32")).labelled[0]  # in memory
-    load_training_data(root, tiny(**options))
-    (entry,) = (tmp_path / "cache").glob(f"{whole.case.name}-*")
-    content = bytearray((entry / name).read_bytes())
-    digit = content.index(b"20") if name == "geometry.json" else -3
-    content[digit] ^= 1
-    (entry / name).write_bytes(content)
-    again = load_training_data(root, tiny(**options)).labelled[0]
-    assert again.label is not None
-    assert (again.image == whole.image).all()
-    assert (again.label == whole.label).all()
-    assert again.geometry == whole.geometry
-
-
-def test_a_volume_that_was_replaced_is_not_taken_from_a_cache(tmp_path: Path) -> None:
-    """This holds even for a volume of the same size and time, as a copy that keeps times may leave."""
-    root, options = plain(tmp_path / "data"), {"cache": str(tmp_path / "cache")}
-    path = root / "images" / "case00.nii"
-    image = nib.load(root / "images" / "case00.nii.gz").get_fdata().astype(np.float32)
-    (root / "images" / "case00.nii.gz").unlink()
-    for sign in (1, -1):
-        save(path, sign * image)
-        os.utime(path, (10, 10))
-        prepared = load_training_data(root, tiny(**options)).labelled[0].image
-        assert (prepared == load_training_data(root, tiny()).labelled[0].image).all()
-
-
-def test_entries_of_another_run_stay_in_the_cache(tmp_path: Path) -> None:
-    """A new run removes volumes that a kill left unfinished, but none that another run is writing."""
-    (tmp_path / ".partial-left").mkdir()
-    (tmp_path / ".partial-lives").mkdir()
-    held = os.open(tmp_path / ".partial-lives", os.O_RDONLY)
-    fcntl.flock(held, fcntl.LOCK_EX)
-    clear_partial(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [".partial-lives"]
-    os.close(held)
-    clear_partial(tmp_path)
-    assert list(tmp_path.iterdir()) == []
 
 
 # --- real data ------------------------------------------------------------------------------------------------------

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from pglcl.cases import distance_unit, split_patients
-from pglcl.config import TrainConfig
 from pglcl.errors import UserError
-from pglcl.inspection import inspect_folder, labels_of, propose, warnings_of
-from pglcl.labels import parse_labels
+from pglcl.inspection import inspect_folder, labels_of, propose
+from pglcl.labels import LabelMap
 from pglcl.layouts import group_inputs, open_folder
 
 from tests.pglcl.folders import (
     STRAIGHT,
     acdc,
+    decathlon,
     dicom,
     kits,
     pictures,
@@ -27,6 +26,56 @@ from tests.pglcl.folders import (
     tiny,
     volume,
 )  # fmt: skip
+
+
+def test_plain_folders_are_read(tmp_path: Path) -> None:
+    data = open_folder(plain(tmp_path))
+    assert data.layout == "plain"
+    assert [case.label is None for case in data.cases] == [False] * 6 + [True] * 2
+    assert distance_unit(data) == "mm"
+
+
+def test_channels_in_files_of_their_own_are_one_case(tmp_path: Path) -> None:
+    image, label = volume(0)
+    for channel in (0, 1):
+        save(tmp_path / "images" / f"a_{channel:04d}.nii.gz", image)
+    save(tmp_path / "labels" / "a.nii.gz", label)
+    (case,) = open_folder(tmp_path).cases
+    assert [p.name for p in case.images] == ["a_0000.nii.gz", "a_0001.nii.gz"]
+    assert inspect_folder(open_folder(tmp_path))[0].channels == 2
+
+
+def test_acdc_folders_are_read(tmp_path: Path) -> None:
+    data = open_folder(acdc(tmp_path, 3))
+    assert data.layout == "acdc"
+    assert len(data.cases) == 6
+    assert data.patients == ["patient001", "patient002", "patient003"]
+    assert all(case.label is not None for case in data.cases)
+    assert distance_unit(data) == "voxel"  # every header says 1 mm
+
+
+def test_decathlon_folders_are_read(tmp_path: Path) -> None:
+    data = open_folder(decathlon(tmp_path))
+    assert data.layout == "decathlon"
+    assert data.labels == LabelMap.of_values([1, 2], {1: "ball", 2: "cube"})
+    assert inspect_folder(data)[0].channels == 2
+
+
+def test_folders_without_a_known_layout_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not found"):
+        open_folder(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no volumes found"):
+        open_folder(tmp_path)
+    (tmp_path / "dataset.json").write_text('{"training": [3]}')
+    with pytest.raises(UserError, match="not a Decathlon description"):
+        open_folder(tmp_path)
+
+
+def test_a_label_without_an_image_is_refused(tmp_path: Path) -> None:
+    root = plain(tmp_path)
+    (root / "images" / "case00.nii.gz").unlink()
+    with pytest.raises(UserError, match=r"case00\.nii\.gz: is a label without an image"):
+        open_folder(root)
 
 
 def test_hidden_files_of_a_folder_are_not_read(tmp_path: Path) -> None:
@@ -137,71 +186,6 @@ def test_files_that_are_not_read_are_named(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("shape", [(20, 20, 20), (16, 16, 5), (12, 300, 3), (70, 40, 17), (1, 20, 20)])
-def test_proposals_are_options_that_a_training_takes(shape: tuple[int, ...], tmp_path: Path) -> None:
-    image, _ = volume(0, (30, 30, 30))
-    small = np.resize(image, shape)
-    save(tmp_path / "images" / "a.nii.gz", small, np.eye(4))
-    data = open_folder(tmp_path)
-    chosen = {p.option[2:].replace("-", "_"): p.value for p in propose(data, inspect_folder(data))}
-    dims = int(chosen.pop("spatial_dims"))
-    assert TrainConfig(spatial_dims=dims, **chosen).size
-
-
-def test_a_label_that_is_a_copy_of_its_image_is_a_problem(tmp_path: Path) -> None:
-    """An image of 8 bits has few enough values for a label."""
-    root = pictures(tmp_path, 3, colour=False, unlabelled=0)
-    shutil.copy(root / "images" / "cell00.png", root / "labels" / "cell00.png")
-    found = [line for report in inspect_folder(open_folder(root)) for line in report.problems]
-    assert found == [f"{root / 'labels' / 'cell00.png'}: has the same voxels as its image; is it a copy of the image?"]
-
-
-def test_negative_label_values_need_a_meaning(tmp_path: Path) -> None:
-    root = plain(tmp_path, 3, unlabelled=0)
-    label = volume(1, (31, 26, 6))[1].astype(np.int16)
-    label[label == 1] = -1
-    save(root / "labels" / "case01.nii.gz", label)
-    found = inspect_folder(open_folder(root))
-    count = int((label == -1).sum())
-    (line,) = (line for report in found for line in report.problems)
-    assert line.endswith(
-        f"case01.nii.gz: has negative values: -1 in {count} voxels; say with --labels what they mean, for example "
-        "--labels 0,1,-1=ignore"
-    )
-    declared = parse_labels("0,1,2,-1=ignore")
-    assert not any(report.problems for report in inspect_folder(open_folder(root), declared))
-
-
-def test_too_many_label_values_are_refused(tmp_path: Path) -> None:
-    root = tmp_path
-    for i in range(2):
-        image = volume(i, (30, 26, 10))[0]
-        save(root / "images" / f"case{i}.nii.gz", image)
-        numbers = np.arange(200 * i, 200 * i + 200).repeat(39).reshape(30, 26, 10)
-        save(root / "labels" / f"case{i}.nii.gz", numbers.astype(np.int16))
-    data = open_folder(root)
-    reports = inspect_folder(data)
-    with pytest.raises(UserError, match="have 400 different values, but at most 256 classes"):
-        labels_of(data, reports, None)
-    assert len(labels_of(data, reports, parse_labels("0,1-1000=cell"))) == 2
-
-
-def test_empty_labels_and_classes_of_one_patient_give_a_warning(tmp_path: Path) -> None:
-    root = plain(tmp_path)
-    for i in range(1, 6):
-        label = volume(i, (30 + i % 3, 26, 5 + i % 2))[1]
-        label[label == 2] = 0
-        save(root / "labels" / f"case{i:02d}.nii.gz", label)
-    data = open_folder(root)
-    reports = inspect_folder(data)
-    labels = labels_of(data, reports, None)
-    assert warnings_of(data, reports, labels) == ["class 2 (label 2, value 2): only one labelled patient has it"]
-    for i in range(1, 6):
-        save(root / "labels" / f"case{i:02d}.nii.gz", np.zeros((30 + i % 3, 26, 5 + i % 2), np.uint8))
-    reports = inspect_folder(data)
-    assert warnings_of(data, reports, labels)[0] == "5 of 6 labels are empty"
-
-
 @pytest.mark.parametrize("place", ["images/case01.nii.gz", "labels/case01.nii.gz"])
 def test_a_link_that_leads_nowhere_is_refused(place: str, tmp_path: Path) -> None:
     """Data may have been moved, or never fetched. Otherwise, a labelled volume would count as unlabelled."""
@@ -288,11 +272,3 @@ def test_names_that_look_like_volumes_of_one_patient_are_noted(tmp_path: Path) -
     for path in [*(tmp_path / "images").iterdir(), *(tmp_path / "labels").iterdir()]:
         path.rename(path.with_name(path.name.replace("_frame", "_")))
     assert open_folder(tmp_path).notes == []
-
-
-def test_the_unit_names_all_units_of_mixed_files(tmp_path: Path) -> None:
-    root = pictures(tmp_path, 2, unlabelled=0)
-    save(root / "images" / "scan.nii.gz", volume(0)[0])
-    data = open_folder(root)
-    assert distance_unit(data) == "mm and pixel"
-    assert distance_unit(data, data.cases[:2]) == "pixel"

@@ -88,9 +88,14 @@ def is_input_file(path: Path) -> bool:
     if not suffix_of(path) or path.is_dir():
         return False
     if not path.is_file():
-        what = f"is a link to {os.readlink(path)}, where no file is" if path.is_symlink() else "is something else"
-        raise UserError(f"{path}: must be a file, {what}")
+        raise not_a("file", path)
     return True
+
+
+def not_a(kind: str, path: Path) -> UserError:
+    """The error for a path that leads to no file, or no folder, but is there. It may be a link to nothing."""
+    what = f"is a link to {os.readlink(path)}, where no {kind} is" if path.is_symlink() else "is something else"
+    return UserError(f"{path}: must be a {kind}, {what}")
 
 
 def known_suffixes(suffixes: Iterable[str] = READERS) -> str:

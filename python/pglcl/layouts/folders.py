@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pglcl.errors import UserError
-from pglcl.formats.names import is_input_file, list_folder
+from pglcl.formats.names import is_input_file, list_folder, not_a
 
 
 def is_there(path: Path, *, folder: bool = False) -> bool:
@@ -17,12 +17,10 @@ def is_there(path: Path, *, folder: bool = False) -> bool:
         UserError: something else has the name, such as a link to nothing. If it were silently left out, the folder
             would seem to hold other data.
     """
-    kind = "folder" if folder else "file"
     if not os.path.lexists(path):
         return False
     if not (path.is_dir() if folder else path.is_file()):
-        what = f"is a link to {os.readlink(path)}, where no {kind} is" if path.is_symlink() else "is something else"
-        raise UserError(f"{path}: must be a {kind}, {what}")
+        raise not_a("folder" if folder else "file", path)
     return True
 
 

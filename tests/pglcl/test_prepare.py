@@ -1,0 +1,35 @@
+"""Images that cannot be prepared for a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pglcl.errors import UserError
+from pglcl.inspection import survey
+from pglcl.intensity import Channel, Intensity
+from pglcl.layouts import Case, open_folder
+from pglcl.prepare import prepare
+
+from tests.pglcl.folders import save, ssl4mis, tiny, volume
+
+
+def test_images_that_do_not_suit_the_options_are_refused(tmp_path: Path) -> None:
+    """They would be padded to a volume, or resampled as if a voxel without a size had 1 mm, without a word."""
+    root = ssl4mis(tmp_path / "ssl4mis")
+    with pytest.raises(UserError, match=r"\.h5: cannot be resampled to --spacing 2 mm: its format does not say how"):
+        survey(open_folder(root), tiny(spatial_dims=3, image_size="16", spacing="2", validation=-1, test=-1))
+    image = volume(0)[0]
+    flat = Case("flat", "p", (save(tmp_path / "flat.nii.gz", image[:, :, 2]),), None)
+    grey = Intensity((Channel("percentile"),), "")
+    with pytest.raises(UserError, match=r"flat\.nii\.gz: is a 2-D image; --spatial-dims 3 needs volumes"):
+        prepare(flat, tiny(spatial_dims=3, image_size="16"), None, grey)
+    assert prepare(flat, tiny(), 2, grey).image.shape == (1, 32, 32, 1)
+    colours = np.stack([image / image.max()] * 3, axis=-1)
+    shares = Case("shares", "p", (save(tmp_path / "shares.nii.gz", colours),), None)
+    rgb = Intensity((Channel("rgb", 0, 255, 124, 58),) * 3, "")
+    with pytest.raises(
+        UserError, match=r"shares\.nii\.gz: channel 0 must have values from 0 to 255 for --normalise rgb"
+    ):
+        prepare(shares, tiny(), 2, rgb)
