@@ -26,6 +26,7 @@ from benchmarks.runner import RESULTS, folder_of, headed, machine, name_of, save
 
 WITH_SIZES = ("loss", "gaussian", "scaling", "peers", "limits", "pairs")
 ON_CUDA = ("loss", "statistics", "gaussian")
+Answer = tuple[list[dict[str, Any]], str, float | None]
 
 
 def recorded(words: Sequence[str], folders: dict[str, str]) -> str:
@@ -42,7 +43,8 @@ def recorded(words: Sequence[str], folders: dict[str, str]) -> str:
     return ("python -m benchmarks " + shlex.join(shown)).strip()
 
 
-def main() -> None:
+def parsed() -> tuple[argparse.Namespace, tuple[int, ...]]:
+    """The arguments, and the sizes among them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("questions", nargs="*", help=", ".join((*QUESTIONS, *UNRECORDED)))
     parser.add_argument("--sizes", default="", help=f"numbers of patches, e.g. 512,4096, for {', '.join(WITH_SIZES)}")
@@ -67,6 +69,30 @@ def main() -> None:
         parser.error(f"--sizes takes numbers with commas between them, got {arguments.sizes}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("benchmarks: no GPU is visible to torch")
+    return arguments, sizes
+
+
+def answer(question: str, arguments: argparse.Namespace, sizes: tuple[int, ...], info: dict[str, Any]) -> Answer:
+    """Measures a question: its results, its table and the seconds that this took.
+
+    There are no seconds for the segmentation, since a call may find every run finished.
+    """
+    start = time.monotonic()
+    if question == "segmentation":
+        from benchmarks import segmentation
+
+        budget = {name: getattr(arguments, name) for name in ("only", "jobs", "threads", "minutes")}
+        committed = pages.results("segmentation")
+        return *segmentation.run(arguments.data, arguments.runs, **budget, committed=committed), None
+    options: dict[str, Any] = {"threads": arguments.threads}
+    options |= {"sizes": sizes} if question in WITH_SIZES else {}
+    options |= {"device": arguments.device} if question in ON_CUDA else {}
+    results, table = importlib.import_module(f"benchmarks.{question}").run(**options)
+    return results, headed(info, table), time.monotonic() - start
+
+
+def main() -> None:
+    arguments, sizes = parsed()
     torch.set_num_threads(arguments.threads)
     folders = {folder: name for folder, name in ((arguments.data, "DATA"), (arguments.runs, "RUNS")) if folder}
     command = recorded(sys.argv[1:], folders)
@@ -75,21 +101,7 @@ def main() -> None:
     folder = Path("build/benchmarks") if sizes else folder_of(info)
     print(f"{name_of(info)}, {info['threads']} threads, torch {info['torch_running']}")
     for question in arguments.questions or (MEASURED if arguments.device == "cpu" else ON_CUDA):
-        start = time.monotonic()
-        if question == "segmentation":
-            from benchmarks import segmentation
-
-            budget = {name: getattr(arguments, name) for name in ("only", "jobs", "threads", "minutes")}
-            committed = pages.results("segmentation")
-            results, table = segmentation.run(arguments.data, arguments.runs, **budget, committed=committed)
-            took = None  # this call may have found every run finished
-        else:
-            options: dict[str, Any] = {"threads": arguments.threads}
-            options |= {"sizes": sizes} if question in WITH_SIZES else {}
-            options |= {"device": arguments.device} if question in ON_CUDA else {}
-            results, table = importlib.import_module(f"benchmarks.{question}").run(**options)
-            table = headed(info, table)
-            took = time.monotonic() - start
+        results, table, took = answer(question, arguments, sizes, info)
         name = question if arguments.device == "cpu" else f"{question}_{arguments.device}"
         if results:
             save(RESULTS if question == "segmentation" else folder, info, name, command, results, table, took)

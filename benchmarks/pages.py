@@ -80,52 +80,58 @@ def segmentation() -> str:
     return "\n".join(line for line in lines if "| not run |" not in line)
 
 
+def faster(question: str, contender: str, passes: str, **case: Any) -> str:
+    """How many times faster than a contender the op is, on the processor where that is least."""
+    ratios = [ratio(own, contender, "pglcl_ext", passes, **case) for own in measured(question)]
+    known = [value for value in ratios if value is not None]
+    return f"{significant(min(known))}x" if known else "-"
+
+
+def gain_of_threads(own: list[dict[str, Any]]) -> float:
+    """How many times faster two threads are than one."""
+    one, two = (find(own, question="threads", threads=n, passes=BOTH) for n in (1, 2))
+    assert one is not None
+    assert two is not None
+    return median(one["seconds"]) / median(two["seconds"])
+
+
+def links(question: str) -> str:
+    """Links to the table of each processor."""
+    return ", ".join(
+        f"[{name_of(record['machine'])}](../benchmarks/results/{folder.name}/{question}.md)"
+        for folder, record in records(question).items()
+    )
+
+
 def figures() -> str:
-    def against(question: str, contender: str, which: str, **case: Any) -> str:
-        ratios = [ratio(own, contender, "pglcl_ext", which, **case) for own in measured(question)]
-        known = [value for value in ratios if value is not None]
-        return f"{significant(min(known))}x" if known else "-"
-
-    def gain(own: list[dict[str, Any]]) -> float:
-        one, two = (find(own, question="threads", threads=n, passes=BOTH) for n in (1, 2))
-        assert one is not None
-        assert two is not None
-        return median(one["seconds"]) / median(two["seconds"])
-
-    def links(question: str) -> str:
-        found = records(question).items()
-        return ", ".join(
-            f"[{name_of(record['machine'])}](../benchmarks/results/{folder.name}/{question}.md)"
-            for folder, record in found
-        )
-
+    """The table of the main figures, each from the processor where it is least favourable."""
     loss = {"N": 4096, "D": 128, "keys": False, "dtype": "float32"}
     pixels = {"shape": [16, 4, 256, 256], "stride": 16, "dtype": "float32"}
     gauss = {"N": 512, "D": 128, "dtype": "float32"}
     ours = [find(own, contender="pglcl_ext", passes="forward", **gauss) for own in measured("gaussian")]
     same = "the same value" if all(row and row["values"][0]["same"] for row in ours) else "ANOTHER VALUE"
     time, memory = (max(values) for values in zip(*(slopes(own) for own in measured("scaling"))))
-    threads = min(gain(own) for own in measured("scaling"))
+    threads = min(gain_of_threads(own) for own in measured("scaling"))
     eager, theirs = "eager reference", "authors' formulas"
     rows = [
         [
             "guided loss against eager PyTorch, N = 4096, D = 128",
-            f"{against('loss', eager, 'forward', **loss)} forward, {against('loss', eager, BOTH, **loss)} both passes",
+            f"{faster('loss', eager, 'forward', **loss)} forward, {faster('loss', eager, BOTH, **loss)} both passes",
             "loss",
         ],
         [
             "the same against `torch.compile`",
-            f"{against('loss', 'torch.compile', 'forward', **loss)}, {against('loss', 'torch.compile', BOTH, **loss)}",
+            f"{faster('loss', 'torch.compile', 'forward', **loss)}, {faster('loss', 'torch.compile', BOTH, **loss)}",
             "loss",
         ],
         [
             "patch statistics against eager PyTorch, 16x4x256x256, patch 16",
-            f"{against('statistics', eager, 'forward', **pixels)}, {against('statistics', eager, BOTH, **pixels)}",
+            f"{faster('statistics', eager, 'forward', **pixels)}, {faster('statistics', eager, BOTH, **pixels)}",
             "statistics",
         ],
         [
             "Gaussian loss against the authors' formulas, N = 512, K = 4, D = 128",
-            f"{against('gaussian', theirs, 'forward', **gauss)}, {against('gaussian', theirs, BOTH, **gauss)}, {same}",
+            f"{faster('gaussian', theirs, 'forward', **gauss)}, {faster('gaussian', theirs, BOTH, **gauss)}, {same}",
             "gaussian",
         ],
         [
