@@ -231,7 +231,7 @@ def _run_asked_for(
     data: Path | None, output: Path | None, moved_data: Path | None, resume: bool, given: dict[str, Any]
 ) -> tuple[Path, Path, TrainConfig]:
     """The data folder, the run folder and the options. A resumed run keeps its own, except those that are given."""
-    from pglcl.run_folder import data_of, read_config
+    from pglcl.run_folder import data_there, read_config
 
     if resume and output is None:  # pglcl train --resume RUN
         data, output = None, data
@@ -245,7 +245,7 @@ def _run_asked_for(
     saved = {}
     if resume and (output / "config.json").exists():
         saved = dataclasses.asdict(read_config(output))
-        data = data or data_of(output)
+        data = data or data_there(output)
     if data is None:
         raise UserError(f"{output}: no run to resume there" if resume else "DATA is missing: the folder of the volumes")
     return data, output, TrainConfig(**{**saved, **given})

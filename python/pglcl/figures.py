@@ -110,6 +110,15 @@ def curves(rows: Sequence[dict[str, Any]]) -> list[Picture]:
     return pictures
 
 
+def outline(axis: Axes, inside: np.ndarray, **style: Any) -> None:
+    """Draws the outline of a mask (rows, columns) over its image.
+
+    The mask is closed at the border of the image, which a class may fill, and which may be one pixel wide.
+    """
+    rows, columns = (np.array([-0.5, *range(size), size - 0.5]) for size in inside.shape)
+    axis.contour(columns, rows, np.pad(inside, 1), levels=[0.5], **style)
+
+
 class Shown:
     """A volume with its truth and its prediction.
 
@@ -159,15 +168,13 @@ class Shown:
             if (plane == k).any():
                 rgb = matplotlib.colors.to_rgb(colour(k))
                 axis.imshow(np.where((plane == k)[..., None], np.array([*rgb, opacity]), 0.0), aspect=self.aspect)
-                axis.contour(plane == k, levels=[0.5], colors=[colour(k)], linewidths=0.9)
+                outline(axis, plane == k, colors=[colour(k)], linewidths=0.9)
 
     def _outlines(self, axis: Axes, mask: Tensor, index: int, colours: str | None, style: str) -> None:
         plane = self.plane(mask, index)
         for k in range(1, self.model.num_classes):
             if (plane == k).any():
-                axis.contour(
-                    plane == k, levels=[0.5], colors=[colours or colour(k)], linestyles=[style], linewidths=1.3
-                )
+                outline(axis, plane == k, colors=[colours or colour(k)], linestyles=[style], linewidths=1.3)
 
     def overlay(self) -> list[Picture]:
         """Image, truth, prediction and the entropy of the prediction, in one slice."""

@@ -22,7 +22,7 @@ from pglcl.outputs import check_outputs
 from pglcl.predict import Predictor
 from pglcl.progress import duration
 from pglcl.record import read_metrics
-from pglcl.run_folder import data_of, read_split
+from pglcl.run_folder import data_of, data_there, read_split
 from pglcl.score_files import Evaluation, Subject, may_renew, number_or_dash, read_scores, score_files
 from pglcl.scores import METRICS, patient_means
 from pglcl.training_data import files_behind, files_of_cases
@@ -101,7 +101,7 @@ def write_report(
     """
     path = output or run / "report.html"
     predictor = Predictor([load_model(run, device)])
-    folder = open_folder(data or data_of(run))
+    folder = open_folder(data or data_there(run))
     before = Unchanged(files_of_cases(folder.cases))
     subject, cases = subject_of(run, predictor, folder, part_to_score(run))
     before = before.only(files_of_cases(cases))

@@ -310,6 +310,14 @@ def data_of(run: Path) -> Path:
     return Path(data)
 
 
+def data_there(run: Path) -> Path:
+    """The data folder of a run. Raises UserError if it is no longer there."""
+    data = data_of(run)
+    if not data.exists():
+        raise UserError(f"{data}: not found, the data of {run}; if they were moved, --data says where they are now")
+    return data
+
+
 def read_split(run: Path) -> dict[str, list[str]]:
     """The patients of each part, from the run's split.json.
 

@@ -10,11 +10,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
 import pytest
 from pglcl.cli import main
-from pglcl.figures import Picture, curves
+from pglcl.figures import Picture, curves, outline
 from pglcl.layouts import Case
 from pglcl.report import _chosen, _chosen_patches, _metric_rows, _ranked
 from pglcl.score_files import Evaluation, Subject
@@ -152,7 +153,7 @@ def test_volumes_that_are_shown_differ() -> None:
     ("config.json", "", 2, "not readable as JSON"),
     ("config.json", "[1]", 2, "must be a JSON object"),
     ("config.json", '{"data": 3}', 2, "data must be the path of a folder"),
-    ("config.json", '{"data": "/nowhere"}', 2, "/nowhere: not found"),
+    ("config.json", '{"data": "/nowhere"}', 2, "/nowhere: not found, the data of"),
     ("split.json", "[]", 2, "must be a JSON object"),
     ("split.json", '{"test": {"a": 1}}', 2, "labelled must be a list of patients, got None"),
     ("split.json", "[" * 100000, 2, "not readable as JSON"),
@@ -190,6 +191,31 @@ def test_commands_on_a_missing_run_print_one_line(tmp_path: Path, capsys: pytest
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1
         assert "run" in lines[0]
+
+
+def test_data_that_were_moved(run: Path, trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """report and a resumed training say how the new place is given."""
+    there, gone = str(trained[0]), tmp_path / "gone"
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "data": str(gone)}))
+    for command in (["report", str(run)], ["train", "--resume", str(run)]):
+        assert main(command) == 2
+        assert f"{gone}: not found, the data of {run}; if they were moved, --data says" in capsys.readouterr().err
+    assert main(["report", str(run), "--data", there]) == 0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("shape", [(1, 6), (6, 1), (1, 1), (4, 5)])
+def test_outlines_of_a_class_that_fills_its_slice(shape: tuple[int, int]) -> None:
+    """matplotlib refuses to outline a row of pixels, and finds no outline where nothing lies outside."""
+    figure, axis = plt.subplots()
+    axis.imshow(np.zeros(shape))
+    limits = axis.get_xlim(), axis.get_ylim()
+    outline(axis, np.ones(shape, bool), colors=["red"])
+    (paths,) = [c.get_paths() for c in axis.collections]
+    assert sum(len(path.vertices) for path in paths) >= 4
+    assert (axis.get_xlim(), axis.get_ylim()) == limits
+    plt.close(figure)
 
 
 def test_a_page_replaces_nothing_else(run: Path, trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
