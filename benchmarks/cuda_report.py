@@ -160,9 +160,9 @@ class Kernel:
             columns, deepest = columns_of_tile(self.name), 128 if " 128," in self.name else 256
             rows = 0 if columns == 64 else ROWS  # rows that are held pass through a stage
             size = size_of(self.name)
-            return (rows + 2 * columns) * (deepest + 16 // size) * size + 2 * 40 * columns + 64
+            return (rows + 2 * columns) * (deepest + 16 // size) * size + 2 * 40 * columns + 64 + 32
         if "_finish_gradients" in self.name:
-            return 4 * 512 * 8
+            return 4 * 512 * 8 + 32
         if "_tiles" not in self.name:
             return 0
         depth, stages = (128, 1) if "deep" in self.name else (depth, 2)
@@ -174,7 +174,7 @@ class Kernel:
             return (n + 15) // 16 * 16
 
         tiles = rounded(rows * row * size) + rounded(stages * columns * row * size)
-        return tiles + rounded(rows * (columns + 4) * 4) + 40 * columns + 64 + 16
+        return tiles + rounded(rows * (columns + 4) * 4) + 40 * columns + 64 + 32 + 16
 
     def counted(self) -> list[tuple[str, float, float]]:
         """(name, number, limit) of each count of LIMITS in this kernel."""

@@ -70,8 +70,6 @@ ABOUT_THE_CPU = (
     "test_products_of_long_rows",
     "test_labels_beyond_the_classes_are_refused_on_the_cpu",
     "test_every_number_of_16_bits_is_read_as_it_is",
-    # The CUDA kernels may give NaN there, which the docstring of patch_contrast_loss says.
-    "test_an_upstream_gradient_near_the_largest_number",
 )
 
 

@@ -10,9 +10,9 @@ import torch
 
 from pglcl_ext import reference
 from pglcl_ext._arguments import Side
-from tests.problems import ContrastProblem, contrast_arguments
+from tests.problems import TOLERANCE, ContrastProblem, contrast_arguments
 from tests.simt import calls
-from tests.simt.contrast_cases import TILED_DTYPES, every_path, padded
+from tests.simt.contrast_cases import TF32, TILED_DTYPES, every_path, padded
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -321,6 +321,59 @@ def test_weights_that_float16_holds_by_their_scale_are_right() -> None:
         z, torch.tensor([0, 0, 1, 1]), temperature=1.0, reduction="sum", upstream=torch.tensor(1.9999)
     )
     assert torch.isfinite(grad).all()
+
+
+@every_path
+@pytest.mark.parametrize("depth", [8, 264], ids=["short", "long"])
+def test_gradients_are_no_nan_at_an_upstream_gradient_near_the_largest_number(
+    dtype: torch.dtype, device: dict[str, Any], depth: int
+) -> None:
+    """Gradients are right, or infinite where their dtype has no room for them, also when blocks leave parts of them."""
+    temperature = 0.1 if depth == 8 else 0.02  # numbers of long rows are small
+    problem = ContrastProblem.random(20, depth, m=300, temperature=temperature, negative_weight=3.0, reduction="none")
+    problem = problem.cast(dtype)
+    largest = torch.finfo(dtype).max
+    upstream = torch.linspace(-1, 1, 20, dtype=torch.float64).pow(3)  # of both signs and many sizes
+    upstream *= 1.7e308 if dtype == torch.float64 else 3e38
+    oracle = problem.cast(torch.float64)
+    part = 1e-4  # of the gradients, for which float64 has room
+    want = oracle.gradients(oracle.loss(reference.patch_contrast_loss), upstream * part)
+    _, got = calls.patch_contrast(
+        problem.anchors.detach(),
+        problem.labels,
+        problem.descriptors,
+        keys=problem.keys.detach(),
+        key_labels=problem.key_labels,
+        key_descriptors=problem.key_descriptors,
+        upstream=upstream,
+        **problem.options,
+        **device,
+    )
+    for ours, right in zip(got, want, strict=True):
+        assert not ours.isnan().any()
+        error = (TOLERANCE[dtype] + (TF32 if "allow_tf32" in device else 0)) * right.abs().max()
+        fits, beyond = right.abs() + error < largest * part, right.abs() - error > largest * part
+        assert beyond.any()
+        assert torch.equal(ours[beyond].double(), math.inf * right[beyond].sign())
+        if dtype != torch.float16:  # of these numbers, float16 has no room for any that is larger than the error
+            assert fits.any()
+        torch.testing.assert_close(ours[fits].double() * part, right[fits], rtol=0, atol=float(error))
+
+
+@every_path
+def test_many_equal_terms_are_summed_without_drift(dtype: torch.dtype, device: dict[str, Any]) -> None:
+    """Added one by one, 10000 equal terms would all be rounded to the same side, in float32 by 4e-5 of the sum."""
+    count = 10000
+    z = padded([[1.0]], dtype)
+    keys = z.expand(count, -1) * 0.75
+    keys[0] = z  # the only positive, whose logit is the maximum
+    labels = torch.ones(count, dtype=torch.int64)
+    labels[0] = 0
+    options = {"keys": keys, "key_labels": labels, "temperature": 0.7, "reduction": "none"}
+    loss, _ = calls.patch_contrast(z, torch.tensor([0]), **options, **device)
+    want = math.log1p((count - 1) * math.exp(-0.25 / 0.7))
+    tolerance = 1e-11 if dtype == torch.float64 else 5e-6
+    torch.testing.assert_close(loss.double(), torch.tensor([want], dtype=torch.float64), rtol=0, atol=tolerance)
 
 
 def test_two_weights_in_one_lane_give_exact_gradients() -> None:

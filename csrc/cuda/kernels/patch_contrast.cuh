@@ -81,6 +81,78 @@ struct ContrastGradients {
   const int32_t* num_positives;
 };
 
+// 2^exponent, for the exponents of normal numbers.
+template <typename scalar_t>
+PGLCL_DEVICE scalar_t power_of_two(int exponent) {
+  if constexpr (sizeof(scalar_t) == 8)
+    return bits_double(uint64_t(exponent + 1023) << 52);
+  else
+    return bits_float(uint32_t(exponent + 127) << 23);
+}
+
+// The largest whole number below the logarithm to the base 2; -1023 for 0.
+PGLCL_DEVICE int exponent_of(double x) { return int(double_bits(x) >> 52) - 1023; }
+
+// The scale of the backward pass: weights of pairs are multiplied by a power of two, and gradients are divided by it in
+// the end, so that no sum leaves its range before the gradient does. float16 always needs it. It brings the weights as
+// far up as they may go: none is above twice the largest coefficient. In the other types it is 1 for the gradients of
+// ordinary training. The scale itself may be no number of the type, so its root is kept, a power of two as well.
+template <typename scalar_t>
+class WeightScale {
+ public:
+  PGLCL_DEVICE explicit WeightScale(SharedMemory& memory)
+      : largest_(memory.take<scalar_t>(kWarps)), roots_(memory.take<scalar_t>(2)) {}
+  static constexpr int64_t bytes() { return kWarps * int64_t(sizeof(scalar_t)) + 16; }
+
+  // Finds it from the upstream gradients. All threads of the block call this first.
+  template <typename T>
+  PGLCL_DEVICE void find(const ContrastArguments<T>& x, const ContrastGradients<scalar_t>& g) const {
+    scalar_t largest = 0;
+    for (int64_t i = thread_index(); i < (g.grad_per_anchor ? x.n : 1); i += kContrastThreads) {
+      const scalar_t size = absolute(Global<const scalar_t>(g.grad).load(i));
+      if (size < scalar_t(INFINITY)) largest = maximum(largest, size);
+    }
+    for (int lane = 16; lane > 0; lane /= 2) largest = maximum(largest, shuffle_xor(largest, lane));
+    if (thread_index() % 32 == 0) largest_.store(thread_index() / 32, largest);
+    sync_threads();
+    if (thread_index() == 0) {
+      for (int warp = 1; warp < kWarps; ++warp) largest = maximum(largest, largest_.load(warp));
+      const int exponent = exponent_of_root<T>(x, g, largest);
+      roots_.store(0, power_of_two<scalar_t>(exponent));
+      roots_.store(1, power_of_two<scalar_t>(-exponent));
+    }
+    sync_threads();
+  }
+  PGLCL_DEVICE scalar_t root() const { return roots_.load(0); }
+  PGLCL_DEVICE scalar_t inverse_root() const { return roots_.load(1); }
+
+ private:
+  static constexpr int kWarps = kContrastThreads / 32;
+  static constexpr int kMost = sizeof(scalar_t) == 8 ? 1000 : 120;
+
+  template <typename T>
+  PGLCL_DEVICE static int exponent_of_root(const ContrastArguments<T>& x, const ContrastGradients<scalar_t>& g,
+                                           double largest) {
+    int exponent = 0;  // of the scale
+    if constexpr (SameType<T, Float16>::value) {
+      const double valid = g.num_valid ? double(Global<const int64_t>(g.num_valid).load(0)) : 1;
+      exponent = 13 - exponent_of(largest * x.exact_inverse_temperature / maximum(valid, 1.0));
+    } else {
+      constexpr int kLarge = 40, kModerate = 20;
+      const int of_coefficients = exponent_of(largest) + exponent_of(x.exact_inverse_temperature);
+      if (of_coefficients > kLarge) exponent = kModerate - of_coefficients;
+    }
+    const int half = exponent >> 1;
+    return half < -kMost ? -kMost : half > kMost ? kMost : half;
+  }
+
+  Shared<scalar_t> largest_, roots_;
+};
+template <typename scalar_t>
+PGLCL_DEVICE scalar_t times_square(scalar_t x, scalar_t root) {
+  return x * root * root;
+}
+
 // An anchor's sums are kept in the accumulating type of T, or in float64 where float32 has no room for its logits. Such
 // an anchor is called wide. Its maximum tells: logits of float64 have their last bit set, which no float32 has.
 template <typename T, typename number_t>
@@ -160,12 +232,13 @@ PGLCL_DEVICE AnchorTerms<number_t> load_terms(const ContrastArguments<T>& x, int
   return terms;
 }
 
-// The same for the backward pass. An anchor has no terms if it has no positive, since it is no part of the loss then;
-// if its upstream gradient is 0, even where its loss is NaN; or if its sums are not of number_t.
+// The same for the backward pass, with coefficients times root^2 (WeightScale). An anchor has no terms if it has no
+// positive, since it is no part of the loss then; if its upstream gradient is 0, even where its loss is NaN; or if its
+// sums are not of number_t.
 template <typename T, typename number_t = typename Accumulate<T>::type, typename label_t,
           typename scalar_t = typename Accumulate<T>::type>
 PGLCL_DEVICE AnchorTerms<number_t> load_terms(const ContrastArguments<T>& x, const ContrastGradients<scalar_t>& g,
-                                              int64_t i, const Patch<scalar_t, label_t>& anchor) {
+                                              number_t root, int64_t i, const Patch<scalar_t, label_t>& anchor) {
   if (!anchor.counts) return no_terms<T, number_t>();
   const int32_t count = Global<const int32_t>(g.num_positives).load(i);
   if (count == 0) return no_terms<T, number_t>();
@@ -174,6 +247,7 @@ PGLCL_DEVICE AnchorTerms<number_t> load_terms(const ContrastArguments<T>& x, con
   const double max_logit = Global<const double>(g.max_logit).load(i);
   if (sizeof(scalar_t) < sizeof(double) && is_wide(max_logit) != kWide<T, number_t>) return no_terms<T, number_t>();
   AnchorTerms<number_t> terms = load_terms<T, number_t>(x, i, anchor);
+  upstream = times_square(upstream, root);
   if (g.num_valid) {
     const int64_t valid = Global<const int64_t>(g.num_valid).load(0);
     upstream /= number_t(valid > 1 ? valid : 1);
@@ -299,16 +373,22 @@ struct RunningSums {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) top = maximum(top, logits[k]);  // passes over NaN, which shows in the sum
     raise(top);
+    // The pairs of a call are summed by themselves. Added one by one to a sum of thousands, equal terms would all be
+    // rounded to the same side.
+    scalar_t of_positives = 0, of_negatives = 0, of_spread = 0;
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       const scalar_t below = logits[k] - highest;  // NaN if both are infinite
       const scalar_t share = power_e(below);
       if (positive >> k & 1) {
-        sum += share;
-        spread += below;
+        of_positives += share;
+        of_spread += below;
       }
-      if (negative >> k & 1) negative_sum += multiply_add(logits[k], scalar_t(0), share);
+      if (negative >> k & 1) of_negatives += multiply_add(logits[k], scalar_t(0), share);
     }
+    sum += of_positives;
+    negative_sum += of_negatives;
+    spread += of_spread;
     positives += count_bits(positive);
   }
 
@@ -383,20 +463,27 @@ PGLCL_DEVICE number_t warp_dot(Global<const T> a, int64_t i, Global<const T> b, 
 
 // --- one row at a time, by a warp: in the type of T for the plain kernels, in float64 for wide anchors ---------------
 
+constexpr int kPlainGroup = 64;  // keys that are summed by themselves, as RunningSums::add() does with its pairs
+
 // The sums of anchor i over all keys.
 template <typename number_t, typename T>
 PGLCL_DEVICE RunningSums<number_t> sum_over_keys(const ContrastArguments<T>& x, int64_t i) {
   using scalar_t = typename Accumulate<T>::type;
   const Patch<scalar_t> anchor = load_patch(x, i, true);
   const AnchorTerms<number_t> terms = load_terms<T, number_t>(x, i, anchor);
-  RunningSums<number_t> sums;
+  RunningSums<number_t> sums, of_group;  // of all keys, and of the last ones
   for (int64_t j = 0; j < x.m; ++j) {
+    if (j % kPlainGroup == 0) {
+      sums.merge(of_group);
+      of_group = {};
+    }
     const PairKind kind = pair_kind(x, i, anchor, j, load_patch(x, j, false), terms);
-    sums.undecided = sums.undecided || kind.undecided;
+    of_group.undecided = of_group.undecided || kind.undecided;
     if (!kind.positive && !kind.negative) continue;  // the same in all lanes
     const number_t dot = warp_dot<number_t, T>(x.anchors, i, x.keys, j, x.depth);
-    sums.add({pair_logit(x, dot)}, kind.positive, kind.negative);
+    of_group.add({pair_logit(x, dot)}, kind.positive, kind.negative);
   }
+  sums.merge(of_group);
   return sums;
 }
 
@@ -404,10 +491,10 @@ constexpr int kPlainDepth = 512;  // columns of the gradient summed at once: 4 w
 
 // Sums a row of the gradient over the anchors whose sums are of number_t. own_anchor: the row is an anchor and meets
 // every key. own_key: it is a key and meets every anchor. Both hold when the anchors are the keys. A sum begins with
-// begin(place) and is handed to end(place, sum).
+// begin(place), contains weights times root^2, and is handed to end(place, sum).
 template <typename number_t, typename T, typename Begin, typename End>
 PGLCL_DEVICE void sum_gradient_row(const ContrastArguments<T>& x,
-                                   const ContrastGradients<typename Accumulate<T>::type>& g, int64_t row,
+                                   const ContrastGradients<typename Accumulate<T>::type>& g, number_t root, int64_t row,
                                    bool own_anchor, bool own_key, const Shared<number_t>& sums, Begin begin, End end) {
   using scalar_t = typename Accumulate<T>::type;
   const int at = thread_index() / 32 * kPlainDepth, lane = thread_index() % 32;
@@ -415,7 +502,7 @@ PGLCL_DEVICE void sum_gradient_row(const ContrastArguments<T>& x,
   const int64_t others = own_anchor ? x.m : x.n;
   const Patch<scalar_t> own = load_patch(x, row, own_anchor);
   const AnchorTerms<number_t> own_terms =
-      own_anchor ? load_terms<T, number_t>(x, g, row, own) : no_terms<T, number_t>();
+      own_anchor ? load_terms<T, number_t>(x, g, root, row, own) : no_terms<T, number_t>();
   const number_t unknown = own_terms.log_sum != own_terms.log_sum ? number_t(NAN) : number_t(0);
 
   for (int64_t first = 0; first < x.depth; first += kPlainDepth) {
@@ -425,7 +512,7 @@ PGLCL_DEVICE void sum_gradient_row(const ContrastArguments<T>& x,
     for (int64_t j = 0; j < others; ++j) {
       const Patch<scalar_t> other = load_patch(x, j, !own_anchor);
       const AnchorTerms<number_t> other_terms =
-          own_key ? load_terms<T, number_t>(x, g, j, other) : no_terms<T, number_t>();
+          own_key ? load_terms<T, number_t>(x, g, root, j, other) : no_terms<T, number_t>();
       PairKind as_anchor{}, as_key{};
       if (own_anchor) as_anchor = pair_kind(x, row, own, j, other, own_terms);
       if (own_key) as_key = pair_kind(x, j, other, row, own, other_terms);
@@ -457,12 +544,14 @@ PGLCL_KERNEL contrast_backward_plain(ContrastArguments<T> x, ContrastGradients<t
   using scalar_t = typename Accumulate<T>::type;
   SharedMemory memory;
   const Shared<scalar_t> sums = memory.take<scalar_t>(kContrastThreads / 32 * kPlainDepth);
+  const WeightScale<scalar_t> scale(memory);
+  scale.find(x, g);
   const int64_t row = int64_t(block_index()) * (kContrastThreads / 32) + thread_index() / 32;
   if (row >= (own_anchor ? x.n : x.m)) return;  // the whole warp
   const Global<T> grad(grad_data);
   sum_gradient_row(
-      x, g, row, own_anchor, own_key, sums, [](int64_t) { return scalar_t(0); },
-      [&](int64_t place, scalar_t sum) { grad.store(place, narrow<T>(sum)); });
+      x, g, scale.root(), row, own_anchor, own_key, sums, [](int64_t) { return scalar_t(0); },
+      [&](int64_t place, scalar_t sum) { grad.store(place, narrow<T>(times_square(sum, scale.inverse_root()))); });
 }
 
 // --- the end of each pass, for float32 and 16-bit types: parts are merged, and wide anchors take their share ---------
@@ -531,8 +620,8 @@ PGLCL_KERNEL contrast_finish(ContrastArguments<T> x, ContrastParts parts, Contra
   }
 }
 
-// Several blocks of the same rows may share the columns, as in the forward pass. Each leaves its sums in a part of its
-// own, and contrast_finish_gradients adds the parts in a fixed order.
+// Several blocks of the same rows may share the columns, as in the forward pass. Each leaves its sums, of scaled
+// weights (WeightScale), in a part of its own, and contrast_finish_gradients adds the parts in a fixed order.
 template <typename T>
 struct GradientParts {
   float* sums;   // (count, rows, depth); not used if there is one part
@@ -551,6 +640,7 @@ PGLCL_KERNEL contrast_finish_gradients(ContrastArguments<T> x, ContrastGradients
                                        GradientParts<T> of_keys, bool symmetric, int rows_per_block) {
   SharedMemory memory;
   const Shared<double> double_sums = memory.take<double>(kContrastThreads / 32 * kPlainDepth);
+  const WeightScale<float> scale(memory);
   PGLCL_STATIC_SHARED(uint32_t, met, kContrastThreads / 32);
   const int warp = thread_index() / 32, lane = thread_index() % 32;
   bool mine = false;
@@ -565,6 +655,7 @@ PGLCL_KERNEL contrast_finish_gradients(ContrastArguments<T> x, ContrastGradients
   const bool own_anchor = of_anchors.size > 0 && block_index_y() == 0;
   const int count = own_anchor ? of_anchors.count : of_keys.count;
   const int64_t rows = own_anchor ? x.n : x.m, size = rows * x.depth;
+  if (count > 1) scale.find(x, g);
   const Global<const float> sums(own_anchor ? of_anchors.sums : of_keys.sums);
   const Global<T> grad(own_anchor ? of_anchors.gradient : of_keys.gradient);
   const auto end = [&](int64_t place, double sum) { grad.store(place, narrow<T>(float(sum))); };
@@ -575,11 +666,11 @@ PGLCL_KERNEL contrast_finish_gradients(ContrastArguments<T> x, ContrastGradients
       for (int64_t at = row * x.depth + lane; at < (row + 1) * x.depth; at += 32) {
         float total = sums.load(at);
         for (int part = 1; part < count; ++part) total += sums.load(part * size + at);
-        grad.store(at, narrow<T>(total));
+        grad.store(at, narrow<T>(times_square(total, scale.inverse_root())));
       }
     if (any_wide)
       sum_gradient_row(
-          x, g, row, own_anchor, symmetric || !own_anchor, double_sums,
+          x, g, 1.0, row, own_anchor, symmetric || !own_anchor, double_sums,
           [&](int64_t place) { return double(widen(grad.load(place))); }, end);
   }
 }

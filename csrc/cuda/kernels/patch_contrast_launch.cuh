@@ -200,7 +200,7 @@ void run_contrast_backward(const ContrastArguments<T>& x, const ContrastGradient
   if constexpr (sizeof(T) < 8)
     if (choice.path == Path::kFfma)
       return launch_backward_tiles<T, Math::kFfma>(x, g, device, out.gradient, own_anchor, own_key, choice, stream);
-  const int64_t bytes = kContrastThreads / 32 * kPlainDepth * sizeof(scalar_t);
+  const int64_t bytes = kContrastThreads / 32 * kPlainDepth * sizeof(scalar_t) + WeightScale<scalar_t>::bytes();
   PGLCL_LAUNCH(contrast_backward_plain<T>, blocks_of(rows, kContrastThreads / 32), 1, kContrastThreads, bytes, stream,
                x, g, out.gradient, own_anchor, own_key);
 }
@@ -216,7 +216,7 @@ void run_finish_gradients(const ContrastArguments<T>& x, const ContrastGradients
     const int gradients = int(anchors.size > 0) + int(keys.size > 0);
     if (gradients == 0) return;
     const int rows_per_block = anchors.count > 1 || keys.count > 1 ? kRowsOfParts : kRowsToFinish;
-    const int64_t bytes = kContrastThreads / 32 * kPlainDepth * sizeof(double);
+    const int64_t bytes = kContrastThreads / 32 * kPlainDepth * sizeof(double) + WeightScale<float>::bytes();
     PGLCL_LAUNCH(contrast_finish_gradients<T>, blocks_of(rows, rows_per_block), gradients, kContrastThreads, bytes,
                  stream, x, g, anchors, keys, symmetric, rows_per_block);
   }

@@ -40,7 +40,7 @@ template <typename T, int kDepth, bool kHeld>
 constexpr int64_t mma_shared_bytes(int stages) {
   const int64_t row = int64_t(kMmaStride<T, kDepth>) * int64_t(sizeof(T));
   return (kHeld ? 0 : kMmaRows * row) + stages * kMmaColumns<kDepth, kHeld> * row + MmaSide<kDepth, kHeld>::bytes() +
-         ScanMemory::bytes();
+         ScanMemory::bytes() + WeightScale<float>::bytes();
 }
 
 // What differs between the types. operand(): a word of a row as mma.sync takes it.
@@ -89,12 +89,14 @@ struct MmaMemory {
   Shared<T> rows, columns;
   MmaSide<kDepth, kHeld> side;
   ScanMemory scan;
+  WeightScale<float> scale;
 
   PGLCL_DEVICE MmaMemory(SharedMemory& memory, int stages)
       : rows(memory.take<T>(kHeld ? 0 : kMmaRows * kMmaStride<T, kDepth>)),
         columns(memory.take<T>(stages * kTileSize)),
         side(memory),
-        scan(memory) {}
+        scan(memory),
+        scale(memory) {}
 };
 
 // The 16 rows of a warp as operand A of mma.sync, in steps of two chunks of depth.
@@ -366,26 +368,6 @@ PGLCL_KERNEL contrast_forward_mma(ContrastArguments<T> x, ContrastSums<float> ou
   }
 }
 
-// A power of two that brings the weights of pairs into the range of float16, with as much room below as possible. No
-// weight is above twice the largest coefficient. The gradient is divided by it in the end. Other types need none.
-template <typename T>
-PGLCL_DEVICE float weight_scale(const ContrastArguments<T>& x, const ContrastGradients<float>& g,
-                                const ScanMemory& memory) {
-  if constexpr (!SameType<T, Float16>::value) {
-    return 1;
-  } else {
-    KeyScan<float> upstream;
-    for (int64_t i = thread_index(); i < (g.grad_per_anchor ? x.n : 1); i += kContrastThreads)
-      upstream.add(CodedPatch{0, Global<const float>(g.grad).load(i), true});
-    upstream = memory.merged(upstream);
-    float largest = maximum(maximum(upstream.highest, -upstream.lowest), 0.0f) * x.inverse_temperature;
-    if (g.num_valid) largest /= float(maximum(float(Global<const int64_t>(g.num_valid).load(0)), 1.0f));
-    const int exponent = int(float_bits(largest) >> 23) - 127;
-    const int wanted = 13 - exponent < -100 ? -100 : 13 - exponent > 100 ? 100 : 13 - exponent;
-    return bits_float(uint32_t(wanted + 127) << 23);
-  }
-}
-
 // Whether one of a thread's weights is neither 0 nor -0.
 template <int kTiles>
 PGLCL_DEVICE bool any_weight(const float (&weights)[kTiles][4]) {
@@ -465,12 +447,7 @@ PGLCL_KERNEL contrast_backward_mma(ContrastArguments<T> x, ContrastGradients<flo
   const int64_t first_row = int64_t(block_index()) * kMmaRows;
   const int64_t row_count = kOwnAnchor ? x.n : x.m, column_count = kOwnAnchor ? x.m : x.n;
   const int lane = thread_index() % 32;
-  const float scale = weight_scale(x, g, memory.scan);
-  const auto scaled = [scale](AnchorTerms<float> terms) {
-    terms.coefficient *= scale;
-    terms.mean *= scale;
-    return terms;
-  };
+  memory.scale.find(x, g);
   const LabelCodes codes(kOwnAnchor ? x.labels : x.key_labels, first_row, kMmaRows, row_count);
   int64_t index[2];
   CodedPatch own[2];
@@ -479,7 +456,7 @@ PGLCL_KERNEL contrast_backward_mma(ContrastArguments<T> x, ContrastGradients<flo
   for (int r = 0; r < 2; ++r) {
     index[r] = first_row + thread_index() / 32 * 16 + lane / 4 + 8 * r;
     own[r] = codes.of(load_patch(x, index[r], kOwnAnchor));
-    own_terms[r] = kOwnAnchor ? scaled(load_terms<T>(x, g, index[r], own[r])) : no_terms<T>();
+    own_terms[r] = kOwnAnchor ? load_terms<T>(x, g, memory.scale.root(), index[r], own[r]) : no_terms<T>();
   }
   float gradient[kDepth / 8][4];
 #pragma unroll
@@ -505,7 +482,7 @@ PGLCL_KERNEL contrast_backward_mma(ContrastArguments<T> x, ContrastGradients<flo
       [&](int64_t first) {
         const int64_t i = thread_index() < kColumns ? first + thread_index() : column_count;
         Loaded loaded{codes.of(load_patch(x, i, !kOwnAnchor)), no_terms<T>()};
-        if constexpr (kOwnKey) loaded.terms = scaled(load_terms<T>(x, g, i, loaded.patch));
+        if constexpr (kOwnKey) loaded.terms = load_terms<T>(x, g, memory.scale.root(), i, loaded.patch);
         return loaded;
       },
       [&](const Loaded& loaded, const MmaSide<kDepth, false>& side) {
@@ -533,6 +510,7 @@ PGLCL_KERNEL contrast_backward_mma(ContrastArguments<T> x, ContrastGradients<flo
       });
 
   const bool in_parts = kSharesColumns<kDepth> && out.count > 1;
+  const float inverse_root = in_parts ? 1 : memory.scale.inverse_root();
   const Global<T> grad(out.gradient);
   const Global<float> sums(out.sums);
 #pragma unroll
@@ -545,7 +523,8 @@ PGLCL_KERNEL contrast_backward_mma(ContrastArguments<T> x, ContrastGradients<flo
       const int d = 8 * n + lane % 4 * 2;
       if (d >= x.depth) break;
       const int64_t at = index[r] * x.depth + d;
-      const Vector<float, 2> value{{gradient[n][2 * r] / scale + none, gradient[n][2 * r + 1] / scale + none}};
+      const Vector<float, 2> value{{times_square(gradient[n][2 * r], inverse_root) + none,
+                                    times_square(gradient[n][2 * r + 1], inverse_root) + none}};
       if (in_parts)
         sums.template store_vector<2>(block_index_y() * out.size + at, value);
       else

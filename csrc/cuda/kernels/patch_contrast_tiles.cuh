@@ -200,7 +200,7 @@ constexpr int64_t tile_shared_bytes(int64_t depth, int stages) {
   return rounded_to_16(rows * row_stride<T>(depth) * sizeof(T)) +
          rounded_to_16(int64_t(stages) * kColumns<T> * row_stride<T>(depth) * sizeof(T)) +
          rounded_to_16(rows * kWeightStride<T> * sizeof(float)) + ColumnSide<kColumns<T>>::bytes() +
-         ScanMemory::bytes() + rounded_to_16(2 * sizeof(int));
+         ScanMemory::bytes() + WeightScale<float>::bytes() + rounded_to_16(2 * sizeof(int));
 }
 
 // --- copies ----------------------------------------------------------------------------------------------------------
@@ -256,11 +256,11 @@ PGLCL_DEVICE void load_columns(const ContrastArguments<T>& x, const LabelCodes& 
 }
 template <typename T, int kCount>
 PGLCL_DEVICE void load_columns(const ContrastArguments<T>& x, const LabelCodes& codes,
-                               const ContrastGradients<float>& g, int64_t first, bool are_anchors, bool have_terms,
-                               const ColumnSide<kCount>& columns) {
+                               const ContrastGradients<float>& g, float root, int64_t first, bool are_anchors,
+                               bool have_terms, const ColumnSide<kCount>& columns) {
   for (int c = thread_index(); c < kCount; c += kContrastThreads) {
     const CodedPatch patch = codes.of(load_patch(x, first + c, are_anchors));
-    columns.store(c, patch, have_terms ? load_terms<T>(x, g, first + c, patch) : no_terms<T>());
+    columns.store(c, patch, have_terms ? load_terms<T>(x, g, root, first + c, patch) : no_terms<T>());
   }
 }
 
@@ -486,6 +486,7 @@ struct TileMemory {
   Shared<float> weights;
   ColumnSide<kColumns<T>> side;
   ScanMemory scan;
+  WeightScale<float> scale;
   Shared<int> seen;  // counts so far: of threads with a dot that is not finite, of warps with a weight that is not 0
 
   PGLCL_DEVICE TileMemory(SharedMemory& memory, int64_t depth, int stages)
@@ -494,6 +495,7 @@ struct TileMemory {
         weights(memory.take<float>(kRowCount * kWeightStride<T>)),
         side(memory),
         scan(memory),
+        scale(memory),
         seen(memory.take<int>(2)) {}
 };
 
@@ -625,17 +627,20 @@ PGLCL_KERNEL contrast_backward_tiles(ContrastArguments<T> x, ContrastGradients<f
   const int64_t width = kDeep ? kDepthChunk : x.depth;              // of the gradient of this block
   constexpr int kThreadsPerRow = kContrastThreads / kRows<kDepth>;  // neighbours, in step 2
   const TileMemory<T, kRows<kDepth>> memory(shared, width, stages);
+  memory.scale.find(x, g);
   const int64_t first_row = int64_t(block_index()) * kRows<kDepth>;
   const int64_t rows = own_anchor ? x.n : x.m, columns = own_anchor ? x.m : x.n;
   const int row = thread_index() / kThreadsPerRow, part = thread_index() % kThreadsPerRow;
   const int64_t i = first_row + row;
   const LabelCodes codes(own_anchor ? x.labels : x.key_labels, first_row, kRows<kDepth>, rows);
   const CodedPatch own = codes.of(load_patch(x, i, own_anchor));
-  const AnchorTerms<float> own_terms = own_anchor ? load_terms<T>(x, g, i, own) : no_terms<T>();
+  const AnchorTerms<float> own_terms = own_anchor ? load_terms<T>(x, g, memory.scale.root(), i, own) : no_terms<T>();
   typename GradientOf<T, kMath, kDepth>::type gradient;
   if (thread_index() < 2) memory.seen.store(thread_index(), 0);
   int infinite_before = 0, weights_before = 0;
-  const auto load_side = [&](int64_t first) { load_columns<T>(x, codes, g, first, !own_anchor, own_key, memory.side); };
+  const auto load_side = [&](int64_t first) {
+    load_columns<T>(x, codes, g, memory.scale.root(), first, !own_anchor, own_key, memory.side);
+  };
   const auto weigh = [&](int64_t first, int at) {
     const int self =
         x.self_offset < 0 ? -1 : own_column(i, own_anchor ? x.self_offset : -x.self_offset, first, kColumns<T>);
@@ -693,7 +698,8 @@ PGLCL_KERNEL contrast_backward_tiles(ContrastArguments<T> x, ContrastGradients<f
   const int64_t start = kDeep ? int64_t(block_index_y()) * kDepthChunk : 0;
   gradient.write(x.depth - start, [&](int r, int d, float value) {
     if (first_row + r < rows)
-      grad.store((first_row + r) * x.depth + start + d, narrow<T>(value + memory.weights.load(r * kWeightStride<T>)));
+      grad.store((first_row + r) * x.depth + start + d, narrow<T>(times_square(value, memory.scale.inverse_root()) +
+                                                                  memory.weights.load(r * kWeightStride<T>)));
   });
 }
 
