@@ -206,7 +206,10 @@ def evaluate_run(
         path = error.others.save(for_others).files[0]
         raise UserError(*error.lines, f"{path}: the scores of the other {len(scored)} volumes") from error
     before.only(files_of_cases(cases)).check()  # so that the hashes in the score files are those of the files scored
-    return found.save(files)
+    saved = found.save(files)
+    for path in for_others:  # of an earlier evaluation, which these scores complete
+        path.unlink(missing_ok=True)
+    return saved
 
 
 class Unfinished(UserError):

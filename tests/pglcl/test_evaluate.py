@@ -103,6 +103,9 @@ def test_the_scores_of_the_other_volumes_are_kept(
         assert kept.scores == expected[other]
         assert (list(kept.subject.files), kept.subject.patients) == ([other], [other])
         assert f"WITHOUT 1 volumes that could not be scored: {one}" in kept.files[1].read_text()
+    monkeypatch.setattr(Predictor, "__call__", predicted)
+    assert evaluate_run(run, root).files[0] == run / "scores_test.csv"
+    assert not list(run.glob("scores_*_unfinished.*"))  # complete scores take their place
 
 
 def test_every_volume_that_cannot_be_scored_is_named(
