@@ -323,6 +323,38 @@ def test_weights_that_float16_holds_by_their_scale_are_right() -> None:
     assert torch.isfinite(grad).all()
 
 
+@pytest.mark.parametrize(("upstream", "valid", "temperature"), [(1e-8, 1, 1e-3), (0.16, 16384, 1.0)])
+def test_float16_keeps_small_weights_at_a_small_upstream_gradient_and_over_many_anchors(
+    upstream: float, valid: int, temperature: float
+) -> None:
+    """600 equal weights of 1.7e-8, less than the smallest number of float16."""
+    anchor, keys, labels = torch.zeros(1, 8).half(), torch.zeros(601, 8).half(), torch.ones(601, dtype=torch.int64)
+    anchor[0, 0] = keys[0, 1] = keys[1:, 2] = 1  # no products, so that all keys have the same share
+    labels[0] = 0
+    sides = Side(anchor, labels[:1].clone()), Side(keys, labels)
+    with calls.device():
+        x = contrast_arguments(*sides, temperature=temperature)
+        out = calls.contrast_outputs(x)._replace(num_valid=torch.tensor(valid))
+        grad, _ = calls.contrast_gradients(torch.tensor(upstream), out, x)
+    want = upstream / valid / temperature * 600 / 601
+    torch.testing.assert_close(
+        grad[0, 1:3].double(), torch.tensor([-want, want], dtype=torch.float64), rtol=0, atol=1e-7
+    )
+
+
+@every_path
+def test_gradients_are_no_nan_where_upstream_gradient_and_temperature_overflow_together(
+    dtype: torch.dtype, device: dict[str, Any]
+) -> None:
+    keys = padded([[1.0, 1, 0], [1, 0, 1]], dtype)  # of the same product with the anchor
+    options = {"keys": keys, "key_labels": torch.tensor([0, 1]), "reduction": "none"}
+    options |= {"upstream": torch.tensor([1e30]), "temperature": 1e-18}
+    _, grads = calls.patch_contrast(padded([[1.0]], dtype), torch.tensor([0]), **options, **device)
+    largest = math.inf if dtype != torch.float64 else 5e47
+    want = torch.tensor([0, -largest, largest], dtype=torch.float64)
+    torch.testing.assert_close(grads[0][0, :3].double(), want, rtol=1e-6, atol=0)
+
+
 @every_path
 @pytest.mark.parametrize("depth", [8, 264], ids=["short", "long"])
 def test_gradients_are_no_nan_at_an_upstream_gradient_near_the_largest_number(
