@@ -116,8 +116,8 @@ def patch_contrast_loss(
     Returns:
         A scalar, or (N,) for ``reduction="none"``, in float32 (float64 for float64). An anchor that is ignored or has
         no positive gives 0 and is not counted. Without any counted anchor, the loss and the gradients are 0. Gradients
-        flow to `anchors` and `keys`. A loss or gradient beyond the range of its dtype is infinite. Logits beyond float32
-        are computed in float64; with ``gather="ring"`` they make the loss NaN or infinite.
+        flow to `anchors` and `keys`. A loss or gradient beyond the range of its dtype is infinite. Logits beyond
+        float32 are computed in float64; with ``gather="ring"`` they make the loss NaN or infinite.
 
     Raises:
         ValueError: shapes or devices that do not fit, options that exclude each other, values out of range, or ranks

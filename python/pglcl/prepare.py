@@ -96,7 +96,8 @@ def read_suitable(case: Case, config: TrainConfig, slice_axis: int | None, inten
     shape, channels = volume.data.shape[1:], len(volume.data)
     problem = does_not_suit(volume.source, config)
     if channels != len(intensity.channels):
-        problem = f"must have {len(intensity.channels)} channels, got {channels}"
+        wanted = len(intensity.channels)
+        problem = f"must have {wanted} channel{'s' * (wanted != 1)}, got {channels}"
     problem = problem or intensity.problem(volume.data)
     if problem:
         raise UserError(f"{case.images[0]}: {problem}")

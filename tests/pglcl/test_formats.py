@@ -57,6 +57,15 @@ def test_one_flipped_bit_of_a_compressed_file_is_refused_or_harmless(tmp_path: P
     assert harmless < 80
 
 
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".mha", ".nrrd", ".png", ".tif", ".h5"])
+def test_an_empty_file_is_called_empty(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"case{suffix}"
+    path.write_bytes(b"")
+    for read in (formats.read, formats.read_source):
+        with pytest.raises(UserError, match=r"case\.\S+: the file is empty \(0 bytes\)"):
+            read(path)
+
+
 @pytest.mark.parametrize("ending", [".nii.gz", ".nii"])
 def test_a_file_truncated_anywhere_is_refused(ending: str, tmp_path: Path) -> None:
     content = save(tmp_path / f"a{ending}", VOXELS[:12, :10], OBLIQUE).read_bytes()

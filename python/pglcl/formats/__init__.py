@@ -30,7 +30,7 @@ def read(path: Path, *, label: bool = False) -> tuple[Source, np.ndarray]:
     Raises:
         UserError: the file is missing, damaged or of a kind that is not read; one line names it and the reason.
     """
-    match _reader(path):
+    match _reader_of_content(path):
         case "nifti":
             return nifti.read(path)
         case "itk":
@@ -43,7 +43,7 @@ def read(path: Path, *, label: bool = False) -> tuple[Source, np.ndarray]:
 
 def read_source(path: Path, *, label: bool = False) -> Source:
     """The source of a file, from its header; voxels are not read. Arguments and errors as for :func:`read`."""
-    match _reader(path):
+    match _reader_of_content(path):
         case "nifti":
             return nifti.read_source(path)
         case "itk":
@@ -63,6 +63,14 @@ def _reader(path: Path) -> str:
     with contextlib.suppress(OSError):  # the reader explains why a file cannot be opened
         require_file(path)
     return READERS[suffix]
+
+
+def _reader_of_content(path: Path) -> str:
+    reader = _reader(path)
+    with contextlib.suppress(OSError):
+        if not path.is_dir() and path.stat().st_size == 0:
+            raise UserError(f"{path}: the file is empty (0 bytes)")
+    return reader
 
 
 def result_suffix(image: Path, dtype: np.dtype) -> str:
