@@ -398,12 +398,12 @@ def test_many_equal_terms_are_summed_without_drift(dtype: torch.dtype, device: d
     count = 10000
     z = padded([[1.0]], dtype)
     keys = z.expand(count, -1) * 0.75
-    keys[0] = z  # the only positive, whose logit is the maximum
+    keys[0] = keys[100] = z  # the only positive, and a negative: the largest logits
     labels = torch.ones(count, dtype=torch.int64)
     labels[0] = 0
     options = {"keys": keys, "key_labels": labels, "temperature": 0.7, "reduction": "none"}
     loss, _ = calls.patch_contrast(z, torch.tensor([0]), **options, **device)
-    want = math.log1p((count - 1) * math.exp(-0.25 / 0.7))
+    want = math.log(2 + (count - 2) * math.exp(-0.25 / 0.7))
     tolerance = 1e-11 if dtype == torch.float64 else 5e-6
     torch.testing.assert_close(loss.double(), torch.tensor([want], dtype=torch.float64), rtol=0, atol=tolerance)
 
