@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from monai.metrics import compute_dice
 from scipy import ndimage
 from torch import Tensor
 
@@ -53,7 +54,7 @@ def score_volume(
 ) -> list[Score]:
     """Scores of the classes from 1 on.
 
-    A class that the truth lacks has no score (NaN, which means leave out, as in MONAI) and is counted as absent. A
+    Dice is MONAI's. A class that the truth lacks has no score (NaN, which means leave out) and is counted as absent. A
     class that the truth has and the prediction lacks gets the worst possible scores: Dice 0, and the diagonal of the
     volume for each distance.
 
@@ -68,6 +69,8 @@ def score_volume(
         distances: whether to compute HD95, ASD and stray components, which takes most of the time.
     """
     diagonal = math.sqrt(sum((n * s) ** 2 for n, s in zip(truth.shape, spacing)))
+    maps = prediction[None, None], truth[None, None]
+    dice = compute_dice(*maps, include_background=False, num_classes=num_classes)[0].tolist()
     scores = []
     for k in range(1, num_classes):
         of_class = (patient, case, k, values[k] if values else k)
@@ -81,14 +84,13 @@ def score_volume(
             worst = diagonal if distances else math.nan
             scores.append(Score(*of_class, 0.0, worst, worst, "missed"))
             continue
-        dice = 2 * int((p & t).sum()) / (int(p.sum()) + int(t.sum()))
         hd95 = asd = math.nan
         if distances:
             first, second = surface_distances(*_around(p, t, spacing))
             hd95 = float(max(np.percentile(first, 95), np.percentile(second, 95)))
             asd = float((first.sum() + second.sum()) / (len(first) + len(second)))
         stray = stray_components(prediction, truth, k) if distances else 0
-        scores.append(Score(*of_class, dice, hd95, asd, "ok", 0, stray))
+        scores.append(Score(*of_class, dice[k - 1], hd95, asd, "ok", 0, stray))
     return scores
 
 
