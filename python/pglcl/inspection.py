@@ -16,6 +16,7 @@ import numpy as np
 
 from pglcl.cases import Split, cases_of, distance_unit, split_patients
 from pglcl.config import TrainConfig
+from pglcl.conventions import smoothed_edges, two_conventions
 from pglcl.description import Description
 from pglcl.errors import UserError
 from pglcl.formats import Source
@@ -31,6 +32,7 @@ from pglcl.resolution import Resolution
 from pglcl.volumes import read_label_values, read_volume, resized_shape
 
 SHOWN = 8  # lines of one kind
+SAME = 3  # files of which the same is said
 
 
 @dataclass
@@ -129,7 +131,11 @@ def _negative(path: Path, found: dict[int, int]) -> str:
 
 
 def inspect_cases(cases: Iterable[Case], labels: LabelMap | None = None) -> list[CaseReport]:
-    """A report of each case. A number of channels that differs from that of most cases is a problem."""
+    """A report of each case. What sets a case apart from the others is a problem or a note of its report.
+
+    A number of channels that most cases do not have is a problem. So are label values of another convention, if
+    `labels` does not say what they mean.
+    """
     reports = [inspect_case(case, labels) for case in cases]
     channels = Counter(r.channels for r in reports if r.channels)
     if len(channels) > 1:
@@ -137,7 +143,23 @@ def inspect_cases(cases: Iterable[Case], labels: LabelMap | None = None) -> list
         for r in reports:
             if r.channels not in (0, usual):
                 r.problems.append(f"{r.case.images[0]}: has {r.channels} channels, the others have {usual}")
+    if labels is None:
+        _look_at_values(reports)
     return reports
+
+
+def _look_at_values(reports: Sequence[CaseReport]) -> None:
+    """Adds what is odd in the label values of all files together: to the first case with such values."""
+    by_file = {r.case.label: r for r in reports if r.case.label is not None and r.label_voxels}
+    if found := two_conventions({path: r.label_voxels for path, r in by_file.items()}):
+        fewer = min(found.with_small, found.with_large, key=len)
+        report = by_file[fewer[0]]
+        (report.problems if found.certain else report.notes).append(found.describe())
+    totals: Counter[int] = Counter()
+    for report in by_file.values():
+        totals.update(report.label_voxels)
+    if line := smoothed_edges(totals):
+        next(iter(by_file.values())).notes.append(line)
 
 
 def same_images(reports: Sequence[CaseReport], split: Split | None = None) -> list[str]:
@@ -258,6 +280,8 @@ def survey(
     labelled = reports[: len(parts["labelled"])]
     labels = labels_of(data, reports, declared)
     notes = [*data.notes, *same_images(reports, split), *_missing_classes(data, labels, labelled)]
+    notes += _condensed(note for report in reports for note in report.notes)
+    notes.append(f"labels: {_in_words(labels)}; {_origin(config, data)}")
     trained = reports[: len(parts["labelled"]) + len(parts["unlabelled"])]
     intensity = choose_intensity(
         config.normalise, config.level_and_width, data.modalities, [r.measured for r in trained if r.measured]
@@ -277,6 +301,33 @@ def survey(
     return Survey(
         labels, intensity, resolution, levels, described, reports[0].channels, slice_axis, needed, tuple(notes)
     )
+
+
+def _condensed(notes: Iterable[str]) -> list[str]:
+    """Notes of many files. Of notes that say the same of several files, the last line tells the number of the rest."""
+    files: dict[str, list[str]] = {}
+    for note in notes:
+        file, _, text = note.partition(": ")
+        files.setdefault(text, []).append(file)
+    lines = []
+    for text, named in files.items():
+        lines += [f"{file}: {text}" for file in named[:SAME]]
+        lines += [f"and {len(named) - SAME} more files: {text}"] if len(named) > SAME else []
+    return lines
+
+
+def _in_words(labels: LabelMap) -> str:
+    """The classes as `--labels` takes them; the first ones of many."""
+    parts = labels.describe().split(",")
+    more = f", ... ({len(labels)} classes)" if len(parts) > SHOWN else ""
+    return ",".join(parts[:SHOWN]) + more
+
+
+def _origin(config: TrainConfig, data: DataFolder) -> str:
+    """Where the meaning of label values comes from."""
+    if config.labels or config.num_classes:
+        return "--labels" if config.labels else "--num-classes"
+    return "as the data declare them" if data.labels else "a class for each value that the label files have"
 
 
 UNEQUAL = 2.0  # factor between voxel sizes of training volumes from which --spacing is recommended
