@@ -336,7 +336,8 @@ def predict(
                 prediction, prepared = predictor(case, progress.start(case.name))
                 written = writer.write(prediction, prepared)
                 out.print(str(written[0]))
-                for how in (predictor.unlike_training(prepared.source), predictor.other_levels(prepared.levels)):
+                odd = predictor.odd_intensities(prepared.levels, prepared.constant)
+                for how in (predictor.unlike_training(prepared.source), odd):
                     if how and not quiet:
                         _complain(f"pglcl: {case.images[0]}: {how}; its mask may be wrong")
             except WriteError:

@@ -20,7 +20,7 @@ from pglcl.conventions import smoothed_edges, two_conventions
 from pglcl.description import Description
 from pglcl.errors import UserError
 from pglcl.formats import Source
-from pglcl.intensity import Intensity, Measured, choose_intensity, measure
+from pglcl.intensity import Intensity, Measured, choose_intensity, constant_channels, describe_constant, measure
 from pglcl.labels import MOST_CLASSES, LabelMap, parse_labels, value_counts
 from pglcl.layouts import Case, DataFolder
 from pglcl.levels import Level, Levels, levels_of
@@ -63,6 +63,11 @@ class CaseReport:
     @property
     def intensity(self) -> tuple[float, float]:
         return (min(self.measured.low), max(self.measured.high)) if self.measured else (math.nan, math.nan)
+
+    @property
+    def constant(self) -> dict[int, float]:
+        """The value of each channel all of whose voxels are equal."""
+        return constant_channels(self.measured.low, self.measured.high) if self.measured else {}
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -117,9 +122,9 @@ def inspect_case(case: Case, labels: LabelMap | None = None) -> CaseReport:
         if values is not None:
             foreground = values != 0 if labels is None else labels.encode(values, case.label or case.images[0]) > 0
         report.measured, report.levels = measure(data, source.dtype, foreground), levels_of(data)
-        low, high = report.intensity
-        if low == high:
-            report.problems.append(f"{case.images[0]}: is a constant image: every voxel is {low:g}")
+        flat = report.constant
+        if len(flat) == len(data):
+            report.problems.append(f"{case.images[0]}: {describe_constant(flat, len(data))}")
     return report
 
 
@@ -143,9 +148,22 @@ def inspect_cases(cases: Iterable[Case], labels: LabelMap | None = None) -> list
         for r in reports:
             if r.channels not in (0, usual):
                 r.problems.append(f"{r.case.images[0]}: has {r.channels} channels, the others have {usual}")
+    _look_at_channels(reports)
     if labels is None:
         _look_at_values(reports)
     return reports
+
+
+def _look_at_channels(reports: Sequence[CaseReport]) -> None:
+    """Adds a note to each case with a constant channel; a single one where most cases have that channel constant."""
+    good = [r for r in reports if r.measured and len(r.constant) < r.channels]
+    usual = {c for c, n in Counter(c for r in good for c in r.constant).items() if 2 * n > len(good)}
+    for c in sorted(usual):
+        cases = [r for r in good if c in r.constant]
+        cases[0].notes.append(f"channel {c} is constant in {len(cases)} of {len(good)} images")
+    for r in good:
+        if found := {c: value for c, value in r.constant.items() if c not in usual}:
+            r.notes.append(f"{r.case.images[0]}: {describe_constant(found, r.channels)}")
 
 
 def _look_at_values(reports: Sequence[CaseReport]) -> None:

@@ -196,6 +196,27 @@ def _fit(kind: str, c: int, measured: Sequence[Measured]) -> Channel:
     return Channel("ct", low, high, float(values.mean()), std)
 
 
+def constant_channels(low: Sequence[float], high: Sequence[float]) -> dict[int, float]:
+    """The only value of each channel whose smallest and largest value are equal: the network sees nothing in it."""
+    return {c: least for c, (least, most) in enumerate(zip(low, high)) if least == most}
+
+
+def describe_constant(found: Mapping[int, float], channels: int) -> str:
+    """What is said of an image with such channels; nothing of another image.
+
+    Args:
+        found: what :func:`constant_channels` found.
+        channels: of the image.
+    """
+    if not found:
+        return ""
+    values = ", ".join(f"{value:g}" for value in dict.fromkeys(found.values()))
+    if len(found) == channels:
+        return f"is a constant image: every voxel is {values}"
+    which = ", ".join(map(str, found))
+    return f"channel {which} is constant: every voxel is {values}"
+
+
 SAMPLES = 100_000  # largest number of foreground voxels of a volume that are kept to measure percentiles
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +19,14 @@ from pglcl.config import TrainConfig
 from pglcl.errors import UserError
 from pglcl.formats import Source, result_suffix
 from pglcl.formats.names import is_dicom_folder
+from pglcl.intensity import describe_constant
 from pglcl.labels import LabelMap
 from pglcl.layouts import Case
 from pglcl.levels import Level, levels_of
 from pglcl.model import TrainedModel
 from pglcl.outputs import check_outputs, check_outside_data
 from pglcl.postprocess import POSTPROCESS, keep_largest
-from pglcl.prepare import Prepared, prepare, read_suitable
+from pglcl.prepare import Prepared, constant_of, prepare, read_suitable
 from pglcl.run_folder import data_of
 from pglcl.training_data import files_of
 from pglcl.volumes import Geometry, write_like
@@ -238,14 +239,14 @@ class Predictor:
         return Prediction(parts, self._changed), first
 
     def check(self, case: Case) -> str:
-        """Reads the image of a case, and predicts nothing. Returns what :meth:`other_levels` says of it.
+        """Reads the image of a case, and predicts nothing. Returns what :meth:`odd_intensities` says of it.
 
         Raises:
             UserError: a damaged file, or an image that does not suit the models.
         """
         for model in self.models:
             volume = read_suitable(case, model.config, model.slice_axis, model.intensity)
-        return self.other_levels(levels_of(volume.data))
+        return self.odd_intensities(levels_of(volume.data), constant_of(volume))
 
     def _part(self, model: TrainedModel, network: nn.Module, prepared: Prepared, report: Report | None) -> Part:
         p = network_output(network, prepared.image, model.config, report)
@@ -273,8 +274,19 @@ class Predictor:
                 return found
         return ""
 
-    def other_levels(self, levels: Sequence[Level]) -> str:
-        """How the intensities of an image clearly differ from those of a model's training images, or nothing."""
+    def odd_intensities(self, levels: Sequence[Level], constant: Mapping[int, float]) -> str:
+        """How the intensities of an image clearly differ from those of a model's training images, or nothing.
+
+        Args:
+            levels: of each channel.
+            constant: the value of each channel all of whose voxels are equal. A single one is not said if it was the
+                same in the training.
+        """
+        if len(constant) < len(levels):
+            known = [model.levels.distance for model in self.models if model.levels]
+            constant = {c: value for c, value in constant.items() if all(distance[c] > 0 for distance in known)}
+        if constant:
+            return describe_constant(constant, len(levels))
         for model in self.models:
             found = model.levels.problem(levels, model.intensity) if model.levels else ""
             if found:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from pglcl.config import TrainConfig
 from pglcl.errors import UserError
 from pglcl.formats import Source
-from pglcl.intensity import Intensity
+from pglcl.intensity import Intensity, constant_channels
 from pglcl.labels import IGNORE, LabelMap
 from pglcl.layouts import Case
 from pglcl.levels import Level, levels_of
@@ -29,7 +29,8 @@ class Prepared:
     image: (C, X, Y, Z) float32, normalised, resized, padded to at least the network's size. label: (X, Y, Z) int8
     (int16 from 128 classes on), -1 where padded or ignored; or None. The slice axis of 2-D training comes last.
     spacing: mm (or pixels) of the volume before it was resized, in canonical axes. source: of its file, needed to write
-    results. levels: of the volume as read; empty for one from a cache.
+    results. levels, constant: of the volume as read, empty for one from a cache; its percentiles, and the value of each
+    channel all of whose voxels are equal.
     """
 
     case: Case
@@ -39,6 +40,7 @@ class Prepared:
     spacing: tuple[float, ...]
     source: Source
     levels: tuple[Level, ...] = ()
+    constant: Mapping[int, float] = field(default_factory=dict)
 
     @cached_property
     def foreground(self) -> Tensor:
@@ -72,7 +74,7 @@ def prepare(
     resized, padded = _shapes(volume, config, slice_axis)
     image = resize_image(intensity(torch.from_numpy(volume.data)), resized)
     geometry, spacing, source = Geometry(tuple(volume.data.shape[1:]), resized), volume.spacing, volume.source
-    levels = levels_of(volume.data)
+    levels, constant = levels_of(volume.data), constant_of(volume)
     del volume
     target = None
     if labels is not None and case.label is not None:
@@ -87,7 +89,13 @@ def prepare(
         image = image.movedim(slice_axis + 1, -1)
         target = None if target is None else target.movedim(slice_axis, -1)
     target = None if target is None else target.contiguous()
-    return Prepared(case, image.contiguous(), target, geometry, spacing, source, levels)
+    return Prepared(case, image.contiguous(), target, geometry, spacing, source, levels, constant)
+
+
+def constant_of(volume: Volume) -> dict[int, float]:
+    """The value of each channel all of whose voxels are equal."""
+    low, high = (f(volume.data, axis=(1, 2, 3)) for f in (np.min, np.max))
+    return constant_channels(low.tolist(), high.tolist())
 
 
 def read_suitable(case: Case, config: TrainConfig, slice_axis: int | None, intensity: Intensity) -> Volume:

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from pglcl.cli import main
@@ -14,7 +15,7 @@ from pglcl.intensity import Channel, Intensity
 from pglcl.levels import Levels, levels_of
 from pglcl.train import Training
 
-from tests.pglcl.folders import STRAIGHT, kits, plain, save, tiny, volume
+from tests.pglcl.folders import STRAIGHT, decathlon, kits, plain, save, tiny, volume
 
 Trained = tuple[Path, Path]
 CT, PERCENTILE = Intensity((Channel("ct", -100, 200, 50, 50),), ""), Intensity((Channel("percentile"),), "")
@@ -108,3 +109,47 @@ def test_held_out_volumes_of_other_intensities_are_said_at_the_start(
     save(root / "images" / "case05.nii.gz", volume(5, (32, 26, 6))[0] + 1024)
     Training(root, tmp_path / "run", tiny(steps=4, normalise="none")).run()
     assert "case05.nii.gz: it has values from" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_constant_image_is_named(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A training refuses it. A mask is made of it, since blank slices are common, and is said to be doubtful."""
+    root, run = (
+        Path(shutil.copytree(trained[0], tmp_path / "data")),
+        Path(shutil.copytree(trained[1], tmp_path / "run")),
+    )
+    blank = save(tmp_path / "blank.nii.gz", np.full((30, 26, 5), 7, np.int16))
+    assert main(["predict", str(run), str(blank), str(root / "images"), "-o", str(tmp_path / "masks")]) == 0
+    said = capsys.readouterr().err
+    assert f"pglcl: {blank}: is a constant image: every voxel is 7; its mask may be wrong\n" in said
+    assert said.count("is a constant") == 1
+    assert (tmp_path / "masks" / "blank.nii.gz").exists()
+    shape = nib.load(root / "images" / "case05.nii.gz").shape
+    save(root / "images" / "case05.nii.gz", np.zeros(shape, np.int16))  # of the test
+    assert main(["evaluate", str(run), str(root)]) == 0
+    shown = capsys.readouterr()
+    assert "case05: is a constant image: every voxel is 0" in shown.err
+    assert "1 WITH OTHER VOXELS OR INTENSITIES THAN THE TRAINING: case05" in shown.out
+
+
+def test_a_constant_channel_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Zeros stand for a missing modality; the network then sees another kind of image."""
+    root, run = decathlon(tmp_path / "data", 6), tmp_path / "run"
+    name = root / "imagesTr" / "brain_001.nii.gz"
+    image = nib.load(name)
+    both = np.asarray(image.dataobj).copy()
+    both[..., 1] = 3
+    save(name, both, image.affine)
+    Training(root, run, tiny(steps=4, test=1)).run()
+    said = f"{name}: channel 1 is constant: every voxel is 3"
+    assert capsys.readouterr().err.replace("\n", " ").count(said) == 1
+    assert main(["predict", str(run), str(name), "-o", str(tmp_path / "masks")]) == 0
+    assert f"pglcl: {said}; its mask may be wrong" in capsys.readouterr().err
+    for path in sorted((root / "imagesTr").iterdir()):
+        image = nib.load(path)
+        save(path, np.asarray(image.dataobj) * np.array([1, 0], np.float32), image.affine)
+    Training(root, tmp_path / "other", tiny(steps=4, test=1)).run()
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "channel 1 is constant in 6 of 6 images" in said
+    assert "every voxel" not in said
+    assert main(["predict", str(tmp_path / "other"), str(name), "-o", str(tmp_path / "other_masks")]) == 0
+    assert "constant" not in capsys.readouterr().err
