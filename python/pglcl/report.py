@@ -13,7 +13,7 @@ from typing import Any
 
 from pglcl.cases import PARTS, distance_unit
 from pglcl.errors import UserError
-from pglcl.evaluate import part_to_score, score_cases, subject_of
+from pglcl.evaluate import Unfinished, part_to_score, score_cases, subject_of
 from pglcl.figures import CURVES, Picture, Shown, colour, curves, embeddings
 from pglcl.files import Unchanged, opened, read_json, write_text
 from pglcl.layouts import Case, DataFolder, open_folder
@@ -145,12 +145,32 @@ def _scores(
     if kept is not None and not subject.differences(kept.subject):
         unlike = {**subject.unlike, **kept.subject.unlike}  # an older version may not have noted all of it
         return dataclasses.replace(kept, subject=dataclasses.replace(subject, unlike=unlike))
-    found = score_cases(predictor, subject, cases, unit, quiet=quiet)
+    for_others = score_files(run, subject.part, unfinished=True)
+    try:
+        found = score_cases(predictor, subject, cases, unit, quiet=quiet)
+    except Unfinished as error:
+        scored = [case for case in cases if case.name in error.others.subject.files]
+        before.only(files_of_cases(scored)).check()
+        raise UserError(*error.lines, *_kept(error.others, for_others)) from error
     before.check()
     with contextlib.suppress(UserError):  # scores of other data, and files of other programs, stay as they are
         check_outputs(files, renewed=may_renew(files, subject))
-        return found.save(files)
+        found = found.save(files)
+        if may_renew(for_others, subject)(for_others[0]):  # these scores complete them
+            for path in for_others:
+                path.unlink(missing_ok=True)
     return found
+
+
+def _kept(others: Evaluation, files: Sequence[Path]) -> list[str]:
+    """Saves the scores of the volumes that could be scored; the line that says so, or why they are lost."""
+    count = len(others.subject.files)
+    try:
+        check_outputs(files, renewed=may_renew(files, others.subject))
+        path = others.save(files).files[0]
+    except UserError as error:
+        return [f"the scores of the other {count} volumes are not kept: {error.lines[0]}"]
+    return [f"{path}: the scores of the other {count} volumes"]
 
 
 # --- the page -------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import matplotlib.pyplot as plt
 import nibabel as nib
@@ -17,8 +18,9 @@ import pytest
 from pglcl.cli import main
 from pglcl.figures import Picture, curves, outline
 from pglcl.layouts import Case
+from pglcl.predict import Predictor
 from pglcl.report import _chosen, _chosen_patches, _metric_rows, _ranked
-from pglcl.score_files import Evaluation, Subject
+from pglcl.score_files import Evaluation, Subject, read_scores
 from pglcl.scores import Score
 from pglcl.train import Training
 
@@ -118,6 +120,39 @@ def _size(data: str) -> tuple[int, int]:
 
     header = base64.b64decode(data)[16:24]
     return int.from_bytes(header[:4], "big"), int.from_bytes(header[4:], "big")
+
+
+def test_the_scores_of_the_other_volumes_are_kept(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predicted = Predictor.__call__
+
+    def predict(self: Predictor, case: Case, *rest: Any) -> Any:
+        if case.name == "case05":
+            raise MemoryError
+        return predicted(self, case, *rest)
+
+    monkeypatch.setattr(Predictor, "__call__", predict)
+    for path in run.glob("scores_*"):
+        path.unlink()
+    assert main(["report", str(run), "-q"]) == 2
+    kept = run / "scores_test_unfinished.csv"
+    said = capsys.readouterr().err
+    assert "pglcl: case05 was not scored: out of memory" in said
+    assert f"pglcl: {kept}: the scores of the other 1 volumes\n" in said
+    found = read_scores(kept.with_suffix(".json"))
+    assert found is not None
+    assert list(found.subject.files) == ["case04"]
+    assert not (run / "report.html").exists()
+    kept.with_suffix(".json").write_text("of another program")
+    assert main(["report", str(run), "-q"]) == 2
+    assert f"the scores of the other 1 volumes are not kept: {kept}: exists" in capsys.readouterr().err
+    for ending in (".csv", ".md", ".json"):
+        kept.with_suffix(ending).unlink()
+    assert main(["report", str(run), "-q"]) == 2
+    monkeypatch.setattr(Predictor, "__call__", predicted)
+    assert main(["report", str(run), "-q"]) == 0
+    assert sorted(path.name for path in run.glob("scores_*.csv")) == ["scores_test.csv"]  # complete ones replace them
 
 
 def test_a_fold_is_reported_by_its_validation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
