@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "buffer.h"
+#include "convert.h"
 #include "isa/kernel_table.h"
 #include "transpose.h"
 

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "buffer.h"
+#include "convert.h"
 #include "isa/kernel_table.h"
 #include "patch_contrast.h"
 #include "patch_contrast_order.h"

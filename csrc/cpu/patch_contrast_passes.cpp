@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "convert.h"
 #include "patch_contrast.h"
 #include "patch_contrast_plan.h"
 #include "patch_contrast_wide.h"

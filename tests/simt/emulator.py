@@ -123,7 +123,7 @@ def take_launches() -> list[str]:
 @functools.cache
 def faults() -> ctypes.CDLL:
     """faults.cpp, which needs no torch."""
-    sources = [HERE / "faults.cpp", *native.CSRC.glob("cuda/kernels/device*.h"), *native.CSRC.glob("shared/*")]
+    sources = [HERE / "faults.cpp", *native.CSRC.glob("cuda/kernels/*.h"), *native.CSRC.glob("shared/*")]
     target = native.cache(f"faults_{native.digest([*sources, *HEADERS])}") / "faults.so"
     if not target.exists():
         command = [native.compiler(), "-std=c++20", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", f"-I{HERE}"]

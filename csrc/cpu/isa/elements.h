@@ -69,7 +69,7 @@ PGLCL_INLINE void write(Float16* p, vec_t<float> x) {
   store_bits(p, (narrow)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #else
-// As in csrc/shared/dtype.h.
+// As in csrc/cuda/kernels/float16.h.
 PGLCL_INLINE vec_t<float> read(const Float16* p) {
   const wide half = __builtin_convertvector(load_bits(p), wide), magnitude = (half & 0x7fff) << 13;
   const vec_t<float> scaled = (vec_t<float>)magnitude * 5.192296858534828e+33f;  // 2^112

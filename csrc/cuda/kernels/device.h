@@ -11,6 +11,7 @@
 #endif
 
 #include "../../shared/dtype.h"
+#include "float16.h"
 
 namespace pglcl {
 

@@ -4,7 +4,7 @@
 #include <bit>
 #include <cmath>
 
-#include "../../shared/dtype.h"
+#include "float16.h"
 #include "simt.h"
 
 #define PGLCL_KERNEL inline void
