@@ -137,14 +137,19 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 class _HashedFile:
-    """A file that hashes what is written to it."""
+    """A file that hashes what is written to it, and keeps the error of a write, which torch may hide behind others."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.hash = file, hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self.hash.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()
@@ -160,7 +165,7 @@ def save_tensors(path: Path, state: dict[str, Any]) -> None:
         try:
             torch.save(state, hashed)  # type: ignore[arg-type]  # it needs only write and flush
         except RuntimeError as error:  # raised by torch when the disk is full
-            raise OSError(str(error).splitlines()[0]) from error
+            raise hashed.error or OSError(str(error).splitlines()[0]) from error
         file.write(MARK + hashed.hash.hexdigest().encode())
         file.flush()
         os.fsync(file.fileno())

@@ -21,6 +21,7 @@ from pglcl.labels import LabelMap, whole_numbers
 from pglcl.memory import require_memory
 
 CANONICAL = np.array([[0, 1], [1, 1], [2, 1]])
+LEVELS = 1024  # numbers that float32 must have between the smallest and the largest value of a channel
 APART = 0.1  # voxels: how far the corners of a label, or of a channel, may lie from those of the image
 
 
@@ -42,7 +43,8 @@ def read_volume(paths: Sequence[Path]) -> Volume:
     """Reads the channels of a volume: a file for each, or all along the fourth axis of one file.
 
     Raises:
-        UserError: unreadable or damaged files, voxels that are NaN or infinite, channels of different geometry.
+        UserError: unreadable or damaged files, voxels that are NaN or infinite, values that float32 cannot tell apart,
+            channels of different geometry.
     """
     sources = [formats.read_source(path) for path in paths]
     first = sources[0]
@@ -61,11 +63,38 @@ def read_volume(paths: Sequence[Path]) -> Volume:
         with np.errstate(over="ignore"):  # values that overflow become infinite, and are refused below
             for channel in np.moveaxis(to_canonical_axes(stored, source), -1, 0):
                 data[filled] = channel
+                if why := _lost(channel, data[filled]):
+                    raise UserError(f"{path}: {why}")
                 filled += 1
-        own = data[filled - source.channels : filled]
-        if not np.isfinite(own).all():
-            raise UserError(f"{path}: has {int((~np.isfinite(own)).sum())} voxels that are NaN or infinite")
     return Volume(data, canonical_spacing(first), first, paths[0])
+
+
+def _lost(stored: np.ndarray, single: np.ndarray) -> str:
+    """Why a channel cannot be used in single precision, or nothing.
+
+    Args:
+        stored: as the file has it, which may be of 64 bits.
+        single: the same in float32.
+    """
+    bad = ~np.isfinite(single)
+    if bad.any():
+        beyond = int((bad & np.isfinite(stored)).sum())
+        if beyond:
+            return f"has {beyond} voxels beyond the range of float32, {np.finfo(np.float32).max:.2g}"
+        return f"has {int(bad.sum())} voxels that are NaN or infinite"
+    if stored.dtype.itemsize < 4 or stored.dtype == np.float32:
+        return ""
+    low, high = float(single.min()), float(single.max())
+    step = float(np.spacing(np.float32(max(-low, high))))
+    if high - low >= LEVELS * step or np.array_equal(single.astype(stored.dtype), stored):
+        return ""
+    least, most = stored.min(), stored.max()
+    if least == most:
+        return ""  # a constant image, which others name
+    return (
+        f"has values from {least:.12g} to {most:.12g}, between which float32 has steps of {step:.2g}: "
+        "store it with another offset or factor"
+    )
 
 
 def read_label_values(path: Path, image: Path) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 
 import nibabel as nib
@@ -51,6 +52,42 @@ def test_a_result_has_the_voxels_and_affine_of_its_source(affine: np.ndarray, tm
     canonical = nib.as_closest_canonical(nib.load(path))
     np.testing.assert_array_equal(read.data[0], np.asarray(canonical.dataobj))
     np.testing.assert_allclose(read.spacing, canonical.header.get_zooms(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            volume(0)[0].astype(np.float64) + 1e9,
+            "has values from 1000000061.01 to 1000000246.93, between which float32",
+        ),
+        (np.round(volume(0)[0]).astype(np.int32) + 2**30, "between which float32 has steps of 1.3e+02: store it with"),
+        (np.round(volume(0)[0]).astype(np.int64) + 2**60, "between which float32 has steps of 1.4e+11"),
+        (np.round(volume(0)[0]).astype(np.uint64) + np.uint64(2**63), "between which float32 has steps of 1.1e+12"),
+        (volume(0)[0].astype(np.float64) * 1e-300, "between which float32 has steps of 1.4e-45"),
+        (volume(0)[0].astype(np.float64) * 1e300, "has 3900 voxels beyond the range of float32, 3.4e+38"),
+    ],
+)
+def test_values_that_float32_cannot_tell_apart_are_refused(data: np.ndarray, message: str, tmp_path: Path) -> None:
+    """The network would see another image, with a few grey values."""
+    nib.save(nib.Nifti1Image(data, OBLIQUE, dtype=data.dtype), tmp_path / "a.nii.gz")
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_volume([tmp_path / "a.nii.gz"])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        np.round(volume(0)[0]).astype(np.int64) * 2**40,
+        np.round(volume(0)[0]).astype(np.int64) * 2**7 + 2**30,  # few steps, but each value is exact
+        volume(0)[0].astype(np.float64) + 1000,
+        np.full(volume(0)[0].shape, 0.1),
+        np.where(volume(0)[1] > 0, -1e30, volume(0)[0].astype(np.float64)),
+    ],
+)
+def test_values_of_64_bits_that_float32_holds_are_read(data: np.ndarray, tmp_path: Path) -> None:
+    nib.save(nib.Nifti1Image(data, np.eye(4), dtype=data.dtype), tmp_path / "a.nii.gz")
+    np.testing.assert_allclose(read_volume([tmp_path / "a.nii.gz"]).data[0], data, rtol=1e-7)
 
 
 def test_a_label_in_other_axes_is_read_like_one_in_the_axes_of_its_image(tmp_path: Path) -> None:

@@ -1,0 +1,27 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from pglcl.errors import WriteError
+from pglcl.files import load_tensors, save_tensors
+
+
+def test_a_checkpoint_that_does_not_fit_names_the_reason(tmp_path: Path) -> None:
+    """torch hides the error of a write behind one about a position. The earlier checkpoint stays."""
+    path = tmp_path / "checkpoint.pt"
+    save_tensors(path, {"step": torch.ones(3)})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (1, 4096, 100_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            with pytest.raises(WriteError, match=r"checkpoint\.pt: cannot be written: File too large$"):
+                save_tensors(path, {"step": torch.ones(300_000)})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert load_tensors(path)["step"].sum() == 3
+    assert list(tmp_path.iterdir()) == [path]
