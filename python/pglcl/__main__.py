@@ -7,7 +7,7 @@ import os
 import sys
 
 from pglcl import MissingPackages, require_packages
-from pglcl.stopping import remember_interrupts
+from pglcl.stopping import STOPPED, remember_interrupts
 
 
 def prepare_streams() -> None:
@@ -47,7 +47,7 @@ def main() -> int:
         return run()
     except KeyboardInterrupt:  # for example while PyTorch is imported
         print("pglcl: stopped", file=sys.stderr)
-        return 130
+        return STOPPED
 
 
 if __name__ == "__main__":

@@ -29,8 +29,9 @@ from pglcl import launcher
 from pglcl.config import DEFAULTS, OPTIONS, TrainConfig, flag, read_toml, with_preset
 from pglcl.errors import UserError, WriteError, explained
 from pglcl.launcher import is_first_process, own_rank
+from pglcl.stopping import STOPPED
 
-SKIPPED, REFUSED, BUG, STOPPED = 1, 2, 70, 130  # exit codes; 0 is done, 3 a missing package
+SKIPPED, REFUSED, BUG = 1, 2, 70  # exit codes; 0 is done, 3 a missing package, and STOPPED
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pglcl.model import UNKNOWN_VOXELS, TrainedModel, load_model, weights_hash
 from pglcl.outputs import check_outputs
 from pglcl.predict import Predictor, Report
 from pglcl.progress import Volumes
-from pglcl.run_folder import read_split, split_differences
+from pglcl.run_folder import read_split, seen_in_training, split_differences
 from pglcl.score_files import Evaluation, Subject, may_renew, score_files
 from pglcl.scores import Score, score_volume
 from pglcl.training_data import files_behind, files_of, files_of_cases
@@ -200,6 +201,7 @@ def evaluate_run(
         check_outputs(paths, inputs=read, overwrite=overwrite, renewed=may_renew(paths, subject))
     try:
         found = score_cases(predictor, subject, cases, distance_unit(folder, cases), quiet=quiet)
+        found = replace(found, notes=(*found.notes, *seen_in_training(run, subject.part, cases, subject.files)))
     except Unfinished as error:
         scored = [case for case in cases if case.name in error.others.subject.files]
         before.only(files_of_cases(scored)).check()

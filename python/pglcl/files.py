@@ -141,13 +141,13 @@ class _HashedFile:
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.hash = file, hashlib.sha256()
-        self.error: OSError | None = None
+        self.error: BaseException | None = None  # also of Ctrl-C, which would otherwise seem to be a full disk
 
     def write(self, data: bytes) -> int:
         self.hash.update(data)
         try:
             return self.file.write(data)
-        except OSError as error:
+        except BaseException as error:
             self.error = error
             raise
 

@@ -22,7 +22,7 @@ from pglcl.outputs import check_outputs
 from pglcl.predict import Predictor
 from pglcl.progress import duration
 from pglcl.record import read_metrics
-from pglcl.run_folder import data_of, data_there, read_split
+from pglcl.run_folder import data_of, data_there, read_split, seen_in_training
 from pglcl.score_files import Evaluation, Subject, may_renew, number_or_dash, read_scores, score_files
 from pglcl.scores import METRICS, patient_means
 from pglcl.training_data import files_behind, files_of_cases
@@ -188,7 +188,7 @@ def _page(run: Path, predictor: Predictor, folder: DataFolder, cases: Sequence[C
     parts = [
         f"<h1>{_text(title)}</h1>",
         f"<p class=note>{_text(_subtitle(run, model, folder))}</p>",
-        *_warnings(run, folder, subject),
+        *_warnings(run, folder, subject, cases),
         f"<h2>Scores on the {subject.part} volumes</h2>",
         _score_table(found),
         _patient_table(found),
@@ -266,7 +266,7 @@ def _warning(text: str) -> str:
     return f"<p class=warning role=alert>{_text(text)}</p>"
 
 
-def _warnings(run: Path, folder: DataFolder, subject: Subject) -> list[str]:
+def _warnings(run: Path, folder: DataFolder, subject: Subject, cases: Sequence[Case]) -> list[str]:
     found = []
     if not subject.finished:
         found.append(f"This run is unfinished: step {subject.step} of {subject.steps}.")
@@ -274,6 +274,7 @@ def _warnings(run: Path, folder: DataFolder, subject: Subject) -> list[str]:
         seen = "which also chose the best weights" if subject.part == "validation" else "on which it was trained"
         found.append(f"This run has no test patients. Scores are those of the {subject.part} patients, {seen}.")
     found += [f"{name}: {how}." for name, how in subject.unlike.items()]
+    found += [f"{line}." for line in seen_in_training(run, subject.part, cases, subject.files)]
     with contextlib.suppress(UserError):
         own = data_of(run)
         if own.resolve() != folder.root.resolve():

@@ -12,7 +12,7 @@ import dataclasses
 import datetime
 import os
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -362,6 +362,42 @@ def patients_read_by(run: Path, cases: Iterable[Case]) -> list[str]:
         return any(fingerprint(file)["sha256"] in known for image in case.images for file in files_of(image))
 
     return sorted({case.patient for case in cases if was_read(case)})
+
+
+def seen_in_training(run: Path, part: str, cases: Iterable[Case], hashes: Mapping[str, Sequence[str]]) -> list[str]:
+    """A line about the cases of `part` with an image on which the run was trained, whatever its name was there.
+
+    Their scores say nothing about new patients. A part that was trained on gets no line, since its name says so, and
+    neither does a run of an older version, which does not know its images.
+
+    Args:
+        run: its folder.
+        part: of its split, or "all".
+        cases: those of `part`.
+        hashes: SHA-256 of the images of each case, by its name; any other text for an image of several files.
+    """
+    try:
+        record, config = read_record(run), read_config(run)
+    except UserError:
+        return []
+    parts = ("labelled", "unlabelled") if config.semi else ("labelled",)
+    patients = {patient for part in parts for patient in record.split[part]}
+    images = [image for patient, *files, _ in record.cases.values() if patient in patients for image in files]
+    within = tuple(f"{image}/" for image in images)  # of folders of DICOM slices
+    known = {digest for file, digest in record.files.items() if file in images or file.startswith(within)}
+
+    def hashes_of(case: Case) -> list[str]:
+        several = [file for image in case.images if image.is_dir() for file in files_of(image)]
+        return [*hashes[case.name][: len(case.images)], *(fingerprint(file)["sha256"] for file in several)]
+
+    seen = [case.name for case in cases if not known.isdisjoint(hashes_of(case))] if known else []
+    if not seen or part in parts:
+        return []
+    names = ", ".join(seen[:5]) + (", ..." if len(seen) > 5 else "")
+    return [
+        f"{run.resolve().name} was trained on the images of {len(seen)} of these volumes: {names}; their scores say "
+        "nothing about new patients"
+    ]
 
 
 def check_identity(state: dict[str, Any], path: Path, record: RunRecord, config: TrainConfig) -> None:

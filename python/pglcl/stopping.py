@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from typing import Any
 
-from pglcl.launcher import parent_has_ended
-
+STOPPED = 130  # exit code
 _interrupts: list[int] = []  # signals that came after `remember_interrupts`
 
 
 def remember_interrupts() -> None:
-    """From now on, Ctrl-C is remembered, and raises KeyboardInterrupt as usual.
+    """From now on, Ctrl-C ends the process while modules are imported. Otherwise it raises KeyboardInterrupt as usual.
 
-    A library that is being imported may catch the exception and go on.
+    A library that is being imported may catch the exception and go on, and one in C++ may abort. Nothing is lost, since
+    nothing is being written. The exception is remembered, since a library may catch it later, too.
     """
 
     def interrupt(number: int, frame: Any) -> None:
+        if _is_importing(frame):
+            with contextlib.suppress(OSError):
+                os.write(2, b"pglcl: stopped\n")
+            os._exit(STOPPED)
         _interrupts.append(number)
         raise KeyboardInterrupt
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
+
+
+def _is_importing(frame: Any) -> bool:
+    """Whether a frame or one of its callers executes an import."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 class StopRequest:
@@ -38,6 +52,8 @@ class StopRequest:
 
     def look_at_parent(self) -> None:
         """Counts the end of the process that launched this one as a request, too."""
+        from pglcl.launcher import parent_has_ended  # late: this module is imported before Ctrl-C is handled
+
         self.asked = self.asked or parent_has_ended()
 
     def _ask(self, number: int, frame: Any) -> None:

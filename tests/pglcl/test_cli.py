@@ -322,6 +322,27 @@ def test_scores_of_an_unfinished_run_say_so(
     assert json.loads((run / "scores_test.json").read_text())["subject"]["step"] == 8
 
 
+def test_scores_of_images_that_the_run_was_trained_on_say_so(
+    copied: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other folder has an image of the training under the name of a test patient."""
+    root, run = copied
+    said = "run was trained on the images of 1 of these volumes: case05; their scores say nothing about new patients"
+    assert main(["evaluate", str(run), str(root)]) == 0
+    assert main(["evaluate", str(run), str(root), "--part", "labelled", "-o", str(tmp_path / "labelled")]) == 0
+    assert main(["evaluate", str(run), str(root), "--part", "validation", "-o", str(tmp_path / "validation")]) == 0
+    assert "was trained on" not in capsys.readouterr().err
+    other = Path(shutil.copytree(root, tmp_path / "other"))
+    for kind in ("images", "labels"):
+        shutil.copy(root / kind / "case01.nii.gz", other / kind / "case05.nii.gz")
+    assert main(["evaluate", str(run), str(other), "-o", str(tmp_path / "scores")]) == 0
+    assert f"pglcl: {said}\n" in capsys.readouterr().err
+    assert main(["report", str(run), "--data", str(other), "-o", str(tmp_path / "page.html"), "-q"]) == 0
+    assert said in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert main(["evaluate", str(run), str(root), "--part", "all", "-o", str(tmp_path / "all")]) == 0
+    assert "3 of these volumes: case00, case01, case02;" in capsys.readouterr().err  # one of them without its label
+
+
 def test_scores_of_other_data_are_not_replaced(
     copied: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from pglcl.errors import WriteError
-from pglcl.files import load_tensors, save_tensors
+from pglcl.files import _HashedFile, load_tensors, save_tensors
 
 
 def test_a_checkpoint_that_does_not_fit_names_the_reason(tmp_path: Path) -> None:
@@ -25,3 +25,28 @@ def test_a_checkpoint_that_does_not_fit_names_the_reason(tmp_path: Path) -> None
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert load_tensors(path)["step"].sum() == 3
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("call", [1, 2, 20, 40])
+def test_ctrl_c_while_a_checkpoint_is_written_is_no_error_of_the_disk(
+    call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(1, 1000))
+    update = _HashedFile.write
+
+    def write(self: _HashedFile, data: bytes) -> int:
+        if next(calls) == call:
+            monkeypatch.setattr(self, "file", Interrupted())
+        return update(self, data)
+
+    monkeypatch.setattr(_HashedFile, "write", write)
+    with pytest.raises(KeyboardInterrupt):
+        save_tensors(tmp_path / "checkpoint.pt", {f"a{i}": torch.ones(300) for i in range(9)})
+    assert list(tmp_path.iterdir()) == []
+
+
+class Interrupted:
+    """A file, while the user presses Ctrl-C."""
+
+    def write(self, data: bytes) -> int:
+        raise KeyboardInterrupt

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from pglcl import stopping
+
+from tests.conftest import ROOT
 
 
 def test_an_interrupt_that_a_library_swallows_stops_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,3 +36,30 @@ def test_an_ignored_interrupt_stays_ignored() -> None:
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("closed", ["", "2>&-"])
+def test_ctrl_c_during_an_import_ends_the_process_at_once(closed: str, tmp_path: Path) -> None:
+    """A library that is being imported may catch the exception, and C++ code of its own may abort."""
+    (tmp_path / "greedy.py").write_text(
+        "import signal\ntry:\n    signal.raise_signal(signal.SIGINT)\nexcept BaseException:\n    print('caught')\n"
+    )
+    program = "from pglcl.stopping import remember_interrupts as r; r(); import greedy; print('went on')"
+    result = subprocess.run(
+        f'"{sys.executable}" -c "{program}" {closed}',
+        shell=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stdout) == (130, "")
+    assert result.stderr == ("" if closed else "pglcl: stopped\n")
+
+
+def test_hardly_anything_is_imported_before_ctrl_c_is_handled() -> None:
+    """Until then, Ctrl-C prints a traceback."""
+    program = "import sys; before = set(sys.modules); import pglcl.stopping; print(*(set(sys.modules) - before))"
+    result = subprocess.run([sys.executable, "-S", "-c", program], cwd=ROOT / "python", capture_output=True, text=True)
+    assert not {"socket", "subprocess", "json", "typer", "torch"} & set(result.stdout.split())
+    assert "pglcl.stopping" in result.stdout
