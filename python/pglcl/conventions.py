@@ -125,6 +125,29 @@ def smoothed_edges(voxels: Mapping[int, int]) -> str:
     )
 
 
+def unusual_background(voxels: Mapping[int, int]) -> str:
+    """A line about label files without a voxel of value 0, or nothing. Arguments as for :func:`smoothed_edges`."""
+    if not voxels or 0 in voxels:
+        return ""
+    some = ",".join(map(str, sorted(voxels)[:4]))
+    return (
+        "no label file has the value 0, which counts as the background, so every voxel is of some class; if another "
+        f"value is the background, --labels begins with it, for example --labels {some}"
+    )
+
+
+def maybe_ignored(voxels: Mapping[int, int]) -> str:
+    """A line about the value 255 beside classes numbered from 1 on, or nothing. Arguments as above."""
+    values = sorted(value for value in voxels if value > 0)
+    if len(values) < 2 or values[-1] != WHITE[0] or values[:-1] != list(range(1, len(values))):
+        return ""
+    kept = ",".join(map(str, (0, *values[:-1])))
+    return (
+        f"the value 255 beside {_listed(tuple(values[:-1]))} counts as a class; if it marks voxels to be left out, "
+        f"--labels {kept},255=ignore says so"
+    )
+
+
 def _listed(values: tuple[int, ...]) -> str:
     some = ", ".join(map(str, values[:8]))
     return some + (f", ... ({len(values)})" if len(values) > 8 else "")

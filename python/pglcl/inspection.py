@@ -16,10 +16,10 @@ import numpy as np
 
 from pglcl.cases import Split, cases_of, distance_unit, split_patients
 from pglcl.config import TrainConfig
-from pglcl.conventions import smoothed_edges, two_conventions
+from pglcl.conventions import maybe_ignored, smoothed_edges, two_conventions, unusual_background
 from pglcl.description import Description
 from pglcl.errors import UserError
-from pglcl.formats import Source
+from pglcl.formats import Source, nifti
 from pglcl.intensity import Intensity, Measured, choose_intensity, constant_channels, describe_constant, measure
 from pglcl.labels import MOST_CLASSES, LabelMap, parse_labels, value_counts
 from pglcl.layouts import Case, DataFolder
@@ -40,8 +40,8 @@ class CaseReport:
     """What was found in one case. A training refuses problems, and only prints notes.
 
     shape, spacing: in canonical axes. orientation: of the file's axes, such as RAS. unit: of the spacing. axes: of the
-    file, 2 or 3. dtype: of the file. source: of its first image. digest: SHA-256 of the voxels. label_voxels: number of
-    voxels of each value of the label.
+    file, 2 or 3. dtype: of the file. source: of its first image. digest, label_digest: SHA-256 of the voxels of the
+    images and of the label. label_voxels: number of voxels of each value of the label.
     """
 
     case: Case
@@ -54,6 +54,7 @@ class CaseReport:
     dtype: str = ""
     source: Source | None = None
     digest: str = ""
+    label_digest: str = ""
     measured: Measured | None = None
     levels: tuple[Level, ...] = ()
     label_voxels: dict[int, int] = field(default_factory=dict)
@@ -106,6 +107,7 @@ def inspect_case(case: Case, labels: LabelMap | None = None) -> CaseReport:
         try:
             values = read_label_values(case.label, case.images[0])
             report.label_voxels = value_counts(values, case.label)
+            report.label_digest = hashlib.sha256(np.ascontiguousarray(values, np.int32).data).hexdigest()
             if labels is not None:
                 labels.check(report.label_voxels, case.label)
             elif negative := {v: n for v, n in report.label_voxels.items() if v < 0}:
@@ -149,6 +151,7 @@ def inspect_cases(cases: Iterable[Case], labels: LabelMap | None = None) -> list
             if r.channels not in (0, usual):
                 r.problems.append(f"{r.case.images[0]}: has {r.channels} channels, the others have {usual}")
     _look_at_channels(reports)
+    _look_at_orientations(reports)
     if labels is None:
         _look_at_values(reports)
     return reports
@@ -166,6 +169,14 @@ def _look_at_channels(reports: Sequence[CaseReport]) -> None:
             r.notes.append(f"{r.case.images[0]}: {describe_constant(found, r.channels)}")
 
 
+def _look_at_orientations(reports: Sequence[CaseReport]) -> None:
+    """Adds a note to each NIfTI image that does not say how it lies, if others do: left may be right there."""
+    files = [(r, r.source) for r in reports if r.source and r.source.reader == "nifti"]
+    without = [r for r, source in files if not nifti.says_orientation(source)]
+    for r in without if len(without) < len(files) else ():
+        r.notes.append(f"{r.case.images[0]}: does not say which way its axes point, as others do (sform, qform code 0)")
+
+
 def _look_at_values(reports: Sequence[CaseReport]) -> None:
     """Adds what is odd in the label values of all files together: to the first case with such values."""
     by_file = {r.case.label: r for r in reports if r.case.label is not None and r.label_voxels}
@@ -176,8 +187,9 @@ def _look_at_values(reports: Sequence[CaseReport]) -> None:
     totals: Counter[int] = Counter()
     for report in by_file.values():
         totals.update(report.label_voxels)
-    if line := smoothed_edges(totals):
-        next(iter(by_file.values())).notes.append(line)
+    for line in (smoothed_edges(totals), unusual_background(totals), maybe_ignored(totals)):
+        if line:
+            next(iter(by_file.values())).notes.append(line)
 
 
 def same_images(reports: Sequence[CaseReport], split: Split | None = None) -> list[str]:
@@ -194,6 +206,27 @@ def same_images(reports: Sequence[CaseReport], split: Split | None = None) -> li
             names = [f"{r.case.name} ({parts[r.case.patient]})" if parts else r.case.name for r in (other, report)]
             lines.append(f"{names[0]} and {names[1]} have the same voxels, but count as two patients")
     more = [f"and {len(lines) - SHOWN} more images with the voxels of another"] if len(lines) > SHOWN else []
+    return lines[:SHOWN] + more
+
+
+def same_labels(reports: Sequence[CaseReport]) -> list[str]:
+    """A line for each label of one patient that is also that of another image of another patient, voxel by voxel.
+
+    Nobody draws the same outlines twice, so one of both is a copy by mistake, or both images are of one patient. Labels
+    with a single value are not compared.
+    """
+    first: dict[str, CaseReport] = {}
+    lines = []
+    for report in reports:
+        if len(report.label_voxels) < 2:
+            continue
+        other = first.setdefault(report.label_digest, report)
+        if other.case.patient != report.case.patient and other.digest != report.digest:
+            lines.append(
+                f"{other.case.name} and {report.case.name} have the same label, but other images; is one a copy by "
+                "mistake?"
+            )
+    more = [f"and {len(lines) - SHOWN} more labels that others have, too"] if len(lines) > SHOWN else []
     return lines[:SHOWN] + more
 
 
@@ -297,13 +330,19 @@ def survey(
         )
     labelled = reports[: len(parts["labelled"])]
     labels = labels_of(data, reports, declared)
-    notes = [*data.notes, *same_images(reports, split), *_missing_classes(data, labels, labelled)]
+    notes = [
+        *data.notes,
+        *same_images(reports, split),
+        *same_labels(reports),
+        *_missing_classes(data, labels, labelled),
+    ]
     notes += _condensed(note for report in reports for note in report.notes)
     notes.append(f"labels: {_in_words(labels)}; {_origin(config, data)}")
     trained = reports[: len(parts["labelled"]) + len(parts["unlabelled"])]
     intensity = choose_intensity(
         config.normalise, config.level_and_width, data.modalities, [r.measured for r in trained if r.measured]
     )
+    notes += _several_channels(data, labelled)
     notes.append(f"intensities: {intensity.describe()}")
     slice_axis = choose_slice_axis(config, labelled[0].shape)
     notes += _sliced_otherwise(reports, slice_axis) if config.slice_axis < 0 else []
@@ -332,6 +371,18 @@ def _condensed(notes: Iterable[str]) -> list[str]:
         lines += [f"{file}: {text}" for file in named[:SAME]]
         lines += [f"and {len(named) - SAME} more files: {text}"] if len(named) > SAME else []
     return lines
+
+
+def _several_channels(data: DataFolder, reports: Sequence[CaseReport]) -> list[str]:
+    """A line about images with several channels. Frames of a film and colours are channels, too."""
+    count = reports[0].channels
+    if count == 1:
+        return []
+    along = [r for r in reports if r.source and r.source.axes == 3 and r.source.channels > 1]
+    how = ", along the fourth axis of their files" if along else ""
+    if not data.modalities and any(r.source and nifti.names_time(r.source) for r in along):
+        how += ", which their headers call time: the network sees all frames at once"
+    return [f"images have {count} channels{how}"]
 
 
 def _in_words(labels: LabelMap) -> str:
@@ -441,7 +492,7 @@ def class_table(data: DataFolder, reports: Sequence[CaseReport], labels: LabelMa
 
 def warnings_of(data: DataFolder, reports: Sequence[CaseReport], labels: LabelMap) -> list[str]:
     """Lines that do not stop a training but that its user should know."""
-    lines = [*data.notes, *same_images(reports)]
+    lines = [*data.notes, *same_images(reports), *same_labels(reports)]
     with_label = [r for r in reports if r.label_voxels]
     blank = [r for r in with_label if not sum(labels.class_counts(r.label_voxels)[1:])]
     if 2 * len(blank) > len(with_label):

@@ -7,13 +7,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from pglcl.conventions import smoothed_edges, two_conventions
+from pglcl.conventions import maybe_ignored, smoothed_edges, two_conventions, unusual_background
 from pglcl.errors import UserError
 from pglcl.inspection import inspect_folder, survey, warnings_of
 from pglcl.labels import LabelMap
 from pglcl.layouts import open_folder
 
-from tests.pglcl.folders import pictures, plain, save, tiny
+from tests.pglcl.folders import pictures, plain, save, tiny, volume
 
 
 def found(*files: list[int]) -> tuple[tuple[int, ...], tuple[int, ...], bool] | None:
@@ -91,6 +91,15 @@ def test_rare_values_between_frequent_ones_are_said() -> None:
     assert smoothed_edges({0: 9, 1: 10_000, 2: 1, 4: 1}) == ""  # a small lesion
 
 
+def test_a_background_other_than_0_and_255_beside_numbers_are_said() -> None:
+    assert "for example --labels 1,2" in unusual_background({1: 900, 2: 100})
+    assert unusual_background({0: 1, 1: 900, 2: 100}) == unusual_background({}) == ""
+    assert "255 beside 1, 2 counts as a class" in maybe_ignored({0: 9, 1: 5, 2: 5, 255: 3})
+    assert "--labels 0,1,2,255=ignore" in maybe_ignored({0: 9, 1: 5, 2: 5, 255: 3})
+    for values in ([255], [1, 2, 3], [85, 170, 255], [1, 3, 255], [1, 254], list(range(1, 255))):
+        assert maybe_ignored(dict.fromkeys([0, *values], 5)) == ""
+
+
 # --- in a folder ----------------------------------------------------------------------------------------------------
 
 
@@ -152,3 +161,30 @@ def test_train_says_which_classes_it_found_and_which_labels_are_empty(tmp_path: 
     empty = [note for note in notes if "is an empty label" in note]
     assert len(empty) == 4
     assert empty[-1].startswith("and 3 more files: is an empty label")
+
+
+def test_a_folder_without_background_and_one_with_white_voxels_are_said(tmp_path: Path) -> None:
+    names = [f"case{i:02d}" for i in range(6)]
+    for values, said in (([1, 2, 3], "no label file has the value 0"), ([0, 1, 255], "if it marks voxels to be left")):
+        root = plain(tmp_path / str(values[0]))
+        relabel(root, names, values)
+        data = open_folder(root)
+        assert sum(said in note for report in inspect_folder(data) for note in report.notes) == 1
+        assert sum(said in note for note in survey(data, tiny()).notes) == 1
+
+
+def test_one_label_of_two_images_is_said(tmp_path: Path) -> None:
+    """A file that was copied by mistake trains the network on wrong outlines."""
+    root = plain(tmp_path)
+    image, label = volume(0, (32, 26, 6))  # another image of the same size, and its label
+    save(root / "images" / "case00.nii.gz", image)
+    save(root / "labels" / "case00.nii.gz", label)
+    data = open_folder(root)
+    assert not any("same label" in note for note in survey(data, tiny()).notes)
+    save(root / "labels" / "case05.nii.gz", label.astype(np.int16))
+    said = "case00 and case05 have the same label, but other images; is one a copy by mistake?"
+    assert said in survey(data, tiny()).notes
+    assert said in warnings_of(data, inspect_folder(data), LabelMap.of_values([1, 2]))
+    for name in ("case00", "case05"):  # empty labels say nothing
+        relabel(root, [name], [0, 0, 0])
+    assert not any("same label" in note for note in survey(data, tiny()).notes)

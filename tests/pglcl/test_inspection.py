@@ -233,3 +233,32 @@ def test_ct_is_measured_on_training_cases_alone(tmp_path: Path) -> None:
         save(root / name / "imaging.nii.gz", np.asarray(image.dataobj) + 500, image.affine)
     assert checked(root).intensity == first
     assert checked(root, window="40,400").intensity.channels[0].kind == "window"
+
+
+def test_train_says_that_frames_are_channels(tmp_path: Path) -> None:
+    root = decathlon(tmp_path, 6)
+    assert "images have 2 channels, along the fourth axis of their files" in checked(root).notes
+    for path in (root / "imagesTr").iterdir():
+        image = nib.load(path)
+        film = nib.Nifti1Image(np.asarray(image.dataobj), image.affine)
+        film.header.set_xyzt_units("mm", "sec")
+        nib.save(film, path)
+    said = "images have 2 channels, along the fourth axis of their files, which their headers call time: the network"
+    assert any(note.startswith(said) for note in checked(root).notes)
+    assert any(note == "images have 3 channels" for note in checked(pictures(tmp_path / "colour")).notes)
+    assert not any("channels" in note for note in checked(plain(tmp_path / "grey")).notes)
+
+
+def test_images_without_an_orientation_beside_others_are_said(tmp_path: Path) -> None:
+    root = plain(tmp_path)
+    paths = sorted((root / "images").iterdir())
+    said = f"{paths[1]}: does not say which way its axes point"
+    for path in paths:
+        image = nib.Nifti1Image(np.asarray(nib.load(path).dataobj), np.diag([2.0, 2.0, 5.0, 1.0]))
+        if path == paths[1]:
+            image.set_qform(None)
+            image.set_sform(None)
+        nib.save(image, path)
+    reports = inspect_folder(open_folder(root))
+    assert [note for report in reports for note in report.notes if said in note] == [reports[1].notes[0]]
+    assert len([note for report in reports for note in report.notes]) == 1

@@ -123,6 +123,17 @@ def _units(header: nib.Nifti1Header) -> tuple[str, str]:
         return "unknown", "unknown"
 
 
+def names_time(source: Source) -> bool:
+    """Whether the header of a NIfTI file gives its fourth axis a unit of time."""
+    return isinstance(source.native, nib.Nifti1Header) and _units(source.native)[1] in ("sec", "msec", "usec")
+
+
+def says_orientation(source: Source) -> bool:
+    """Whether the header of a NIfTI file says which way its axes point; without, they are taken as L, A, S."""
+    header = source.native
+    return isinstance(header, nib.Nifti1Header) and bool(header["sform_code"] > 0 or header["qform_code"] > 0)
+
+
 def _content(file: io.BufferedIOBase, start: bytes, claimed: int, path: Path, *, compressed: bool) -> np.ndarray:
     """The first `claimed` bytes. The system gives memory only as they are read. The rest is read for the checksum."""
     content = np.empty(max(claimed, len(start)), np.uint8)
