@@ -110,6 +110,11 @@ def check_flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
 
 
+def check_generator(generator: Any) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+
+
 def check_reduction(reduction: Any) -> None:
     check_choice("reduction", reduction, REDUCTIONS)
 
@@ -128,6 +133,11 @@ def check_tensor(name: str, t: Any) -> None:
     if t.layout is not torch.strided or t.is_nested:
         kind = "nested" if t.is_nested else str(t.layout).removeprefix("torch.")
         raise TypeError(f"{name} must be a dense tensor, got a {kind} one")
+    if type(t).__name__ == "DTensor":  # by its name, since torch.distributed.tensor takes long to import
+        raise TypeError(
+            f"{name} must be a tensor of one process, got a DTensor. Pass its full_tensor(), or its to_local() if each "
+            "rank holds some of its rows"
+        )
 
 
 def check_floating(name: str, t: Any) -> None:

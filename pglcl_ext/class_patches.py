@@ -113,8 +113,8 @@ def class_patches(
     label = torch.tensor(classes, dtype=torch.int64, device=images.device)
     where = torch.tensor(index, dtype=torch.int64, device=images.device).view(-1, images.dim() - 1)
     if not crops:
-        none = images.new_zeros(0, images.shape[1], *size) + images[:0].sum()  # still a part of the graph
-        return ClassPatches(none, label, images.new_empty(0), where)
+        none = images.new_zeros((0, images.shape[1], *size)) + images[:0].sum()  # still a part of the graph
+        return ClassPatches(none, label, images.new_empty((0,)), where)
     with without_autocast(images):  # crops keep their dtype, which may be another than that of autocast
         coverages = torch.stack(shares).to(images.dtype)
         return ClassPatches(_to_size(torch.stack(crops), size, mode), label, coverages, where)
@@ -174,7 +174,7 @@ def _to_size(crops: Tensor, size: list[int], mode: str) -> Tensor:
     if list(crops.shape[2:]) == size:
         return crops
     if crops.shape[1] == 0:  # PyTorch resizes no image without channels
-        return crops.new_empty(*crops.shape[:2], *size)
+        return crops.new_empty((*crops.shape[:2], *size))
     if mode == "resize":
         return F.interpolate(crops, size, mode="bilinear" if crops.dim() == 4 else "trilinear", align_corners=False)
     around = []

@@ -115,7 +115,12 @@ class CoverageThreshold(nn.Module):
 
         Returns:
             Coverage (N,), in the dtype of the batch, and classes (N,) int64.
+
+        Raises:
+            TypeError: `batch` is neither a :class:`PatchRows` nor a :class:`PatchBatch`.
         """
+        if not isinstance(batch, (PatchRows, PatchBatch)):
+            raise TypeError(f"batch must be PatchRows or a PatchBatch, got {type(batch).__name__}")
         k, labels = self.num_classes, batch.labels
         in_order = torch.arange(len(labels), device=labels.device) % k
         known = (labels != self.ignore_index) & (labels >= 0) & (labels < k)

@@ -68,7 +68,7 @@ def row_counts(tensors: list[Tensor], group: Any, manner: str = "gathering") -> 
 
 def _bytes(t: Tensor, rows: int) -> Tensor:
     """`t` as bytes, (rows, bytes of a row), with zeros in the added rows. So no backend has to know its dtype."""
-    width = t[:1].numel() * t.element_size() if len(t) else t.new_empty(1, *t.shape[1:]).numel() * t.element_size()
+    width = t[:1].numel() * t.element_size() if len(t) else t.new_empty((1, *t.shape[1:])).numel() * t.element_size()
     padded = torch.zeros(rows, width, dtype=torch.uint8, device=t.device)
     if t.numel():  # copied as numbers, since memory of any strides can be read so
         padded.view(t.dtype)[: len(t)] = t.detach().reshape(len(t), -1)
@@ -77,7 +77,7 @@ def _bytes(t: Tensor, rows: int) -> Tensor:
 
 def _from_bytes(rows: Tensor, like: Tensor) -> Tensor:
     if rows.shape[1] == 0:
-        return like.new_empty(len(rows), *like.shape[1:])
+        return like.new_empty((len(rows), *like.shape[1:]))
     # A single row of a block counts as contiguous, wherever it begins and however long the rows of the block are.
     rows = rows.contiguous() if len(rows) > 1 else rows.clone(memory_format=torch.contiguous_format)
     return rows.view(like.dtype).view(len(rows), *like.shape[1:])

@@ -16,6 +16,7 @@ from pglcl_ext._checks import (
     check_flag,
     check_gaussian,
     check_gaussian_numbers,
+    check_generator,
     check_integer,
     check_known_labels,
     check_number,
@@ -181,6 +182,7 @@ class GaussianContrastLoss(nn.Module):
 
         Result and errors are those of these two functions.
         """
+        check_generator(generator)
         embeddings = self._normalized(embeddings, "N")
         if self.hard_negatives:
             means, covariances = hard_negative_statistics(embeddings, labels, self.queue, generator=generator)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from pglcl_ext._checks import check_device, check_embeddings, check_integer, check_labels
+from pglcl_ext._checks import check_device, check_embeddings, check_generator, check_integer, check_labels
 from pglcl_ext._precision import accumulate_dtype, without_autocast
 from pglcl_ext.embedding_queue import EmbeddingQueue
 
@@ -57,8 +57,7 @@ def hard_negative_statistics(
     """
     if not isinstance(queue, EmbeddingQueue):
         raise TypeError(f"queue must be an EmbeddingQueue, got {type(queue).__name__}")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+    check_generator(generator)
     check_embeddings("anchors", anchors, "N")
     if anchors.shape[1] != queue.embedding_dim:
         raise ValueError(f"anchors must have shape (N, {queue.embedding_dim}), got {tuple(anchors.shape)}")

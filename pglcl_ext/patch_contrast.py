@@ -85,6 +85,7 @@ def patch_contrast_loss(
         labels: (N,) int64, ground truth or pseudo-labels.
         descriptors: (N,) or (N, C) floating point, usually the patch entropies. Their disparity guides the choice of
             pairs. They are compared in float32 (float64 for float64 anchors). Without them, labels alone decide.
+            With masks they have no effect.
         keys: embeddings to contrast with, (M, D), of the dtype of `anchors` (under autocast both are promoted). By
             default the anchors are the keys and a patch is never its own pair; with `keys` every pair counts.
         key_labels: (M,) int64, needed with `keys`.
@@ -108,22 +109,24 @@ def patch_contrast_loss(
             its ranks. Every rank must call and differentiate the loss, even without any patch. The numbers of patches
             may differ. With ``reduction="mean"``, a rank returns the sum over its own anchors, divided by the number of
             counted anchors of all ranks, times the number of ranks. The mean of the ranks' losses is then the loss of
-            one process on all batches, and DistributedDataParallel's averaging gives its gradient. Excludes masks.
-        gather: how keys are exchanged in a group. ``"all"`` gathers all keys on every rank. ``"ring"`` passes them from
-            rank to rank, so that memory does not depend on the number of ranks (except for `num_positives` and
-            `num_negatives`, which need the labels and descriptors of all keys).
+            one process on all batches, and the averaging of DistributedDataParallel or FSDP gives its gradient. It
+            excludes masks. torch.compile leaves the exchange out of its graphs, so it refuses ``fullgraph=True``.
+        gather: how keys are exchanged in a group; without one it has no effect. ``"all"`` gathers all keys on every
+            rank. ``"ring"`` passes them from rank to rank, so that memory does not depend on the number of ranks
+            (except for `num_positives` and `num_negatives`, which need the labels and descriptors of all keys).
 
     Returns:
         A scalar, or (N,) for ``reduction="none"``, in float32 (float64 for float64). An anchor that is ignored or has
         no positive gives 0 and is not counted. Without any counted anchor, the loss and the gradients are 0. Gradients
-        flow to `anchors` and `keys`. A loss or gradient beyond the range of its dtype is infinite. Logits beyond
+        flow only to `anchors` and `keys`. A loss or gradient beyond the range of its dtype is infinite. Logits beyond
         float32 are computed in float64; with ``gather="ring"`` they make the loss NaN or infinite.
 
     Raises:
         ValueError: shapes or devices that do not fit, options that exclude each other, values out of range, or ranks
             whose dtypes or sizes differ in more than the number of rows.
         TypeError: wrong dtypes, or arguments of the wrong type.
-        NotImplementedError: forward-mode or second derivatives, or a `group` within a transform of ``torch.func``.
+        NotImplementedError: forward-mode or second derivatives, or a `group` within a transform of ``torch.func``
+            or in ``torch.export``.
     """
     loss, _ = patch_contrast(
         anchors,
@@ -213,8 +216,15 @@ def patch_contrast(
 def _contrast(x: ContrastArguments) -> ContrastOutputs:
     if is_traced():
         check_contrast(x)
-        return ContrastOutputs(*_in_graph(*x.flat()))
+        return ContrastOutputs(*_in_graph(*(_finite(x) if torch.compiler.is_exporting() else x).flat()))
     return ContrastOutputs(*_Contrast.checked(check_contrast, x, x.flat()))
+
+
+def _finite(x: ContrastArguments) -> ContrastArguments:
+    """`x` with the largest number in place of an infinite bound, which AOTInductor writes but cannot read."""
+    largest = torch.finfo(accumulate_dtype(x.anchors.embeddings.dtype)).max
+    positive, negative = (min(b, largest) for b in (x.numbers.positive_bound, x.numbers.negative_bound))
+    return x._replace(numbers=x.numbers._replace(positive_bound=positive, negative_bound=negative))
 
 
 def _promoted(anchors: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -233,6 +243,8 @@ def _check_group(x: ContrastArguments) -> None:
         raise ValueError("positive_mask and negative_mask cannot be given with a process group")
     if in_functorch():
         raise NotImplementedError("pglcl_ext.patch_contrast_loss with a process group cannot be used in torch.func")
+    if torch.compiler.is_exporting():
+        raise NotImplementedError("pglcl_ext.patch_contrast_loss with a process group cannot be exported")
 
 
 def _bound(name: str, value: float | Tensor | None, default: float) -> tuple[float, Tensor | None]:

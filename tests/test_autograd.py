@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -239,6 +241,44 @@ def test_exported_losses_can_be_trained_through() -> None:
         (want,) = torch.autograd.grad(module(leaf, y), leaf)
         assert want.abs().max() > 0
         torch.testing.assert_close(got, want)
+
+
+class Together(nn.Module):
+    """The losses and statistics in one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.contrast = PatchContrastLoss(max_positive_disparity=0.5)
+        self.gaussian = GaussianContrastLoss(3, 5, queue_length=8)
+        self.gaussian.enqueue(torch.randn(20, 5), torch.arange(20) % 3)
+
+    def forward(self, z: Tensor, y: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        entropy = patch_entropy(x, 4).flatten()
+        return entropy, PatchContrastLoss()(z, y), self.contrast(z, y, entropy), self.gaussian(z, y)
+
+
+def test_an_exported_loss_holds_no_infinite_number() -> None:
+    """AOTInductor writes such a number as a word, and then refuses to read its file."""
+    for dtype in (torch.float32, torch.float64):
+        for bounds in ({}, {"max_positive_disparity": math.inf, "min_negative_disparity": math.inf}):
+            module = Scheduled(
+                lambda z, **bounds: patch_contrast_loss(z, LABELS, CONTRAST.descriptors, **bounds), **bounds
+            )
+            z = ANCHORS.to(dtype)
+            program = torch.export.export(module, (z,))
+            numbers = [a for node in program.graph.nodes for a in node.args if isinstance(a, float)]
+            assert len(numbers) == 4
+            assert all(map(math.isfinite, numbers))
+            torch.testing.assert_close(program.module()(z), module(z))
+
+
+@pytest.mark.slow
+def test_an_exported_loss_runs_without_python(tmp_path: Path) -> None:
+    module, arguments = Together(), (torch.randn(8, 5), torch.arange(8) % 3, torch.randn(2, 3, 8, 8))
+    file = torch._inductor.aoti_compile_and_package(
+        torch.export.export(module, arguments), package_path=str(tmp_path / "module.pt2")
+    )
+    torch.testing.assert_close(tuple(torch._inductor.aoti_load_package(file)(*arguments)), module(*arguments))
 
 
 def test_hard_negatives_compile_whole() -> None:

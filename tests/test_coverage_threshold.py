@@ -95,6 +95,11 @@ def test_bad_updates_are_refused_and_change_nothing(message: str, coverage, labe
     assert threshold.value.tolist() == [0.5, 0.5]
 
 
+def test_classes_are_those_of_patches_alone() -> None:
+    with pytest.raises(TypeError, match="batch must be PatchRows or a PatchBatch, got tuple"):
+        CoverageThreshold(3).coverage_and_classes((torch.rand(3), torch.arange(3)))  # type: ignore[arg-type]
+
+
 def test_a_module_made_on_the_meta_device_can_be_reset() -> None:
     with torch.device("meta"):
         threshold = CoverageThreshold(3, initial=1.0)

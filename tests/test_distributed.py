@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,22 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import distribute_tensor
 
-from pglcl_ext import EmbeddingQueue, PatchContrastLoss, distributed, patch_contrast_loss
+from pglcl_ext import (
+    CoverageThreshold,
+    EmbeddingQueue,
+    GaussianContrastLoss,
+    PatchContrastLoss,
+    class_patches,
+    distributed,
+    patch_contrast_loss,
+    patch_embeddings,
+    patch_statistics,
+    semantic_disparity,
+)
 from pglcl_ext._arguments import Side
 from pglcl_ext._library import ops
 from tests.problems import contrast_arguments
@@ -189,15 +204,100 @@ def test_rows_of_any_number_of_bytes_travel(tmp_path: Path) -> None:
     mp.spawn(rows_of_any_bytes, (2, str(tmp_path)), nprocs=2)
 
 
-@pytest.mark.parametrize("gather", ["all", "ring"])
-def test_forward_mode_is_refused_by_name(gather: str, tmp_path: Path) -> None:
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A process group that this process is alone in."""
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    try:
-        z, y = torch.randn(4, 3), torch.arange(4) % 2
-        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="patch_contrast_loss has no forward"):
-            patch_contrast_loss(forward_ad.make_dual(z, z), y, group=dist.group.WORLD, gather=gather)
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("gather", ["all", "ring"])
+def test_forward_mode_and_export_are_refused_by_name(gather: str) -> None:
+    z, y = torch.randn(4, 3), torch.arange(4) % 2
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="patch_contrast_loss has no forward"):
+        patch_contrast_loss(forward_ad.make_dual(z, z), y, group=dist.group.WORLD, gather=gather)
+    with pytest.raises(NotImplementedError, match="patch_contrast_loss with a process group cannot be exported"):
+        torch.export.export(PatchContrastLoss(group=dist.group.WORLD, gather=gather), (z, y))
+
+
+class Image(Tensor):
+    """A subclass whose ``new_empty`` takes a tuple alone, as that of MONAI's MetaTensor."""
+
+    def new_empty(self, size: Any, **options: Any) -> Tensor:  # type: ignore[override]
+        assert isinstance(size, tuple)
+        return super().new_empty(size, **options)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("gather", ["all", "ring"])
+@pytest.mark.parametrize("rows", [9, 0])
+def test_a_subclass_of_tensor_changes_no_result(gather: str, rows: int) -> None:
+    results = []
+    for kind in (Tensor, Image):
+        z, y, h = (t.as_subclass(kind) for t in side(rows, 0))
+        z.requires_grad_()
+        loss = patch_contrast_loss(z, y, h, num_positives=2, group=dist.group.WORLD, gather=gather)
+        loss.backward()
+        queue = EmbeddingQueue(3, DEPTH, 6, process_group=dist.group.WORLD)
+        queue.enqueue(z, y)
+        assert z.grad is not None
+        results.append([t.detach().as_subclass(Tensor) for t in (loss, z.grad, queue.storage)])
+    for got, want in zip(*results):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_tensor_that_is_distributed_over_processes_is_refused_by_name() -> None:
+    mesh = init_device_mesh("cpu", (1,))
+    z, y, h = (distribute_tensor(t, mesh) for t in side(6, 0))
+    image = distribute_tensor(torch.rand(1, 2, 4, 4), mesh)
+    queue, gaussian, threshold = EmbeddingQueue(3, DEPTH, 6), GaussianContrastLoss(3, DEPTH), CoverageThreshold(3)
+    calls: list[tuple[str, Callable[[], Any]]] = [
+        ("anchors", lambda: patch_contrast_loss(z, y, h)),
+        ("anchors", lambda: patch_contrast_loss(z, y, group=dist.group.WORLD)),
+        ("embeddings", lambda: PatchContrastLoss()(z, y)),
+        ("labels", lambda: patch_contrast_loss(z.to_local(), y)),
+        ("embeddings", lambda: gaussian(z, y)),
+        ("embeddings", lambda: queue.enqueue(z, y)),
+        ("coverage", lambda: threshold.update(h, y)),
+        ("input", lambda: patch_statistics(image, 2)),
+        ("features", lambda: patch_embeddings(image, image, 2)),
+        ("images", lambda: class_patches(image, image, 2, 2)),
+        ("a", lambda: semantic_disparity(h)),
+    ]
+    for name, call in calls:
+        with pytest.raises(TypeError, match=rf"{name} must be a tensor of one process, got a DTensor\. Pass its full_"):
+            call()
+
+
+def train_sharded(rank: int, world: int, folder: str) -> None:
+    """A network that FSDP shards, in both of its forms, has the gradients of one process on all batches."""
+    join(rank, world, folder)
+    parts = batches([8, 5])
+    single = network()
+    whole = [torch.cat(column) for column in zip(*parts)]
+    patch_contrast_loss(single(whole[0]), *whole[1:], num_positives=3).backward()
+    x, y, h = parts[rank]
+    for gather in ("all", "ring"):
+        sharded = network()
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (world,)))
+        flat = FullyShardedDataParallel(network(), device_id=torch.device("cpu"), use_orig_params=True)
+        for model in (sharded, flat):
+            z = model(x)
+            patch_contrast_loss(z, y, h, num_positives=3, group=dist.group.WORLD, gather=gather).backward()
+        for p, q in zip(sharded.parameters(), single.parameters(), strict=True):
+            torch.testing.assert_close(p.grad.full_tensor(), q.grad)
+        with FullyShardedDataParallel.summon_full_params(flat, with_grads=True):
+            for p, q in zip(flat.parameters(), single.parameters(), strict=True):
+                torch.testing.assert_close(p.grad, q.grad)
+    leave()
+
+
+@pytest.mark.slow
+def test_a_network_that_fsdp_shards_has_the_gradients_of_one_process(tmp_path: Path) -> None:
+    mp.spawn(train_sharded, (2, str(tmp_path)), nprocs=2)
 
 
 def equal_queues(rank: int, world: int, folder: str) -> None:

@@ -346,8 +346,8 @@ def test_the_module_names_its_own_arguments_in_errors() -> None:
                 call(torch.zeros(6, 5), y)
             with pytest.raises(ValueError, match="embeddings must be on the device of the queue, cpu, got meta"):
                 call(torch.zeros(6, 4, device="meta"), y.to("meta"))
-    with pytest.raises(TypeError, match=r"generator must be a torch\.Generator or None, got int"):
-        module(torch.zeros(6, 4), y, generator=5)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"generator must be a torch\.Generator or None, got int"):
+            module(torch.zeros(6, 4), y, generator=5)  # type: ignore[arg-type]
     for name in ("normalize", "hard_negatives"):
         with pytest.raises(TypeError, match=f"{name} must be True or False, got str"):
             GaussianContrastLoss(3, 4, **{name: "no"})  # type: ignore[arg-type]
