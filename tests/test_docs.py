@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,19 +24,34 @@ OTHERS = {
 GONE = {"--hard-anchors"}  # the changelog has its new name
 
 
+def blocks_of(page: Path, language: str) -> list[str]:
+    """The blocks of code of a page."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
 def run_page(name: str) -> dict[str, Any]:
     """Runs the Python blocks of a page one after the other. Returns the variables that they leave."""
-    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
     names: dict[str, Any] = {"__name__": name}
-    blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    assert blocks
-    for block in blocks:
+    for block in blocks_of(ROOT / name, "python"):
         exec(compile(block, name, "exec"), names)
     return names
 
 
+def test_the_code_of_a_page_is_run_by_one_of_these_tests() -> None:
+    tests = Path(__file__).read_text(encoding="utf-8")
+    for page in PAGES:
+        if blocks_of(page, "python"):
+            assert f'run_page("{page.relative_to(ROOT)}")' in tests, page.name
+
+
+def test_the_code_of_the_first_page_runs() -> None:
+    names = run_page("README.md")
+    assert names["value"] > 0
+    assert names["embeddings"].grad.isfinite().all()
+
+
 def test_the_code_of_training_loop_runs() -> None:
-    names = run_page("training_loop.md")
+    names = run_page("docs/training_loop.md")
     assert torch.isfinite(names["loss"])
     assert names["queue"].counts.min() > 0
     text = (ROOT / "docs" / "training_loop.md").read_text(encoding="utf-8")
@@ -47,7 +63,8 @@ def test_the_code_of_training_loop_runs() -> None:
     importlib.util.find_spec("pytorch_metric_learning") is None, reason="pytorch-metric-learning is not installed"
 )
 def test_the_code_of_from_supcon_runs() -> None:
-    run_page("from_supcon.md")
+    names = run_page("docs/from_supcon.md")
+    assert names["before"].isfinite()
 
 
 def test_differences_name_tests_that_exist() -> None:
@@ -108,6 +125,17 @@ def options_of_scripts() -> set[str]:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("typer") is None, reason="the command line is not installed")
+def test_commands_that_the_pages_show_exist() -> None:
+    from pglcl.cli import app
+    from typer.main import get_command
+
+    group: Any = get_command(app)
+    shown = [name for page in PAGES for block in blocks_of(page, "sh") for name in re.findall(r"\bpglcl (\w+)", block)]
+    assert len(shown) >= 5
+    assert set(shown) <= set(group.commands)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("typer") is None, reason="the command line is not installed")
 def test_options_that_the_pages_name_exist() -> None:
     known = options_of_pglcl() | options_of_scripts() | OTHERS | GONE
     for page in PAGES:
@@ -118,7 +146,10 @@ def test_options_that_the_pages_name_exist() -> None:
 def test_make_targets_that_the_pages_name_exist() -> None:
     targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     for page in PAGES:
-        for code in re.findall(r"`(?:\w+=\S+ )*make ([^`]+)`", page.read_text(encoding="utf-8")):
+        codes = re.findall(r"`(?:\w+=\S+ )*make ([^`]+)`", page.read_text(encoding="utf-8"))
+        lines = [line.partition("#")[0] for block in blocks_of(page, "sh") for line in block.splitlines()]
+        codes += [line.removeprefix("make ") for line in lines if line.startswith("make ")]
+        for code in codes:
             named = {word for word in code.split() if "=" not in word}
             assert named <= targets, f"{page.name}: make {code}"
 
