@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pglcl import formats
-from pglcl.config import TrainConfig
+from pglcl.config import DEFAULTS, TrainConfig, flag
 from pglcl.errors import UserError
 from pglcl.files import read_json
 from pglcl.layouts import Case, DataFolder
@@ -69,6 +69,26 @@ def split_patients(data: DataFolder, config: TrainConfig) -> Split:
     labelled = rest[: config.labelled]
     used = {*labelled, *tuned_on, *held_out}
     return Split(tuple(labelled), tuple(p for p in patients if p not in used), tuple(tuned_on), tuple(held_out))
+
+
+def without_effect(data: DataFolder, config: TrainConfig, split: Split) -> list[str]:
+    """A line for each option about the split that has no effect, since a file decides instead.
+
+    Args:
+        data: the folder.
+        config: the options.
+        split: what :func:`split_patients` made of both.
+    """
+    lists = not config.folds and data.parts and config.test < 0 and config.validation < 0
+    if not config.split_file and not lists:
+        return []
+    given = {name: getattr(config, name) for name in ("validation", "test", "shuffle")}
+    names = [flag(name) + ("" if value is True else f" {value}") for name, value in given.items()
+             if value != DEFAULTS[name]]  # fmt: skip
+    if config.labelled not in (DEFAULTS["labelled"], len(split.labelled)):
+        names.append(f"--labelled {config.labelled}")
+    what = f"--split-file {config.split_file} decides" if config.split_file else f"the lists of {data.root} decide"
+    return [f"{name} has no effect: {what}" for name in names]
 
 
 def _where_labels_are(data: DataFolder) -> str:

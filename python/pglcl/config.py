@@ -441,6 +441,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         name = key.replace("-", "_")
         if name not in OPTIONS:
             raise UserError(f"{path}: unknown option {key!r}; pglcl train --help lists them")
+        if name in options:
+            raise UserError(f"{path}: has the option {name} twice, with a dash and with an underscore")
         options[name] = _converted(path, key, value, type(DEFAULTS[name]))
     return options
 

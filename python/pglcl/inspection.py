@@ -14,7 +14,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from pglcl.cases import Split, cases_of, distance_unit, split_patients
+from pglcl.cases import Split, cases_of, distance_unit, split_patients, without_effect
 from pglcl.config import TrainConfig
 from pglcl.conventions import maybe_ignored, smoothed_edges, two_conventions, unusual_background
 from pglcl.description import Description
@@ -112,6 +112,8 @@ def inspect_case(case: Case, labels: LabelMap | None = None) -> CaseReport:
                 labels.check(report.label_voxels, case.label)
             elif negative := {v: n for v, n in report.label_voxels.items() if v < 0}:
                 report.problems.append(_negative(case.label, negative))
+            if labels is not None and not any(labels.class_counts(report.label_voxels)):
+                report.notes.append(f"{case.label}: has no voxel that counts: all are to be ignored")
             if set(report.label_voxels) == {0}:
                 report.notes.append(f"{case.label}: is an empty label: every voxel is background")
         except UserError as error:
@@ -332,6 +334,7 @@ def survey(
     labels = labels_of(data, reports, declared)
     notes = [
         *data.notes,
+        *without_effect(data, config, split),
         *same_images(reports, split),
         *same_labels(reports),
         *_missing_classes(data, labels, labelled),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from pglcl.cases import distance_unit, folds_of, split_patients
+from pglcl.cases import distance_unit, folds_of, split_patients, without_effect
 from pglcl.errors import UserError
+from pglcl.inspection import survey
 from pglcl.layouts import open_folder
 
 from tests.conftest import data_folder
@@ -133,3 +135,46 @@ def test_the_unit_names_all_units_of_mixed_files(tmp_path: Path) -> None:
     data = open_folder(root)
     assert distance_unit(data) == "mm and pixel"
     assert distance_unit(data, data.cases[:2]) == "pixel"
+
+
+def test_options_that_a_split_file_overrides_are_named(tmp_path: Path) -> None:
+    data = open_folder(plain(tmp_path))
+    path = tmp_path / "split.json"
+    path.write_text(json.dumps({"labelled": ["case00", "case01", "case02"], "unlabelled": ["case06"]}))
+
+    def said(**changes: Any) -> list[str]:
+        config = tiny(**{"validation": -1, "test": -1, "labelled": 3, "split_file": str(path), **changes})
+        return without_effect(data, config, split_patients(data, config))
+
+    assert said() == said(labelled=4) == []  # the default may not have been given
+    assert said(test=2, validation=0, shuffle=True, labelled=2) == [
+        f"{option} has no effect: --split-file {path} decides"
+        for option in ("--validation 0", "--test 2", "--shuffle", "--labelled 2")
+    ]
+    notes = survey(data, tiny(validation=-1, labelled=3, split_file=str(path))).notes
+    assert said(test=2) == [note for note in notes if "no effect" in note]
+    path.write_text(json.dumps([{"train": ["case00", "case01", "case02", "case03"], "val": ["case05"]}]))
+    assert said(labelled=2) == []
+    path.unlink()
+    assert said(split_file="", test=1, shuffle=True, labelled=2) == []
+
+
+def test_lists_of_a_folder_leave_nothing_to_shuffle(tmp_path: Path) -> None:
+    data = open_folder(ssl4mis(tmp_path))
+    config = tiny(validation=-1, test=-1, shuffle=True)
+    said = [f"--shuffle has no effect: the lists of {tmp_path} decide"]
+    assert without_effect(data, config, split_patients(data, config)) == said
+    config = tiny(shuffle=True)
+    assert without_effect(data, config, split_patients(data, config)) == []
+
+
+def test_patients_whose_names_differ_in_case_are_named(tmp_path: Path) -> None:
+    """Volumes of one patient may otherwise be in training and test."""
+    plain(tmp_path, 4, unlabelled=0)
+    rows = [f"images/case{i:02d}.nii.gz,labels/case{i:02d}.nii.gz,{{}}" for i in range(4)]
+    for names, count in ((("P 1", "p1", "P2", "p\u00e9"), 1), (("a", "b", "c", "d"), 0), (("a", "a", "b", "c"), 0)):
+        lines = [row.format(name) for row, name in zip(rows, names)]
+        (tmp_path / "list.csv").write_text("\n".join(["image,label,patient", *lines]), encoding="utf-8")
+        notes = open_folder(tmp_path / "list.csv").notes
+        said = "'P 1' and 'p1' count as 2 patients, though only case or spaces differ (1 such names)"
+        assert [note for note in notes if "count as" in note] == [said] * count

@@ -80,6 +80,7 @@ def test_errors_in_a_toml_file_name_the_option(tmp_path: Path) -> None:
         ("stepz = 3", "unknown option 'stepz'"),
         ("steps = 'many'", "steps must be of type int"),
         ("steps = [", "not readable as TOML"),
+        ("image-size = 32\nimage_size = 64", "has the option image_size twice, with a dash and with an underscore"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=message):

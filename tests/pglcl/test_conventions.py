@@ -173,6 +173,15 @@ def test_a_folder_without_background_and_one_with_white_voxels_are_said(tmp_path
         assert sum(said in note for note in survey(data, tiny()).notes) == 1
 
 
+def test_a_label_whose_voxels_are_all_ignored_is_said(tmp_path: Path) -> None:
+    """Its scores are empty."""
+    root = plain(tmp_path)
+    relabel(root, ["case05"], [9, 9, 9])
+    notes = survey(open_folder(root), tiny(labels="0,1,2,9=ignore")).notes
+    said = f"{root / 'labels' / 'case05.nii.gz'}: has no voxel that counts: all are to be ignored"
+    assert [note for note in notes if "counts" in note] == [said]
+
+
 def test_one_label_of_two_images_is_said(tmp_path: Path) -> None:
     """A file that was copied by mistake trains the network on wrong outlines."""
     root = plain(tmp_path)

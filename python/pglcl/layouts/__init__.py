@@ -14,7 +14,7 @@ from pglcl.errors import UserError
 from pglcl.files import read_json
 from pglcl.formats.names import inputs_in, is_dicom_folder, is_input_file, known_suffixes, list_folder, stem, suffix_of
 from pglcl.layouts import acdc, decathlon, file_list, kits, nnunet, plain, ssl4mis
-from pglcl.layouts.data_folder import Case, DataFolder, alike_names
+from pglcl.layouts.data_folder import Case, DataFolder, alike_names, alike_patients
 from pglcl.layouts.folders import children, is_there
 from pglcl.layouts.grouping import group_files
 
@@ -43,7 +43,7 @@ def open_folder(root: Path) -> DataFolder:
     twice = [name for name, count in names.items() if count > 1]
     if twice:
         raise UserError(f"{root}: several volumes have the same name: {', '.join(twice[:5])}")
-    data.notes += alike_names(data.cases)
+    data.notes += [*alike_names(data.cases), *alike_patients(data.cases)]
     return data
 
 

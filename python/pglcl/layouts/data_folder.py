@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -85,6 +86,19 @@ def alike_names(cases: Iterable[Case]) -> list[str]:
         f"used for training and the other for the scores ({len(alike)} such names); a list with the column patient "
         "keeps them together"
     ]
+
+
+def alike_patients(cases: Iterable[Case]) -> list[str]:
+    """A line about patients whose names differ only in case, spaces or the encoding of an accent."""
+    groups: dict[str, list[str]] = {}
+    for patient in sorted({case.patient for case in cases}):
+        key = "".join(unicodedata.normalize("NFKC", patient).casefold().split())
+        groups.setdefault(key, []).append(patient)
+    alike = [names for names in groups.values() if len(names) > 1]
+    if not alike:
+        return []
+    names = " and ".join(map(repr, alike[0]))
+    return [f"{names} count as {len(alike[0])} patients, though only case or spaces differ ({len(alike)} such names)"]
 
 
 def not_listed(file: Path, cases: Sequence[Case]) -> list[str]:
