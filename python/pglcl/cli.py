@@ -337,7 +337,7 @@ def predict(
                 prediction, prepared = predictor(case, progress.start(case.name))
                 written = writer.write(prediction, prepared)
                 out.print(str(written[0]))
-                odd = predictor.odd_intensities(prepared.levels, prepared.constant)
+                odd = predictor.odd_intensities(prepared.levels, prepared.constant, prepared.few_values)
                 for how in (predictor.unlike_training(prepared.source), odd):
                     if how and not quiet:
                         _complain(f"pglcl: {case.images[0]}: {how}; its mask may be wrong")

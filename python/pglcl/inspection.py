@@ -20,7 +20,17 @@ from pglcl.conventions import maybe_ignored, smoothed_edges, two_conventions, un
 from pglcl.description import Description
 from pglcl.errors import UserError
 from pglcl.formats import Source, nifti
-from pglcl.intensity import Intensity, Measured, choose_intensity, constant_channels, describe_constant, measure
+from pglcl.intensity import (
+    FEW,
+    Intensity,
+    Measured,
+    choose_intensity,
+    constant_channels,
+    describe_constant,
+    describe_few,
+    few_values,
+    measure,
+)
 from pglcl.labels import MOST_CLASSES, LabelMap, parse_labels, value_counts
 from pglcl.layouts import Case, DataFolder
 from pglcl.levels import Level, Levels, levels_of
@@ -41,7 +51,8 @@ class CaseReport:
 
     shape, spacing: in canonical axes. orientation: of the file's axes, such as RAS. unit: of the spacing. axes: of the
     file, 2 or 3. dtype: of the file. source: of its first image. digest, label_digest: SHA-256 of the voxels of the
-    images and of the label. label_voxels: number of voxels of each value of the label.
+    images and of the label. few_values: number of different values of the images, if it is small. label_voxels: number
+    of voxels of each value of the label.
     """
 
     case: Case
@@ -57,6 +68,7 @@ class CaseReport:
     label_digest: str = ""
     measured: Measured | None = None
     levels: tuple[Level, ...] = ()
+    few_values: int = 0
     label_voxels: dict[int, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -126,6 +138,7 @@ def inspect_case(case: Case, labels: LabelMap | None = None) -> CaseReport:
         if values is not None:
             foreground = values != 0 if labels is None else labels.encode(values, case.label or case.images[0]) > 0
         report.measured, report.levels = measure(data, source.dtype, foreground), levels_of(data)
+        report.few_values = few_values(data)
         flat = report.constant
         if len(flat) == len(data):
             report.problems.append(f"{case.images[0]}: {describe_constant(flat, len(data))}")
@@ -160,7 +173,7 @@ def inspect_cases(cases: Iterable[Case], labels: LabelMap | None = None) -> list
 
 
 def _look_at_channels(reports: Sequence[CaseReport]) -> None:
-    """Adds a note to each case with a constant channel; a single one where most cases have that channel constant."""
+    """Adds a note to each case with a constant channel or few values; a single one where most cases are like that."""
     good = [r for r in reports if r.measured and len(r.constant) < r.channels]
     usual = {c for c, n in Counter(c for r in good for c in r.constant).items() if 2 * n > len(good)}
     for c in sorted(usual):
@@ -169,6 +182,12 @@ def _look_at_channels(reports: Sequence[CaseReport]) -> None:
     for r in good:
         if found := {c: value for c, value in r.constant.items() if c not in usual}:
             r.notes.append(f"{r.case.images[0]}: {describe_constant(found, r.channels)}")
+    few = [r for r in good if r.few_values]
+    if 2 * len(few) > len(good):
+        few[0].notes.append(f"{len(few)} of {len(good)} images have at most {FEW} different values; are they labels?")
+    else:
+        for r in few:
+            r.notes.append(f"{r.case.images[0]}: {describe_few(r.few_values)}")
 
 
 def _look_at_orientations(reports: Sequence[CaseReport]) -> None:

@@ -217,6 +217,27 @@ def describe_constant(found: Mapping[int, float], channels: int) -> str:
     return f"channel {which} is constant: every voxel is {values}"
 
 
+FEW = 8  # values; a scanner gives more, and a label seldom has as many
+CHUNK = 1 << 20  # voxels whose values are looked at together
+
+
+def few_values(image: np.ndarray) -> int:
+    """The number of different values of an image if there are two to :data:`FEW`; 0 if there are more, or one."""
+    flat = image.reshape(-1)
+    found: set[float] = set()
+    # First a sample of all of it: nearly every image has more values there.
+    for part in (flat[:: -(-flat.size // CHUNK)], *(flat[i : i + CHUNK] for i in range(0, flat.size, CHUNK))):
+        found.update(np.unique(part).tolist())
+        if len(found) > FEW:
+            return 0
+    return len(found) if len(found) > 1 else 0
+
+
+def describe_few(values: int) -> str:
+    """What is said of an image for which :func:`few_values` gives this number."""
+    return f"has only {values} different values; is it a label?" if values else ""
+
+
 SAMPLES = 100_000  # largest number of foreground voxels of a volume that are kept to measure percentiles
 
 

@@ -19,7 +19,7 @@ from pglcl.config import TrainConfig
 from pglcl.errors import UserError
 from pglcl.formats import Source, result_suffix
 from pglcl.formats.names import is_dicom_folder
-from pglcl.intensity import describe_constant
+from pglcl.intensity import describe_constant, describe_few, few_values
 from pglcl.labels import LabelMap
 from pglcl.layouts import Case
 from pglcl.levels import Level, levels_of
@@ -246,7 +246,7 @@ class Predictor:
         """
         for model in self.models:
             volume = read_suitable(case, model.config, model.slice_axis, model.intensity)
-        return self.odd_intensities(levels_of(volume.data), constant_of(volume))
+        return self.odd_intensities(levels_of(volume.data), constant_of(volume), few_values(volume.data))
 
     def _part(self, model: TrainedModel, network: nn.Module, prepared: Prepared, report: Report | None) -> Part:
         p = network_output(network, prepared.image, model.config, report)
@@ -274,11 +274,12 @@ class Predictor:
                 return found
         return ""
 
-    def odd_intensities(self, levels: Sequence[Level], constant: Mapping[int, float]) -> str:
+    def odd_intensities(self, levels: Sequence[Level], constant: Mapping[int, float], few: int) -> str:
         """How the intensities of an image clearly differ from those of a model's training images, or nothing.
 
         Args:
             levels: of each channel.
+            few: the number of different values, if it is small.
             constant: the value of each channel all of whose voxels are equal. A single one is not said if it was the
                 same in the training.
         """
@@ -287,6 +288,8 @@ class Predictor:
             constant = {c: value for c, value in constant.items() if all(distance[c] > 0 for distance in known)}
         if constant:
             return describe_constant(constant, len(levels))
+        if few:
+            return describe_few(few)
         for model in self.models:
             found = model.levels.problem(levels, model.intensity) if model.levels else ""
             if found:

@@ -14,7 +14,7 @@ from torch import Tensor
 from pglcl.config import TrainConfig
 from pglcl.errors import UserError
 from pglcl.formats import Source
-from pglcl.intensity import Intensity, constant_channels
+from pglcl.intensity import Intensity, constant_channels, few_values
 from pglcl.labels import IGNORE, LabelMap
 from pglcl.layouts import Case
 from pglcl.levels import Level, levels_of
@@ -29,8 +29,8 @@ class Prepared:
     image: (C, X, Y, Z) float32, normalised, resized, padded to at least the network's size. label: (X, Y, Z) int8
     (int16 from 128 classes on), -1 where padded or ignored; or None. The slice axis of 2-D training comes last.
     spacing: mm (or pixels) of the volume before it was resized, in canonical axes. source: of its file, needed to write
-    results. levels, constant: of the volume as read, empty for one from a cache; its percentiles, and the value of each
-    channel all of whose voxels are equal.
+    results. levels, constant, few_values: of the volume as read, empty for one from a cache; its percentiles, the value
+    of each channel all of whose voxels are equal, and the number of different values if it is small.
     """
 
     case: Case
@@ -41,6 +41,7 @@ class Prepared:
     source: Source
     levels: tuple[Level, ...] = ()
     constant: Mapping[int, float] = field(default_factory=dict)
+    few_values: int = 0
 
     @cached_property
     def foreground(self) -> Tensor:
@@ -74,7 +75,7 @@ def prepare(
     resized, padded = _shapes(volume, config, slice_axis)
     image = resize_image(intensity(torch.from_numpy(volume.data)), resized)
     geometry, spacing, source = Geometry(tuple(volume.data.shape[1:]), resized), volume.spacing, volume.source
-    levels, constant = levels_of(volume.data), constant_of(volume)
+    levels, constant, few = levels_of(volume.data), constant_of(volume), few_values(volume.data)
     del volume
     target = None
     if labels is not None and case.label is not None:
@@ -89,7 +90,7 @@ def prepare(
         image = image.movedim(slice_axis + 1, -1)
         target = None if target is None else target.movedim(slice_axis, -1)
     target = None if target is None else target.contiguous()
-    return Prepared(case, image.contiguous(), target, geometry, spacing, source, levels, constant)
+    return Prepared(case, image.contiguous(), target, geometry, spacing, source, levels, constant, few)
 
 
 def constant_of(volume: Volume) -> dict[int, float]:

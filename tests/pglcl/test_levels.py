@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from pglcl.cli import main
 from pglcl.files import load_tensors, save_tensors
-from pglcl.intensity import Channel, Intensity
+from pglcl.inspection import inspect_folder
+from pglcl.intensity import Channel, Intensity, few_values
+from pglcl.layouts import open_folder
 from pglcl.levels import Levels, levels_of
 from pglcl.train import Training
 
@@ -153,3 +155,35 @@ def test_a_constant_channel_is_named(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "every voxel" not in said
     assert main(["predict", str(tmp_path / "other"), str(name), "-o", str(tmp_path / "other_masks")]) == 0
     assert "constant" not in capsys.readouterr().err
+
+
+def test_few_values_are_counted_in_the_whole_image() -> None:
+    label = np.zeros((1, 300, 300, 30), np.float32)
+    label[0, 100:200, 100:200, 10:20] = 2
+    assert few_values(label) == 2
+    assert few_values(label[:, :50]) == 0  # a constant image
+    label[0, 150, 150, 10:18] = np.arange(3, 11)  # few voxels, which a sample would miss
+    assert few_values(label) == 0
+    assert few_values(torso(0)) == 0
+
+
+def test_a_label_in_the_place_of_an_image_is_named(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, run = plain(tmp_path / "data"), tmp_path / "run"
+    label = root / "labels" / "case00.nii.gz"
+    assert main(["predict", str(trained[1]), str(root / "images"), "-o", str(tmp_path / "masks"), "-q"]) == 0
+    assert main(["predict", str(trained[1]), str(label), "-o", str(tmp_path / "labels")]) == 0
+    said = "has only 3 different values; is it a label?"
+    assert capsys.readouterr().err == f"pglcl: {label}: {said}; its mask may be wrong\n"
+    image = root / "images" / "case07.nii.gz"
+    shutil.copy(label, image)
+    Training(root, run, tiny(steps=4)).run()
+    shown = capsys.readouterr().err.replace("\n", " ")
+    assert f"{image}: {said}" in shown
+    assert shown.count("different values") == 1
+    for i in range(1, 7):
+        shutil.copy(label, root / "images" / f"case{i:02d}.nii.gz")
+        shutil.copy(root / "labels" / "case00.nii.gz", root / "labels" / f"case{i:02d}.nii.gz")
+    notes = [note for report in inspect_folder(open_folder(root)) for note in report.notes]
+    assert [n for n in notes if "values" in n] == ["7 of 8 images have at most 8 different values; are they labels?"]
