@@ -354,6 +354,7 @@ def survey(
     notes = [
         *data.notes,
         *without_effect(data, config, split),
+        *_left_out(data, split),
         *same_images(reports, split),
         *same_labels(reports),
         *_missing_classes(data, labels, labelled),
@@ -395,6 +396,22 @@ def _condensed(notes: Iterable[str]) -> list[str]:
     return lines
 
 
+def _left_out(data: DataFolder, split: Split) -> list[str]:
+    """Lines about volumes that take no part: of patients outside the split, and unlabelled ones of the other parts."""
+    inside = {patient for patients in split.as_dict().values() for patient in patients}
+    outside = [c.name for c in data.cases if c.patient not in inside]
+    needed = {*split.labelled, *split.validation, *split.test}
+    without = [c.name for c in data.cases if c.patient in needed and c.label is None]
+    return [
+        f"{len(names)} volumes take no part, since {why}: {', '.join(names[:5])}" + (", ..." if len(names) > 5 else "")
+        for names, why in (
+            (outside, "the split does not name their patients"),
+            (without, "they have no label, and their patients are labelled or held out"),
+        )
+        if names
+    ]
+
+
 def _several_channels(data: DataFolder, reports: Sequence[CaseReport]) -> list[str]:
     """A line about images with several channels. Frames of a film and colours are channels, too."""
     count = reports[0].channels
@@ -433,6 +450,11 @@ def _other_voxels(
         lines.append(
             f"voxels of the training volumes are {resolution.describe()}: up to {resolution.spread:.3g} times as large "
             "as others along an axis; --spacing resamples them to one size"
+        )
+    if len(resolution.units) > 1:
+        lines.append(
+            f"the training images have different units of length, {' and '.join(resolution.units)}: only some files "
+            "say how large their voxels are"
         )
     others = [(r, why) for r in held_out if r.source and (why := resolution.problem(r.source, config, slice_axis))]
     lines += [f"{r.case.images[0]}: {why}" for r, why in others[:SHOWN]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from pglcl.inspection import inspect_folder, labels_of, propose, survey, warning
 from pglcl.labels import LabelMap, parse_labels
 from pglcl.layouts import open_folder
 
-from tests.pglcl.folders import OBLIQUE, acdc, decathlon, kits, pictures, plain, save, tiny, volume
+from tests.pglcl.folders import OBLIQUE, acdc, decathlon, kits, nnunet, pictures, plain, save, tiny, volume
 
 
 def truncated(path: Path) -> None:
@@ -262,3 +263,43 @@ def test_images_without_an_orientation_beside_others_are_said(tmp_path: Path) ->
     reports = inspect_folder(open_folder(root))
     assert [note for report in reports for note in report.notes if said in note] == [reports[1].notes[0]]
     assert len([note for report in reports for note in report.notes]) == 1
+
+
+def test_a_number_of_cases_other_than_described_is_said(tmp_path: Path) -> None:
+    """A label file that is missing makes its image an unlabelled one."""
+    root = nnunet(tmp_path / "nnunet")
+    assert not any("numTraining" in note for note in open_folder(root).notes)
+    (root / "labelsTr" / "heart_002.nii.gz").unlink()
+    said = f"{root / 'dataset.json'}: says numTraining 6, but 5 images have labels; are some missing?"
+    assert said in open_folder(root).notes
+    root = decathlon(tmp_path / "decathlon", 6)
+    file = root / "dataset.json"
+    for count, expected in ((6, 0), (7, 1)):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "numTraining": count}))
+        assert sum("numTraining" in note for note in open_folder(root).notes) == expected
+
+
+def test_images_with_and_without_a_voxel_size_are_said(tmp_path: Path) -> None:
+    root = plain(tmp_path, 8)
+    assert not any("units of length" in note for note in checked(root).notes)
+    pictures(tmp_path / "other", 1, colour=False)
+    shutil.copy(tmp_path / "other" / "images" / "cell00.png", root / "images" / "case99.png")
+    said = "the training images have different units of length, mm and pixel: only some files say how large"
+    assert any(note.startswith(said) for note in checked(root).notes)
+
+
+def test_volumes_that_take_no_part_are_said(tmp_path: Path) -> None:
+    root = acdc(tmp_path / "data")
+    assert not any("take no part" in note for note in checked(root).notes)
+    for patient in ("patient001", "patient003", "patient007"):  # labelled, unlabelled, of the test
+        (root / "training" / patient / f"{patient}_frame12_gt.nii.gz").unlink()
+    said = (
+        "2 volumes take no part, since they have no label, and their patients are labelled or held out: "
+        "patient001_frame12, patient007_frame12"
+    )
+    assert [note for note in checked(root).notes if "take no part" in note] == [said]
+    file = tmp_path / "split.json"
+    file.write_text(json.dumps({"labelled": ["patient002"], "unlabelled": ["patient003"]}))
+    notes = checked(root, split_file=str(file), labelled=1).notes
+    (note,) = (note for note in notes if "take no part" in note)
+    assert note.startswith("12 volumes take no part, since the split does not name their patients: patient001_frame01,")

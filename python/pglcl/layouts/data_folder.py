@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pglcl.errors import UserError
 from pglcl.formats.names import is_input_file, suffix_of
@@ -111,6 +112,14 @@ def not_listed(file: Path, cases: Sequence[Case]) -> list[str]:
             some = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
             lines.append(f"{folder}: {some} ({len(others)}): not read, since {file.name} does not list them")
     return lines
+
+
+def other_count(file: Path, described: Mapping[str, Any], labelled: int) -> list[str]:
+    """A line if `numTraining` of a dataset.json is not the number of images with labels: some may be missing."""
+    count = described.get("numTraining", labelled)
+    if count == labelled:
+        return []
+    return [f"{file}: says numTraining {count}, but {labelled} images have labels; are some missing?"]
 
 
 def refuse_confusions(file: Path, cases: Iterable[Case]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from pglcl.errors import UserError
 from pglcl.files import read_json
 from pglcl.formats.names import inputs_in, stem
-from pglcl.layouts.data_folder import Case, DataFolder, not_listed, refuse_confusions
+from pglcl.layouts.data_folder import Case, DataFolder, not_listed, other_count, refuse_confusions
 from pglcl.layouts.grouping import NUMBERED, group_files
 from pglcl.layouts.label_names import named_values
 
@@ -37,6 +37,7 @@ def read(root: Path) -> DataFolder:
     except (TypeError, KeyError, AttributeError, ValueError, OSError) as error:
         raise UserError(f"{file}: not a Decathlon description: {error!r}") from error
     notes = not_listed(file, cases)
+    notes += other_count(file, content, sum(case.label is not None for case in cases))
     notes += [f"{file}: {absent} of the test images that it lists do not exist"] if absent else []
     return DataFolder(root, "decathlon", cases, labels, modalities=modalities, notes=notes)
 

@@ -11,7 +11,7 @@ from pglcl.files import read_json
 from pglcl.formats import read_source
 from pglcl.formats.names import inputs_in
 from pglcl.labels import LabelMap
-from pglcl.layouts.data_folder import Case, DataFolder, not_listed, refuse_confusions
+from pglcl.layouts.data_folder import Case, DataFolder, not_listed, other_count, refuse_confusions
 from pglcl.layouts.folders import is_there
 from pglcl.layouts.grouping import group_files, require_numbers
 from pglcl.layouts.label_names import named_values
@@ -54,6 +54,7 @@ def read(root: Path) -> DataFolder:
         raise UserError(*problems)
     notes += not_read(*(root / name for name in ("imagesTr", "labelsTr", "imagesUn")))
     notes += not_listed(file, cases) if listed else []
+    notes += other_count(file, content, sum(case.label is not None for case in cases))
     return DataFolder(root, "nnunet", cases, labels, modalities=modalities, notes=notes)
 
 
