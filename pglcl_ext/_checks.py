@@ -263,7 +263,7 @@ def check_coverage(coverage: Any, classes: int, like: Tensor) -> Any:
     check_floating("coverage", coverage)
     if coverage.shape not in ((), (classes,)):
         raise ValueError(f"coverage must be a number or have shape (K,) = ({classes},), got {tuple(coverage.shape)}")
-    if coverage.dim():
+    if coverage.dim() or coverage.device.type != "cpu":  # PyTorch compares a number on the CPU with any device
         check_device("coverage", coverage, "the images", like)
     return coverage
 

@@ -57,7 +57,8 @@ class EmbeddingQueue(nn.Module):
         process_group: a ``torch.distributed`` process group, or None. The keys of all its ranks are queued on every
             rank, in the order of the ranks, so that the queues stay equal. Then :meth:`enqueue` waits for the GPU,
             since ranks exchange the number of their keys. A copy of the queue shares the group; a queue with a group
-            cannot be pickled.
+            cannot be pickled. Without a group, each rank has its own queue. If DistributedDataParallel wraps the
+            queue, it then replaces each of them by that of rank 0 in every forward pass (``broadcast_buffers``).
 
     Attributes:
         counts: (K,) int64, the number of keys held of each class.

@@ -224,6 +224,7 @@ def test_coverage_is_that_of_the_statistics() -> None:
         ("coverage must be a number or have shape", {"coverage": torch.zeros(4)}),
         ("coverage must be a number, got str", {"coverage": "0.1"}),
         ("coverage must be a number, got nan", {"coverage": math.nan}),
+        ("coverage must be on the device of the images, cpu, got meta", {"coverage": torch.tensor(0.3, device="meta")}),
         ("features must be a tensor, got list", {"features": [0.0]}),
         ("features must have shape", {"features": torch.zeros(8, 8)}),
         ("features must be float64", {"features": torch.zeros(2, 4, 8, 8, dtype=torch.int64)}),
