@@ -19,8 +19,6 @@
 #include <utility>
 #include <vector>
 
-#include "shared/dtype.h"
-
 namespace pglcl {
 
 using torch::headeronly::ScalarType;
@@ -60,15 +58,6 @@ inline bool is_floating(const Tensor& t) {
   const ScalarType type = t.scalar_type();
   return type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::BFloat16 ||
          type == ScalarType::Half;
-}
-
-inline DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Double: return DType::kFloat64;
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    default: return DType::kFloat16;
-  }
 }
 
 // The type that sums are kept in.
@@ -132,6 +121,11 @@ inline Tensor zeros(const Tensor& like, const Shape& shape, ScalarType type) {
 inline Tensor as_contiguous(const Tensor& t, std::optional<ScalarType> type = std::nullopt) {
   const Tensor typed = type && t.scalar_type() != *type ? torch::stable::to(t, *type) : t;
   return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
+}
+
+// As as_contiguous, of a tensor that may be missing.
+inline std::optional<Tensor> converted(const std::optional<Tensor>& t, ScalarType type) {
+  return t ? std::optional<Tensor>(as_contiguous(*t, type)) : std::nullopt;
 }
 
 inline Tensor cast(const Tensor& t, ScalarType type) {

@@ -68,8 +68,6 @@ def _why_not_built() -> str:
 compiled = _load()
 ops = torch.ops.pglcl_ext
 
-INSTRUCTION_SETS: tuple[str, ...] = compiled.INSTRUCTION_SETS
-
 
 def allow_tf32() -> bool:
     """Whether float32 products on a GPU may use TF32. This is PyTorch's own switch, in whatever way it was set.
@@ -112,6 +110,6 @@ def build_info() -> dict[str, Any]:
         "cuda_version": _build_config.cuda_version,
         "cuda_reason": _build_config.cuda_reason,
         "cuda_architectures": list(_build_config.cuda_architectures),
-        "cpu_instruction_sets": list(INSTRUCTION_SETS),
+        "cpu_instruction_sets": list(compiled.INSTRUCTION_SETS),
         "cpu_instruction_set": compiled.cpu_instruction_set(),
     }

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from pglcl_ext import build_info
-from pglcl_ext._library import INSTRUCTION_SETS
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("default")
@@ -128,7 +127,8 @@ def _size_of_problems(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "isa" in metafunc.fixturenames:
         emulated = metafunc.config.getoption("--emulated") is not None
-        metafunc.parametrize("isa", INSTRUCTION_SETS[:1] if emulated else INSTRUCTION_SETS, indirect=True)
+        sets = build_info()["cpu_instruction_sets"]
+        metafunc.parametrize("isa", sets[:1] if emulated else sets, indirect=True)
 
 
 def data_folder() -> Path | None:

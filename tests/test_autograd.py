@@ -29,8 +29,9 @@ from pglcl_ext import (
     semantic_disparity,
 )
 from pglcl_ext._arguments import Side
-from pglcl_ext._library import ops
 from tests.problems import ContrastProblem, contrast_arguments, gaussian_problem
+
+ops = torch.ops.pglcl_ext
 
 CONTRAST = ContrastProblem.random(12, 5, m=9, classes=2)
 LABELS = CONTRAST.labels.clamp(min=0)

@@ -32,8 +32,9 @@ from pglcl_ext import (
     semantic_disparity,
 )
 from pglcl_ext._arguments import Side
-from pglcl_ext._library import ops
 from tests.problems import contrast_arguments
+
+ops = torch.ops.pglcl_ext
 
 FEATURES, DEPTH = 6, 5
 OPTIONS: dict[str, dict[str, Any]] = {

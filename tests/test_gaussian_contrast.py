@@ -14,8 +14,9 @@ from torch import Tensor
 from pglcl_ext import GaussianContrastLoss, gaussian_contrast_loss, reference
 from pglcl_ext._arguments import GaussianArguments
 from pglcl_ext._checks import REDUCTIONS
-from pglcl_ext._library import ops
 from tests.problems import DTYPES, TOLERANCE, gaussian_arguments, gaussian_problem, rising_upstream
+
+ops = torch.ops.pglcl_ext
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "authors": {},

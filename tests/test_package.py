@@ -13,7 +13,7 @@ import torch
 
 import pglcl_ext
 from pglcl_ext import build_info
-from pglcl_ext._library import INSTRUCTION_SETS, OLDEST_TORCH, compiled
+from pglcl_ext._library import OLDEST_TORCH, compiled
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -30,8 +30,8 @@ def test_build_info_describes_build_and_machine() -> None:
     info = build_info()
     assert info["torch_running"] == torch.__version__
     assert info["torch_built"]
-    assert info["cpu_instruction_sets"] == list(INSTRUCTION_SETS)
-    assert info["cpu_instruction_set"] in INSTRUCTION_SETS
+    assert info["cpu_instruction_sets"] == list(compiled.INSTRUCTION_SETS)
+    assert info["cpu_instruction_set"] in compiled.INSTRUCTION_SETS
     assert info["cuda_built"] == bool(info["cuda_architectures"])
     assert info["cuda_built"] or info["cuda_reason"]
 
@@ -127,7 +127,7 @@ def test_instruction_set_is_chosen_by_the_environment() -> None:
     assert run_python(code, PGLCL_CPU_ISA="").stdout.strip() == build_info()["cpu_instruction_set"]
     result = run_python("import pglcl_ext", PGLCL_CPU_ISA="sse9")
     assert result.returncode != 0
-    assert f"PGLCL_CPU_ISA must be one of {', '.join(INSTRUCTION_SETS)}, got 'sse9'" in result.stderr
+    assert f"PGLCL_CPU_ISA must be one of {', '.join(compiled.INSTRUCTION_SETS)}, got 'sse9'" in result.stderr
 
 
 def test_core_needs_only_torch_and_numpy() -> None:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from pglcl_ext import patch_contrast_loss, reference
 from pglcl_ext._arguments import ContrastOutputs, Side
-from pglcl_ext._library import ops
 from tests.problems import DTYPES, ContrastProblem, assert_matches_reference, contrast_arguments, embeddings
+
+ops = torch.ops.pglcl_ext
 
 OPTIONS = {
     "plain": {},

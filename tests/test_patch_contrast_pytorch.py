@@ -9,8 +9,9 @@ from torch import Tensor
 from pglcl_ext import PatchContrastLoss, patch_contrast_loss
 from pglcl_ext._arguments import Choice, Side
 from pglcl_ext._checks import REDUCTIONS
-from pglcl_ext._library import ops
 from tests.problems import ContrastProblem, contrast_arguments
+
+ops = torch.ops.pglcl_ext
 
 
 def op_arguments(device: torch.device, dtype: torch.dtype, *, keys: bool, reduction: str) -> tuple:

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pglcl_ext import PatchStatistics, patch_entropy, patch_statistics, reference
-from pglcl_ext._library import ops
 from pglcl_ext.patch_statistics import pixel_entropy
 from tests.problems import DTYPES
+
+ops = torch.ops.pglcl_ext
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from pglcl_ext import reference, semantic_disparity
 from pglcl_ext._arguments import BoundsArguments
-from pglcl_ext._library import ops
 from pglcl_ext.semantic_disparity import disparity_bounds
 from tests.problems import DTYPES
+
+ops = torch.ops.pglcl_ext
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

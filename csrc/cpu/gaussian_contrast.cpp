@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(PGLCL_GAUSSIAN_PARAMETERS) {
   const Tensor gradients = empty(anchors, {needs_gradients ? n : 0, depth}, type);
   return with_accumulate_type(anchors, [&]<typename scalar_t>() -> std::tuple<Tensor, Tensor, Tensor> {
     const GaussianInputs<scalar_t> inputs{rows.const_data_ptr(),
-                                          dtype_of(rows),
+                                          rows.scalar_type(),
                                           n,
                                           depth,
                                           k,

@@ -1,7 +1,7 @@
 // The Gaussian contrastive loss on the CPU (method, section 6): the passes that the op calls, without torch.
 #pragma once
 
-#include "../shared/dtype.h"
+#include "convert.h"
 #include "threads.h"
 
 namespace pglcl {
@@ -9,7 +9,7 @@ namespace pglcl {
 template <typename scalar_t>
 struct GaussianInputs {
   const void* anchors;  // (N, depth) of `dtype`
-  DType dtype;
+  ScalarType dtype;
   int64_t n, depth, classes;
   const int64_t* labels;        // (N,)
   const scalar_t* means;        // (classes, depth), or (classes, classes, depth) when pairwise

@@ -10,10 +10,6 @@
 namespace pglcl {
 namespace {
 
-OptionalTensor converted(const OptionalTensor& t, ScalarType type) {
-  return t ? OptionalTensor(as_contiguous(*t, type)) : std::nullopt;
-}
-
 template <typename T>
 const T* data_or_null(const OptionalTensor& t) {
   return t ? data<T>(*t) : nullptr;
@@ -36,8 +32,8 @@ struct Arguments {
         positive_bounds(converted(x.positive_bounds, accumulate_type(x.anchors))),
         negative_bounds(converted(x.negative_bounds, accumulate_type(x.anchors))),
         inputs{} {
-    inputs.anchors = {anchors.const_data_ptr(), dtype_of(anchors), anchors.size(0)};
-    if (keys) inputs.keys = {address(*keys), dtype_of(*keys), keys->size(0)};
+    inputs.anchors = {anchors.const_data_ptr(), anchors.scalar_type(), anchors.size(0)};
+    if (keys) inputs.keys = {address(*keys), keys->scalar_type(), keys->size(0)};
     inputs.depth = anchors.size(1);
     inputs.labels = data<int64_t>(labels);
     inputs.key_labels = data_or_null<int64_t>(key_labels);

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../shared/dtype.h"
+#include "convert.h"
 #include "isa/contrast_tile.h"
 #include "threads.h"
 
@@ -12,7 +12,7 @@ namespace pglcl {
 // Row-major with contiguous columns.
 struct Matrix {
   const void* data;
-  DType dtype;
+  ScalarType dtype;
   int64_t rows;
 };
 

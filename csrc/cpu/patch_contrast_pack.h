@@ -83,7 +83,7 @@ struct PackedSide {
     panel_ = table.contrast<scalar_t>().panel;
     depth_ = depth;
     depth_bf16_ = round_up(depth, 2);
-    const bool bf16 = sizeof(scalar_t) == 4 && table.bf16_products && source.dtype == DType::kBFloat16;
+    const bool bf16 = sizeof(scalar_t) == 4 && table.bf16_products && source.dtype == ScalarType::BFloat16;
     // An odd number of cache lines per row, so that the rows of a tile spread over all sets of a cache.
     const int64_t line = 64 / sizeof(scalar_t), lines = round_up(depth, line) / line;
     view.row_stride = (lines % 2 ? lines : lines + 1) * line;

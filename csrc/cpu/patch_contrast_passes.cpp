@@ -154,7 +154,7 @@ void patch_contrast_backward(const ContrastInputs<scalar_t>& inputs, const scala
   tile.state.mean_coefficient = coefficients.mean.data();
 
   // Gradients of the accumulating type are summed in the output, others in a sorted copy.
-  const bool direct = inputs.anchors.dtype == (sizeof(scalar_t) == 8 ? DType::kFloat64 : DType::kFloat32);
+  const bool direct = inputs.anchors.dtype == (sizeof(scalar_t) == 8 ? ScalarType::Double : ScalarType::Float);
   Buffer<scalar_t> anchor_sums, key_sums;
   tile.grad_stride = inputs.depth;
   tile.grad_indexed = direct;

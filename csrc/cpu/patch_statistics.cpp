@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, IntArray patch_s
   const ScalarType type = accumulate_type(input);
   const Tensor entropy = empty(input, patches, type), confidence = empty(input, classes, type);
   const Tensor class_entropy = empty(input, classes, type);
-  const StatisticsInputs inputs{grid, image.const_data_ptr(), dtype_of(input), probabilities, normalize};
+  const StatisticsInputs inputs{grid, image.const_data_ptr(), input.scalar_type(), probabilities, normalize};
   with_accumulate_type(input, [&]<typename scalar_t>() {
     patch_statistics_forward<scalar_t>(
         inputs,
@@ -42,7 +42,7 @@ Tensor backward(const Tensor& grad_entropy, const Tensor& grad_confidence, const
                gh = as_contiguous(grad_class_entropy);
   const Tensor grad_input = empty(input, shape_of(input), input.scalar_type());
   advise_huge_pages(grad_input.mutable_data_ptr(), grad_input.numel() * int64_t(grad_input.element_size()));
-  const StatisticsInputs inputs{grid, image.const_data_ptr(), dtype_of(input), probabilities, normalize};
+  const StatisticsInputs inputs{grid, image.const_data_ptr(), input.scalar_type(), probabilities, normalize};
   with_accumulate_type(input, [&]<typename scalar_t>() {
     patch_statistics_backward<scalar_t>(inputs, data<scalar_t>(c), data<scalar_t>(h),
                                         {data<scalar_t>(ge), data<scalar_t>(gc), data<scalar_t>(gh)},

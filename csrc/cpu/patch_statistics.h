@@ -1,8 +1,8 @@
 // Patch statistics on the CPU (method, section 2): the passes that the op calls, without torch.
 #pragma once
 
-#include "../shared/dtype.h"
 #include "../shared/patch_grid.h"
+#include "convert.h"
 #include "threads.h"
 
 namespace pglcl {
@@ -12,7 +12,7 @@ namespace pglcl {
 struct StatisticsInputs {
   PatchGrid grid;
   const void* input;
-  DType dtype;
+  ScalarType dtype;
   bool probabilities;
   bool normalize;
 };

@@ -30,9 +30,9 @@ double largest_share(const PatchGrid& g) {
   return double(std::numeric_limits<scalar_t>::max()) / (64 * patches);
 }
 
-Element element_of(DType dtype) {
-  if (dtype == DType::kBFloat16) return Element::kBFloat16;
-  return dtype == DType::kFloat16 ? Element::kFloat16 : Element::kAsComputed;
+Element element_of(ScalarType dtype) {
+  if (dtype == ScalarType::BFloat16) return Element::kBFloat16;
+  return dtype == ScalarType::Half ? Element::kFloat16 : Element::kAsComputed;
 }
 
 // The index of the first element of row y of slice z of image b.

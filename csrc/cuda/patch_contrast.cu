@@ -9,10 +9,6 @@
 namespace pglcl {
 namespace {
 
-OptionalTensor converted(const OptionalTensor& t, ScalarType type) {
-  return t ? OptionalTensor(as_contiguous(*t, type)) : std::nullopt;
-}
-
 // The rows for the fast kernels, which read 16 bytes at once. Rows are copied if their length or address is no multiple
 // of that (zeros are added to each row), or if they are long and of 16 bits (they are widened). The plain kernels need
 // no copy, but are far slower.

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "dtype.h"
+#include "host_device.h"
 
 namespace pglcl {
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "dtype.h"
+#include "host_device.h"
 
 namespace pglcl {
 

@@ -59,8 +59,8 @@ std::vector<double> wide(const std::vector<scalar_t>& values) {
 }
 
 template <typename scalar_t>
-constexpr DType dtype() {
-  return sizeof(scalar_t) == 8 ? DType::kFloat64 : DType::kFloat32;
+constexpr ScalarType dtype() {
+  return sizeof(scalar_t) == 8 ? ScalarType::Double : ScalarType::Float;
 }
 
 int differences = 0;
@@ -166,7 +166,7 @@ struct Statistics {
               {1, grid.stride, grid.stride},
               {1, grid.rows(), grid.columns()}};
     x.input = logits.data();
-    x.dtype = DType::kFloat32;
+    x.dtype = ScalarType::Float;
     const int64_t patches = grid.patches(), all = grid.classes * patches;
     std::vector<float> out(patches + 2 * all + (forward ? 0 : logits.size()));
     float *confidence = out.data() + patches, *class_entropy = confidence + all;
@@ -202,7 +202,7 @@ struct Gaussian {
   std::vector<float> run(const Parallel& parallel) const {
     GaussianInputs<float> x{};
     x.anchors = t.data();
-    x.dtype = DType::kFloat32;
+    x.dtype = ScalarType::Float;
     x.n = n, x.depth = depth, x.classes = classes;
     x.labels = y.data(), x.means = means.data(), x.covariances = covariances.data(), x.counts = counts.data();
     x.temperature = 0.2, x.covariance_scale = 4, x.negative_weight = 4096, x.ignore_index = -1;

@@ -13,9 +13,10 @@ from torch import Tensor
 
 import pglcl_ext
 from pglcl_ext._arguments import BoundsArguments, ContrastArguments, ContrastOutputs
-from pglcl_ext._library import ops
 from tests.problems import gaussian_arguments, rising_upstream
 from tests.simt import emulator
+
+ops = torch.ops.pglcl_ext
 
 
 @contextmanager

@@ -10,7 +10,7 @@
 #include "device_emulated.h"
 #endif
 
-#include "../../shared/dtype.h"
+#include "../../shared/host_device.h"
 #include "float16.h"
 
 namespace pglcl {

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../../shared/dtype.h"
+#include "../../shared/host_device.h"
 
 namespace pglcl {
 
