@@ -90,16 +90,20 @@ def alike_names(cases: Iterable[Case]) -> list[str]:
 
 
 def alike_patients(cases: Iterable[Case]) -> list[str]:
-    """A line about patients whose names differ only in case, spaces or the encoding of an accent."""
+    """A line about patients whose names differ only in case, spaces, leading zeros or the encoding of an accent.
+
+    Spreadsheets leave out the zeros of 001.
+    """
     groups: dict[str, list[str]] = {}
     for patient in sorted({case.patient for case in cases}):
-        key = "".join(unicodedata.normalize("NFKC", patient).casefold().split())
+        key = re.sub(r"(?<![0-9])0+(?=[0-9])", "", "".join(unicodedata.normalize("NFKC", patient).casefold().split()))
         groups.setdefault(key, []).append(patient)
     alike = [names for names in groups.values() if len(names) > 1]
     if not alike:
         return []
     names = " and ".join(map(repr, alike[0]))
-    return [f"{names} count as {len(alike[0])} patients, though only case or spaces differ ({len(alike)} such names)"]
+    how = "only case, spaces or leading zeros differ"
+    return [f"{names} count as {len(alike[0])} patients, though {how} ({len(alike)} such names)"]
 
 
 def not_listed(file: Path, cases: Sequence[Case]) -> list[str]:
