@@ -33,7 +33,7 @@ from pglcl.intensity import (
 )
 from pglcl.labels import MOST_CLASSES, LabelMap, parse_labels, value_counts
 from pglcl.layouts import Case, DataFolder
-from pglcl.levels import Level, Levels, levels_of
+from pglcl.levels import Level, Levels, apart_from_most, levels_of
 from pglcl.limits import check_memory
 from pglcl.memory import in_words
 from pglcl.model import choose_device
@@ -372,6 +372,8 @@ def survey(
     kept = trained if config.method != "supervised" else labelled
     resolution = Resolution.of([r.source for r in kept if r.source], config, slice_axis)
     notes += _other_voxels(reports[len(trained) :], resolution, config, slice_axis)
+    odd = apart_from_most([r.levels for r in kept], intensity)
+    notes += _some([f"{kept[i].case.images[0]}: {why}" for i, why in odd.items()], "training volumes with such values")
     levels = Levels.of([r.levels for r in kept])
     notes += _other_levels(reports[len(trained) :], levels, intensity)
     needed = prepared_bytes(kept, config, slice_axis, len(labels))
@@ -465,8 +467,13 @@ def _other_voxels(
 def _other_levels(held_out: Sequence[CaseReport], levels: Levels, intensity: Intensity) -> list[str]:
     """Lines about held out volumes whose intensities clearly differ from those of the training volumes."""
     lines = [f"{r.case.images[0]}: {why}" for r in held_out if (why := levels.problem(r.levels, intensity))]
+    return _some(lines, "volumes of validation and test with such values")
+
+
+def _some(lines: Sequence[str], what: str) -> list[str]:
+    """The first lines, and one with the number of the others."""
     more = len(lines) - SHOWN
-    return lines[:SHOWN] + ([f"and {more} more volumes of validation and test with such values"] if more > 0 else [])
+    return [*lines[:SHOWN], *([f"and {more} more {what}"] if more > 0 else [])]
 
 
 def _sliced_otherwise(reports: Sequence[CaseReport], slice_axis: int | None) -> list[str]:

@@ -12,6 +12,7 @@ from pglcl.intensity import Intensity
 
 SAMPLES = 100_000  # voxels of a channel that are looked at
 ELSEWHERE = 0.25  # share of the usual distance of both percentiles, by which both must lie outside
+FAR = 0.5  # share of that distance, by which both must lie away from most images of the training
 NARROWER = 10.0  # factor between distances, as between shares from 0 to 1 and numbers of a scanner
 # The other kinds standardise each image by itself, so that the network sees no shift and no factor; rgb has its limits.
 COMPARED = ("ct", "window", "none")
@@ -83,3 +84,32 @@ class Levels:
     def from_state(cls, state: Mapping[str, Any]) -> Levels:
         low, high = (tuple((float(a), float(b)) for a, b in state[name]) for name in ("low", "high"))
         return cls(low, high, tuple(float(d) for d in state["distance"]))
+
+
+def apart_from_most(images: Sequence[Sequence[Level]], intensity: Intensity) -> dict[int, str]:
+    """How images clearly differ from most of the others, by their places among `images`.
+
+    An image differs if both percentiles lie above, or both below, the medians of all images by more than half of the
+    usual distance, as a CT does that begins at 0 instead of -1024. It also differs if they are much closer together or
+    farther apart.
+    """
+    found = np.array([list(image) for image in images])  # (N, C, 2)
+    usual = np.median(found, axis=0)
+    lines: dict[int, str] = {}
+    for c, channel in enumerate(intensity.channels):
+        low, high = (float(v) for v in usual[c])
+        if channel.kind not in COMPARED or low >= high:
+            continue
+        shift = (found[:, c] - usual[c]) / (high - low)
+        distance = (found[:, c, 1] - found[:, c, 0]) / (high - low)
+        moved = (shift.min(axis=1) > FAR) | (shift.max(axis=1) < -FAR)
+        scaled = (distance > NARROWER) | ((distance < 1 / NARROWER) & (distance > 0))
+        for i in np.flatnonzero(moved | scaled):
+            which = f"channel {c} has" if len(intensity.channels) > 1 else "it has"
+            least, most = found[i, c]
+            lines.setdefault(
+                int(i),
+                f"{which} values from {least:.4g} to {most:.4g} (percentiles 5 and 95), most training images have "
+                f"values from {low:.4g} to {high:.4g}",
+            )
+    return lines

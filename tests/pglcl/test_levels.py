@@ -14,7 +14,7 @@ from pglcl.files import load_tensors, save_tensors
 from pglcl.inspection import inspect_folder
 from pglcl.intensity import Channel, Intensity, few_values
 from pglcl.layouts import open_folder
-from pglcl.levels import Levels, levels_of
+from pglcl.levels import Levels, apart_from_most, levels_of
 from pglcl.train import Training
 
 from tests.pglcl.folders import STRAIGHT, decathlon, kits, plain, save, tiny, volume
@@ -187,3 +187,35 @@ def test_a_label_in_the_place_of_an_image_is_named(
         shutil.copy(root / "labels" / "case00.nii.gz", root / "labels" / f"case{i:02d}.nii.gz")
     notes = [note for report in inspect_folder(open_folder(root)) for note in report.notes]
     assert [n for n in notes if "values" in n] == ["7 of 8 images have at most 8 different values; are they labels?"]
+
+
+def test_a_training_image_that_lies_apart_from_most_is_found() -> None:
+    images = [torso(seed, air=0.1 * seed) for seed in range(9)]
+    assert apart_from_most([levels_of(image) for image in images], CT) == {}
+    for change in (lambda x: x + 1024, lambda x: x - 1024, lambda x: (x + 1024) / 2048, lambda x: x * 16):
+        # Two of nine, which would hide each other if each were compared with the range of the others.
+        others = [change(image) if i in (3, 4) else image for i, image in enumerate(images)]
+        found = apart_from_most([levels_of(image) for image in others], CT)
+        assert list(found) == [3, 4]
+        assert "most training images have values from -1000 to" in found[3]
+        assert apart_from_most([levels_of(image) for image in others], PERCENTILE) == {}
+    two = Intensity((Channel("none"), Channel("none")), "")
+    both = [np.concatenate([image, image + 5000 * (i == 2)]) for i, image in enumerate(images)]
+    found = apart_from_most([levels_of(image) for image in both], two)
+    assert list(found) == [2]
+    assert found[2].startswith("channel 1 has values from 4000 to")
+    assert apart_from_most([levels_of(np.ones((1, 4, 4, 4)))] * 3, CT) == {}
+
+
+def test_train_names_a_training_ct_that_begins_at_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = kits(tmp_path / "data", 8)
+    Training(root, tmp_path / "run", tiny(steps=4)).run()
+    assert "most training images" not in capsys.readouterr().err
+    for name in ("case_00001", "case_00003"):  # labelled, and unlabelled
+        path = root / name / "imaging.nii.gz"
+        image = nib.load(path)
+        save(path, np.asarray(image.dataobj) + np.int16(1024), image.affine)
+    Training(root, tmp_path / "other", tiny(steps=4)).run()
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert said.count("most training images have values") == 2
+    assert "case_00001/imaging.nii.gz: it has values from" in said
