@@ -223,6 +223,21 @@ def test_forward_mode_and_export_are_refused_by_name(gather: str) -> None:
         torch.export.export(PatchContrastLoss(group=dist.group.WORLD, gather=gather), (z, y))
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("gather", ["all", "ring"])
+def test_a_compiled_loss_with_a_group_is_the_eager_one(gather: str) -> None:
+    module = PatchContrastLoss(num_positives=2, group=dist.group.WORLD, gather=gather)
+    z, y, h = side(9, 0)
+    results = []
+    for function in (module, torch.compile(module, backend="aot_eager")):
+        leaf = z.clone().requires_grad_()
+        loss = function(leaf, y, h)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    for got, want in zip(*results):
+        torch.testing.assert_close(got, want)
+
+
 class Image(Tensor):
     """A subclass whose ``new_empty`` takes a tuple alone, as that of MONAI's MetaTensor."""
 
