@@ -324,7 +324,7 @@ def predict(
     predictor = Predictor(models, tta=tta, postprocess=postprocess)
     cases = group_inputs(images)
     writer = Writer(output, models[0].labels, probabilities=probabilities, entropy=entropy, overwrite=overwrite)
-    writer.check(cases, data_folders(run, images), images)
+    writer.check(cases, data_folders(run, images, output), images)
     for path, model in zip((run, *(ensemble or [])), models):
         if weights == "last" and not model.finished and not quiet:
             _complain(f"pglcl: {model.unfinished(path)}")

@@ -305,13 +305,20 @@ class Predictor:
         return list(every) if self.postprocess == "largest-component" else []
 
 
-def data_folders(run: Path, inputs: Sequence[Path]) -> list[Path]:
-    """The data folders of the run and of the inputs. No output may count as one of their images or labels."""
+def data_folders(run: Path, inputs: Sequence[Path], output: Path) -> list[Path]:
+    """The data folders of the run, of the inputs and around the output. No mask may count as an image or label there."""
     found = []
     with contextlib.suppress(UserError):  # the model was moved out of its run
         found.append(data_of(run))
     folders = [path if path.is_dir() else path.parent for path in inputs]
-    return [*found, *dict.fromkeys(f.resolve().parent for f in folders if f.resolve().name.startswith("images"))]
+    place = output.resolve()
+    # Only folders that show what they are: to look for patients' folders would read all that lies below.
+    around = [f for f in (place, *place.parents[:2]) if (f / "images").is_dir() or (f / "dataset.json").is_file()]
+    return [
+        *found,
+        *around,
+        *dict.fromkeys(f.resolve().parent for f in folders if f.resolve().name.startswith("images")),
+    ]
 
 
 @dataclass(frozen=True)

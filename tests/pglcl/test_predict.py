@@ -22,7 +22,7 @@ from pglcl.train import Training
 from pglcl.volumes import Geometry
 
 from pglcl_ext.patch_statistics import pixel_entropy
-from tests.pglcl.folders import STRAIGHT, plain, tiny, volume, write
+from tests.pglcl.folders import STRAIGHT, nnunet, plain, tiny, volume, write
 
 Trained = tuple[Path, Path]
 
@@ -152,6 +152,20 @@ def test_masks_in_the_folder_of_the_images_are_refused(
         assert "holds the images, and masks in it would be read as images next time" in capsys.readouterr().err
     assert sorted(path.suffix for path in folder.iterdir()) in ([".mhd", ".raw"], [".mhd", ".zraw"])
     assert main(["predict", str(trained[1]), str(folder), "-o", str(folder / "masks")]) == 0
+
+
+def test_masks_among_the_labels_of_another_data_set_are_refused(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They would silently make its unlabelled images labelled ones."""
+    scan = write(tmp_path / "scans" / "case05.nii.gz", volume(0)[0])
+    for other, folder in ((plain(tmp_path / "plain", 6), "labels"), (nnunet(tmp_path / "nnunet"), "labelsTr")):
+        before = sorted((other / folder).iterdir())
+        for output in (other / folder, other / folder / "more", other):
+            assert main(["predict", str(trained[1]), str(scan), "-o", str(output), "--overwrite"]) == 2
+            assert f"lies in the data folder {other}" in capsys.readouterr().err
+        assert sorted((other / folder).iterdir()) == before
+        assert main(["predict", str(trained[1]), str(scan), "-o", str(other / "predicted"), "-q"]) == 0
 
 
 def test_masks_in_the_folder_of_the_labels_of_a_list_are_refused(
