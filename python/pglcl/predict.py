@@ -306,7 +306,7 @@ class Predictor:
 
 
 def data_folders(run: Path, inputs: Sequence[Path], output: Path) -> list[Path]:
-    """The data folders of the run, of the inputs and around the output. No mask may count as an image or label there."""
+    """The data folders of the run, of the inputs and around the output, where no mask may count as image or label."""
     found = []
     with contextlib.suppress(UserError):  # the model was moved out of its run
         found.append(data_of(run))
