@@ -264,7 +264,8 @@ class Survey:
     """What a training must know of its data before it prepares them.
 
     labels, intensity, resolution, levels, description: part of the model. channels: of the images. slice_axis: of 2-D
-    training, None in 3-D. needed: bytes of the prepared volumes. notes: lines to print at the start.
+    training, None in 3-D. needed: bytes of the prepared volumes. voxels: of each class in the
+    files of the labelled volumes. notes: lines to print at the start.
     """
 
     labels: LabelMap
@@ -275,7 +276,18 @@ class Survey:
     channels: int
     slice_axis: int | None
     needed: int
+    voxels: tuple[int, ...]
     notes: tuple[str, ...]
+
+    def lost_classes(self, kept: set[int], config: TrainConfig) -> list[str]:
+        """A line for each class that files have and the prepared labels do not; `kept`: the classes that these have."""
+        how = f"--spacing {config.spacing}" if config.spacing else f"--image-size {'x'.join(map(str, config.size))}"
+        return [
+            f"class {k} ({self.labels.names[k]}): its {n} labelled voxels vanish when volumes are brought to {how}; it "
+            "cannot be learned"
+            for k, n in enumerate(self.voxels)
+            if n and k not in kept
+        ]
 
 
 def declared_labels(data: DataFolder, config: TrainConfig) -> LabelMap | None:
@@ -369,6 +381,7 @@ def survey(
     notes.append(f"intensities: {intensity.describe()}")
     slice_axis = choose_slice_axis(config, labelled[0].shape)
     notes += _sliced_otherwise(reports, slice_axis) if config.slice_axis < 0 else []
+    notes += _shrunk(labelled, config, slice_axis)
     kept = trained if config.method != "supervised" else labelled
     resolution = Resolution.of([r.source for r in kept if r.source], config, slice_axis)
     notes += _other_voxels(reports[len(trained) :], resolution, config, slice_axis)
@@ -381,7 +394,16 @@ def survey(
     notes.append(f"{len(kept)} prepared volumes take {in_words(needed)}")
     described = Description.of(data)
     return Survey(
-        labels, intensity, resolution, levels, described, reports[0].channels, slice_axis, needed, tuple(notes)
+        labels,
+        intensity,
+        resolution,
+        levels,
+        described,
+        reports[0].channels,
+        slice_axis,
+        needed,
+        tuple(sum(counts) for counts in zip(*(labels.class_counts(r.label_voxels) for r in labelled))),
+        tuple(notes),
     )
 
 
@@ -440,6 +462,7 @@ def _origin(config: TrainConfig, data: DataFolder) -> str:
     return "as the data declare them" if data.labels else "a class for each value that the label files have"
 
 
+SHRUNK = 2.0  # factor between the sides of slices before and after, from which train says so
 UNEQUAL = 2.0  # factor between voxel sizes of training volumes from which --spacing is recommended
 
 
@@ -474,6 +497,18 @@ def _some(lines: Sequence[str], what: str) -> list[str]:
     """The first lines, and one with the number of the others."""
     more = len(lines) - SHOWN
     return [*lines[:SHOWN], *([f"and {more} more {what}"] if more > 0 else [])]
+
+
+def _shrunk(reports: Sequence[CaseReport], config: TrainConfig, slice_axis: int | None) -> list[str]:
+    """A line about slices that become much smaller, so that small objects are lost."""
+    if slice_axis is None:
+        return []
+    now = [resized_shape(r.shape, r.spacing, slice_axis=slice_axis, size=config.size, target=None) for r in reports]
+    factor = float(np.median([max(a / b for a, b in zip(r.shape, small)) for r, small in zip(reports, now)]))
+    size = "x".join(map(str, config.size))
+    if factor < SHRUNK:
+        return []
+    return [f"slices are shrunk {factor:.3g} times along each side, to --image-size {size}; a larger one keeps details"]
 
 
 def _sliced_otherwise(reports: Sequence[CaseReport], slice_axis: int | None) -> list[str]:

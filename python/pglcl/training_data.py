@@ -71,6 +71,10 @@ def load_training_data(
     if config.cache:
         clear_partial(Path(config.cache))
     labelled = [prepared(case, found.labels) for case in cases_of(folder, split.labelled, with_label=True)]
+    kept = {int(k) for one in labelled if one.label is not None for k in one.label.unique()}
+    if progress:
+        for line in found.lost_classes(kept, config):
+            progress.print_line(line)
     if config.spatial_dims == 3:
         for one in labelled:
             one.foreground  # noqa: B018  (computed here once, instead of in every process that prepares batches)

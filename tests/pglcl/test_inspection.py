@@ -16,6 +16,8 @@ from pglcl.errors import UserError
 from pglcl.inspection import inspect_folder, labels_of, propose, survey, warnings_of
 from pglcl.labels import LabelMap, parse_labels
 from pglcl.layouts import open_folder
+from pglcl.progress import Progress
+from pglcl.training_data import load_training_data
 
 from tests.pglcl.folders import OBLIQUE, acdc, decathlon, kits, nnunet, pictures, plain, save, tiny, volume
 
@@ -303,3 +305,27 @@ def test_volumes_that_take_no_part_are_said(tmp_path: Path) -> None:
     notes = checked(root, split_file=str(file), labelled=1).notes
     (note,) = (note for note in notes if "take no part" in note)
     assert note.startswith("12 volumes take no part, since the split does not name their patients: patient001_frame01,")
+
+
+def test_a_class_that_vanishes_when_slices_are_shrunk_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = plain(tmp_path / "data", shape=(150, 140, 5))
+    for i in range(6):
+        path = root / "labels" / f"case{i:02d}.nii.gz"
+        label = np.asarray(nib.load(path).dataobj).copy()
+        label[label == 2] = 0
+        label[76, 71, 2] = 2  # between the voxels that are kept
+        save(path, label)
+    config = tiny(labelled=2)
+    load_training_data(root, config, progress=Progress(8))
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "slices are shrunk 4.7 times along each side, to --image-size 32x32; a larger one keeps details" in said
+    assert (
+        "class 2 (label 2): its 2 labelled voxels vanish when volumes are brought to --image-size 32x32; it cannot be "
+        "learned"
+    ) in said
+    load_training_data(plain(tmp_path / "small"), config, progress=Progress(8))
+    said = capsys.readouterr().err
+    assert "shrunk" not in said
+    assert "voxels vanish" not in said
