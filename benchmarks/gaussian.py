@@ -53,7 +53,7 @@ def make(N: int, D: int, dtype: str, device: str) -> Calls:
     anchors.requires_grad_()
     eager = reference.gaussian_contrast_loss
     functions = (gaussian_contrast_loss, authors, eager, torch.compile(eager, dynamic=False))
-    return {c: passes(f, (anchors, *rest), (anchors,)) for c, f in zip(CONTENDERS, functions)}
+    return {c: passes(f, (anchors, *rest), (anchors,)) for c, f in zip(CONTENDERS, functions, strict=True)}
 
 
 def run(*, threads: int, device: str = "cpu", sizes: tuple[int, ...] = ()) -> tuple[list[dict], str]:

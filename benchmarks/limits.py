@@ -82,7 +82,7 @@ def contrast(n: int, keys: bool, dtype: str) -> dict[str, Callable[[], Any]]:
 
     anchors, options = side(), dict[str, Any](OPTIONS)
     if keys:
-        options |= zip(("keys", "key_labels", "key_descriptors"), side())
+        options |= zip(("keys", "key_labels", "key_descriptors"), side(), strict=True)
     return passes(patch_contrast_loss, anchors, (anchors[0].requires_grad_(),), **options)
 
 

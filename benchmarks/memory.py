@@ -53,7 +53,7 @@ def make_volume(root: Path) -> Path:
     label = np.zeros(SHAPE, np.uint8)
     for k in range(1, CLASSES - 1):
         corner = [int(random.integers(0, n // 2)) for n in SHAPE]
-        label[tuple(slice(c, c + n // 3) for c, n in zip(corner, SHAPE))] = k
+        label[tuple(slice(c, c + n // 3) for c, n in zip(corner, SHAPE, strict=True))] = k
     label[:8, :8, :8] = label[-8:, -8:, -8:] = CLASSES - 1
     coarse = random.integers(-1000, 1000, [-(-n // 32) for n in SHAPE]).astype(np.int16)
     image = np.kron(coarse, np.ones((32, 32, 32), np.int16))[tuple(map(slice, SHAPE))] // 4 + 100 * label.astype(

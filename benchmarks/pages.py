@@ -74,7 +74,7 @@ def segmentation() -> str:
     if not results("segmentation"):
         return "No run has ended yet with the training scheme of this version."
     blocks = (RESULTS / "segmentation.md").read_text(encoding="utf-8").strip().split("\n\n")
-    note, goals, tables = blocks[0], blocks[1], list(zip(blocks[2::2], blocks[3::2]))
+    note, goals, tables = blocks[0], blocks[1], list(zip(blocks[2::2], blocks[3::2], strict=True))
     kept = [f"{title}\n\n{body}" for title, body in tables if not title.endswith("by class")]
     lines = "\n\n".join([goals, *kept, note]).splitlines()
     return "\n".join(line for line in lines if "| not run |" not in line)
@@ -110,7 +110,7 @@ def figures() -> str:
     gauss = {"N": 512, "D": 128, "dtype": "float32"}
     ours = [find(own, contender="pglcl_ext", passes="forward", **gauss) for own in measured("gaussian")]
     same = "the same value" if all(row and row["values"][0]["same"] for row in ours) else "ANOTHER VALUE"
-    time, memory = (max(values) for values in zip(*(slopes(own) for own in measured("scaling"))))
+    time, memory = (max(values) for values in zip(*(slopes(own) for own in measured("scaling")), strict=True))
     threads = min(gain_of_threads(own) for own in measured("scaling"))
     eager, theirs = "eager reference", "authors' formulas"
     rows = [
@@ -180,8 +180,8 @@ def verdict() -> str:
             f"On patients never used in training, the contrast changes the Dice of its base method by {dice} and "
             f"HD95 by {hd95}: {named[0]}, {runs}."
         )
-    dices = [(100 * record["minus_base"]["dice"][0], name) for record, name in zip(found, named)]
-    hd95s = [(record["minus_base"]["hd95"][0], name) for record, name in zip(found, named)]
+    dices = [(100 * record["minus_base"]["dice"][0], name) for record, name in zip(found, named, strict=True)]
+    hd95s = [(record["minus_base"]["hd95"][0], name) for record, name in zip(found, named, strict=True)]
     (best, where), (worst, there) = max(dices), min(dices)
     (near, closer), (far, farther) = min(hd95s), max(hd95s)
     runs = f"{min(seeds)} to {max(seeds)}" if min(seeds) < max(seeds) else str(seeds[0])

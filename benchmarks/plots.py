@@ -88,7 +88,7 @@ def outlines(path: Path, case: Any, runs: dict[str, Path]) -> None:
     shown = {"truth": truth, **{title: Predictor([model])(case)[0].mask() for title, model in models.items()}}
     size = (3.0 * len(shown), 3.0 * picture.shape[0] / picture.shape[1] + 0.4)
     figure, axes = plt.subplots(1, len(shown), figsize=size)
-    for axis, (title, mask) in zip(axes, shown.items()):
+    for axis, (title, mask) in zip(axes, shown.items(), strict=True):
         axis.imshow(picture, cmap="gray", interpolation="nearest")  # one channel is grey, three are colours
         for k in range(1, first.num_classes):
             axis.contour((mask[..., z] == k).float(), [0.5], colors=[colour(k)], linewidths=1.2)
@@ -119,8 +119,8 @@ def segmentation(runs: Path, data: Path, dataset: str = "histology", seed: int =
     by_base = sorted(scores[1].items(), key=lambda item: item[1])
     patient = by_base[len(by_base) // 2][0]
     case = cases_of(open_folder(data / asked.folder), [patient], with_label=True)[0]
-    titles = [f"{run.method}, Dice {100 * found[patient]:.0f}" for run, found in zip(rows, scores)]
-    outlines(runs / f"{dataset}.png", case, {title: run.folder(runs) for title, run in zip(titles, rows)})
+    titles = [f"{run.method}, Dice {100 * found[patient]:.0f}" for run, found in zip(rows, scores, strict=True)]
+    outlines(runs / f"{dataset}.png", case, {title: run.folder(runs) for title, run in zip(titles, rows, strict=True)})
     return True
 
 
@@ -134,7 +134,7 @@ def scaling(folder: Path) -> None:
         ("forward + backward [ms]", [1e3 * median(c["seconds"]) for c in cases], 2),
         ("memory beyond the inputs [MiB]", [c["bytes"] / 2**20 for c in cases], 1),
     )
-    for axis, (title, values, power) in zip(axes, curves):
+    for axis, (title, values, power) in zip(axes, curves, strict=True):
         axis.plot(sizes, values, marker="o", color="#D55E00", label="measured")
         line = [values[-1] * (n / sizes[-1]) ** power for n in sizes]
         axis.plot(sizes, line, "--", color="#777777", label=f"slope {power}")

@@ -38,7 +38,7 @@ def slope(xs: list[float], ys: list[float]) -> float:
         return math.nan
     a, b = [math.log(x) for x in xs], [math.log(y) for y in ys]
     ma, mb = sum(a) / len(a), sum(b) / len(b)
-    return sum((x - ma) * (y - mb) for x, y in zip(a, b)) / sum((x - ma) ** 2 for x in a)
+    return sum((x - ma) * (y - mb) for x, y in zip(a, b, strict=True)) / sum((x - ma) ** 2 for x in a)
 
 
 def make(N: int) -> Calls:

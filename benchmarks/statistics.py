@@ -18,7 +18,7 @@ def make(shape: tuple[int, ...], patch: int, stride: int, dtype: str, device: st
     logits.requires_grad_()
     eager = reference.patch_statistics
     functions = (patch_statistics, eager, torch.compile(eager, dynamic=False))
-    return {c: passes(f, (logits, patch, stride), (logits,)) for c, f in zip(CONTENDERS, functions)}
+    return {c: passes(f, (logits, patch, stride), (logits,)) for c, f in zip(CONTENDERS, functions, strict=True)}
 
 
 def run(*, threads: int, device: str = "cpu") -> tuple[list[dict], str]:

@@ -144,7 +144,7 @@ def check_contrast(case: Contrast) -> None:
     close(ours[0], exact[0], 1e-5, off + 1e-6)
     # A share of the softmax is at most 1. It has the error of its exponent, and is multiplied by embeddings / tau.
     shares = min(1.0, math.expm1(min(off, 1.0)) + 1e-5)
-    for got, want, other in zip(ours[1:], exact[1:], reversed(norms)):
+    for got, want, other in zip(ours[1:], exact[1:], reversed(norms), strict=True):
         counted = 1 if case.reduction == "mean" else len(got)
         floor = 4 * shares * case.upstream * other / case.temperature * counted
         if math.isfinite(floor):
@@ -224,11 +224,11 @@ def check_statistics(
             values = function(x, patch, stride, normalize=normalize)
             grads = [
                 torch.autograd.grad(value, x, weight.to(value.dtype), retain_graph=True)[0]
-                for value, weight in zip(values, weights)
+                for value, weight in zip(values, weights, strict=True)
             ]
         results.append([*(value.detach() for value in values[:2]), torch.where(present, values[2].detach(), 0), *grads])
     eps = max(torch.finfo(DTYPES[dtype]).eps, 1e-6)
-    for got, want in zip(*results):
+    for got, want in zip(*results, strict=True):
         close(got, want, 8 * eps, 8 * eps * max(1.0, float(want.abs().amax()) if want.numel() else 0.0))
 
 
@@ -253,7 +253,7 @@ def check_disparity(
     eps = max(torch.finfo(DTYPES[dtype]).eps, torch.finfo(torch.float32).eps if dtype else 0.0)
     subnormal = torch.finfo(DTYPES[dtype]).tiny * torch.finfo(DTYPES[dtype]).eps
     close(results[0][0], results[1][0], 4 * eps, 4 * eps * scale + subnormal)
-    for got, want, rows in zip(results[0][1:], results[1][1:], (grad.shape[1], grad.shape[0])):
+    for got, want, rows in zip(results[0][1:], results[1][1:], (grad.shape[1], grad.shape[0]), strict=True):
         close(got, want, 4 * eps, 8 * eps * (1 + rows) ** 0.5)
 
 

@@ -291,7 +291,7 @@ def test_hard_negatives_compile_whole() -> None:
         torch.manual_seed(0)
         loss = function(z, y)
         results.append((loss.detach(), *torch.autograd.grad(loss, z)))
-    for a, b in zip(*results):
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -380,7 +380,7 @@ def test_an_exported_program_that_returns_named_tuples_is_saved_and_loaded(stric
     file = io.BytesIO()
     torch.export.save(torch.export.export(module, (x,), strict=strict), file)
     file.seek(0)
-    for got, want in zip(torch.export.load(file).module()(x), module(x)):
+    for got, want in zip(torch.export.load(file).module()(x), module(x), strict=True):
         assert type(got) is type(want)
         torch.testing.assert_close(got, want)
 
@@ -401,5 +401,5 @@ def test_a_number_of_rows_that_depends_on_data_compiles_whole(within: bool) -> N
         features = torch.linspace(-3, 3, 2 * 4 * 8 * 8).sin().view(2, 4, 8, 8).requires_grad_()
         value = function(features)
         results.append((value.detach(), *torch.autograd.grad(value, features)))
-    for got, want in zip(*results):
+    for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want)

@@ -150,7 +150,7 @@ def test_one_positive_a_row_is_a_cross_entropy() -> None:
     want = torch.autograd.grad(pairs.ours(*inputs), inputs[:2])
     for function in (pairs.plain, pairs.chunked):
         torch.testing.assert_close(function(*inputs), pairs.ours(*inputs))
-        for mine, theirs in zip(want, torch.autograd.grad(function(*inputs), inputs[:2])):
+        for mine, theirs in zip(want, torch.autograd.grad(function(*inputs), inputs[:2]), strict=True):
             torch.testing.assert_close(theirs, mine)
 
 

@@ -24,9 +24,9 @@ def test_every_border_position_is_cut_at_its_place(patch, stride: int | None) ->
         found = class_patches(image, labels, patch, 2, stride=stride)
         assert len(found.labels) >= 1
         assert found.labels.unique().tolist() == [1]
-        for crop, index in zip(found.images, found.index):
+        for crop, index in zip(found.images, found.index, strict=True):
             first = index[1:].tolist()
-            assert all(0 <= f <= extent - s for f, s, extent in zip(first, size, (11, 12)))
+            assert all(0 <= f <= extent - s for f, s, extent in zip(first, size, (11, 12), strict=True))
             assert list(crop.shape[1:]) == size
             expected = torch.zeros(size)
             expected[corner[0] - first[0], corner[1] - first[1]] = image[0, 0, corner[0], corner[1]]

@@ -95,7 +95,7 @@ def compare_with_one_process(rank: int, world: int, folder: str) -> None:
     join(rank, world, folder)
     for sizes in SIZES[world]:
         parts = batches(sizes)
-        whole = [torch.cat(column) for column in zip(*parts)]
+        whole = [torch.cat(column) for column in zip(*parts, strict=True)]
         for options in OPTIONS.values():
             for with_keys in (False, True):
                 single = network()
@@ -103,7 +103,7 @@ def compare_with_one_process(rank: int, world: int, folder: str) -> None:
                 if with_keys:
                     every = [side(4 + r, r) for r in range(world)]
                     names = ("keys", "key_labels", "key_descriptors")
-                    keys = {n: torch.cat(c).clone() for n, c in zip(names, zip(*every))}
+                    keys = {n: torch.cat(c).clone() for n, c in zip(names, zip(*every, strict=True), strict=True)}
                     keys["keys"].requires_grad_()
                 expected = patch_contrast_loss(single(whole[0]), *whole[1:], **keys, **options)
                 expected.backward()
@@ -112,14 +112,14 @@ def compare_with_one_process(rank: int, world: int, folder: str) -> None:
                     x, y, h = parts[rank]
                     own: dict[str, Tensor] = {}
                     if with_keys:
-                        own = {n: t.clone() for n, t in zip(names, side(4 + rank, rank))}
+                        own = {n: t.clone() for n, t in zip(names, side(4 + rank, rank), strict=True)}
                         own["keys"].requires_grad_()
                     loss = patch_contrast_loss(model(x), y, h, **own, **options, group=dist.group.WORLD, gather=gather)
                     loss.backward()
                     mean = loss.detach().clone()
                     dist.all_reduce(mean)
                     torch.testing.assert_close(mean / world, expected.detach(), rtol=1e-10, atol=1e-12)
-                    for p, q in zip(model.parameters(), single.parameters()):
+                    for p, q in zip(model.parameters(), single.parameters(), strict=True):
                         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
                     if with_keys:  # the gradient of the sum of the ranks' losses
                         first = sum(4 + r for r in range(rank))
@@ -177,7 +177,7 @@ def rows_of_any_bytes(rank: int, world: int, folder: str) -> None:
         for depth in (1, 3, 6):
             for sizes in ([5, 3], [1, 4], [2, 0], [1, 0], [0, 0]):
                 every = [side(n, n) for n in sizes]
-                z, y, h = (torch.cat(column) for column in zip(*every))
+                z, y, h = (torch.cat(column) for column in zip(*every, strict=True))
                 whole = z.repeat(1, 2)[:, :depth].to(dtype)
                 labels, descriptors = y.clamp(min=0) % 2, h.float()
                 want = patch_contrast_loss(whole, labels, descriptors, reduction="none")
@@ -260,7 +260,7 @@ def test_a_subclass_of_tensor_changes_no_result(gather: str, rows: int) -> None:
         queue.enqueue(z, y)
         assert z.grad is not None
         results.append([t.detach().as_subclass(Tensor) for t in (loss, z.grad, queue.storage)])
-    for got, want in zip(*results):
+    for got, want in zip(*results, strict=True):
         assert torch.equal(got, want)
 
 
@@ -293,7 +293,7 @@ def train_sharded(rank: int, world: int, folder: str) -> None:
     join(rank, world, folder)
     parts = batches([8, 5])
     single = network()
-    whole = [torch.cat(column) for column in zip(*parts)]
+    whole = [torch.cat(column) for column in zip(*parts, strict=True)]
     patch_contrast_loss(single(whole[0]), *whole[1:], num_positives=3).backward()
     x, y, h = parts[rank]
     for gather in ("all", "ring"):
@@ -323,7 +323,7 @@ def equal_queues(rank: int, world: int, folder: str) -> None:
     for step in range(5):
         every = [side((r + step) % 4, 10 * step + r) for r in range(world)]
         queue.enqueue(*every[rank])
-        expected.enqueue(*(torch.cat(c) for c in zip(*every)))
+        expected.enqueue(*(torch.cat(c) for c in zip(*every, strict=True)))
     for name, t in queue.state_dict().items():
         assert torch.equal(t, expected.state_dict()[name]), name
     leave()

@@ -25,7 +25,7 @@ class ListQueue:
         self.length = length
 
     def enqueue(self, embeddings: Tensor, labels: Tensor) -> None:
-        for z, y in zip(embeddings, labels.tolist()):
+        for z, y in zip(embeddings, labels.tolist(), strict=True):
             if 0 <= y < len(self.lists):
                 self.lists[y] = [*self.lists[y], z][-self.length :]
 
@@ -94,7 +94,7 @@ def test_statistics_are_kept_in_32_bits_under_autocast(device: torch.device) -> 
     z, y = torch.randn(6, 8, device=device), torch.arange(6, device=device) % 2
     expected, loss = module.queue.statistics(), module(z, y)
     with torch.autocast(device.type, torch.bfloat16):
-        assert all(torch.equal(a, b) for a, b in zip(module.queue.statistics(), expected))
+        assert all(torch.equal(a, b) for a, b in zip(module.queue.statistics(), expected, strict=True))
         assert torch.equal(module(z, y), loss)
     for dtype in (torch.float16, torch.int64, 0):
         with pytest.raises(TypeError, match=r"dtype must be torch\.float32 or torch\.float64, got"):

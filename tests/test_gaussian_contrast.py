@@ -34,7 +34,7 @@ def double_loop(x: GaussianArguments) -> Tensor:
     """method, section 6, term by term, with exact logarithms of sums; float64."""
     taking_part = [k for k in range(len(x.counts)) if x.counts[k] > 0]
     losses = []
-    for t, y in zip(x.anchors, x.labels.tolist()):
+    for t, y in zip(x.anchors, x.labels.tolist(), strict=True):
         if y not in taking_part:
             continue
 
@@ -193,7 +193,7 @@ def test_compiles_without_graph_breaks(device: torch.device) -> None:
         t = anchors.clone().requires_grad_()
         loss = function(t)
         results.append((loss.detach(), *torch.autograd.grad(loss, t)))
-    for a, b in zip(*results):
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
 
 

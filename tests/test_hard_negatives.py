@@ -187,6 +187,6 @@ def test_an_anchor_that_is_not_finite_does_not_count(bad: float) -> None:
         labels = torch.cat([y, torch.arange(extra)])
         generator = torch.Generator().manual_seed(0)
         results.append(hard_negative_statistics(anchors, labels, queue, generator=generator))
-    for a, b in zip(*results):
+    for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
     assert not torch.equal(results[0][0][0, 1], queue.statistics()[0][1])

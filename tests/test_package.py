@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -142,7 +143,7 @@ def test_every_package_of_the_sources_is_installed() -> None:
     folders = (ROOT, ROOT / "python")
     found = {
         ".".join(file.parent.relative_to(folder).parts)
-        for folder, name in zip(folders, ("pglcl_ext", "pglcl"))
+        for folder, name in zip(folders, ("pglcl_ext", "pglcl"), strict=True)
         for file in (folder / name).rglob("__init__.py")
     }
     assert set(listed) == found
@@ -157,9 +158,16 @@ def test_every_public_name_has_a_docstring_and_every_function_a_twin() -> None:
     assert functions - {"hard_negative_statistics"} <= twins  # which draws numbers
 
 
-@pytest.mark.parametrize(
-    "op", [n for n in dir(torch.ops.pglcl_ext) if n.startswith(("patch", "semantic", "disparity", "gaussian"))]
-)
+OPS = re.findall(r'm\.def\(\s*"(\w+)\(', (ROOT / "csrc" / "pglcl.cpp").read_text())
+
+
+def test_the_registered_ops_are_those_of_the_sources() -> None:
+    schemas = (s.name.split("::") for s in torch._C._jit_get_all_schemas())
+    registered = {name for space, name in schemas if space == "pglcl_ext"}
+    assert {name for name in registered if not name.endswith("_traced")} == set(OPS)
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_every_op_has_an_implementation_per_device(op: str) -> None:
     keys = ["CPU", "Meta"] + (["CUDA"] if build_info()["cuda_built"] else [])
     for key in keys:

@@ -152,8 +152,10 @@ def errors_beside_pytorch(problem: ContrastProblem) -> list[tuple[float, float]]
     ):
         loss = p.loss(function)
         results.append([t.detach().double() for t in (loss, *p.gradients(loss.mean()))])
-    shares = [[float((a - b).abs().max() / b.abs().max()) for a, b in zip(r, results[0])] for r in results[1:]]
-    return list(zip(*shares))
+    shares = [
+        [float((a - b).abs().max() / b.abs().max()) for a, b in zip(r, results[0], strict=True)] for r in results[1:]
+    ]
+    return list(zip(*shares, strict=True))
 
 
 @pytest.mark.parametrize("temperature", [0.2, 0.002])
@@ -253,7 +255,7 @@ def test_other_label_values_change_nothing(device: torch.device, m: int | None, 
     p.options["ignore_index"] = LABELS[7]
     renamed = p.loss()
     torch.testing.assert_close(renamed, loss)
-    for one, other in zip(p.gradients(renamed), gradients):
+    for one, other in zip(p.gradients(renamed), gradients, strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -278,7 +280,7 @@ def test_same_bits_for_any_number_of_threads(
         loss = p.loss()
         results.append((loss, *p.gradients(loss)))
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def test_compiles_without_graph_breaks(device: torch.device) -> None:
         compiled = torch.compile(patch_contrast_loss, fullgraph=True, backend="aot_eager")
         loss, expected = problem.loss(compiled), problem.loss()
         torch.testing.assert_close(loss, expected)
-        for a, b in zip(problem.gradients(loss), problem.gradients(expected)):
+        for a, b in zip(problem.gradients(loss), problem.gradients(expected), strict=True):
             torch.testing.assert_close(a, b)
     module = PatchContrastLoss(0.1, max_positive_disparity=0.5)
     compiled_module = torch.compile(module, fullgraph=True, backend="aot_eager")

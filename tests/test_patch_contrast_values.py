@@ -59,7 +59,7 @@ def assert_large_logits_match(problem: ContrastProblem, dtype: torch.dtype) -> N
     value, expected = ours.loss(), oracle.loss(reference.patch_contrast_loss)
     torch.testing.assert_close(value.double(), expected, rtol=4e-6, atol=4e-6)
     epsilon = max(torch.finfo(dtype).eps, 4e-6)
-    for a, b in zip(ours.gradients(value), oracle.gradients(expected)):
+    for a, b in zip(ours.gradients(value), oracle.gradients(expected), strict=True):
         floor = epsilon * b.abs().max()
         torch.testing.assert_close(a.double(), b.to(dtype).double(), rtol=2 * epsilon, atol=float(floor))
 
@@ -95,7 +95,7 @@ def test_logits_beyond_float32_give_the_right_loss_or_infinity(
         assert torch.equal(losses.isinf(), wanted > largest)
         torch.testing.assert_close(losses.double(), wanted.where(wanted <= largest, math.inf), rtol=1e-5, atol=1e-5)
         weights = torch.linspace(0.5, 1.5, 60)
-        for got, want in zip(p.gradients(losses, weights), exact.gradients(wanted, weights.double())):
+        for got, want in zip(p.gradients(losses, weights), exact.gradients(wanted, weights.double()), strict=True):
             room = want.abs() < torch.finfo(dtype).max
             epsilon = 2 * max(torch.finfo(dtype).eps, 1e-5)
             floor = epsilon * float(want[room].abs().max())
@@ -144,7 +144,7 @@ def test_an_upstream_gradient_near_the_largest_number_gives_right_or_infinite_gr
     problem = ContrastProblem.random(40, 6, m=m, **options).cast(dtype)
     shares = torch.linspace(-1, 1, 40, dtype=torch.float64).pow(3)  # of both signs and many sizes
     ordinary = problem.gradients(problem.loss(), shares)
-    for got, small in zip(problem.gradients(problem.loss(), shares * upstream), ordinary):
+    for got, small in zip(problem.gradients(problem.loss(), shares * upstream), ordinary, strict=True):
         want = small.double() * upstream
         largest = torch.finfo(dtype).max
         fits = want.abs() < largest * 0.99

@@ -25,10 +25,10 @@ from pglcl_ext import (
 def direct(features: Tensor, weights: Tensor, patch: list[int], step: list[int]) -> list[tuple]:
     """method, section 8, patch by patch: (embedding, entropy, coverage, index) of every class of every patch."""
     rows = []
-    cells = [range((s - p) // t + 1) for s, p, t in zip(features.shape[2:], patch, step)]
+    cells = [range((s - p) // t + 1) for s, p, t in zip(features.shape[2:], patch, step, strict=True)]
     for b in range(len(features)):
         for cell in itertools.product(*cells):
-            place = tuple(slice(c * t, c * t + p) for c, p, t in zip(cell, patch, step))
+            place = tuple(slice(c * t, c * t + p) for c, p, t in zip(cell, patch, step, strict=True))
             f, w = features[(b, slice(None), *place)].flatten(1), weights[(b, slice(None), *place)].flatten(1)
             h = -torch.special.xlogy(w, w).sum(dim=0)
             for k in range(len(w)):
@@ -127,7 +127,7 @@ def test_selected_rows_alone_are_pooled(shape, patch: list[int], step: list[int]
         else:
             assert torch.all(some.embeddings[~known] == 0)
             every = every._replace(embeddings=torch.where(known[:, None], every.embeddings, 0))
-        for a, b in zip(some, every):
+        for a, b in zip(some, every, strict=True):
             torch.testing.assert_close(a, b)
         v = torch.randn(every.embeddings.shape, generator=g, dtype=torch.float64).to(device)
         got, want = (torch.autograd.grad((b.embeddings * v).sum(), features)[0] for b in (some, every))
@@ -202,7 +202,7 @@ def test_compiles_without_graph_breaks() -> None:
             return patch_embeddings(f, w, 8, coverage=0.3, select=select)
 
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-        for a, b in zip(compiled(features, weights), function(features, weights)):
+        for a, b in zip(compiled(features, weights), function(features, weights), strict=True):
             torch.testing.assert_close(a, b)
 
 
@@ -259,7 +259,7 @@ def test_pools_in_32_bits_under_autocast(device: torch.device) -> None:
     features, weights = torch.randn(1, 3, 8, 8, device=device), torch.rand(1, 2, 8, 8, device=device)
     expected = patch_embeddings(features, weights, 4)
     with torch.autocast(device.type, torch.bfloat16):
-        for a, b in zip(patch_embeddings(features, weights, 4), expected):
+        for a, b in zip(patch_embeddings(features, weights, 4), expected, strict=True):
             assert torch.equal(a, b)
 
 

@@ -25,7 +25,7 @@ def assert_matches_reference(input: Tensor, dtype: torch.dtype, device: torch.de
     x = input.to(device, dtype).requires_grad_()
     oracle = x.detach().double().cpu().requires_grad_()
     got, want = patch_statistics(x, *grid, **options), reference.patch_statistics(oracle, *grid, **options)
-    for a, b, name in zip(got, want, PatchStatistics._fields):
+    for a, b, name in zip(got, want, PatchStatistics._fields, strict=True):
         assert a.dtype == dtype
         torch.testing.assert_close(a.double().cpu(), b, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], msg=name)
     weights = [torch.linspace(-1, 1, b.numel(), dtype=torch.float64).reshape(b.shape) for b in want]
@@ -112,7 +112,7 @@ def test_statistics_of_an_unlikely_class_are_exact(gap: float, isa: str) -> None
     x[:, 1] -= gap
     ours, exact = x.clone().requires_grad_(), x.double().requires_grad_()
     got, want = patch_statistics(ours, 4), reference.patch_statistics(exact, 4)
-    for a, b in zip(got, want):
+    for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
     (a,) = torch.autograd.grad([t.sum() for t in got], ours)
     (b,) = torch.autograd.grad([t.sum() for t in want], exact)
@@ -170,7 +170,7 @@ def test_a_stride_beyond_the_image_leaves_one_patch(stride: int, device: torch.d
         s = patch_statistics(x, 4, step)
         assert s.entropy.shape == (2, 1, 1)
         results.append([*s, *torch.autograd.grad([t.sum() for t in s], x)])
-    for a, b in zip(*results):
+    for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
 
 
@@ -185,7 +185,7 @@ def test_an_empty_batch_gives_empty_statistics(device: torch.device) -> None:
 def test_slices_and_transposes_change_no_statistics(device: torch.device) -> None:
     wide = torch.randn(4, 6, 40, 40, device=device)
     for x in (wide[1:3, ::2, 3:30, 5:33], wide.transpose(2, 3), wide[:, :1].expand(4, 3, 40, 40)):
-        for a, b in zip(patch_statistics(x, 9), patch_statistics(x.contiguous(), 9)):
+        for a, b in zip(patch_statistics(x, 9), patch_statistics(x.contiguous(), 9), strict=True):
             assert torch.equal(a, b)
 
 
@@ -197,7 +197,7 @@ def test_same_bits_for_any_number_of_threads(set_threads: Callable[[int], None])
         s = patch_statistics(x, 16, 8)
         results.append((*s, *torch.autograd.grad([t.square().sum() for t in s], x)))
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_opcheck_derivatives_and_compilation_pass(device: torch.device) -> None:
@@ -214,7 +214,7 @@ def test_opcheck_derivatives_and_compilation_pass(device: torch.device) -> None:
     p = torch.rand_like(x).softmax(1).detach().requires_grad_()
     assert torch.autograd.gradcheck(lambda p: tuple(patch_statistics(p, 3, probabilities=True)), p)
     compiled = torch.compile(patch_statistics, fullgraph=True, backend="aot_eager")
-    for a, b in zip(compiled(x, 4), patch_statistics(x, 4)):
+    for a, b in zip(compiled(x, 4), patch_statistics(x, 4), strict=True):
         torch.testing.assert_close(a, b)
     (grad,) = torch.autograd.grad(patch_entropy(x, 4).sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="patch_statistics cannot be differentiated twice"):
@@ -234,7 +234,7 @@ def test_autocast_keeps_the_dtype_of_the_input(device: torch.device) -> None:
 def test_low_precision_is_no_worse_than_pytorch(dtype: torch.dtype, device: torch.device) -> None:
     x = torch.randn(2, 4, 32, 32, device=device).to(dtype)
     exact = reference.patch_statistics(x.double(), 8)
-    for ours, plain, e in zip(patch_statistics(x, 8), reference.patch_statistics(x, 8), exact):
+    for ours, plain, e in zip(patch_statistics(x, 8), reference.patch_statistics(x, 8), exact, strict=True):
         assert (ours - e).abs().max() <= (plain - e).abs().max() + torch.finfo(dtype).eps
 
 
@@ -302,7 +302,7 @@ def test_logits_of_minus_infinity_count_as_probability_0(classes: int, dtype: to
         x[0, 0, 3], x[0, 1, 3] = largest, -largest
     ours, exact = x.to(dtype).requires_grad_(), x.to(dtype).double().requires_grad_()
     got, want = patch_statistics(ours, 3), reference.patch_statistics(exact, 3)
-    for a, b in zip(got, want):
+    for a, b in zip(got, want, strict=True):
         assert b.isfinite().all()
         torch.testing.assert_close(a.double(), b, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     (a,) = torch.autograd.grad([t.sum() for t in got], ours)
@@ -320,7 +320,7 @@ def test_float64_logits_beyond_float32_agree_with_plain_pytorch(classes: int, is
     x[0, :, 3] -= 1e18
     ours, exact = x.clone().requires_grad_(), x.clone().requires_grad_()
     got, want = patch_statistics(ours, 3), reference.patch_statistics(exact, 3)
-    for a, b in zip(got, want):
+    for a, b in zip(got, want, strict=True):
         assert b.isfinite().all()
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     (a,) = torch.autograd.grad([t.sum() for t in got], ours)
@@ -348,7 +348,7 @@ def test_a_pixel_without_probabilities_spoils_all_classes_of_its_patch(classes: 
 def test_the_reference_has_nan_at_the_same_places() -> None:
     x = torch.randn(1, 3, 4, 8, dtype=torch.float64)
     x[0, 1, 1, 5] = math.nan
-    for ours, theirs in zip(patch_statistics(x, 4), reference.patch_statistics(x, 4)):
+    for ours, theirs in zip(patch_statistics(x, 4), reference.patch_statistics(x, 4), strict=True):
         torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 

@@ -32,7 +32,9 @@ def test_matches_reference(n: int, m: int, channels: int, dtype: torch.dtype, de
     torch.testing.assert_close(got.double().cpu(), want, atol=tolerance, rtol=tolerance)
     weights = torch.randn(n, m, dtype=torch.float64)
     for x, y in zip(
-        torch.autograd.grad(got, (a, b), weights.to(device, dtype)), torch.autograd.grad(want, oracle, weights)
+        torch.autograd.grad(got, (a, b), weights.to(device, dtype)),
+        torch.autograd.grad(want, oracle, weights),
+        strict=False,
     ):
         torch.testing.assert_close(x.double().cpu(), y, atol=max(n, m, 1) * tolerance, rtol=tolerance)
 

@@ -106,7 +106,7 @@ def with_gradient(use: Callable[[Tensor], Any], x: Tensor) -> list[Tensor]:
 
 def assert_same(got: list[Tensor], want: list[Tensor]) -> None:
     assert len(got) == len(want)
-    for a, b in zip(got, want):
+    for a, b in zip(got, want, strict=True):
         assert a.dtype == b.dtype
         assert a.device == b.device
         assert torch.equal(a, b)

@@ -37,7 +37,7 @@ def test_cached_volumes_equal_those_without_a_cache(dims: int, tmp_path: Path) -
     assert len(entries) == len(plainly.labelled) + len(plainly.unlabelled)
     for data in cached:
         for pool in ("labelled", "unlabelled"):
-            for a, b in zip(getattr(plainly, pool), getattr(data, pool)):
+            for a, b in zip(getattr(plainly, pool), getattr(data, pool), strict=True):
                 assert a.case == b.case
                 assert (a.image == b.image).all()
                 assert (a.label is None and b.label is None) or (a.label == b.label).all()

@@ -181,7 +181,7 @@ def test_patients_whose_names_hardly_differ_are_named(tmp_path: Path) -> None:
         (("a", "a", "b", "c"), []),
         (("1_01", "1_10", "101", "11"), []),
     ):
-        lines = [row.format(name) for row, name in zip(rows, names)]
+        lines = [row.format(name) for row, name in zip(rows, names, strict=True)]
         (tmp_path / "list.csv").write_text("\n".join(["image,label,patient", *lines]), encoding="utf-8")
         notes = open_folder(tmp_path / "list.csv").notes
         assert [note for note in notes if "count as" in note] == expected

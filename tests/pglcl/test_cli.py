@@ -106,7 +106,7 @@ def test_bad_options_are_refused_by_name(
     options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = plain(tmp_path / "data")
-    given = dict(zip(flags()[::2], flags()[1::2]))
+    given = dict(zip(flags()[::2], flags()[1::2], strict=True))
     given.update(dict([options]))
     arguments = [part for pair in given.items() for part in pair]
     assert main(["train", str(root), "-o", str(tmp_path / "run"), *arguments]) == 2

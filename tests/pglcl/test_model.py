@@ -39,7 +39,9 @@ def test_features_are_those_of_the_logits(dims: int, name: str, channels: list[i
     # Everything except the last block of the decoder lies before the features. So their gradient reaches most weights,
     # and the output of the network depends on them.
     gradients = torch.autograd.grad(features.square().sum(), list(network.unet.parameters()), allow_unused=True)
-    reached = sum(p.numel() for p, g in zip(network.unet.parameters(), gradients) if g is not None and g.any())
+    reached = sum(
+        p.numel() for p, g in zip(network.unet.parameters(), gradients, strict=True) if g is not None and g.any()
+    )
     assert reached > 0.5 * sum(p.numel() for p in network.unet.parameters())
     (of_features,) = torch.autograd.grad(network.with_features(x)[0].square().sum(), [features], allow_unused=True)
     assert of_features is None  # they are of another call: nothing is kept between calls
@@ -57,12 +59,12 @@ def test_features_are_those_of_the_logits(dims: int, name: str, channels: list[i
 def test_teacher_is_a_moving_average() -> None:
     student, teacher = (SegmentationNetwork(2, 1, 2, [4, 8], 4) for _ in range(2))
     update_teacher(teacher, student, 0.9, 0)  # the first step copies
-    for t, s in zip(teacher.parameters(), student.parameters()):
+    for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
         torch.testing.assert_close(t, s)
     before = [p.detach().clone() for p in teacher.parameters()]
     with torch.no_grad():
         for p in student.parameters():
             p.add_(1)
     update_teacher(teacher, student, 0.9, 1000)
-    for t, b in zip(teacher.parameters(), before):
+    for t, b in zip(teacher.parameters(), before, strict=True):
         torch.testing.assert_close(t, b + 0.1)

@@ -54,7 +54,7 @@ def run(trained: Trained, tmp_path: Path) -> Path:
 
 def test_names_are_escaped_in_the_page(tmp_path: Path) -> None:
     root = plain(tmp_path / "data & <b>", 8)
-    for old, new in zip(("case02", "case03", "case04", "case05"), NAMES):
+    for old, new in zip(("case02", "case03", "case04", "case05"), NAMES, strict=True):
         for kind in ("images", "labels"):
             (root / kind / f"{old}.nii.gz").rename(root / kind / f"{new}.nii.gz")
     split = {"labelled": ["case00", "case01"], "unlabelled": ["case06", "case07"], "test": NAMES}
@@ -277,7 +277,7 @@ def test_the_list_of_the_data_is_not_replaced(command: str, run: Path, trained: 
     listed = tmp_path / "scores_test.csv"
     rows = [f"{folder}/case{i:02d}.nii.gz" for i in range(6) for folder in ("images", "labels")]
     cells = [str(trained[0] / row) for row in rows]
-    patients = [f"{a},{b},case{i:02d}" for i, (a, b) in enumerate(zip(cells[::2], cells[1::2]))]
+    patients = [f"{a},{b},case{i:02d}" for i, (a, b) in enumerate(zip(cells[::2], cells[1::2], strict=True))]
     listed.write_text("\n".join(["image,label,patient", *patients]) + "\n")
     before = listed.read_bytes()
     (tmp_path / "link").symlink_to(tmp_path)

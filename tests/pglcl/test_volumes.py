@@ -127,7 +127,7 @@ def test_a_mask_is_nearly_the_same_after_the_networks_resolution(
     assert prepared.label is not None
     assert prepared.image.shape[1:] == prepared.label.shape
     size = prepared.image.shape[1:]
-    assert all(n >= s for n, s in zip(size, config.size))
+    assert all(n >= s for n, s in zip(size[: len(config.size)], config.size, strict=True))
     # The truth as the network would predict it, restored to the resolution of the volume.
     known = torch.nn.functional.one_hot(prepared.label.long().clamp(min=0), 3).movedim(-1, 0).float()
     if axis is not None:

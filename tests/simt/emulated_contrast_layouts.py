@@ -85,7 +85,7 @@ def test_storage_offsets_of_what_the_backward_pass_takes(dtype: torch.dtype) -> 
     upstream = torch.ones_like(out.loss)
     want = calls.contrast_gradients(upstream, out, x)
     got = calls.contrast_gradients(shifted(upstream), ContrastOutputs(*map(shifted, out)), moved)
-    for a, b in zip(got, want):
+    for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
@@ -114,5 +114,5 @@ def test_storage_offsets_of_every_tensor(dtype: torch.dtype) -> None:
     )
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
-    for a, b in zip(grads, wanted):
+    for a, b in zip(grads, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))

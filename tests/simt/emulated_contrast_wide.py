@@ -41,7 +41,7 @@ def assert_wide_contrast(problem: ContrastProblem, dtype: torch.dtype, **device:
     for got, wanted in zip(grads, oracle.gradients(want, torch.linspace(0.5, 1.5, 13).double()), strict=True):
         room = wanted.abs() < torch.finfo(dtype).max
         assert got[~room].isinf().all()
-        for a, b in zip(got.double() * room, wanted * room):  # rows differ in size
+        for a, b in zip(got.double() * room, wanted * room, strict=True):  # rows differ in size
             torch.testing.assert_close(a, b, rtol=epsilon, atol=epsilon * float(b.abs().max()))
 
 
@@ -86,7 +86,7 @@ def test_wide_anchors_behind_the_first_warp(dtype: torch.dtype) -> None:
     torch.testing.assert_close(loss.double(), want.float().double(), rtol=1e-4, atol=1e-4)
     epsilon = 2e-2 if dtype == torch.bfloat16 else 1e-4
     for got, right in zip(grads, wanted, strict=True):
-        for a, b in zip(got.double(), right):
+        for a, b in zip(got.double(), right, strict=True):
             torch.testing.assert_close(a, b, rtol=epsilon, atol=epsilon * float(b.abs().max()))
 
 

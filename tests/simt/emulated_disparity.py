@@ -19,7 +19,7 @@ def test_disparity_and_gradients_match_the_reference(n: int, m: int, channels: i
     torch.testing.assert_close(calls.semantic_disparity(a.detach(), b.detach()), want.detach())
     grad = torch.randn(n, m, dtype=dtype)
     got = calls.semantic_disparity_backward(grad, a.detach(), b.detach())
-    for x, y in zip(got, torch.autograd.grad(want, (a, b), grad)):
+    for x, y in zip(got, torch.autograd.grad(want, (a, b), grad), strict=True):
         torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
 
 
@@ -71,7 +71,7 @@ def test_storage_offsets_of_disparities(dtype: torch.dtype, channels: int) -> No
     y, z, grad = torch.randint(-1, 3, (20,)), torch.randint(-1, 3, (17,)), torch.randn(20, 17).to(dtype)
     assert torch.equal(calls.semantic_disparity(shifted(a), shifted(b)), calls.semantic_disparity(a, b))
     moved = calls.semantic_disparity_backward(shifted(grad), shifted(a), shifted(b))
-    for got, want in zip(moved, calls.semantic_disparity_backward(grad, a, b)):
+    for got, want in zip(moved, calls.semantic_disparity_backward(grad, a, b), strict=True):
         assert torch.equal(got, want)
     for positives in (True, False):
         options = {"positives": positives, "self_offset": -1}

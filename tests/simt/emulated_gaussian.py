@@ -61,7 +61,7 @@ def test_storage_offsets_change_no_bit(dtype: torch.dtype, pairwise: bool) -> No
     anchors, *rest = gaussian_problem(11, 8, pairwise=pairwise)
     want = calls.gaussian_contrast(anchors.to(dtype), *rest)
     got = calls.gaussian_contrast(shifted(anchors.to(dtype)), *(shifted(t) for t in rest))
-    for a, b in zip(got, want):
+    for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
 
 
@@ -143,7 +143,7 @@ def test_gaussian_anchors_beyond_float32_give_the_right_loss(pairwise: bool, dty
     (wanted,) = torch.autograd.grad(want.sum(), oracle)
     assert int(num_valid) == 7
     torch.testing.assert_close(loss.double(), want.float().double(), rtol=1e-4, atol=1e-4)
-    for a, b in zip(gradients.double(), wanted.float().double()):
+    for a, b in zip(gradients.double(), wanted.float().double(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b[b.isfinite()].abs().max()))
 
 

@@ -48,7 +48,7 @@ def test_statistics_and_gradients_match_the_reference(
     ]
     got, grad = calls.patch_statistics(x, list(patch), list(stride), [w.to(dtype) for w in weights], **options)
     tolerance = TOLERANCE_OF_STATISTICS[dtype]
-    for a, b in zip(got, want):
+    for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a.double(), b.detach(), rtol=tolerance, atol=tolerance)
     (expected,) = torch.autograd.grad(want, oracle, weights)
     scale = max(expected.abs().max().item(), 1e-3) if expected.numel() else 1.0
@@ -64,7 +64,7 @@ def test_more_classes_than_registers_hold_match_the_reference(shape: tuple[int, 
     want = reference.patch_statistics(x, patch, (1, 1))
     weights = [torch.randn(t.shape, dtype=torch.float64) for t in want]
     got, grad = calls.patch_statistics(x, list(patch), [1, 1], weights, probabilities=False, normalize=False)
-    for a, b in zip(got, want):
+    for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(grad, torch.autograd.grad(want, x, weights)[0], rtol=1e-10, atol=1e-12)
 
@@ -83,7 +83,7 @@ def test_statistics_do_not_depend_on_strides() -> None:
         torch.cat([x, x], dim=3)[..., 1:17].copy_(x),
     ):
         got, grad = calls.patch_statistics(same, [4, 4], [4, 4], grads, **options)
-        for a, b in zip(got, want):
+        for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b)
         torch.testing.assert_close(grad, expected)
         assert grad.stride() == torch.empty_like(same).stride()
@@ -98,7 +98,7 @@ def test_widths_that_vectors_do_not_divide_match_the_reference(
     got, _ = calls.patch_statistics(x, [3, patch], [3, stride], None, probabilities=False, normalize=False)
     want = reference.patch_statistics(x.double(), (3, patch), (3, stride))
     tolerance = TOLERANCE_OF_STATISTICS[dtype]
-    for a, b in zip(got, want):
+    for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
 
 
@@ -119,9 +119,9 @@ def test_images_whose_indices_exceed_32_bits_have_the_right_statistics() -> None
     x[..., :16], x[..., far:] = ends
     options = {"probabilities": False, "normalize": False}
     got, _ = calls.patch_statistics(x, [1, 16], [1, far], None, **options)
-    for end, where in zip(ends, range(2)):
+    for end, where in zip(ends, range(2), strict=True):
         want, _ = calls.patch_statistics(end, [1, 16], [1, 16], None, **options)
-        for a, b in zip(got, want):
+        for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a[..., where], b[..., 0])
 
 
@@ -132,7 +132,7 @@ def test_storage_offsets_do_not_change_statistics(dtype: torch.dtype) -> None:
     options = {"probabilities": False, "normalize": False}
     want, wanted = calls.patch_statistics(x, [4, 8], [4, 8], grads, **options)
     got, grad = calls.patch_statistics(shifted(x), [4, 8], [4, 8], [shifted(t) for t in grads], **options)
-    for a, b in zip((*got, grad), (*want, wanted)):
+    for a, b in zip((*got, grad), (*want, wanted), strict=True):
         torch.testing.assert_close(a, b, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
@@ -170,7 +170,7 @@ def test_probabilities_of_0_have_class_entropy_0_and_finite_gradients() -> None:
     got, grad = calls.patch_statistics(p, [4, 4], [4, 4], weights, probabilities=True, normalize=False)
     assert torch.equal(got[2][:, 2], torch.zeros(1, 2, 2).double())
     assert torch.isfinite(grad).all()
-    for a, b in zip(got, reference.patch_statistics(p, 4, probabilities=True)):
+    for a, b in zip(got, reference.patch_statistics(p, 4, probabilities=True), strict=True):
         torch.testing.assert_close(a, b)
 
 
