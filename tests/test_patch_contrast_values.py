@@ -74,6 +74,38 @@ def test_large_logits_agree_with_plain_pytorch_in_float64(dtype: torch.dtype, m:
                 assert_large_logits_match(integer_problem(scale, m=m, **options), dtype)
 
 
+def gap_problem(n: int, *, near: bool, keys: bool, **options: Any) -> ContrastProblem:
+    """All logits of positives are 1 / temperature and those of negatives 0 (`near`). Or those of positives are 0, and
+    those of some negatives 1 / temperature."""
+    p = ContrastProblem.random(n, 5, m=n if keys else None, classes=3, channels=None, **options)
+    axes = torch.eye(5, dtype=torch.float64)
+    if near or keys:
+        p.anchors = axes[p.labels]
+    else:
+        p.labels, p.anchors = torch.arange(n) // 5, axes[torch.arange(n) % 5]
+    if keys:
+        p.keys = axes[p.key_labels if near else (p.key_labels + 1) % 3]
+    return p
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("keys", [False, True], ids=["self", "keys"])
+@pytest.mark.parametrize("near", [True, False], ids=["near positives", "far positives"])
+def test_a_weight_far_from_one_leaves_no_share_out(dtype: torch.dtype, keys: bool, near: bool, isa: str) -> None:
+    """A share of e^-88 of the largest is below the normal numbers of float32, and may still be most of the sum."""
+    for power in (20, 22, 30, 45, 55, 100):
+        for gap in (64, 96, 128):
+            options = {"temperature": 1 / gap, "negative_weight": 10.0 ** (power if near else -power)}
+            p = gap_problem(70, near=near, keys=keys, **options)
+            ours, oracle = p.cast(dtype), p.cast(torch.float64)
+            value, expected = ours.loss(), oracle.loss(reference.patch_contrast_loss)
+            torch.testing.assert_close(value.double(), expected, rtol=4e-6, atol=4e-6)
+            epsilon = max(torch.finfo(dtype).eps, 4e-6)
+            for a, b in zip(ours.gradients(value), oracle.gradients(expected), strict=True):
+                # Each is a difference of numbers as large as gap / 70.
+                torch.testing.assert_close(a.double(), b, rtol=2 * epsilon, atol=4e-6 * gap)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("m", [None, 50], ids=["self", "keys"])
 @pytest.mark.parametrize(("norm", "temperature"), [(1e18, 1e-4), (1e19, 1.0), (1e37, 0.1)])

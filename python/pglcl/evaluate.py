@@ -6,63 +6,22 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
+from pglcl.case_scores import score_case, true_mask
 from pglcl.cases import PARTS, cases_of, distance_unit
 from pglcl.description import Description
 from pglcl.errors import UserError, explained
 from pglcl.files import Unchanged, fingerprint, read_json
 from pglcl.formats import read_source
-from pglcl.labels import IGNORE
 from pglcl.layouts import Case, DataFolder, open_folder
 from pglcl.model import UNKNOWN_VOXELS, TrainedModel, load_model, weights_hash
 from pglcl.outputs import check_outputs
-from pglcl.predict import Predictor, Report
+from pglcl.predict import Predictor
 from pglcl.progress import Volumes
 from pglcl.run_folder import read_split, seen_in_training, split_differences
 from pglcl.score_files import Evaluation, Subject, may_renew, score_files
-from pglcl.scores import Score, score_volume
+from pglcl.scores import Score
 from pglcl.training_data import files_behind, files_of, files_of_cases
-from pglcl.volumes import read_label
-
-
-def score_case(model: TrainedModel, case: Case, *, distances: bool = True) -> list[Score]:
-    """The scores of one labelled case by one model."""
-    return _score(Predictor([model]), case, distances=distances)
-
-
-def _score(predictor: Predictor, case: Case, *, distances: bool = True, report: Report | None = None) -> list[Score]:
-    mask, truth, spacing = _predicted(predictor, case, report)
-    labels = predictor.models[0].labels
-    values = [values[0] for values in labels.values]
-    of_case: dict[str, Any] = {"patient": case.patient, "case": case.name, "values": values, "distances": distances}
-    return score_volume(mask, truth, len(labels), spacing, **of_case)
-
-
-def predicted_and_true(predictor: Predictor, case: Case) -> tuple[Tensor, Tensor]:
-    """The predicted and the true mask (X, Y, Z) of a labelled case; both are -1 where the truth is to be ignored."""
-    return _predicted(predictor, case, None)[:2]
-
-
-def _predicted(predictor: Predictor, case: Case, report: Report | None) -> tuple[Tensor, Tensor, tuple[float, ...]]:
-    prediction, prepared = predictor(case, report)
-    spacing = prepared.spacing
-    mask = prediction.mask()
-    del prediction, prepared  # before the truth is read: both may be large
-    truth = _truth(predictor, case)
-    ignored = truth == IGNORE
-    if ignored.any():
-        mask = torch.where(ignored, IGNORE, mask.int())
-    return mask, truth, spacing
-
-
-def _truth(predictor: Predictor, case: Case) -> Tensor:
-    assert case.label is not None
-    return torch.from_numpy(read_label(case.label, case.images[0], predictor.models[0].labels))
-
 
 # --- the subject of scores ------------------------------------------------------------------------------------------
 
@@ -242,7 +201,7 @@ def score_cases(
     with Volumes("scoring", len(cases), quiet=quiet) as progress:
         for case in cases:
             try:
-                scores += _score(predictor, case, report=progress.start(case.name))
+                scores += score_case(predictor, case, report=progress.start(case.name))
             except Exception as error:
                 unscored[case.name] = _lines_of(error)
     model = predictor.models[0]
@@ -272,7 +231,7 @@ def _check(predictor: Predictor, cases: Sequence[Case], *, quiet: bool) -> dict[
     with Volumes("checking", len(cases), quiet=quiet) as progress:
         for case in cases:
             report = progress.start(case.name)
-            for read in (read_image, lambda case: _truth(predictor, case)):
+            for read in (read_image, lambda case: true_mask(predictor, case)):
                 try:
                     read(case)
                 except Exception as error:

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pglcl.case_scores import score_case
 from pglcl.config import TrainConfig
 from pglcl.contrast import PatchContrast
-from pglcl.evaluate import score_case
 from pglcl.intensity import Intensity
 from pglcl.labels import LabelMap
 from pglcl.model import TrainedModel, network_for, update_teacher
 from pglcl.organs import organs_of_pseudo_labels
+from pglcl.predict import Predictor
 from pglcl.ranks import Ranks, averaging
 from pglcl.record import Profile
 from pglcl.scores import Score, patient_means
@@ -146,7 +147,7 @@ def validation_dice(learner: Learner, step: int) -> float:
     ranks = learner.ranks
     scores: list[Score] = []
     for case in learner.data.validation[ranks.rank :: ranks.size]:
-        scores += score_case(learner.model(step), case, distances=False)
+        scores += score_case(Predictor([learner.model(step)]), case, distances=False)
     means = list(patient_means(scores, "dice").values())
     if ranks.size == 1:
         return float(np.mean(means)) if means else math.nan

@@ -6,8 +6,8 @@ import math
 
 import torch
 
+from pglcl.case_scores import predicted_and_true
 from pglcl.config import TrainConfig
-from pglcl.evaluate import predicted_and_true
 from pglcl.model import TrainedModel
 from pglcl.postprocess import keep_largest, single_organs
 from pglcl.predict import Predictor

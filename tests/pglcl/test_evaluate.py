@@ -11,7 +11,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from pglcl import evaluate
+from pglcl import case_scores
 from pglcl.errors import UserError
 from pglcl.evaluate import evaluate_run
 from pglcl.layouts import Case
@@ -116,7 +116,7 @@ def test_every_volume_that_cannot_be_scored_is_named(
     def fail(*_: Any, **__: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(evaluate, "score_volume", fail)
+    monkeypatch.setattr(case_scores, "score_volume", fail)
     with pytest.raises(UserError) as refused:
         evaluate_run(run, root)
     assert [line.split(":")[0] for line in refused.value.lines] == [f"{name} was not scored" for name in names]
@@ -125,6 +125,6 @@ def test_every_volume_that_cannot_be_scored_is_named(
 
 def test_a_bug_stops_the_evaluation(copied: tuple[Path, Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     root, run, _ = copied
-    monkeypatch.setattr(evaluate, "score_volume", lambda *_, **__: 1 // 0)
+    monkeypatch.setattr(case_scores, "score_volume", lambda *_, **__: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         evaluate_run(run, root)

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <sstream>
 #include <type_traits>
 
@@ -38,6 +40,13 @@ class Ptx {
     for (std::string one; std::getline(statements, one, ';');)
       if (one.find_first_not_of(' ') != std::string::npos) instruction(one);
   }
+
+  // To nearest, ties away from zero; NaN stays NaN, whatever its bits.
+  static uint32_t to_tf32(uint32_t word) {
+    return std::isnan(__uint_as_float(word)) ? 0x7fffe000u : (word + 0x1000u) & 0xffffe000u;
+  }
+  // As .ftz does with a result below the normal range.
+  static float normal_or_zero(float x) { return x < std::numeric_limits<float>::min() ? 0.0f : x; }
 
   static float half_to_float(uint32_t half) {
     const int exponent = int(half >> 10 & 31), mantissa = int(half & 1023);
@@ -79,9 +88,9 @@ class Ptx {
     else if (name == "cp.async.wait_all")
       wait_for_copies(0);
     else if (name == "cvt.rna.tf32.f32")
-      write(index.at(0), uint32_t((value.at(1) + 0x1000u) & 0xffffe000u));
+      write(index.at(0), to_tf32(uint32_t(value.at(1))));
     else if (name == "ex2.approx.ftz.f32")
-      write(index.at(0), __float_as_uint(std::exp2(__uint_as_float(uint32_t(value.at(1))))));
+      write(index.at(0), __float_as_uint(normal_or_zero(std::exp2(__uint_as_float(uint32_t(value.at(1)))))));
     else if (name == "cvt.rn.bf16x2.f32")  // the first source is the upper half
       write(index.at(0), to_bfloat16(value.at(2)) | to_bfloat16(value.at(1)) << 16);
     else if (name == "cvt.rn.f16x2.f32")

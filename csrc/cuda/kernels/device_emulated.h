@@ -3,6 +3,7 @@
 
 #include <bit>
 #include <cmath>
+#include <limits>
 
 #include "float16.h"
 #include "simt.h"
@@ -38,7 +39,10 @@ inline uint32_t float_bits(float x) {
 inline float bits_float(uint32_t x) { return simt::bits_to_float(x); }
 inline uint64_t double_bits(double x) { return std::bit_cast<uint64_t>(x); }
 inline double bits_double(uint64_t x) { return std::bit_cast<double>(x); }
-inline float exp2_fast(float x) { return std::exp2(x); }
+inline float exp2_fast(float x) {
+  const float result = std::exp2(x);
+  return result < std::numeric_limits<float>::min() ? 0 : result;  // NaN stays NaN
+}
 template <typename T>
 T multiply_add(T a, T b, T c) {
   return std::fma(a, b, c);
@@ -79,7 +83,7 @@ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 }
 inline uint32_t to_tf32(float x, simt::Location where = simt::Location::current()) {
   simt::Block::current().need(80, "rounding to TF32", where);
-  return (float_bits(x) + 0x1000u) & 0xffffe000u;
+  return std::isnan(x) ? 0x7fffe000u : (float_bits(x) + 0x1000u) & 0xffffe000u;
 }
 uint32_t pack_bf16(float low, float high, simt::Location where = simt::Location::current());
 uint32_t pack_f16(float low, float high, simt::Location where = simt::Location::current());

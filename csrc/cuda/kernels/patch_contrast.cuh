@@ -594,8 +594,18 @@ inline ContrastParts contrast_parts(float* workspace, int count, int64_t n) {
   return {workspace, workspace + each, workspace + 2 * each, workspace + 3 * each, integers(4), integers(5), n, count};
 }
 
-// One thread per anchor. If a loss is not finite although it is known which pairs count, the thread's warp computes it
-// again in float64. If it is NaN then, too, an input was not finite, and the result stays as it is.
+// A share below 2^-126 of an anchor's largest one is lost in float32. With a weight that is far from 1, such a share
+// may be most of the sum. Up to this |log(negative_weight)|, a billion of them are too small to be seen.
+constexpr float kMostLogWeight = 50;
+template <typename T>
+PGLCL_DEVICE bool loses_shares(const ContrastArguments<T>& x) {
+  const float size = absolute(x.log_weight);
+  return size > kMostLogWeight && size < INFINITY;  // a weight of 0 loses nothing
+}
+
+// One thread per anchor. If a loss is not finite although it is known which pairs count, or if float32 loses shares,
+// the thread's warp computes it again in float64. If it is NaN then, too, an input was not finite, and the result stays
+// as it is.
 template <typename T>
 PGLCL_KERNEL contrast_finish(ContrastArguments<T> x, ContrastParts parts, ContrastSums<float> out) {
   const int64_t i = int64_t(block_index()) * kContrastThreads + thread_index();
@@ -608,7 +618,7 @@ PGLCL_KERNEL contrast_finish(ContrastArguments<T> x, ContrastParts parts, Contra
     }
     const float loss = Global<const float>(out.losses).load(i);
     const double max_logit = Global<const double>(out.max_logit).load(i);
-    again = loss - loss != 0 && max_logit == max_logit;
+    again = (loss - loss != 0 || loses_shares(x)) && max_logit == max_logit;
   }
   const uint32_t wide = ballot(again);
   sync_warp();
