@@ -234,7 +234,7 @@ def test_a_compiled_loss_with_a_group_is_the_eager_one(gather: str) -> None:
         leaf = z.clone().requires_grad_()
         loss = function(leaf, y, h)
         results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
-    for got, want in zip(*results):
+    for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want)
 
 
