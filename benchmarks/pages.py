@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Sequence
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -157,46 +157,33 @@ def memory() -> str:
     peers = [r for r in every if r["contender"] == "pytorch-metric-learning" and r["N"] == largest["N"]]
     fits = [row["bytes"] for row in peers if "problem" not in row]
     theirs = f"takes {mebibytes(min(fits))} MiB" if fits else "runs out of 12 GiB"
-    return (
-        f"For {largest['N']} patches of size 128 the fused loss takes {mebibytes(largest['bytes'])} MiB, forward and "
-        f"backward; pytorch-metric-learning {theirs}."
+    return paragraph(
+        f"For {largest['N']:,} embeddings of length 128 the fused loss takes {mebibytes(largest['bytes'])} MiB, "
+        f"forward and backward; pytorch-metric-learning {theirs}."
     )
 
 
 def verdict() -> str:
-    """What the contrast changes of its base: the best and the worst change, or the only one with its interval."""
-    from benchmarks.segmentation import budget_of, summarise
+    """A sentence on what the contrast changes of its base: the worst and the best change, or the only one."""
+    from benchmarks.segmentation import summarise
 
     found = [r for r in summarise(results("segmentation")) if " + " in r["method"] and r["minus_base"] is not None]
     if not found:
         return "That is not measured yet with the training scheme of this version."
-    named = [f"{record['method']}; {budget_of(record['dataset'])}" for record in found]
+    changes = [100 * record["minus_base"]["dice"][0] for record in found]
     seeds = [len(record["seeds"]) for record in found]
-    if len(found) == 1:
-        change = found[0]["minus_base"]
-        dice, hd95 = with_interval([100 * x for x in change["dice"]], " points"), with_interval(change["hd95"])
-        runs = "one run of one seed" if seeds == [1] else f"{seeds[0]} seeds"
-        return (
-            f"On patients never used in training, the contrast changes the Dice of its base method by {dice} and "
-            f"HD95 by {hd95}: {named[0]}, {runs}."
-        )
-    dices = [(100 * record["minus_base"]["dice"][0], name) for record, name in zip(found, named, strict=True)]
-    hd95s = [(record["minus_base"]["hd95"][0], name) for record, name in zip(found, named, strict=True)]
-    (best, where), (worst, there) = max(dices), min(dices)
-    (near, closer), (far, farther) = min(hd95s), max(hd95s)
+    change = f"between {min(changes):+.1f} and {max(changes):+.1f}" if len(found) > 1 else f"{changes[0]:+.1f}"
     runs = f"{min(seeds)} to {max(seeds)}" if min(seeds) < max(seeds) else str(seeds[0])
-    return (
-        f"On patients never used in training, the contrast changes the Dice of its base method by {best:+.1f} points "
-        f"at best ({where}) and {worst:+.1f} at worst ({there}). It changes HD95 by {near:+.1f} at best ({closer}) and "
-        f"{far:+.1f} at worst ({farther}). Seeds of each: {runs}."
+    return paragraph(
+        f"On patients never used in training, the contrast changed the Dice of its base method by {change} points, "
+        f"with {runs} {'seed' if max(seeds) == 1 else 'seeds'} each ([all methods, data sets and intervals]"
+        "(docs/segmentation.md))."
     )
 
 
-def with_interval(change: Sequence[float], unit: str = "") -> str:
-    """A change with its 95 % interval, of (change, low, high), and whether that includes 0."""
-    value, low, high = change
-    zero = ", which includes 0" if low <= 0 <= high else ""
-    return f"{value:+.1f}{unit} (95 % interval {low:+.1f} to {high:+.1f}{zero})"
+def paragraph(text: str) -> str:
+    """The text in lines of at most 120 columns."""
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 SECTIONS = {

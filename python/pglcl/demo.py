@@ -1,4 +1,4 @@
-"""A demonstration on real MRI, without a download: the MNI152 template of nilearn, cut into slabs, two labelled."""
+"""A demonstration on an averaged brain MRI, without a download: nilearn's MNI152 template in slabs, two labelled."""
 
 from __future__ import annotations
 
