@@ -15,6 +15,7 @@ __all__ = [
     "ContrastNumbers",
     "ContrastOutputs",
     "GaussianArguments",
+    "GaussianOutputs",
     "Side",
     "StatisticsArguments",
 ]
@@ -106,6 +107,14 @@ class GaussianArguments(NamedTuple):
     ignore_index: int
     reduction: int  # one of REDUCTIONS
     needs_gradients: bool  # whether to return d loss_i / d anchor_i as well
+
+
+class GaussianOutputs(NamedTuple):
+    """The results of ``gaussian_contrast``."""
+
+    loss: Tensor  # scalar, or (N,)
+    gradients: Tensor  # (N, D), d loss_i / d anchor_i; (0, D) unless asked for
+    num_valid: Tensor  # scalar int64, the anchors that count
 
 
 class BoundsArguments(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pglcl_ext._arguments import GaussianArguments
+from pglcl_ext._arguments import GaussianArguments, GaussianOutputs
 from pglcl_ext._autograd import OpFunction, in_functorch, in_graph, is_traced, register
 from pglcl_ext._checks import (
     REDUCTIONS,
@@ -101,10 +101,10 @@ def gaussian_contrast_loss(
     )
     if is_traced():
         check_gaussian(x)
-        return _in_graph(*x)[0]  # type: ignore[no-any-return]
+        return GaussianOutputs(*_in_graph(*x)).loss
     check_gaussian_numbers(x)
     try:
-        return _Gaussian.checked(check_gaussian, x, x)[0]  # type: ignore[no-any-return]
+        return GaussianOutputs(*_Gaussian.checked(check_gaussian, x, x)).loss
     except NotImplementedError:  # a derivative that there is not
         raise
     except RuntimeError:
@@ -226,12 +226,12 @@ class GaussianContrastLoss(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split())
 
 
-def _fake(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(*flat: Any) -> GaussianOutputs:
     x = GaussianArguments(*flat)
     check_gaussian(x)
     z = x.anchors
     n, dtype = z.shape[0], accumulate_dtype(z.dtype)
-    return (
+    return GaussianOutputs(
         z.new_empty((n,) if x.reduction == REDUCTIONS["none"] else (), dtype=dtype),
         z.new_empty((n if x.needs_gradients else 0, z.shape[1]), dtype=dtype),
         z.new_empty((), dtype=torch.int64),
@@ -272,16 +272,16 @@ class _Gaussian(OpFunction):
     @classmethod
     def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x = GaussianArguments(*inputs[-1])
-        _, gradients, num_valid = output
-        ctx.mark_non_differentiable(gradients, num_valid)
+        outputs = GaussianOutputs(*output)
+        ctx.mark_non_differentiable(outputs.gradients, outputs.num_valid)
         ctx.set_materialize_grads(False)
         ctx.reduction, ctx.has_gradients = x.reduction, x.needs_gradients
         if x.needs_gradients:
             # Not the counts themselves: keys may be queued before the backward pass.
             counted = _takes_part(x) if x.reduction == REDUCTIONS["none"] else None
-            ctx.save_for_backward(num_valid, x.anchors, gradients, counted)
+            ctx.save_for_backward(outputs.num_valid, x.anchors, outputs.gradients, counted)
         else:
-            cls.save(ctx, (num_valid,), x)
+            cls.save(ctx, (outputs.num_valid,), x)
 
     @classmethod
     def backward(cls, ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | None, None]:
@@ -293,7 +293,7 @@ class _Gaussian(OpFunction):
         else:  # the graph was made for inputs that need no gradient
             with torch.no_grad():
                 x = GaussianArguments(anchors, *rest, *ctx.options)
-                _, gradients, _ = cls.call(x._replace(needs_gradients=True))
+                gradients = GaussianOutputs(*cls.call(x._replace(needs_gradients=True))).gradients
             counted = _takes_part(x) if x.reduction == REDUCTIONS["none"] else None
         if counted is not None:  # what follows the loss of an anchor that is left out has no effect
             grad = torch.where(counted, grad, 0)

@@ -28,7 +28,7 @@ from pglcl_ext import (
     patch_statistics,
     semantic_disparity,
 )
-from pglcl_ext._arguments import Side
+from pglcl_ext._arguments import ContrastOutputs, Side
 from tests.problems import ContrastProblem, contrast_arguments, gaussian_problem
 
 ops = torch.ops.pglcl_ext
@@ -85,7 +85,7 @@ def test_compiled_autograd_gives_the_gradient_of_an_eager_loss(name: str) -> Non
 
 def contrast_op(z: Tensor, keys: Tensor) -> Tensor:
     """The op itself, as a graph holds it."""
-    return ops.patch_contrast(*contrast_arguments(Side(z, LABELS), Side(keys, LABELS)).flat())[0]
+    return ContrastOutputs(*ops.patch_contrast(*contrast_arguments(Side(z, LABELS), Side(keys, LABELS)).flat())).loss
 
 
 def contrast(z: Tensor, keys: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pglcl_ext import PatchContrastLoss, patch_contrast_loss
-from pglcl_ext._arguments import Choice, Side
+from pglcl_ext._arguments import Choice, ContrastOutputs, Side
 from pglcl_ext._checks import REDUCTIONS
 from tests.problems import ContrastProblem, contrast_arguments
 
@@ -30,9 +30,9 @@ def test_opcheck_accepts_both_ops(keys: bool, reduction: str, device: torch.devi
     arguments = op_arguments(device, torch.float32, keys=keys, reduction=reduction)
     torch.library.opcheck(ops.patch_contrast.default, arguments)
     with torch.no_grad():
-        loss, max_logit, log_sum, _, count, valid = ops.patch_contrast(*arguments)
+        outputs = ContrastOutputs(*ops.patch_contrast(*arguments))
     detached = tuple(t.detach() if isinstance(t, Tensor) else t for t in arguments)
-    backward = (torch.ones_like(loss), max_logit, log_sum, count, valid, *detached, True, keys)
+    backward = (torch.ones_like(outputs.loss), *outputs.for_backward(), *detached, True, keys)
     torch.library.opcheck(ops.patch_contrast_backward.default, backward)
 
 

@@ -39,8 +39,6 @@ inline PglclStream current_stream() {
 }
 
 enum class DeviceAttribute : int {
-  kCapabilityMajor = cudaDevAttrComputeCapabilityMajor,
-  kCapabilityMinor = cudaDevAttrComputeCapabilityMinor,
   kSharedBytes = cudaDevAttrMaxSharedMemoryPerBlockOptin,  // the most that a block can ask for
   kMultiprocessors = cudaDevAttrMultiProcessorCount,
 };

@@ -21,13 +21,17 @@ ops = torch.ops.pglcl_ext
 
 @contextmanager
 def device(
-    capability: int = 80, shared_bytes: int = 160 * 1024, multiprocessors: int = 4, allow_tf32: bool = False
+    capability: int = 80,
+    shared_bytes: int = 160 * 1024,
+    multiprocessors: int = 4,
+    allow_tf32: bool = False,
+    compiled_for: int | None = None,
 ) -> Iterator[None]:
-    """The emulated device, and PyTorch's switch for float32 products."""
+    """The emulated device, and PyTorch's switch for float32 products. compiled_for: default: `capability`."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = allow_tf32
     try:
-        with emulator.on(emulator.Device(capability, capability, shared_bytes, multiprocessors)):
+        with emulator.on(emulator.Device(capability, compiled_for or capability, shared_bytes, multiprocessors)):
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before

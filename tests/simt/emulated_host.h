@@ -28,11 +28,9 @@ class DeviceGuard {
 
 inline PglclStream current_stream() { return simt::kCurrentStream; }
 
-enum class DeviceAttribute { kCapabilityMajor, kCapabilityMinor, kSharedBytes, kMultiprocessors };
+enum class DeviceAttribute { kSharedBytes, kMultiprocessors };
 inline int device_attribute(DeviceAttribute which) {
   switch (which) {
-    case DeviceAttribute::kCapabilityMajor: return simt::device().capability / 10;
-    case DeviceAttribute::kCapabilityMinor: return simt::device().capability % 10;
     case DeviceAttribute::kSharedBytes: return int(simt::device().shared_bytes);
     default: return simt::device().multiprocessors;
   }

@@ -32,16 +32,6 @@ CASES = {
     "semantic_disparity.cuh": ("semantic_disparity", 0),
     "gaussian_contrast.cuh": ("gaussian_contrast", 0),
 }
-# The second sync_warp of the sums of a patch orders nothing, since only lane 0 reads, and only what it wrote itself.
-NEEDLESS = [("patch_statistics.cuh", 1)]
-
-
-def needed_barriers() -> list[translate.Barrier]:
-    """Every barrier of every kernel, without those that are known to order nothing."""
-    by_file: dict[str, list[translate.Barrier]] = {}
-    for barrier in translate.all_barriers():
-        by_file.setdefault(Path(barrier.file).name, []).append(barrier)
-    return [b for file, all_of in by_file.items() for i, b in enumerate(all_of) if (file, i) not in NEEDLESS]
 
 
 @functools.cache
@@ -106,7 +96,7 @@ def test_threads_agree_with_brute_force(family: str, architecture: int, runs: An
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 
-@pytest.mark.parametrize("barrier", needed_barriers(), ids=lambda b: f"{Path(b.file).name}:{b.line}")
+@pytest.mark.parametrize("barrier", translate.all_barriers(), ids=lambda b: f"{Path(b.file).name}:{b.line}")
 def test_a_barrier_left_out_is_noticed(barrier: translate.Barrier, runs: Any) -> None:
     done = runs[arguments_of({"barrier": barrier})].result()
     assert done.returncode != 0, f"nobody misses {barrier.text} in {barrier.file}:{barrier.line}"

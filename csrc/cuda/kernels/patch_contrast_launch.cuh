@@ -29,6 +29,15 @@ struct Choice {
   bool in_chunks = false;
 };
 
+// Shared memory of the forward pass, which may hold the rows of anchors, or of the backward pass, whichever is larger.
+template <typename T>
+int64_t most_mma_bytes(int64_t depth, int stages) {
+  if (depth > 128) return mma_shared_bytes<T, 256, false>(stages);
+  const int64_t forward = mma_shared_bytes<T, 128, kHeldForward<T, 128>>(stages);
+  const int64_t backward = mma_shared_bytes<T, 128, false>(stages);
+  return forward > backward ? forward : backward;
+}
+
 template <typename T>
 Choice choose_path(const ContrastArguments<T>& x, const DeviceLimits& device) {
   const bool aligned = x.depth * sizeof(T) % 16 == 0 && reinterpret_cast<uintptr_t>(x.anchors) % 16 == 0 &&
@@ -36,11 +45,9 @@ Choice choose_path(const ContrastArguments<T>& x, const DeviceLimits& device) {
   if (sizeof(T) == 8 || !aligned || x.depth == 0) return {Path::kPlain, 0};
   const bool tensor = device.compiled_for >= 80 && (sizeof(T) == 2 || device.allow_tf32);
   for (int stages = 2; stages > 0 && x.depth <= kMaxDepth; --stages) {
-    // By the memory of the backward pass, which needs more: both passes choose the same.
+    // By the memory of the pass that needs more: both passes choose the same.
     if constexpr (sizeof(T) < 8) {
-      const int64_t bytes =
-          x.depth <= 128 ? mma_shared_bytes<T, 128, false>(stages) : mma_shared_bytes<T, 256, false>(stages);
-      if (tensor && bytes <= device.shared_bytes) return {Path::kMma, stages};
+      if (tensor && most_mma_bytes<T>(x.depth, stages) <= device.shared_bytes) return {Path::kMma, stages};
     }
     if (!tensor && tile_shared_bytes<T>(x.depth, stages) <= device.shared_bytes) return {Path::kFfma, stages};
   }
