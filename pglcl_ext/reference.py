@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pglcl_ext._precision import accumulate_dtype
 from pglcl_ext.patch_statistics import PatchStatistics, patch_grid_arguments
 
 __all__ = [
@@ -159,7 +160,7 @@ def patch_contrast_loss(
         undefined = ~semantic_disparity(descriptors.detach(), other).isfinite() & allowed
 
     logits = anchors @ (anchors if keys is None else keys).t() / temperature
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(accumulate_dtype(logits.dtype))
     log_weight = math.log(negative_weight) if negative_weight > 0 else -math.inf
     count = positives.sum(dim=1)
     valid = count > 0
@@ -198,7 +199,7 @@ def gaussian_contrast_loss(
     known = (labels != ignore_index) & (labels >= 0) & (labels < k)
     own = torch.where(known, labels, 0)
     valid = known & taking_part[own]
-    t = anchors.to(torch.promote_types(anchors.dtype, torch.float32))
+    t = anchors.to(accumulate_dtype(anchors.dtype))
     t = torch.where(valid[:, None], t, 0)  # other anchors may be NaN
     # Statistics of a class without keys may be NaN, which must not spread.
     mu = torch.where(taking_part[:, None], means.detach().to(t.dtype), 0)
