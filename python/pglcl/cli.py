@@ -205,10 +205,10 @@ def _train(ctx: typer.Context, data: Path | None, output: Path | None, **options
     try:
         training.run()
     except Interrupted as reason:
-        if training.is_first:
+        if is_first_process():
             console(own["quiet"]).print(f"{run}: {reason}")
         raise typer.Exit(STOPPED) from None
-    if training.is_first:
+    if is_first_process():
         console(own["quiet"]).print(
             f"{run}: done. Next: pglcl evaluate {_quoted(run)} {_quoted(root)}{_part_of(run)}; "
             f"pglcl report {_quoted(run)}"
@@ -426,11 +426,11 @@ def export(
     """Writes the network to a file for other programs, reads it back and compares the logits."""
     from pglcl.export import export_run
 
-    def say(line: str) -> None:
+    def print_line(line: str) -> None:
         if not quiet:
             _complain(f"pglcl: {line}")
 
-    path, difference = export_run(run, kind, output, weights=weights, overwrite=overwrite, print_line=say)
+    path, difference = export_run(run, kind, output, weights=weights, overwrite=overwrite, print_line=print_line)
     console(quiet).print(f"{path}: logits differ by at most {difference:.1e} of the largest")
 
 

@@ -28,7 +28,7 @@ from pglcl_ext import (
 from pglcl_ext.distributed import gather_rows
 from pglcl_ext.patch_statistics import pixel_entropy
 
-APART = 1e3  # nats; no two entropies differ so much
+MIXED_APART = 1e3  # nats; no two entropies differ so much
 CROPS_OBSERVED = 8  # crops of each class and image that move the coverage threshold
 
 
@@ -37,8 +37,9 @@ class Guidance:
     """Which pairs of patches are positives and negatives by the options of a run: for the loss, and for the report.
 
     Two descriptors guide the choice: the entropy of a prediction in the patch, and whether the patch is mixed, that is,
-    whether its class fills only a part of it. The second descriptor is 0 or APART. A difference of APART exceeds every
-    bound. So a mixed patch and a filled one of the same class are neither positives nor negatives of each other.
+    whether its class fills only a part of it. The second descriptor is 0 or MIXED_APART, and a difference of
+    MIXED_APART exceeds every bound. So a mixed patch and a filled one of the same class are neither positives nor
+    negatives of each other.
 
     Args:
         config: the options of the run.
@@ -61,7 +62,7 @@ class Guidance:
     @property
     def bounds(self) -> dict[str, Any]:
         """`max_positive_disparity` and `min_negative_disparity` in nats, as :class:`PatchContrastLoss` takes them."""
-        bounds: dict[str, Any] = {"max_positive_disparity": APART / 4} if self.told_apart else {}
+        bounds: dict[str, Any] = {"max_positive_disparity": MIXED_APART / 4} if self.told_apart else {}
         if self.config.guidance:
             unit = math.log(self.num_classes) / self.dims  # disparity is the mean over the descriptors
             bounds["max_positive_disparity"] = self.config.max_positive_disparity * unit
@@ -73,11 +74,11 @@ class Guidance:
         return coverage < self.config.inside_coverage
 
     def descriptors(self, entropy: Tensor, coverage: Tensor, *, keys: bool = False) -> Tensor:
-        """(N, 1): the entropy (N,); or (N, 2): the entropy, and APART for a mixed patch, 0 for another."""
+        """(N, 1): the entropy (N,); or (N, 2): the entropy, and MIXED_APART for a mixed patch, 0 for another."""
         if not self.told_apart:
             return entropy[:, None]
         # With the sign opposite to that of anchors, a mixed key differs from all anchors of its class, mixed or not.
-        apart = -APART if keys and self.config.mixed_patches == "leave-out" else APART
+        apart = -MIXED_APART if keys and self.config.mixed_patches == "leave-out" else MIXED_APART
         return torch.stack([entropy, apart * self.mixed(coverage)], dim=1)
 
 
@@ -314,14 +315,13 @@ class PatchContrast(nn.Module):
             space = weights.sum(dim=1, keepdim=True)
             every = class_patches(space, weights, size, self.num_classes, max_patches=CROPS_OBSERVED)
             self._move_threshold(every.coverage, every.labels)
-        if len(crops.labels) == 0:
-            nothing = images.new_zeros(0)
+        if len(crops.labels):
+            _, features = network.with_features(crops.images)
+            embeddings = features.flatten(2).mean(dim=2)
+        else:
             embeddings = images.new_zeros(0, network.feature_channels)
-            return PatchBatch(embeddings, crops.labels, nothing, nothing, crops.index)
-        _, features = network.with_features(crops.images)
-        embeddings = features.flatten(2).mean(dim=2)
-        batch = PatchBatch(embeddings, crops.labels, crops.coverage, crops.coverage, crops.index)
-        return batch._replace(entropy=entropy_of_crops(batch, weights, prediction, size))
+        entropy = entropy_of_crops(crops, weights, prediction, size)
+        return PatchBatch(embeddings, crops.labels, entropy, crops.coverage, crops.index)
 
 
 def entropy_of_crops(crops: PatchBatch | ClassPatches, weights: Tensor, prediction: Tensor, size: int) -> Tensor:

@@ -54,7 +54,7 @@ def check_folder(output: Path) -> None:
     """Raises UserError for a folder that holds files and was not written by an earlier demo."""
     own = output / "data" / "dataset.json"
     if output.exists() and not output.is_dir():
-        raise UserError(f"{output}: must be a folder, is a file")
+        raise UserError(f"{output}: must be a folder, but is a file")
     if not output.is_dir() or not any(output.iterdir()):
         check_writable(output)
         return

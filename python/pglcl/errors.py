@@ -34,6 +34,19 @@ def explained(error: BaseException) -> tuple[str, ...] | None:
     return None
 
 
+def first_line(error: BaseException) -> str:
+    """The line of an error message that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and "SimpleITK" in lines[0]:  # the first line is the place in the sources of SimpleITK
+        return lines[-1].removeprefix("ITK ERROR: ")
+    return lines[0] if lines else repr(error)
+
+
+def wrong_content(error: Exception) -> str:
+    """The reason why the content of a JSON file does not suit: a missing entry, or the message of the error."""
+    return f'has no entry "{error.args[0]}"' if isinstance(error, KeyError) else first_line(error)
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     """Whether PyTorch lacked memory, which it reports as a RuntimeError."""
     words = ("can't allocate memory", "not enough memory", "out of memory")

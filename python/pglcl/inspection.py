@@ -244,8 +244,8 @@ def same_labels(reports: Sequence[CaseReport]) -> list[str]:
         other = first.setdefault(report.label_digest, report)
         if other.case.patient != report.case.patient and other.digest != report.digest:
             lines.append(
-                f"{other.case.name} and {report.case.name} have the same label, but other images; is one a copy by "
-                "mistake?"
+                f"{other.case.name} and {report.case.name} have the same label, but different images. One label may be "
+                "a copy by mistake"
             )
     more = [f"and {len(lines) - SHOWN} more labels that others have, too"] if len(lines) > SHOWN else []
     return lines[:SHOWN] + more

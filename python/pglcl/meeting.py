@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pglcl.errors import UserError
+from pglcl.errors import UserError, first_line
 
 MEETING = "PGLCL_MEETING_SECONDS"  # the environment variable that replaces the next constant
 MEETING_SECONDS = 120  # how long ranks wait for each other at their start
@@ -39,7 +39,7 @@ def _wait_for_all_ranks(rank: int, size: int, seconds: int) -> Any:
     """The store in which all ranks have announced themselves."""
     host, port = os.environ.get("MASTER_ADDR", ""), number_from_environment("MASTER_PORT", least=1, most=65535)
     if not host:
-        raise UserError("MASTER_ADDR must be the address of rank 0, but is not set; torchrun and --processes set it")
+        raise UserError("MASTER_ADDR is not set. It must be the address of rank 0; torchrun and --processes set it")
     again = f"check that every rank was started and has not ended; {MEETING}=600 waits for ten minutes"
     keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # otherwise torchrun keeps it
     if not keeps_store and (reason := _unreachable(host, port, seconds)):
@@ -55,14 +55,14 @@ def _wait_for_all_ranks(rank: int, size: int, seconds: int) -> Any:
             store.wait(names, patience)
         missing = ", ".join(f"rank {other}" for other, name in enumerate(names) if not store.check([name]))
     except dist.DistError as error:
-        raise UserError(f"ranks cannot meet at {host}:{port}: {_first_line(error)}") from error
+        raise UserError(f"ranks cannot meet at {host}:{port}: {first_line(error)}") from error
     if missing:
         raise UserError(f"of {size} ranks, {missing} did not connect within {seconds} seconds: {again}")
     return store
 
 
 def _unreachable(host: str, port: int, seconds: float) -> str:
-    """Why no process answers there within `seconds`; empty when one does."""
+    """The reason why no process answers at `host` and `port` within `seconds`; empty when one does."""
     until = time.monotonic() + seconds
     while True:
         try:
@@ -96,10 +96,6 @@ def lost_ranks_explained() -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo/" not in str(error):
             raise
         raise UserError(
-            f"another rank has ended: it was killed, or it printed why ({_first_line(error)}). --resume continues from "
+            f"another rank has ended: it was killed, or it printed why ({first_line(error)}). --resume continues from "
             "the last checkpoint"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0]

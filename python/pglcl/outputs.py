@@ -111,7 +111,7 @@ def _no_file_above(folder: Path) -> None:
     for above in (folder, *folder.parents):
         if _exists(above):
             if not above.is_dir():
-                raise UserError(f"{above}: must be a folder, is a file")
+                raise UserError(f"{above}: must be a folder, but is a file")
             return
 
 

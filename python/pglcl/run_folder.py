@@ -21,7 +21,7 @@ import torch
 
 from pglcl.cases import PARTS, Split
 from pglcl.config import OPTIONS, TrainConfig, flag
-from pglcl.errors import UserError
+from pglcl.errors import UserError, wrong_content
 from pglcl.files import (
     check_writable,
     fingerprint,
@@ -348,7 +348,7 @@ def read_record(run: Path) -> RunRecord:
         cases = {str(name): [str(text) for text in case] for name, case in content.get("cases", {}).items()}
         return RunRecord(str(content["id"]), parts, files, *numbers, str(content["initial"]), cases)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not what a run wrote: {error!r}") from None
+        raise UserError(f"{path}: not what a run wrote: {wrong_content(error)}") from None
 
 
 def patients_read_by(run: Path, cases: Iterable[Case]) -> list[str]:

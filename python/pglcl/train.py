@@ -63,8 +63,7 @@ class Training:
         self.lock: FolderLock | None = None  # held by the first rank alone
         self.device = device_of_rank(choose_device(config.device))
         self.profile = Profile(self.device, profile)
-        self.is_first = is_first_process()  # known before the ranks meet
-        self.progress = Progress(config.steps, quiet=quiet or not self.is_first)
+        self.progress = Progress(config.steps, quiet=quiet or not is_first_process())
         self.stop = StopRequest()
         self.validation = Unchanged(())  # on the first rank: the files that each validation reads again
 
@@ -113,7 +112,9 @@ class Training:
                 initial = initial_model(folder.config, found.channels, found.labels, found.description)
             if ranks.is_first and folder.record is None:
                 if initial is not None:
-                    self._say_who_was_seen(cases_of(data_folder, (*split.validation, *split.test), with_label=True))
+                    self._warn_of_seen_patients(
+                        cases_of(data_folder, (*split.validation, *split.test), with_label=True)
+                    )
                 folder.begin(split, self.root, cases, ranks.size, initial)
             elif ranks.is_first:
                 if state is None:
@@ -140,7 +141,7 @@ class Training:
         if ranks.is_first:
             self._show_profile(self.config.steps - max(first, self.config.warmup_steps))
 
-    def _say_who_was_seen(self, held_out: list[Case]) -> None:
+    def _warn_of_seen_patients(self, held_out: list[Case]) -> None:
         """Prints a line when the run of `--init` was trained on patients that are held out now."""
         seen = patients_read_by(Path(self.config.init), held_out)
         if seen:

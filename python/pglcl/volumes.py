@@ -22,7 +22,7 @@ from pglcl.memory import require_memory
 
 CANONICAL = np.array([[0, 1], [1, 1], [2, 1]])
 LEVELS = 1024  # numbers that float32 must have between the smallest and the largest value of a channel
-APART = 0.1  # voxels: how far the corners of a label, or of a channel, may lie from those of the image
+CORNERS_APART = 0.1  # voxels: how far the corners of a label, or of a channel, may lie from those of the image
 
 
 @dataclass
@@ -144,7 +144,7 @@ def check_same_grid(source: Source, first: Source, role: str) -> None:
     corners = np.array([[*corner, 1] for corner in itertools.product(*((0, n - 1) for n in shape))], np.float64)
     apart = (_canonical_affine(source) - _canonical_affine(first)) @ corners.T
     distance = float(np.sqrt((apart**2).sum(axis=0)).max())
-    if distance > APART * min(first.spacing):
+    if distance > CORNERS_APART * min(first.spacing):
         raise UserError(f"{must} the affine of {role} {name}: corners lie up to {distance:.3g} {first.unit} apart")
 
 

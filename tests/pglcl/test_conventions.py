@@ -191,7 +191,7 @@ def test_one_label_of_two_images_is_said(tmp_path: Path) -> None:
     data = open_folder(root)
     assert not any("same label" in note for note in survey(data, tiny()).notes)
     save(root / "labels" / "case05.nii.gz", label.astype(np.int16))
-    said = "case00 and case05 have the same label, but other images; is one a copy by mistake?"
+    said = "case00 and case05 have the same label, but different images. One label may be a copy by mistake"
     assert said in survey(data, tiny()).notes
     assert said in warnings_of(data, inspect_folder(data), LabelMap.of_values([1, 2]))
     for name in ("case00", "case05"):  # empty labels say nothing

@@ -144,7 +144,7 @@ BAD_DESCRIPTIONS = {
     "3": "not a Decathlon description",
     "[1]": "not a Decathlon description",
     '{"channel_names": 3}': "not an nnU-Net description",
-    '{"channel_names": {"0": "MR"}}': "not an nnU-Net description: KeyError",
+    '{"channel_names": {"0": "MR"}}': 'not an nnU-Net description: has no entry "labels"',
     '{"channel_names": {"0": "MR"}, "labels": {"background": 0, "a": -1}}': "labels must be whole numbers from 0",
     '{"channel_names": {"0": "MR"}, "labels": {"background": 0, "a": true}}': "labels must be whole numbers from 0",
     '{"channel_names": {"0": "MR"}, "labels": {"background": 0, "a": 0}}': "have the same value, 0",

@@ -55,7 +55,7 @@ def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a folder"):
         check_outputs([tmp_path / "mask.nii.gz"], overwrite=True)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="must be a folder, is a file"):
+    with pytest.raises(UserError, match="must be a folder, but is a file"):
         check_outputs([tmp_path / "file" / "deeper" / "mask.nii.gz"])
 
 

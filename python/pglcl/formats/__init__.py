@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pglcl.errors import UserError
+from pglcl.errors import UserError, first_line
 from pglcl.files import require_file
 from pglcl.formats import hdf5, itk, nifti, picture
 from pglcl.formats.names import READERS, known_suffixes, suffix_of
-from pglcl.formats.source import Source, first_line
+from pglcl.formats.source import Source
 
 __all__ = ["Source", "read", "read_source", "result_suffix", "write"]
 

@@ -15,8 +15,8 @@ from nibabel.affines import voxel_sizes
 from nibabel.spatialimages import HeaderDataError
 from nibabel.volumeutils import apply_read_scaling
 
-from pglcl.errors import UserError
-from pglcl.formats.source import Source, check_affine, check_shape, first_line, reading
+from pglcl.errors import UserError, first_line
+from pglcl.formats.source import Source, check_affine, check_shape, reading
 from pglcl.memory import check_claim
 
 LONGEST_HEADER = 540  # of NIfTI-2; NIfTI-1 has 348

@@ -80,7 +80,9 @@ def _source(image: Any, path: Path, *, label: bool) -> Source:
     if label and _tag(image, PHOTOMETRIC) == WHITE_IS_ZERO:
         raise UserError(f"{path}: stores white as 0, so programs disagree on its values; store black as 0")
     if "16" in raw and image.mode in (*COLOUR, "LA"):
-        raise UserError(f"{path}: has several channels of 16 bits ({raw}), of which Pillow keeps only 8 bits; store 8")
+        raise UserError(
+            f"{path}: has several channels of 16 bits ({raw}), of which Pillow keeps only 8 bits; store it with 8 bits"
+        )
     dtype = {"F": np.float32, "I": np.int32}.get(image.mode, np.uint16 if image.mode.startswith("I;16") else np.uint8)
     channels = 3 if colour and not label else 1
     size = rows * columns * pages * channels * np.dtype(dtype).itemsize

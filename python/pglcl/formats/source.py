@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from nibabel.affines import voxel_sizes
 
-from pglcl.errors import UserError
+from pglcl.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,6 @@ def reading(path: Path, what: str) -> Iterator[None]:
         raise UserError(f"{path}: does not fit into memory") from None
     except Exception as error:
         raise UserError(f"{path}: {what}: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """The line of an error message that says what is wrong."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if lines and "SimpleITK" in lines[0]:  # the first line is the place in the sources of SimpleITK
-        return lines[-1].removeprefix("ITK ERROR: ")
-    return lines[0] if lines else repr(error)
 
 
 def library(module: str, package: str, path: Path) -> ModuleType:

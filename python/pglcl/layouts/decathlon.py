@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pglcl.errors import UserError
+from pglcl.errors import UserError, wrong_content
 from pglcl.files import read_json
 from pglcl.formats.names import inputs_in, stem
 from pglcl.layouts.data_folder import Case, DataFolder, not_listed, other_count, refuse_confusions
@@ -35,7 +35,7 @@ def read(root: Path) -> DataFolder:
         modalities = tuple(str(content.get("modality", {})[k]) for k in sorted(content.get("modality", {}), key=int))
         refuse_confusions(file, cases)
     except (TypeError, KeyError, AttributeError, ValueError, OSError) as error:
-        raise UserError(f"{file}: not a Decathlon description: {error!r}") from error
+        raise UserError(f"{file}: not a Decathlon description: {wrong_content(error)}") from error
     notes = not_listed(file, cases)
     notes += other_count(file, content, sum(case.label is not None for case in cases))
     notes += [f"{file}: {absent} of the test images that it lists do not exist"] if absent else []

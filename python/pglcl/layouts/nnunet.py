@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pglcl.errors import UserError
+from pglcl.errors import UserError, wrong_content
 from pglcl.files import read_json
 from pglcl.formats import read_source
 from pglcl.formats.names import inputs_in
@@ -36,7 +36,7 @@ def read(root: Path) -> DataFolder:
         else:
             cases = pair(root / "imagesTr", root / "labelsTr", len(modalities))
     except (TypeError, KeyError, AttributeError, ValueError, OSError) as error:
-        raise UserError(f"{file}: not an nnU-Net description: {error!r}") from error
+        raise UserError(f"{file}: not an nnU-Net description: {wrong_content(error)}") from error
     if is_there(root / "imagesUn", folder=True):
         require_numbers(inputs_in(root / "imagesUn"), len(modalities))
         groups = group_files(inputs_in(root / "imagesUn"))
