@@ -117,7 +117,7 @@ class OpFunction(torch.autograd.Function):
 
     @classmethod
     def inputs(cls, flat: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What the function is applied to."""
+        """The inputs of `apply`."""
         return (*[flat[place] for place in cls.places], flat)
 
     @classmethod

@@ -34,7 +34,7 @@ class PatchStatistics(NamedTuple):
 
 
 def pixel_entropy(p: Tensor, dim: int = 1) -> Tensor:
-    """The entropy, in nats, of probabilities whose classes lie along `dim`, which the result lacks.
+    """The entropy, in nats, of probabilities whose classes lie along `dim`. The result has no such dimension.
 
     Its gradient at a probability of 0 is infinite, unlike that of :func:`patch_entropy`.
     """

@@ -1,4 +1,4 @@
-"""What is no valid argument is refused by its name, also where the checks run only because the op has refused."""
+"""An argument that is not valid is refused by its name, also where the checks run only because the op has refused."""
 
 from __future__ import annotations
 

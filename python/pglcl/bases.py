@@ -25,7 +25,7 @@ DISTANCE_WEIGHT = 10
 
 @dataclass
 class ViewBatch:
-    """What the student sees in a step, and what it should predict.
+    """The images that the student sees in a step, and their targets.
 
     images: (B, C, *S). target: (B, *S) int64, -1 where nothing is known. weight: (B, *S), of each pixel in the loss.
     certainty: (B, *S), 1 for an annotation, the teacher's probability for a pseudo-label. annotated: (B, *S) bool.
@@ -87,18 +87,18 @@ class Taught(NamedTuple):
 
 
 class Base(ABC):
-    """What a training step needs from a base."""
+    """The methods of a base that a training step calls."""
 
     @abstractmethod
     def views(self, batch: dict[str, Tensor], taught: Taught, generator: torch.Generator) -> ViewBatch:
-        """What the student sees of a batch of :class:`~pglcl.batches.StepBatches` after the warm-up."""
+        """The student's views of a batch of :class:`~pglcl.batches.StepBatches` after the warm-up."""
 
     @abstractmethod
     def loss(self, logits: Tensor, views: ViewBatch, ramp: float) -> Tensor:
         """The loss, a scalar, of logits (B, K, *S). `ramp`, in [0, 1], says how far the teacher is trusted."""
 
     def warmup_views(self, views: ViewBatch, generator: torch.Generator) -> ViewBatch:
-        """What the student sees during the warm-up; `views` are those of :func:`labelled_alone`."""
+        """The student's views during the warm-up; `views` are those of :func:`labelled_alone`."""
         return views
 
 

@@ -169,7 +169,7 @@ def _in_shared_memory(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _explanation(text: str) -> str:
-    """What a user can do about an error of the processes that prepare batches; nothing for a bug."""
+    """A message that says how to mend an error of the processes that prepare batches; empty for a bug."""
     if "shared memory" in text or "No space left" in text:
         return (
             "shared memory (/dev/shm) is full. Use --workers 0, which needs none, or remove files from /dev/shm, or "

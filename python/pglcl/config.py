@@ -49,7 +49,7 @@ class Option:
     weights: bool = True
 
     def problem(self, value: Any) -> str:
-        """What is wrong with `value`; empty if nothing is."""
+        """A message if `value` is wrong; empty if it is not."""
         if self.choices:
             return "" if value in self.choices else f"must be one of {', '.join(map(str, self.choices))}"
         if self.items is not None:
@@ -78,7 +78,7 @@ class Option:
 
     @property
     def metavar(self) -> str | None:
-        """How ``--help`` writes the value."""
+        """The word for the value in ``--help``."""
         if self.choices:
             return "|".join(map(str, self.choices))
         return self.unit.upper().replace(" ", "-") or None
@@ -412,7 +412,7 @@ def _written(value: Any) -> str:
 
 
 def _wrong_type(value: Any, wanted: type) -> str:
-    """What is wrong with the type of an option's value; empty if nothing is. An int may stand for a float."""
+    """A message if an option's value has the wrong type; empty if not. An int may stand for a float."""
     fits = isinstance(value, (int, float) if wanted is float else wanted) and isinstance(value, bool) == (
         wanted is bool
     )

@@ -34,7 +34,7 @@ CROPS_OBSERVED = 8  # crops of each class and image that move the coverage thres
 
 @dataclass(frozen=True)
 class Guidance:
-    """Which pairs of patches are positives and negatives by the options of a run: for the loss, and for the report.
+    """The choice of positives and negatives by the options of a run: for the loss, and for the report.
 
     Two descriptors guide the choice: the entropy of a prediction in the patch, and whether the patch is mixed, that is,
     whether its class fills only a part of it. The second descriptor is 0 or MIXED_APART, and a difference of
@@ -83,7 +83,7 @@ class Guidance:
 
 
 class Keys(NamedTuple):
-    """What anchors are compared with: embeddings (M, D), labels (M,) int64, descriptors (M, 1 or 2)."""
+    """The rows with which anchors are compared: embeddings (M, D), labels (M,) int64, descriptors (M, 1 or 2)."""
 
     embeddings: Tensor
     labels: Tensor

@@ -16,7 +16,7 @@ SHOWN = 3  # files that a message names
 
 @dataclass(frozen=True)
 class Conventions:
-    """Two groups of label files that share no foreground value, nor does any file have values of both.
+    """Two groups of label files. Their foreground values differ, and no file has values of both groups.
 
     small, large: values of each group. with_small, with_large: its files. certain: `large` is `small` spread over 8 or
     16 bits, as programs do that save masks as pictures.

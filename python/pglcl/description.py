@@ -1,4 +1,4 @@
-"""What a data folder says of its channels and classes. A model keeps it, so that other folders can be compared."""
+"""The meanings of channels and classes in a data folder. A model keeps them to compare other folders with them."""
 
 from __future__ import annotations
 

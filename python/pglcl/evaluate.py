@@ -243,7 +243,7 @@ def _check(predictor: Predictor, cases: Sequence[Case], *, quiet: bool) -> dict[
 
 
 def _lines_of(error: Exception) -> tuple[str, ...]:
-    """What explains an error of the input, the disk or the memory. A bug is raised again: it stops the command."""
+    """The message for an error of the input, the disk or the memory. A bug is raised again and stops the command."""
     lines = explained(error)
     if lines is None:
         raise error

@@ -89,7 +89,7 @@ def export_run(
 
 
 def description(model: TrainedModel) -> dict[str, Any]:
-    """What a program that runs the network must know; the exported file holds it as "pglcl"."""
+    """The facts that a program needs to run the network; the exported file holds them as "pglcl"."""
     config = model.config
     return {
         "classes": [

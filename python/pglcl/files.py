@@ -189,7 +189,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    """What identifies a file: size in bytes, time of the last change, SHA-256 of the content."""
+    """The marks that identify a file: size in bytes, time of the last change, SHA-256 of the content."""
     digest = hashlib.sha256()
     try:
         with opened(path) as file:

@@ -1,4 +1,4 @@
-"""What `pglcl inspect` prints."""
+"""The output of `pglcl inspect`."""
 
 from __future__ import annotations
 

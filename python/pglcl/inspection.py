@@ -47,7 +47,7 @@ SAME = 3  # files of which the same is said
 
 @dataclass
 class CaseReport:
-    """What was found in one case. A training refuses problems, and only prints notes.
+    """The findings about one case. A training refuses problems, and only prints notes.
 
     shape, spacing: in canonical axes. orientation: of the file's axes, such as RAS. unit: of the spacing. axes: of the
     file, 2 or 3. dtype: of the file. source: of its first image. digest, label_digest: SHA-256 of the voxels of the
@@ -79,7 +79,7 @@ class CaseReport:
 
     @property
     def constant(self) -> dict[int, float]:
-        """The value of each channel all of whose voxels are equal."""
+        """The value of each constant channel."""
         return constant_channels(self.measured.low, self.measured.high) if self.measured else {}
 
     def as_dict(self) -> dict[str, Any]:
@@ -261,7 +261,7 @@ def inspect_folder(data: DataFolder, labels: LabelMap | None = None) -> list[Cas
 
 @dataclass(frozen=True)
 class Survey:
-    """What a training must know of its data before it prepares them.
+    """The facts about its data that a training must know before it prepares them.
 
     labels, intensity, resolution, levels, description: part of the model. channels: of the images. slice_axis: of 2-D
     training, None in 3-D. needed: bytes of the prepared volumes. voxels: of each class in the
@@ -456,7 +456,7 @@ def _in_words(labels: LabelMap) -> str:
 
 
 def _origin(config: TrainConfig, data: DataFolder) -> str:
-    """Where the meaning of label values comes from."""
+    """The source of the meaning of label values, in words."""
     if config.labels or config.num_classes:
         return "--labels" if config.labels else "--num-classes"
     return "as the data declare them" if data.labels else "a class for each value that the label files have"

@@ -25,7 +25,7 @@ KINDS = ("percentile", "zscore", "ct", "window", "rgb", "none")
 
 @dataclass(frozen=True)
 class Channel:
-    """How one channel is normalised.
+    """The way one channel is normalised.
 
     percentile: each volume is clipped to its own percentiles 0.5 and 99.5, then brought to mean 0 and deviation 1.
     zscore: the same without clipping. ct, window, rgb: clipped to [low, high], then (x - mean) / std, the same for all
@@ -72,7 +72,7 @@ class Intensity:
         return torch.cat([channel(image[c : c + 1]) for c, channel in enumerate(self.channels)])
 
     def problem(self, image: np.ndarray) -> str:
-        """Why an image (C, X, Y, Z) cannot be normalised, or nothing: its range does not suit."""
+        """A message if the range of an image (C, X, Y, Z) does not suit its normalisation; empty if it does."""
         for c, channel in enumerate(self.channels):
             if channel.kind not in ("rgb", *SPREAD):
                 continue
@@ -103,7 +103,7 @@ class Intensity:
 
 @dataclass
 class Measured:
-    """What was measured of the intensities of one case.
+    """The measured intensities of one case.
 
     low, high: of each channel. whole: whether a channel's values are all whole numbers. eight_bits: whether all
     values are unsigned bytes. foreground: (C, n) float32, a sample of the labelled foreground, where there is a label.
@@ -202,7 +202,7 @@ def constant_channels(low: Sequence[float], high: Sequence[float]) -> dict[int, 
 
 
 def describe_constant(found: Mapping[int, float], channels: int) -> str:
-    """What is said of an image with such channels; nothing of another image.
+    """A message about constant channels; empty if there are none.
 
     Args:
         found: what :func:`constant_channels` found.
@@ -234,7 +234,7 @@ def few_values(image: np.ndarray) -> int:
 
 
 def describe_few(values: int) -> str:
-    """What is said of an image for which :func:`few_values` gives this number."""
+    """A message about the number that :func:`few_values` gives; empty for 0."""
     return f"has only {values} different values; is it a label?" if values else ""
 
 

@@ -50,7 +50,7 @@ class Levels:
         return cls(low, high, tuple(float(d) for d in (found[..., 1] - found[..., 0]).mean(axis=0)))
 
     def problem(self, image: Sequence[Level], intensity: Intensity) -> str:
-        """How an image clearly differs; empty if it does not.
+        """A message if an image clearly differs; empty if it does not.
 
         An image differs if both percentiles lie far above those of every training image, or both far below; or if they
         are much closer together, or much farther apart. So a larger field of view or a bright implant makes no
@@ -87,7 +87,7 @@ class Levels:
 
 
 def apart_from_most(images: Sequence[Sequence[Level]], intensity: Intensity) -> dict[int, str]:
-    """How images clearly differ from most of the others, by their places among `images`.
+    """A message for each image that clearly differs from most of the others, by its place among `images`.
 
     An image differs if both percentiles lie above, or both below, the medians of all images by more than half of the
     usual distance, as a CT does that begins at 0 instead of -1024. It also differs if they are much closer together or

@@ -239,7 +239,7 @@ class Predictor:
         return Prediction(parts, self._changed), first
 
     def check(self, case: Case) -> str:
-        """Reads the image of a case, and predicts nothing. Returns what :meth:`odd_intensities` says of it.
+        """Reads the image of a case without predicting. Returns the message of :meth:`odd_intensities` about it.
 
         Raises:
             UserError: a damaged file, or an image that does not suit the models.
@@ -267,7 +267,7 @@ class Predictor:
         return keep_largest(mask, self.organs)
 
     def unlike_training(self, source: Source) -> str:
-        """How the voxels of an image clearly differ in size from those of a model's training images, or nothing."""
+        """A message if the sizes of voxels clearly differ from those of the training images; empty if they do not."""
         for model in self.models:
             found = model.resolution.problem(source, model.config, model.slice_axis) if model.resolution else ""
             if found:
@@ -275,13 +275,13 @@ class Predictor:
         return ""
 
     def odd_intensities(self, levels: Sequence[Level], constant: Mapping[int, float], few: int) -> str:
-        """How the intensities of an image clearly differ from those of a model's training images, or nothing.
+        """A message if the intensities of an image clearly differ from those of the training images; empty if not.
 
         Args:
             levels: of each channel.
             few: the number of different values, if it is small.
-            constant: the value of each channel all of whose voxels are equal. A single one is not said if it was the
-                same in the training.
+            constant: the value of each constant channel. A single one is not named if it was constant in the training,
+                too.
         """
         if len(constant) < len(levels):
             known = [model.levels.distance for model in self.models if model.levels]

@@ -30,7 +30,7 @@ class Prepared:
     (int16 from 128 classes on), -1 where padded or ignored; or None. The slice axis of 2-D training comes last.
     spacing: mm (or pixels) of the volume before it was resized, in canonical axes. source: of its file, needed to write
     results. levels, constant, few_values: of the volume as read, empty for one from a cache; its percentiles, the value
-    of each channel all of whose voxels are equal, and the number of different values if it is small.
+    of each constant channel, and the number of different values if it is small.
     """
 
     case: Case
@@ -94,7 +94,7 @@ def prepare(
 
 
 def constant_of(volume: Volume) -> dict[int, float]:
-    """The value of each channel all of whose voxels are equal."""
+    """The value of each constant channel."""
     low, high = (f(volume.data, axis=(1, 2, 3)) for f in (np.min, np.max))
     return constant_channels(low.tolist(), high.tolist())
 
@@ -126,7 +126,7 @@ def _shapes(volume: Volume, config: TrainConfig, slice_axis: int | None) -> tupl
 
 
 def does_not_suit(source: Source, config: TrainConfig) -> str:
-    """Why an image cannot be prepared with these options, or nothing."""
+    """The reason why an image cannot be prepared with these options; empty if it can."""
     if config.spatial_dims == 3 and source.axes == 2:
         return "is a 2-D image; --spatial-dims 3 needs volumes"
     if config.target_spacing and source.unit != "mm":

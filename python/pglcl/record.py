@@ -1,4 +1,4 @@
-"""What a run records: its environment, the time of each section of a step, its metrics."""
+"""The records of a run: its environment, the time of each section of a step, its metrics."""
 
 from __future__ import annotations
 

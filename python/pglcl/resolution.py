@@ -39,7 +39,7 @@ class Resolution:
         return cls(least, most, units)
 
     def problem(self, source: Source, config: TrainConfig, slice_axis: int | None) -> str:
-        """How an image clearly differs; empty if it does not. Sizes in pixels say nothing, and are not compared."""
+        """A message if an image clearly differs; empty if it does not. Sizes in pixels are not compared."""
         if source.unit not in self.units and "mm" in (source.unit, *self.units):
             says = "says how large its voxels are" if source.unit == "mm" else "does not say how large its voxels are"
             return f"{says}, unlike the training images"

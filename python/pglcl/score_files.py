@@ -19,7 +19,7 @@ FORMAT = "pglcl scores 2"
 
 @dataclass(frozen=True)
 class Subject:
-    """What is scored: a model, patients, their files, and the way of scoring.
+    """All that scores depend on: a model, patients, their files, and the way of scoring.
 
     Score files hold their subject. A report shows them only if it is about the same subject.
 
@@ -56,7 +56,7 @@ class Subject:
         return self.step >= self.steps
 
     def differences(self, other: Subject) -> list[str]:
-        """How `other` differs from this subject; empty if its scores may be shown for this one."""
+        """The differences of `other` from this subject; empty if its scores may be shown for this one."""
         names = {
             "model": "other weights",
             "part": f"the part {other.part!r}",

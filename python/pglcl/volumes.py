@@ -70,7 +70,7 @@ def read_volume(paths: Sequence[Path]) -> Volume:
 
 
 def _lost(stored: np.ndarray, single: np.ndarray) -> str:
-    """Why a channel cannot be used in single precision, or nothing.
+    """The reason why a channel cannot be used in single precision; empty if it can.
 
     Args:
         stored: as the file has it, which may be of 64 bits.
@@ -176,7 +176,7 @@ def _canonical_affine(source: Source) -> np.ndarray:
 
 
 def _file_axes(source: Source) -> np.ndarray:
-    """Which axis of the file each canonical axis is."""
+    """For each canonical axis, the axis of the file."""
     return np.argsort(orientation_of(source)[:, 0])
 
 
@@ -204,7 +204,7 @@ def write_like(data: np.ndarray, source: Source, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a volume was resampled, so that results can be restored to its resolution.
+    """The shapes of a volume before and after it was resampled, so that results can be restored to its resolution.
 
     shape: (X, Y, Z) of the volume. resized: what it was interpolated to. The network sees `resized` padded at the end
     of each axis; a slice axis is never resized.

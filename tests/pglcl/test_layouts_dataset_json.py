@@ -107,7 +107,7 @@ def declared_by_a_list(root: Path, labels: dict[str, str]) -> LabelMap | None:
 def test_labels_called_ignore_and_background_have_their_meaning(
     declared: Callable[[Path, dict[str, str]], LabelMap | None], tmp_path: Path
 ) -> None:
-    """What is called ignore is left out, not learned. The value 0 is the background, whatever its name."""
+    """A class named ignore is left out, not learned. The value 0 is the background, whatever its name."""
     save(tmp_path / "a.nii.gz", volume(0)[0])
     labels = declared(tmp_path, {"0": "air", "2": "organ", "7": "Ignore"})
     assert labels is not None

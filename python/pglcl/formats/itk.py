@@ -181,7 +181,7 @@ def voxel_files(path: Path) -> list[Path]:
 
 
 def _voxel_file(path: Path) -> str:
-    """What a header says of the file of its voxels; empty if they follow the header."""
+    """The file of the voxels, as the header names it; empty if the voxels follow the header."""
     with contextlib.suppress(OSError), path.open("rb") as file:
         start = file.read(LONGEST_HEADER)
         if suffix_of(path) == ".nrrd":

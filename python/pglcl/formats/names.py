@@ -1,4 +1,4 @@
-"""Which files are inputs, their suffixes, and their names without the suffix. Suffixes are compared without case."""
+"""Names of input files: the known suffixes, and names without the suffix. Suffixes are compared without case."""
 
 from __future__ import annotations
 

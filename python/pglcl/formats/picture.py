@@ -99,7 +99,7 @@ def _tag(image: Any, number: int) -> Any:
 
 
 def _orientation(image: Any) -> int:
-    """How the picture is to be turned for the eye; 1: as it is. Pillow turns a TIFF by itself, and other files not."""
+    """The EXIF orientation of a picture; 1 if it is upright. Pillow itself turns a TIFF, but no other file."""
     if image.format == "PNG" and "exif" not in image.info:
         return 1  # getexif would read all pixels to look for it behind them
     found = int(image.getexif().get(ORIENTATION, 1))

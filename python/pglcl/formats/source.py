@@ -18,7 +18,7 @@ from pglcl.errors import UserError, first_line
 
 @dataclass(frozen=True)
 class Source:
-    """What a file says about its voxels, and what is needed to write a result in its geometry.
+    """The description of the voxels of a file, which is also needed to write a result in its geometry.
 
     reader: nifti, itk, dicom, picture or hdf5. shape: (X, Y, Z) in the axes of the file; a picture is (rows, columns,
     1). axes: of the file, 2 or 3. dtype: of the file. affine: (4, 4), from voxels to R, A, S in units of `scale` mm.

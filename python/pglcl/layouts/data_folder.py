@@ -63,7 +63,7 @@ class DataFolder:
         return sorted({case.patient for case in self.cases})
 
 
-# What stands behind the name of a patient, where a patient has several volumes: patient001_frame01, s3_visit2.
+# The text behind the name of a patient, where a patient has several volumes: patient001_frame01, s3_visit2.
 VOLUME_OF_A_PATIENT = re.compile(
     r"(?i)(.+?)[_-](?:frame|slice|visit|ses|session|time|timepoint|tp|scan|phase|day|week|month|year|baseline|followup|"
     r"pre|post|ed|es|left|right)[_-]?[0-9]*"

@@ -17,7 +17,10 @@ from pglcl.layouts.label_names import named_values
 
 
 def read(file: Path) -> DataFolder:
-    """Reads a CSV or JSON list. Each row has image, and may have label, patient, name, and channel... for channels."""
+    """Reads a CSV or JSON list. The columns are image and, optionally, label, patient and name.
+
+    Further channels of an image are in columns whose names begin with channel.
+    """
     content: Any = _csv_rows(file) if file.suffix.lower() == ".csv" else read_json(file)
     labels = None
     if isinstance(content, dict) and isinstance(content.get("cases"), list):

@@ -1,4 +1,4 @@
-"""What lies in a folder. Something that cannot be read is refused, since it would seem not to be there."""
+"""The content of a folder. Something that cannot be read is refused, since it would seem not to be there."""
 
 from __future__ import annotations
 
