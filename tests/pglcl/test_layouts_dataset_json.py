@@ -150,6 +150,7 @@ BAD_DESCRIPTIONS = {
     '{"channel_names": {"0": "MR"}, "labels": {"background": 0, "a": 0}}': "have the same value, 0",
     '{"channel_names": {"x": "MR"}, "labels": {}}': "not an nnU-Net description",
     '{"training": [{"image": 3}]}': "not a Decathlon description",
+    '{"training": [{"image": "a.nii"}]}': 'not a Decathlon description: has no entry "label"',
     "[" * 100_000: "not readable as JSON",
     '{"a": ' * 100_000: "not readable as JSON",
 }

@@ -133,7 +133,7 @@ def test_other_errors_of_a_rank_are_raised_unchanged() -> None:
     ({"RANK": ""}, "RANK must be a whole number from 0 to 1, got ''"),
     ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number from 1 to .*, got 'two'"),
     ({"MASTER_PORT": "0"}, "MASTER_PORT must be a whole number from 1 to 65535, got '0'"),
-    ({"MASTER_ADDR": ""}, "MASTER_ADDR must be the address of rank 0"),
+    ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
     ({"PGLCL_MEETING_SECONDS": "-1"}, "PGLCL_MEETING_SECONDS must be a whole number from 1"),
 ])  # fmt: skip
 def test_environment_variables_of_a_launcher_are_checked(
