@@ -13,6 +13,7 @@ __all__ = [
     "Choice",
     "ContrastArguments",
     "ContrastNumbers",
+    "ContrastOptions",
     "ContrastOutputs",
     "GaussianArguments",
     "GaussianOutputs",
@@ -27,6 +28,23 @@ class Side(NamedTuple):
     embeddings: Tensor  # (N, D)
     labels: Tensor  # (N,) int64
     descriptors: Tensor | None = None  # (N,) or (N, C); without them, labels alone decide
+
+
+class ContrastOptions(NamedTuple):
+    """The options of :func:`pglcl_ext.patch_contrast_loss`, which says what they mean."""
+
+    temperature: float
+    max_positive_disparity: float | Tensor | None
+    min_negative_disparity: float | Tensor | None
+    num_positives: int | None
+    num_negatives: int | None
+    positive_mask: Tensor | None
+    negative_mask: Tensor | None
+    negative_weight: float
+    ignore_index: int
+    reduction: str
+    group: Any
+    gather: str
 
 
 class Choice(NamedTuple):

@@ -23,6 +23,7 @@ from pglcl_ext._arguments import (
     Choice,
     ContrastArguments,
     ContrastNumbers,
+    ContrastOptions,
     GaussianArguments,
     Side,
     StatisticsArguments,
@@ -311,29 +312,16 @@ def check_disparity_bounds(x: BoundsArguments) -> None:
 # --- patch_contrast -------------------------------------------------------------------------------------------------
 
 
-def check_choice_of_pairs(
-    descriptors: Any,
-    max_positive_disparity: Any,
-    min_negative_disparity: Any,
-    num_positives: Any,
-    num_negatives: Any,
-    positive_mask: Any = None,
-    negative_mask: Any = None,
-) -> None:
+PAIRS_BY_RULE = ("max_positive_disparity", "min_negative_disparity", "num_positives", "num_negatives")
+
+
+def check_choice_of_pairs(descriptors: Any, options: ContrastOptions) -> None:
     """Checks that the options that choose the pairs fit each other."""
-    if (
-        max_positive_disparity is min_negative_disparity is num_positives is num_negatives is None
-        and positive_mask is negative_mask is None
-    ):
-        return
-    rule = {
-        "max_positive_disparity": max_positive_disparity,
-        "min_negative_disparity": min_negative_disparity,
-        "num_positives": num_positives,
-        "num_negatives": num_negatives,
-    }
+    rule = {name: getattr(options, name) for name in PAIRS_BY_RULE}
     given = [name for name, value in rule.items() if value is not None]
-    if (positive_mask is not None or negative_mask is not None) and given:
+    if not given:
+        return
+    if options.positive_mask is not None or options.negative_mask is not None:
         raise ValueError(
             f"positive_mask and negative_mask choose all pairs and exclude {', '.join(given)}: pass masks alone, or no "
             "masks"
@@ -345,7 +333,7 @@ def check_choice_of_pairs(
             check_integer(count, rule[count], least=1)
         if rule[bound] is not None and not isinstance(rule[bound], Tensor):
             check_bound(bound, rule[bound])
-    if given and descriptors is None:
+    if descriptors is None:
         raise ValueError(f"descriptors must be given for {', '.join(given)}, got None")
 
 

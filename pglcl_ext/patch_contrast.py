@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pglcl_ext._arguments import BoundsArguments, Choice, ContrastArguments, ContrastNumbers, ContrastOutputs, Side
+from pglcl_ext._arguments import (
+    BoundsArguments,
+    Choice,
+    ContrastArguments,
+    ContrastNumbers,
+    ContrastOptions,
+    ContrastOutputs,
+    Side,
+)
 from pglcl_ext._autograd import OpFunction, in_functorch, in_graph, is_traced, register
 from pglcl_ext._checks import (
     REDUCTIONS,
@@ -128,87 +136,56 @@ def patch_contrast_loss(
         NotImplementedError: forward-mode or second derivatives, or a `group` within a transform of ``torch.func``
             or in ``torch.export``.
     """
-    loss, _ = patch_contrast(
-        anchors,
-        labels,
-        descriptors,
-        keys=keys,
-        key_labels=key_labels,
-        key_descriptors=key_descriptors,
-        temperature=temperature,
-        max_positive_disparity=max_positive_disparity,
-        min_negative_disparity=min_negative_disparity,
-        num_positives=num_positives,
-        num_negatives=num_negatives,
-        positive_mask=positive_mask,
-        negative_mask=negative_mask,
-        negative_weight=negative_weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        group=group,
-        gather=gather,
-    )
-    return loss
-
-
-def patch_contrast(
-    anchors: Tensor,
-    labels: Tensor,
-    descriptors: Tensor | None,
-    *,
-    keys: Tensor | None,
-    key_labels: Tensor | None,
-    key_descriptors: Tensor | None,
-    temperature: float,
-    max_positive_disparity: float | Tensor | None,
-    min_negative_disparity: float | Tensor | None,
-    num_positives: int | None,
-    num_negatives: int | None,
-    positive_mask: Tensor | None,
-    negative_mask: Tensor | None,
-    negative_weight: float,
-    ignore_index: int,
-    reduction: str,
-    group: Any = None,
-    gather: str = "all",
-) -> tuple[Tensor, Tensor]:
-    """:func:`patch_contrast_loss` and the number of anchors it counted, an int64 scalar tensor."""
-    check_reduction(reduction)
-    check_choice("gather", gather, GATHERS)
-    check_keys_come_together(keys, key_labels, key_descriptors)
-    check_choice_of_pairs(
-        descriptors,
+    options = ContrastOptions(
+        temperature,
         max_positive_disparity,
         min_negative_disparity,
         num_positives,
         num_negatives,
         positive_mask,
         negative_mask,
+        negative_weight,
+        ignore_index,
+        reduction,
+        group,
+        gather,
     )
-    anchors, keys = _promoted(anchors, keys)
-    positive_bound, positive_bounds = _bound("max_positive_disparity", max_positive_disparity, math.inf)
-    negative_bound, negative_bounds = _bound("min_negative_disparity", min_negative_disparity, 0.0)
+    return patch_contrast(Side(anchors, labels, descriptors), (keys, key_labels, key_descriptors), options)[0]
+
+
+def patch_contrast(
+    anchors: Side, keys: tuple[Tensor | None, Tensor | None, Tensor | None], options: ContrastOptions
+) -> tuple[Tensor, Tensor]:
+    """:func:`patch_contrast_loss` and the number of anchors it counted, an int64 scalar tensor."""
+    check_reduction(options.reduction)
+    check_choice("gather", options.gather, GATHERS)
+    check_keys_come_together(*keys)
+    check_choice_of_pairs(anchors.descriptors, options)
+    z, k = _promoted(anchors.embeddings, keys[0])
+    positive_bound, positive_bounds = _bound("max_positive_disparity", options.max_positive_disparity, math.inf)
+    negative_bound, negative_bounds = _bound("min_negative_disparity", options.min_negative_disparity, 0.0)
     x = ContrastArguments(
-        Side(anchors, labels, descriptors),
-        None if keys is None else Side(keys, key_labels, key_descriptors),  # type: ignore[arg-type]
-        Choice(positive_bounds, negative_bounds, positive_mask, negative_mask),
+        Side(z, anchors.labels, anchors.descriptors),
+        None if k is None else Side(k, *keys[1:]),  # type: ignore[arg-type]
+        Choice(positive_bounds, negative_bounds, options.positive_mask, options.negative_mask),
         ContrastNumbers(
-            check_number("temperature", temperature),
+            check_number("temperature", options.temperature),
             positive_bound,
             negative_bound,
-            check_number("negative_weight", negative_weight),
-            check_integer("ignore_index", ignore_index),
+            check_number("negative_weight", options.negative_weight),
+            check_integer("ignore_index", options.ignore_index),
             -1,
-            REDUCTIONS[reduction],
+            REDUCTIONS[options.reduction],
             allow_tf32(),
         ),
     )
     check_contrast_numbers(x.numbers)
+    group = options.group
     if group is not None:
         _check_group(x)
-    x = _with_counted_bounds(x, num_positives, num_negatives, group)
+    x = _with_counted_bounds(x, options.num_positives, options.num_negatives, group)
     if group is not None:
-        return all_keys_contrast(_contrast, x, group) if gather == "all" else ring_contrast(x, group)
+        return all_keys_contrast(_contrast, x, group) if options.gather == "all" else ring_contrast(x, group)
     outputs = _contrast(x)
     return outputs.loss, outputs.num_valid
 
@@ -337,8 +314,6 @@ class PatchContrastLoss(nn.Module):
         check_reduction(reduction)
         check_choice("gather", gather, GATHERS)
         check_flag("normalize", normalize)
-        placeholder = torch.empty(0)  # only the call shows whether there are descriptors
-        check_choice_of_pairs(placeholder, max_positive_disparity, min_negative_disparity, num_positives, num_negatives)
         for name, bound in (
             ("max_positive_disparity", max_positive_disparity),
             ("min_negative_disparity", min_negative_disparity),
@@ -357,6 +332,8 @@ class PatchContrastLoss(nn.Module):
         self._group = SharedGroup(group)
         self.gather = gather
         self.num_valid = None
+        placeholder = torch.empty(0)  # only the call shows whether there are descriptors
+        check_choice_of_pairs(placeholder, self._options(None, None))
 
     @property
     def group(self) -> Any:
@@ -381,30 +358,29 @@ class PatchContrastLoss(nn.Module):
         if self.normalize:
             embeddings = unit_rows(embeddings)
             keys = None if keys is None else unit_rows(keys)
-        loss, num_valid = patch_contrast(
-            embeddings,
-            labels,
-            descriptors,
-            keys=keys,
-            key_labels=key_labels,
-            key_descriptors=key_descriptors,
-            temperature=self.temperature,
-            max_positive_disparity=self.max_positive_disparity,
-            min_negative_disparity=self.min_negative_disparity,
-            num_positives=self.num_positives,
-            num_negatives=self.num_negatives,
-            positive_mask=positive_mask,
-            negative_mask=negative_mask,
-            negative_weight=self.negative_weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            group=self.group,
-            gather=self.gather,
-        )
+        side = Side(embeddings, labels, descriptors)
+        options = self._options(positive_mask, negative_mask)
+        loss, num_valid = patch_contrast(side, (keys, key_labels, key_descriptors), options)
         if not torch.compiler.is_exporting():  # an exported program changes no attribute
             # What a transform of torch.func counts has no meaning outside it.
             self.num_valid = None if in_functorch() else num_valid
         return loss
+
+    def _options(self, positive_mask: Tensor | None, negative_mask: Tensor | None) -> ContrastOptions:
+        return ContrastOptions(
+            self.temperature,
+            self.max_positive_disparity,
+            self.min_negative_disparity,
+            self.num_positives,
+            self.num_negatives,
+            positive_mask,
+            negative_mask,
+            self.negative_weight,
+            self.ignore_index,
+            self.reduction,
+            self.group,
+            self.gather,
+        )
 
     def extra_repr(self) -> str:
         names = "temperature normalize max_positive_disparity min_negative_disparity num_positives num_negatives "
