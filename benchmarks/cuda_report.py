@@ -17,6 +17,7 @@ import subprocess
 import sys
 import sysconfig
 from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +31,11 @@ THREADS = {"contrast_reduce": 256}
 PAIRS = "instructions a pair"  # of the loop over tiles at a depth of 128, copies and products included
 EIGHTS = "instructions for 8 FFMA"  # of the loop over the depth
 LOGITS = "instructions a logit"  # of the loop over the pixels of a patch
+PATCH = "other instructions a patch"  # of a warp, before and after that loop, for four classes
+CLASSES = "instructions a class of a pixel"  # of the two loops over classes; one patch holds the pixel
+PIXEL = "other instructions a pixel"  # with four classes
+ENTRIES = "instructions a pair of one channel"  # of the whole thread; it has one pair up to 65,535 rows
+TERMS = "instructions a term of a gradient"  # of the loop over the other side
 LIMITS: list[tuple[str, str, float]] = [
     (r"contrast_forward_mma<B?Float16, 128, rule>", PAIRS, 60),
     (r"contrast_backward_mma<B?Float16, 128, \w+, rule>", PAIRS, 100),
@@ -39,6 +45,11 @@ LIMITS: list[tuple[str, str, float]] = [
     (r"contrast_backward_tiles<float, FFMA, 128, rule>", EIGHTS, 13),
     (r"gaussian_contrast_rows<float, float, 8>", EIGHTS, 30),
     (r"patch_statistics_(forward|coefficients)<float, 4, 4>", LOGITS, 60),
+    (r"patch_statistics_(forward|coefficients)<float, 4, 4>", PATCH, 620),
+    (r"patch_statistics_backward<float>", CLASSES, 410),
+    (r"patch_statistics_backward<float>", PIXEL, 570),
+    (r"semantic_disparity_forward<float>", ENTRIES, 123),
+    (r"semantic_disparity_backward<float>", TERMS, 27),
 ]
 ROWS, DEPTH, BLOCK = 64, 128, 128  # of an mma kernel: rows of a block, depth counted for, threads
 
@@ -69,10 +80,12 @@ def read_instruction(line: str) -> Instruction | None:
     if not match:
         return None
     address, predicate, operation, operands = match.groups()
-    # BRA.U asks one predicate for the whole warp, from sm_100 on.
-    target = re.search(r"0x([0-9a-f]+)\s*$", operands) if operation in ("BRA", "BRA.U") else None
     # A branch may have a second predicate: BRA P0, 0x10.
     predicated = predicate is not None or bool(re.search(r"P\d", operands))
+    # BRA.U asks one predicate for the whole warp, from sm_100 on. A call with a predicate leaves a loop, and does not
+    # come back.
+    jumps = operation in ("BRA", "BRA.U") or (operation.startswith("CALL.REL") and predicated)
+    target = re.search(r"0x([0-9a-f]+)\s*$", operands) if jumps else None
     return Instruction(int(address, 16), operation, int(target[1], 16) if target else None, predicated)
 
 
@@ -106,6 +119,34 @@ def usual_length(sass: list[Instruction], first: int, last: int) -> int:
     return length
 
 
+def fewest(sass: list[Instruction], first: int, last: int, needed: Sequence[str] = ()) -> int:
+    """The fewest instructions on a way from `first` to `last`, or to an exit, that meets the `needed` ones in order.
+
+    Such a way goes around a loop at most once, and calls nothing: divisions have calls for unusual numbers.
+    """
+    place = {x.address: i for i, x in enumerate(sass)}
+    found = []
+    ways: dict[int, dict[int, int]] = {first: {0: 0}}  # by instruction and by how many needed ones were met: the length
+    for i in range(first, last + 1):
+        x = sass[i]
+        if x.operation.startswith("RET") or (x.operation.startswith("CALL") and x.target is None):
+            continue
+        after = [i + 1] if x.target is None or x.predicated else []
+        after += [place[x.target]] if x.target is not None else []
+        for met, length in ways.get(i, {}).items():
+            now = met + (met < len(needed) and x.operation.startswith(needed[met]))
+            if i == last or (x.operation == "EXIT" and not x.predicated):
+                found += [length + 1] if now == len(needed) else []
+                continue
+            for j in after:
+                if j > i:
+                    at = ways.setdefault(j, {})
+                    at[now] = min(length + 1, at.get(now, length + 1))
+    if not found:
+        raise ValueError(f"no way from {sass[first].address:#x} to {sass[last].address:#x} meets {', '.join(needed)}")
+    return min(found)
+
+
 def holds(sass: list[Instruction], first: int, last: int, operation: str) -> int:
     return sum(x.operation.startswith(operation) for x in sass[first : last + 1])
 
@@ -124,20 +165,72 @@ def instructions_per_pair(kernel: Kernel) -> float:
     return length / (ROWS * columns / BLOCK)
 
 
+def innermost_loops(sass: list[Instruction]) -> list[tuple[int, int]]:
+    all_loops = loops(sass)
+    return [x for x in all_loops if not any(x[0] <= y[0] and y[1] < x[1] for y in all_loops)]
+
+
 def instructions_per_eight(kernel: Kernel) -> float:
     """Instructions for 8 FFMA in the innermost loop that has the most of them."""
     sass = kernel.sass
-    all_loops = loops(sass)
-    innermost = [x for x in all_loops if not any(x[0] <= y[0] and y[1] < x[1] for y in all_loops)]
-    first, last = max(innermost, key=lambda x: holds(sass, *x, "FFMA"))
+    first, last = max(innermost_loops(sass), key=lambda x: holds(sass, *x, "FFMA"))
     return (last - first + 1) / (holds(sass, first, last, "FFMA") / 8)
 
 
 def instructions_per_logit(kernel: Kernel) -> float:
     """Instructions for a logit in the loop that reads four classes of four pixels at once."""
+    first, last = loop_over_pixels(kernel.sass)
+    return usual_length(kernel.sass, first, last) / (4 * holds(kernel.sass, first, last, "LDG.E.128"))
+
+
+def loop_over_pixels(sass: list[Instruction]) -> tuple[int, int]:
+    return min((x for x in loops(sass) if holds(sass, *x, "LDG.E.128")), key=lambda x: x[1] - x[0])
+
+
+LOAD, STORE, SHUFFLE, EXPONENTIAL, RECIPROCAL = ["LDG"], ["STG"], ["SHFL"], ["MUFU.EX2"], ["MUFU.RCP"]
+
+
+def other_instructions_per_patch(kernel: Kernel) -> float:
+    """Instructions of a warp that has a patch, without its loop over pixels."""
     sass = kernel.sass
-    first, last = min((x for x in loops(sass) if holds(sass, *x, "LDG.E.128")), key=lambda x: x[1] - x[0])
-    return usual_length(sass, first, last) / (4 * holds(sass, first, last, "LDG.E.128"))
+    first, last = loop_over_pixels(sass)
+    # Each class has two sums over the warp and stores two numbers. Forward, the sum of the entropies comes last.
+    if "forward" in kernel.name:
+        needed = (SHUFFLE * 10 + STORE * 2) * 4 + SHUFFLE * 5 + STORE
+    else:
+        needed = (SHUFFLE * 10 + LOAD + STORE * 2) * 4
+    return fewest(sass, 0, first) - 1 + fewest(sass, last + 1, len(sass) - 1, needed)
+
+
+def loops_over_classes(sass: list[Instruction]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of a pixel's gradient, for logits: the loop that sums over the classes, and the one that stores."""
+    with_exponential = [x for x in loops(sass) if holds(sass, *x, "MUFU.EX2")]
+    sums = max((x for x in with_exponential if not holds(sass, *x, "STG")), key=lambda x: x[1] - x[0])
+    return sums, min((x for x in with_exponential if holds(sass, *x, "STG")), key=lambda x: x[1] - x[0])
+
+
+def instructions_per_class(kernel: Kernel) -> float:
+    sums, stores = loops_over_classes(kernel.sass)
+    needed = LOAD * 4 + EXPONENTIAL  # the logit and three numbers of its patch
+    return fewest(kernel.sass, *sums, needed) + fewest(kernel.sass, *stores, needed + STORE)
+
+
+def other_instructions_per_pixel(kernel: Kernel) -> float:
+    sass, (sums, stores) = kernel.sass, loops_over_classes(kernel.sass)
+    scan = LOAD + (LOAD + EXPONENTIAL) * 3 + RECIPROCAL  # of the classes, for the entropy
+    before = fewest(sass, 0, sums[0], scan + LOAD) - 1  # the last one loads a gradient of the patch
+    return before + fewest(sass, sums[1] + 1, stores[0]) - 1 + fewest(sass, stores[1] + 1, len(sass) - 1)
+
+
+def instructions_per_entry(kernel: Kernel) -> float:
+    return fewest(kernel.sass, 0, len(kernel.sass) - 1, LOAD * 2 + STORE)
+
+
+def instructions_per_term(kernel: Kernel) -> float:
+    """Instructions for a term in the innermost loop that has the most loads, two for each term."""
+    sass = kernel.sass
+    first, last = max(innermost_loops(sass), key=lambda x: holds(sass, *x, "LDG"))
+    return (last - first + 1) / (holds(sass, first, last, "LDG") / 2)
 
 
 @dataclass
@@ -178,8 +271,7 @@ class Kernel:
 
     def counted(self) -> list[tuple[str, float, float]]:
         """(name, number, limit) of each count of LIMITS in this kernel."""
-        count = {PAIRS: instructions_per_pair, EIGHTS: instructions_per_eight, LOGITS: instructions_per_logit}
-        return [(what, count[what](self), most) for name, what, most in LIMITS if re.fullmatch(name, self.name)]
+        return [(what, COUNT[what](self), most) for name, what, most in LIMITS if re.fullmatch(name, self.name)]
 
     def occupancy(self, depth: int = 128) -> float:
         """The theoretical occupancy, as a share of the threads of a multiprocessor."""
@@ -190,6 +282,18 @@ class Kernel:
         # The system takes 1 KiB of every block's shared memory.
         limits.append(shared // (self.shared_bytes(depth) + 1024))
         return min(limits) * per_block / threads
+
+
+COUNT: dict[str, Callable[[Kernel], float]] = {
+    PAIRS: instructions_per_pair,
+    EIGHTS: instructions_per_eight,
+    LOGITS: instructions_per_logit,
+    PATCH: other_instructions_per_patch,
+    CLASSES: instructions_per_class,
+    PIXEL: other_instructions_per_pixel,
+    ENTRIES: instructions_per_entry,
+    TERMS: instructions_per_term,
+}
 
 
 def find_cuobjdump() -> str:

@@ -5,8 +5,9 @@
 These are predictions, not measurements. A kernel has a time for each resource that it needs: instruction issue, tensor
 cores, exponentials, shared memory, the second-level cache, memory. The longest time is the prediction. It is a lower
 bound, since it assumes that the kernel uses all other resources at the same time. Instructions come from the SASS
-(results/cuda_counts.json, written by benchmarks.cuda_report). The times within a multiprocessor are those of the
-busiest one, and are longer if it has too few warps to issue an instruction in every cycle.
+(results/cuda_counts.json, written by benchmarks.cuda_report), for H100 too, although its own code has up to a quarter
+more. The times within a multiprocessor are those of the busiest one, and are longer if it has too few warps to issue an
+instruction in every cycle.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cuda_report import CLASSES, EIGHTS, ENTRIES, LOGITS, PAIRS, PATCH, PIXEL, TERMS, Kernel
 from benchmarks.runner import markdown
 
 COUNTS = Path(__file__).parent / "results" / "cuda_counts.json"
@@ -64,7 +66,9 @@ class Launch:
     def stretch(self, gpu: Gpu) -> tuple[float, float]:
         """The factors by which times grow: those within a multiprocessor, and that of instruction issue."""
         waves = math.ceil(self.blocks / gpu.multiprocessors) * gpu.multiprocessors / self.blocks
-        resident = min(65536 // (math.ceil(self.registers / 8) * 8 * 128), gpu.shared // (self.shared_bytes + 1024))
+        resident = min(
+            65536 // (math.ceil(self.registers / 8) * 8 * 128), gpu.shared // (self.shared_bytes + 1024), 2048 // 128
+        )
         warps = min(resident, math.ceil(self.blocks / gpu.multiprocessors))  # of a scheduler: 4 warps, 4 schedulers
         return waves, waves * max(1.0, WARPS_TO_ISSUE / warps)
 
@@ -94,7 +98,7 @@ def contrast(counts: dict[str, Any], n: int, gpu: Gpu, *, backward: bool, dtype:
     side = (4 + 4 * (8 if backward else 1)) * 32 / 4 / 16 / 8  # 8 lanes of a warp read the same column at once
     written_and_read = 2 * parts * n * DEPTH * 4 if backward and parts > 1 else 0
     return {
-        "issue": pairs * kernel["instructions a pair"] / (128 * gpu.cycles) * issue,
+        "issue": pairs * kernel[PAIRS] / (128 * gpu.cycles) * issue,
         "tensor cores": pairs * 2 * DEPTH * (2 if backward else 1) / (gpu.tensor * 2 / size) * waves,
         "exponentials": pairs * (2 if backward else 1) / (16 * gpu.cycles) * waves,
         "shared memory": pairs * (matrices + copies + side) / (128 * gpu.cycles) * waves,
@@ -104,40 +108,45 @@ def contrast(counts: dict[str, Any], n: int, gpu: Gpu, *, backward: bool, dtype:
 
 
 def statistics(counts: dict[str, Any], batch: int, image: int, gpu: Gpu, *, backward: bool) -> dict[str, float]:
-    """Seconds by resource: float32, four classes, patches of 16 x 16.
+    """Seconds by resource: float32, four classes, patches of 16 x 16 that do not overlap.
 
-    The backward pass computes the sums again, and then each pixel. The second part counts only bytes and exponentials,
-    since its loops are not unrolled.
+    The backward pass computes the sums again, and then each pixel: it has two kernels, whose times are added.
     """
     pixels = float(batch * image * image)
-    values = 4 * pixels
-    kernel = counts[
-        "patch_statistics_coefficients<float, 4, 4>" if backward else "patch_statistics_forward<float, 4, 4>"
-    ]
-    waves, issue = Launch(math.ceil(batch * (image // 16) ** 2 / 4), kernel["registers"], 0).stretch(gpu)
-    return {
-        "issue": values * kernel["instructions a logit"] / (128 * gpu.cycles) * issue,
-        "exponentials": pixels * (4 + 2) * (3 if backward else 1) / (16 * gpu.cycles) * waves,
-        "memory": values * 4 * (3 if backward else 1) / gpu.memory,
+    values, patches = 4 * pixels, batch * (image // 16) ** 2
+    sums = counts[f"patch_statistics_{'coefficients' if backward else 'forward'}<float, 4, 4>"]
+    waves, issue = Launch(math.ceil(patches / 4), sums["registers"], 0).stretch(gpu)
+    times = {
+        "issue": (values * sums[LOGITS] + patches * 32 * sums[PATCH]) / (128 * gpu.cycles) * issue,
+        "exponentials": pixels * (4 + 2) / (16 * gpu.cycles) * waves,
+        "memory": values * 4 / gpu.memory,
     }
+    if backward:
+        pixel = counts["patch_statistics_backward<float>"]
+        waves, issue = Launch(math.ceil(image**2 / 128) * batch, pixel["registers"], 0).stretch(gpu)
+        times["issue"] += (values * pixel[CLASSES] + pixels * pixel[PIXEL]) / (128 * gpu.cycles) * issue
+        times["exponentials"] += 2 * pixels * (4 + 2) / (16 * gpu.cycles) * waves
+        times["memory"] += 2 * values * 4 / gpu.memory
+    return times
 
 
 def tiles(counts: dict[str, Any], n: int, gpu: Gpu, *, backward: bool) -> dict[str, float]:
-    """Seconds by resource: float32 without TF32, D = 128, anchors = keys.
+    """Seconds by resource: float32 without TF32, D = 128, anchors = keys. The keys are not split into parts.
 
     Of the instructions, those of the loops over the depth are counted. Shared memory: for 64 FFMA of a dot, a thread
     reads 8 times 16 bytes, with 128 bytes for a quarter of a warp in each cycle. For 256 FFMA of a gradient, a warp
     reads 32 times up to 128 bytes.
     """
     pairs = float(n) * n
-    eights = sum(
-        counts[f"contrast_{way}_tiles<float, FFMA, 128, rule>"]["instructions for 8 FFMA"]
-        for way in (("forward", "backward") if backward else ("forward",))
-    )
+    names = [f"contrast_{way}_tiles<float, FFMA, 128, rule>" for way in ("forward", "backward")]
+    eights = sum(counts[name][EIGHTS] for name in (names if backward else names[:1]))
+    name = names[backward]
+    shared_bytes = Kernel(name, 80, 0, 0, 0).shared_bytes(DEPTH)
+    waves, issue = Launch(math.ceil(n / ROWS), counts[name]["registers"], shared_bytes).stretch(gpu)
     return {
-        "issue": pairs * DEPTH / 8 * eights / (128 * gpu.cycles),
-        "shared memory": pairs * DEPTH * (2.5 if backward else 2) / (128 * gpu.cycles),
-        "exponentials": pairs * (2 if backward else 1) / (16 * gpu.cycles),
+        "issue": pairs * DEPTH / 8 * eights / (128 * gpu.cycles) * issue,
+        "shared memory": pairs * DEPTH * (2.5 if backward else 2) / (128 * gpu.cycles) * waves,
+        "exponentials": pairs * (2 if backward else 1) / (16 * gpu.cycles) * waves,
         "cache": n / ROWS * n * DEPTH * 4 / gpu.cache,
         "memory": (2 if backward else 1) * n * DEPTH * 4 / gpu.memory,
     }
@@ -150,19 +159,32 @@ def gaussian(counts: dict[str, Any], n: int, classes: int, gpu: Gpu) -> dict[str
     waves, issue = Launch(blocks, kernel["registers"], 3 * rows * row + 272).stretch(gpu)
     products = float(n) * classes * DEPTH * DEPTH
     return {
-        "issue": products / 8 * kernel["instructions for 8 FFMA"] / (128 * gpu.cycles) * issue,
+        "issue": products / 8 * kernel[EIGHTS] / (128 * gpu.cycles) * issue,
         "multiply-adds": products / (128 * gpu.cycles) * waves,
         "cache": blocks * classes * DEPTH * row / gpu.cache,
         "memory": (2 * n * row + classes * DEPTH * row) / gpu.memory,
     }
 
 
-def disparity(n: int, gpu: Gpu, *, backward: bool) -> dict[str, float]:
-    """Seconds by resource: N x N disparities of one channel in float32; backward, the gradients of both sides."""
+def disparity(counts: dict[str, Any], n: int, gpu: Gpu, *, backward: bool) -> dict[str, float]:
+    """Seconds by resource: N x N disparities of one channel in float32; backward, the gradients of both sides.
+
+    Backward, a warp has a row of the upstream gradient, or a column. In a column its lanes load from 32 lines of the
+    first-level cache, which is assumed to find four lines a cycle, as Volta's does. From each line it takes a sector of
+    32 bytes, which serves the four neighbouring columns of the block.
+    """
     pairs = float(n) * n
+    if not backward:
+        kernel = counts["semantic_disparity_forward<float>"]
+        _, issue = Launch(math.ceil(n / 128) * n, kernel["registers"], 0).stretch(gpu)
+        return {"issue": pairs * kernel[ENTRIES] / (128 * gpu.cycles) * issue, "memory": 4 * pairs / gpu.memory}
+    kernel = counts["semantic_disparity_backward<float>"]
+    waves, issue = Launch(math.ceil(n / 4), kernel["registers"], 0).stretch(gpu)
     return {
-        "memory": 4 * pairs * (2 if backward else 1) / gpu.memory,
-        "arithmetic": 3 * pairs * (2 if backward else 1) / (128 * gpu.cycles),
+        "issue": 2 * pairs * kernel[TERMS] / (128 * gpu.cycles) * issue,
+        "first-level cache": pairs / 32 * (32 / 4 + 3) / gpu.cycles * waves,
+        "cache": (4 + 32 / 4) * pairs / gpu.cache,
+        "memory": 2 * 4 * pairs / gpu.memory,
     }
 
 
@@ -175,12 +197,13 @@ def table(counts: dict[str, Any]) -> str:
             rows.append([f"contrast {name}, N = {n}, D = 128, bfloat16", *cells])
         cells = [_cell(contrast(counts, 65536, g, backward=backward, dtype="float")) for g in GPUS]
         rows.append([f"contrast {name}, N = 65536, D = 128, TF32", *cells])
-        cells = [_cell(tiles(counts, 65536, g, backward=backward)) for g in GPUS]
-        rows.append([f"contrast {name}, N = 65536, D = 128, float32, at least", *cells])
+        for n in (4096, 65536):
+            cells = [_cell(tiles(counts, n, g, backward=backward)) for g in GPUS]
+            rows.append([f"contrast {name}, N = {n}, D = 128, float32, at least", *cells])
         for batch, image in ((16, 256), (64, 512)):
             cells = [_cell(statistics(counts, batch, image, g, backward=backward)) for g in GPUS]
             rows.append([f"statistics {name}, {batch}x4x{image}x{image}, float32", *cells])
-        cells = [_cell(disparity(8192, g, backward=backward)) for g in GPUS]
+        cells = [_cell(disparity(counts, 8192, g, backward=backward)) for g in GPUS]
         rows.append([f"disparity {name}, 8192 x 8192, float32", *cells])
     cells = [_cell(gaussian(counts, 4096, 4, g)) for g in GPUS]
     rows.append(["gaussian, both passes, N = 4096, K = 4, D = 128, float32", *cells])
