@@ -39,6 +39,13 @@ def test_one_stage_where_two_do_not_fit(dtype: torch.dtype) -> None:
     assert "contrast_forward_plain" in kernels
 
 
+def test_rows_of_256_take_the_kernels_of_16_bits_where_one_stage_fits() -> None:
+    one_stage = 43616  # bytes, of the backward pass
+    for room, kind in ((one_stage, "mma"), (one_stage - 1, "plain")):
+        kernels = launched(torch.bfloat16, 5, 9, 256, shared_bytes=room)
+        assert [f"contrast_{way}_{kind}" in kernels for way in ("forward", "backward")] == [True, True]
+
+
 @pytest.mark.parametrize("dtype", TILED_DTYPES, ids=str)
 def test_more_than_48_kib_are_asked_for(dtype: torch.dtype) -> None:
     kernels = launched(dtype, 3, 4, 256)
