@@ -158,8 +158,9 @@ def inspect(
     import json
 
     from pglcl.inspect_output import print_summary
-    from pglcl.inspection import declared_labels, inspect_folder, labels_of, summary
+    from pglcl.inspection import declared_labels, inspect_folder, labels_of
     from pglcl.layouts import open_folder
+    from pglcl.proposals import summary
 
     folder = open_folder(data)
     declared = declared_labels(folder, TrainConfig(labels=labels, num_classes=num_classes))

@@ -13,7 +13,7 @@ def print_summary(found: dict[str, Any], out: Console, *, verbose: bool = False)
     """Prints the summary of a data folder.
 
     Args:
-        found: the result of :func:`pglcl.inspection.summary`.
+        found: the result of :func:`pglcl.proposals.summary`.
         out: where to print.
         verbose: print a row for every case, too.
     """

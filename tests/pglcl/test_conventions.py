@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from pglcl.conventions import maybe_ignored, smoothed_edges, two_conventions, unusual_background
 from pglcl.errors import UserError
-from pglcl.inspection import inspect_folder, survey, warnings_of
+from pglcl.inspection import inspect_folder, survey
 from pglcl.labels import LabelMap
 from pglcl.layouts import open_folder
+from pglcl.proposals import warnings_of
 
 from tests.pglcl.folders import pictures, plain, save, tiny, volume
 

@@ -16,9 +16,10 @@ from pglcl.cli import main
 from pglcl.config import TrainConfig
 from pglcl.errors import UserError
 from pglcl.formats import read
-from pglcl.inspection import labels_of, propose
+from pglcl.inspection import labels_of
 from pglcl.layouts import open_folder
 from pglcl.model import load_model
+from pglcl.proposals import propose
 from pglcl.train import Training
 from pglcl.training_data import load_training_data
 

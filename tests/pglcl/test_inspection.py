@@ -1,4 +1,4 @@
-"""What inspection finds in a folder and proposes, and the checks before a training."""
+"""What inspection finds in a folder, and the checks before a training."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 from pglcl import inspection
-from pglcl.config import TrainConfig
 from pglcl.errors import UserError
-from pglcl.inspection import inspect_folder, labels_of, propose, survey, warnings_of
+from pglcl.inspection import inspect_folder, labels_of, survey
 from pglcl.labels import LabelMap, parse_labels
 from pglcl.layouts import open_folder
 from pglcl.progress import Progress
+from pglcl.proposals import warnings_of
 from pglcl.training_data import load_training_data
 
 from tests.pglcl.folders import OBLIQUE, acdc, decathlon, kits, nnunet, pictures, plain, save, tiny, volume
@@ -82,17 +82,6 @@ def test_inspect_notes_an_empty_label(tmp_path: Path) -> None:
     assert "is an empty label" in notes[0]
 
 
-@pytest.mark.parametrize("shape", [(20, 20, 20), (16, 16, 5), (12, 300, 3), (70, 40, 17), (1, 20, 20)])
-def test_proposals_are_options_that_a_training_takes(shape: tuple[int, ...], tmp_path: Path) -> None:
-    image, _ = volume(0, (30, 30, 30))
-    small = np.resize(image, shape)
-    save(tmp_path / "images" / "a.nii.gz", small, np.eye(4))
-    data = open_folder(tmp_path)
-    chosen = {p.option[2:].replace("-", "_"): p.value for p in propose(data, inspect_folder(data))}
-    dims = int(chosen.pop("spatial_dims"))
-    assert TrainConfig(spatial_dims=dims, **chosen).size
-
-
 def test_a_label_that_is_a_copy_of_its_image_is_a_problem(tmp_path: Path) -> None:
     """An image of 8 bits has few enough values for a label."""
     root = pictures(tmp_path, 3, colour=False, unlabelled=0)
@@ -129,22 +118,6 @@ def test_too_many_label_values_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="have 400 different values, but at most 256 classes"):
         labels_of(data, reports, None)
     assert len(labels_of(data, reports, parse_labels("0,1-1000=cell"))) == 2
-
-
-def test_empty_labels_and_classes_of_one_patient_give_a_warning(tmp_path: Path) -> None:
-    root = plain(tmp_path)
-    for i in range(1, 6):
-        label = volume(i, (30 + i % 3, 26, 5 + i % 2))[1]
-        label[label == 2] = 0
-        save(root / "labels" / f"case{i:02d}.nii.gz", label)
-    data = open_folder(root)
-    reports = inspect_folder(data)
-    labels = labels_of(data, reports, None)
-    assert warnings_of(data, reports, labels) == ["class 2 (label 2, value 2): only one labelled patient has it"]
-    for i in range(1, 6):
-        save(root / "labels" / f"case{i:02d}.nii.gz", np.zeros((30 + i % 3, 26, 5 + i % 2), np.uint8))
-    reports = inspect_folder(data)
-    assert warnings_of(data, reports, labels)[0] == "5 of 6 labels are empty"
 
 
 # --- checks before the training -------------------------------------------------------------------------------------
@@ -222,7 +195,7 @@ def test_train_names_an_image_that_two_patients_share(tmp_path: Path) -> None:
     assert said in checked(root).notes
     folder = open_folder(root)
     found = inspection.inspect_folder(folder)
-    lines = inspection.warnings_of(folder, found, inspection.labels_of(folder, found, None))
+    lines = warnings_of(folder, found, inspection.labels_of(folder, found, None))
     assert "case01 and case05 have the same voxels, but count as two patients" in lines
     assert inspection.same_images(inspection.inspect_folder(open_folder(acdc(tmp_path / "acdc", 2)))) == []
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from pglcl.cases import distance_unit, split_patients
 from pglcl.errors import UserError
-from pglcl.inspection import inspect_folder, labels_of, propose
+from pglcl.inspection import inspect_folder, labels_of
 from pglcl.labels import LabelMap
 from pglcl.layouts import group_inputs, open_folder
+from pglcl.proposals import propose
 
 from tests.pglcl.folders import (
     STRAIGHT,
