@@ -152,15 +152,51 @@ def loader(batches: StepBatches, first: int, workers: int) -> Iterator[dict[str,
     batched = DataLoader(
         batches, batch_size=None, sampler=steps, num_workers=workers, worker_init_fn=_begin_worker, **options
     )
-    try:
+    with _Processes() as processes:
+        try:
+            yield from processes.batches(batched)
+            return
+        except (RuntimeError, OSError) as error:
+            line = _explanation(str(error)) if workers else ""
+            if not line:
+                raise
+        # Raised out here, as the first error holds the processes: while DataLoader knows them, its handler raises that
+        # error again whenever another child of this process ends.
+        raise UserError(f"--workers {workers}: {line}; --resume continues from the last checkpoint")
+
+
+class _Processes:
+    """Those that prepare batches. That one has ended is an error of ``next``, and of no other instruction.
+
+    DataLoader's handler of SIGCHLD raises an error wherever the main thread is: in a step, in a validation, while a
+    file is written. So it is the handler only while a batch is waited for. It is called once before, for processes
+    that ended since the last batch.
+    """
+
+    def __enter__(self) -> _Processes:
+        self.handler = signal.getsignal(signal.SIGCHLD)
+        return self
+
+    def batches(self, batched: DataLoader[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
         with _signals_left_to_the_training():
-            source = iter(batched)  # begins its processes
-        yield from source
-    except (RuntimeError, OSError) as error:
-        line = _explanation(str(error)) if workers else ""
-        if not line:
-            raise
-        raise UserError(f"--workers {workers}: {line}; --resume continues from the last checkpoint") from error
+            source = iter(batched)
+        # DataLoader installs its handler once, before the first batch, and other loaders of this process need it too.
+        self.handler = signal.getsignal(signal.SIGCHLD)
+        if not callable(self.handler) or threading.current_thread() is not threading.main_thread():
+            yield from source
+            return
+        while True:
+            signal.signal(signal.SIGCHLD, self.handler)
+            self.handler(signal.SIGCHLD, None)
+            batch = next(source, None)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            if batch is None:
+                return
+            yield batch
+
+    def __exit__(self, *error: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, self.handler)
 
 
 def _in_shared_memory(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -185,14 +186,31 @@ class Usage:
         self.free = free
 
 
-def test_a_killed_worker_is_an_error_that_names_workers(batches: StepBatches) -> None:
+@pytest.mark.parametrize("seconds", [0.0, 0.5])
+def test_a_killed_worker_is_an_error_of_the_next_batch_that_names_workers(batches: StepBatches, seconds: float) -> None:
+    """It is no error of what runs when the process ends: of a step, or of a checkpoint that is written."""
     before = children()
     source = loader(batches, 0, 1)
     next(source)
     (worker,) = children() - before
     os.kill(worker, signal.SIGKILL)
+    time.sleep(seconds)  # the system tells it to this process meanwhile
     with pytest.raises(UserError, match=r"--workers 1: a process that prepares batches has ended .*--workers 0"):
         list(source)
+    subprocess.run(["true"], check=True)  # the end of another child is no error
+
+
+def test_the_callers_handler_of_ended_processes_is_left(batches: StepBatches) -> None:
+    source = loader(batches, 0, 1)
+    next(source)
+    assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
+    source.close()
+    kept = signal.getsignal(signal.SIGCHLD)
+    assert callable(kept), "DataLoader's own handler, for other loaders of this process"
+    other = loader(batches, 0, 1)
+    next(other)
+    other.close()
+    assert signal.getsignal(signal.SIGCHLD) is kept
 
 
 def children() -> set[int]:
