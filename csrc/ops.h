@@ -12,47 +12,69 @@ enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
 using OptionalTensor = std::optional<Tensor>;
 
-// clang-format off
-#define PGLCL_CONTRAST_PARAMETERS                                                                            \
-  const Tensor &anchors, const Tensor &labels, const OptionalTensor &descriptors, const OptionalTensor &keys, \
-  const OptionalTensor &key_labels, const OptionalTensor &key_descriptors,                                   \
-  const OptionalTensor &positive_bounds, const OptionalTensor &negative_bounds,                              \
-  const OptionalTensor &positive_mask, const OptionalTensor &negative_mask, double temperature,              \
-  double positive_bound, double negative_bound, double negative_weight, int64_t ignore_index,                \
-  int64_t self_offset, int64_t reduction, bool allow_tf32
+// The arguments that the forward and the backward op share, after the anchors, in the order of the schema. _(type,
+// name) is one of the macros below, which make of the list a schema, parameters, or the fields of a struct.
+#define PGLCL_CONTRAST_LIST(_)       \
+  _(Tensor, labels)                  \
+  _(OptionalTensor, descriptors)     \
+  _(OptionalTensor, keys)            \
+  _(OptionalTensor, key_labels)      \
+  _(OptionalTensor, key_descriptors) \
+  _(OptionalTensor, positive_bounds) \
+  _(OptionalTensor, negative_bounds) \
+  _(OptionalTensor, positive_mask)   \
+  _(OptionalTensor, negative_mask)   \
+  _(double, temperature)             \
+  _(double, positive_bound)          \
+  _(double, negative_bound)          \
+  _(double, negative_weight)         \
+  _(int64_t, ignore_index)           \
+  _(int64_t, self_offset)            \
+  _(int64_t, reduction)              \
+  _(bool, allow_tf32) /* float32 products may round their factors to TF32, PyTorch's switch; only GPUs can */
 
-#define PGLCL_CONTRAST_ARGUMENTS                                                                             \
-  {anchors, labels, descriptors, keys, key_labels, key_descriptors, positive_bounds, negative_bounds,        \
-   positive_mask, negative_mask, temperature, positive_bound, negative_bound, negative_weight,               \
-   ignore_index, self_offset, reduction, allow_tf32}
+#define PGLCL_GAUSSIAN_LIST(_) \
+  _(Tensor, labels)            \
+  _(Tensor, means)             \
+  _(Tensor, covariances)       \
+  _(Tensor, counts)            \
+  _(double, temperature)       \
+  _(double, covariance_scale)  \
+  _(double, negative_weight)   \
+  _(int64_t, ignore_index)     \
+  _(int64_t, reduction)        \
+  _(bool, needs_gradients)
 
-#define PGLCL_GAUSSIAN_PARAMETERS                                                                            \
-  const Tensor &anchors, const Tensor &labels, const Tensor &means, const Tensor &covariances,               \
-  const Tensor &counts, double temperature, double covariance_scale, double negative_weight,                 \
-  int64_t ignore_index, int64_t reduction, bool needs_gradients
+#define PGLCL_SCHEMA_Tensor "Tensor"
+#define PGLCL_SCHEMA_OptionalTensor "Tensor?"
+#define PGLCL_SCHEMA_double "float"
+#define PGLCL_SCHEMA_int64_t "int"
+#define PGLCL_SCHEMA_bool "bool"
 
-#define PGLCL_GAUSSIAN_ARGUMENTS                                                                             \
-  {anchors, labels, means, covariances, counts, temperature, covariance_scale, negative_weight,              \
-   ignore_index, reduction, needs_gradients}
-// clang-format on
+#define PGLCL_SCHEMA(type, name) ", " PGLCL_SCHEMA_##type " " #name
+#define PGLCL_PARAMETER(type, name) , const type& name
+#define PGLCL_NAME(type, name) , name
+#define PGLCL_FIELD(type, name) const type& name;
+
+#define PGLCL_CONTRAST_SCHEMA "Tensor anchors" PGLCL_CONTRAST_LIST(PGLCL_SCHEMA)
+#define PGLCL_CONTRAST_PARAMETERS const Tensor& anchors PGLCL_CONTRAST_LIST(PGLCL_PARAMETER)
+#define PGLCL_CONTRAST_ARGUMENTS {anchors PGLCL_CONTRAST_LIST(PGLCL_NAME)}
+
+#define PGLCL_GAUSSIAN_SCHEMA "Tensor anchors" PGLCL_GAUSSIAN_LIST(PGLCL_SCHEMA)
+#define PGLCL_GAUSSIAN_PARAMETERS const Tensor& anchors PGLCL_GAUSSIAN_LIST(PGLCL_PARAMETER)
+#define PGLCL_GAUSSIAN_ARGUMENTS {anchors PGLCL_GAUSSIAN_LIST(PGLCL_NAME)}
 
 struct PatchContrastArgs {
-  const Tensor &anchors, &labels;
-  const OptionalTensor &descriptors, &keys, &key_labels, &key_descriptors, &positive_bounds, &negative_bounds,
-      &positive_mask, &negative_mask;
-  double temperature, positive_bound, negative_bound, negative_weight;
-  int64_t ignore_index, self_offset, reduction;
-  bool allow_tf32;  // whether float32 products may round their factors to TF32; only GPUs can
+  const Tensor& anchors;
+  PGLCL_CONTRAST_LIST(PGLCL_FIELD)
+};
+
+struct GaussianContrastArgs {
+  const Tensor& anchors;
+  PGLCL_GAUSSIAN_LIST(PGLCL_FIELD)
 };
 
 // loss, max_logit, log_sum, positive_logit, num_positives and num_valid.
 using ContrastOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-struct GaussianContrastArgs {
-  const Tensor &anchors, &labels, &means, &covariances, &counts;
-  double temperature, covariance_scale, negative_weight;
-  int64_t ignore_index, reduction;
-  bool needs_gradients;
-};
 
 }  // namespace pglcl

@@ -3,14 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/isa/kernel_table.h"
-
-// The inputs of the fused contrastive loss, shared by its forward and backward op. allow_tf32: float32 products may
-// round their factors to TF32, PyTorch's own switch, which the stable interface does not tell; GPUs alone can.
-#define PGLCL_CONTRAST_SCHEMA                                                                          \
-  "Tensor anchors, Tensor labels, Tensor? descriptors, Tensor? keys, Tensor? key_labels, "             \
-  "Tensor? key_descriptors, Tensor? positive_bounds, Tensor? negative_bounds, Tensor? positive_mask, " \
-  "Tensor? negative_mask, float temperature, float positive_bound, float negative_bound, "             \
-  "float negative_weight, int ignore_index, int self_offset, int reduction, bool allow_tf32"
+#include "ops.h"
 
 STABLE_TORCH_LIBRARY(pglcl_ext, m) {
   m.def(
@@ -39,10 +32,7 @@ STABLE_TORCH_LIBRARY(pglcl_ext, m) {
       "Tensor num_valid, " PGLCL_CONTRAST_SCHEMA
       ", bool needs_anchors, bool needs_keys) -> (Tensor grad_anchors, Tensor grad_keys)");
   // gradients: d loss_i / d anchor_i, which the pass over the classes gives with the loss; empty unless asked for.
-  m.def(
-      "gaussian_contrast(Tensor anchors, Tensor labels, Tensor means, Tensor covariances, Tensor counts, "
-      "float temperature, float covariance_scale, float negative_weight, int ignore_index, int reduction, "
-      "bool needs_gradients) -> (Tensor loss, Tensor gradients, Tensor num_valid)");
+  m.def("gaussian_contrast(" PGLCL_GAUSSIAN_SCHEMA ") -> (Tensor loss, Tensor gradients, Tensor num_valid)");
   m.def(
       "gaussian_contrast_backward(Tensor grad, Tensor anchors, Tensor gradients, Tensor num_valid, int reduction) -> "
       "Tensor");

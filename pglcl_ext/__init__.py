@@ -1,10 +1,11 @@
 """Pseudo-label guided contrastive losses for PyTorch, fused in C++ and CUDA."""
 
 from pglcl_ext import reference
+from pglcl_ext._arguments import Side
 from pglcl_ext._library import build_info
 from pglcl_ext.class_patches import ClassPatches, class_patches
 from pglcl_ext.coverage_threshold import CoverageThreshold
-from pglcl_ext.embedding_queue import EmbeddingQueue, QueuedKeys
+from pglcl_ext.embedding_queue import EmbeddingQueue
 from pglcl_ext.gaussian_contrast import GaussianContrastLoss, gaussian_contrast_loss
 from pglcl_ext.hard_negatives import hard_negative_statistics
 from pglcl_ext.patch_contrast import PatchContrastLoss, patch_contrast_loss
@@ -21,7 +22,7 @@ __all__ = [
     "PatchContrastLoss",
     "PatchRows",
     "PatchStatistics",
-    "QueuedKeys",
+    "Side",
     "build_info",
     "class_patches",
     "gaussian_contrast_loss",

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from pglcl_ext._autograd import exportable
+
 __all__ = [
     "BoundsArguments",
     "Choice",
@@ -22,12 +24,19 @@ __all__ = [
 ]
 
 
+@exportable
 class Side(NamedTuple):
-    """The anchors, or the keys."""
+    """The anchors of a contrastive loss, or the keys that they are compared with.
 
-    embeddings: Tensor  # (N, D)
-    labels: Tensor  # (N,) int64
-    descriptors: Tensor | None = None  # (N,) or (N, C); without them, labels alone decide
+    Attributes:
+        embeddings: (N, D).
+        labels: (N,) int64; rows that take no part have the `ignore_index` of the loss.
+        descriptors: (N,) or (N, C), such as entropies; None: labels alone decide.
+    """
+
+    embeddings: Tensor
+    labels: Tensor
+    descriptors: Tensor | None = None
 
 
 class ContrastOptions(NamedTuple):

@@ -22,7 +22,7 @@ from pglcl_ext._checks import (
 from pglcl_ext._precision import accumulate_dtype, without_autocast
 from pglcl_ext.patch_statistics import patch_grid_arguments
 
-__all__ = ["ClassPatches", "class_patches"]
+__all__ = ["ClassPatches", "class_patches", "one_hot"]
 
 
 @exportable
@@ -146,8 +146,13 @@ def _output_size(output_size: int | Sequence[int] | None, patch: list[int], mode
 def _class_weights(images: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     if labels.is_floating_point():
         return labels.to(images.dtype)
-    classes = torch.arange(num_classes, device=labels.device).view(-1, *[1] * (images.dim() - 2))
-    return (labels[:, None] == classes).to(images.dtype)
+    return one_hot(labels, num_classes).to(images.dtype)
+
+
+def one_hot(labels: Tensor, num_classes: int) -> Tensor:
+    """(B, *S) integer labels to (B, K, *S) bool; False for every class where a label is outside of [0, K)."""
+    classes = torch.arange(num_classes, device=labels.device).view(-1, *[1] * (labels.dim() - 1))
+    return labels[:, None] == classes
 
 
 def _starts(extent: int, patch: int, step: int) -> list[int]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pglcl_ext._autograd import exportable, readable
+from pglcl_ext._arguments import Side
+from pglcl_ext._autograd import readable
 from pglcl_ext._checks import (
     check_device,
     check_embeddings,
@@ -20,22 +21,7 @@ from pglcl_ext._checks import (
 from pglcl_ext._precision import accumulate_dtype, without_autocast
 from pglcl_ext.distributed import SharedGroup, gather_rows
 
-__all__ = ["EmbeddingQueue", "QueuedKeys"]
-
-
-@exportable
-class QueuedKeys(NamedTuple):
-    """The content of a queue, for :func:`pglcl_ext.patch_contrast_loss`.
-
-    Attributes:
-        keys: (K * length, D), in the dtype of the queue; 0 where a slot is empty.
-        labels: (K * length,) int64, `ignore_index` where a slot is empty.
-        descriptors: (K * length, C), in the dtype of the queue; None for a queue without them.
-    """
-
-    keys: Tensor
-    labels: Tensor
-    descriptors: Tensor | None
+__all__ = ["EmbeddingQueue"]
 
 
 class EmbeddingQueue(nn.Module):
@@ -192,17 +178,19 @@ class EmbeddingQueue(nn.Module):
         """(K, length) bool: which slots are filled. A ring fills from its first slot."""
         return torch.arange(self.length, device=self.counts.device) < self.counts[:, None]
 
-    def keys(self) -> QueuedKeys:
+    def keys(self) -> Side:
         """Copies of all slots, filled or empty.
 
         Returns:
-            :class:`QueuedKeys`. Its shapes do not depend on how many slots are filled. :meth:`enqueue` does not change
-            the copies, so a loss may be differentiated after the next keys are queued.
+            :class:`Side` of embeddings (K * length, D), labels (K * length,) and descriptors (K * length, C), which are
+            None for a queue without them. Numbers have the dtype of the queue. An empty slot has zeros and the label
+            `ignore_index`, so shapes do not depend on how many slots are filled. :meth:`enqueue` does not change the
+            copies, so a loss may be differentiated after the next keys are queued.
         """
         classes = torch.arange(self.num_classes, device=self.counts.device)[:, None]
         labels = torch.where(self._filled(), classes, self.ignore_index).flatten()
         descriptors = self.descriptor_storage[:-1].clone() if self.descriptor_dim else None
-        return QueuedKeys(self.storage[:-1].clone(), labels, descriptors)
+        return Side(self.storage[:-1].clone(), labels, descriptors)
 
     def class_keys(self) -> tuple[Tensor, Tensor]:
         """(K, length, D) keys, and (K, length) bool: which slots are filled."""

@@ -41,14 +41,6 @@ def torch_includes(sources: Iterable[Path]) -> str:
     return "".join(f"{line}\n" for line in sorted(lines))
 
 
-def schemas(csrc: Path) -> str:
-    """The part of pglcl.cpp that defines the ops' schemas, without the Python module."""
-    text = (csrc / "pglcl.cpp").read_text()
-    includes = "".join(f"{line}\n" for line in re.findall(r"^#include <torch/[^>]+>$", text, re.MULTILINE))
-    start = min(text.index(mark) for mark in ("#define PGLCL", "TORCH_LIBRARY(") if mark in text)
-    return includes + text[start : text.index("PYBIND11_MODULE")]
-
-
 def digest(paths: Iterable[Path], *more: str) -> str:
     """A name for a build: a hash of its files and of `more`."""
     content = hashlib.sha256("\n".join([torch.__version__, *more]).encode())

@@ -49,9 +49,9 @@ def test_the_queue_holds_the_newest_keys_of_each_class(batches: list[list[int]],
         assert queue.counts[k] == len(expected.lists[k])
         assert as_set(keys[k][filled[k]]) == as_set(expected.lists[k])
     held = queue.keys()
-    assert held.keys.shape == (3 * length, 2)
+    assert held.embeddings.shape == (3 * length, 2)
     for k in range(3):
-        assert as_set(held.keys[held.labels == k]) == as_set(expected.lists[k])
+        assert as_set(held.embeddings[held.labels == k]) == as_set(expected.lists[k])
 
 
 def test_descriptors_stay_with_their_keys(device: torch.device) -> None:
@@ -61,7 +61,7 @@ def test_descriptors_stay_with_their_keys(device: torch.device) -> None:
         queue.enqueue(z, torch.randint(-1, 2, (7,), device=device), z.sum(dim=1))
     held = queue.keys()
     assert held.descriptors is not None
-    torch.testing.assert_close(held.descriptors.squeeze(1), held.keys.sum(dim=1))
+    torch.testing.assert_close(held.descriptors.squeeze(1), held.embeddings.sum(dim=1))
 
 
 def test_statistics_are_those_of_the_keys(device: torch.device) -> None:
@@ -105,7 +105,7 @@ def test_queued_keys_carry_no_gradient() -> None:
     queue = EmbeddingQueue(2, 3, 4)
     z = torch.randn(6, 3, requires_grad=True)
     queue.enqueue(z * 2, torch.zeros(6, dtype=torch.int64))
-    assert not queue.keys().keys.requires_grad
+    assert not queue.keys().embeddings.requires_grad
     assert not queue.statistics()[0].requires_grad
 
 
@@ -147,7 +147,7 @@ def test_nothing_waits_for_a_device() -> None:
     queue = EmbeddingQueue(3, 4, 5).to("meta")
     queue.enqueue(torch.empty(7, 4, device="meta"), torch.empty(7, dtype=torch.int64, device="meta"))
     queue.statistics()
-    assert queue.keys().keys.shape == (15, 4)
+    assert queue.keys().embeddings.shape == (15, 4)
 
 
 def test_queued_keys_give_the_loss_of_the_same_keys(device: torch.device) -> None:

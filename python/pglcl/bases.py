@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pglcl.config import TrainConfig
 from pglcl.postprocess import clean
+from pglcl_ext.class_patches import one_hot
 
 UNLABELLED_SHARE = 0.5  # copy-paste: weight of pasted pseudo-labelled pixels (Bidirectional Copy-Paste's alpha)
 # Mean teacher: usual weight of the squared distance, which is at most 2 / K, beside cross-entropy.
@@ -238,12 +239,6 @@ def pasted(views: ViewBatch, order: Tensor, generator: torch.Generator) -> ViewB
         None if views.prediction is None else mixed(views.prediction),
         supervised=0,
     )
-
-
-def one_hot(target: Tensor, num_classes: int) -> Tensor:
-    """(B, *S) to (B, K, *S) float32; 0 for every class where the target is -1."""
-    classes = torch.arange(num_classes, device=target.device).view(-1, *[1] * (target.dim() - 1))
-    return (target[:, None] == classes).float()
 
 
 def segmentation_loss(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from pglcl_ext import (
     PatchBatch,
     PatchContrastLoss,
     PatchRows,
+    Side,
     class_patches,
     patch_embeddings,
 )
@@ -80,14 +81,6 @@ class Guidance:
         # With the sign opposite to that of anchors, a mixed key differs from all anchors of its class, mixed or not.
         apart = -MIXED_APART if keys and self.config.mixed_patches == "leave-out" else MIXED_APART
         return torch.stack([entropy, apart * self.mixed(coverage)], dim=1)
-
-
-class Keys(NamedTuple):
-    """The rows with which anchors are compared: embeddings (M, D), labels (M,) int64, descriptors (M, 1 or 2)."""
-
-    embeddings: Tensor
-    labels: Tensor
-    descriptors: Tensor
 
 
 def halved(x: Tensor) -> Tensor:
@@ -162,7 +155,7 @@ class PatchContrast(nn.Module):
         views: ViewBatch,
         prediction: Tensor,
         features: Tensor,
-        keys: Keys,
+        keys: Side,
         generator: torch.Generator,
     ) -> Tensor:
         """The contrastive loss of the student's patches against the queue, or against `keys` without one.
@@ -190,9 +183,7 @@ class PatchContrast(nn.Module):
             return gaussian
         assert self.infonce is not None
         if self.queue is not None:
-            held = self.queue.keys()
-            assert held.descriptors is not None
-            keys = Keys(held.keys, held.labels, held.descriptors)
+            keys = self.queue.keys()
         loss: Tensor = self.infonce(
             anchors,
             batch.labels,
@@ -214,7 +205,7 @@ class PatchContrast(nn.Module):
     @torch.no_grad()
     def teacher_keys(
         self, teacher: SegmentationNetwork, seen: ViewBatch, features: Tensor, generator: torch.Generator
-    ) -> Keys:
+    ) -> Side:
         """Makes keys of the teacher's patches and queues them.
 
         Args:
@@ -229,7 +220,7 @@ class PatchContrast(nn.Module):
         weights = seen.class_weights(self.num_classes)
         batch = self.patches(teacher, seen, weights, features, self.config.keys_per_class, generator)
         descriptors = self.guidance.descriptors(batch.entropy, batch.coverage, keys=True)
-        keys = Keys(teacher.projection(batch.embeddings), batch.labels, descriptors)
+        keys = Side(teacher.projection(batch.embeddings), batch.labels, descriptors)
         if self.gaussian is not None:
             self.gaussian.enqueue(keys.embeddings, keys.labels)
         elif self.queue is not None:

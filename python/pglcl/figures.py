@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pglcl.bases import one_hot
 from pglcl.labels import IGNORE
 from pglcl.layouts import Case
 from pglcl.model import TrainedModel
@@ -26,6 +25,7 @@ from pglcl.prepare import Prepared, prepare
 from pglcl.scores import score_volume
 from pglcl.volumes import read_label, read_volume
 from pglcl_ext import PatchRows, patch_embeddings, semantic_disparity
+from pglcl_ext.class_patches import one_hot
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -345,6 +345,6 @@ def _case_embeddings(model: TrainedModel, case: Case) -> tuple[Tensor, Tensor]:
         images, target = prepared.image[(slice(None), *place)][None], prepared.label[place][None]
     _, features = network.with_features(images.to(device))
     pool = F.avg_pool2d if config.spatial_dims == 2 else F.avg_pool3d
-    weights = pool(one_hot(target, model.num_classes), network.feature_stride).to(device)
+    weights = pool(one_hot(target, model.num_classes).float(), network.feature_stride).to(device)
     batch = patch_embeddings(features, weights, config.patch_size // network.feature_stride, coverage=0.2).compact()
     return network.projection(batch.embeddings).cpu(), batch.labels.cpu()

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pglcl.bases import one_hot
 from pglcl.config import TrainConfig
 from pglcl.contrast import Guidance, entropy_of_crops, halved
 from pglcl.model import SegmentationNetwork
 from pglcl_ext import PatchRows, class_patches, patch_embeddings, reference
+from pglcl_ext.class_patches import one_hot
 
 
 class Pairs(NamedTuple):

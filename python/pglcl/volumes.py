@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
+from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
+from nibabel.spatialimages import SpatialImage
 from torch import Tensor
 
 from pglcl import formats
@@ -158,8 +160,7 @@ def orientation_of(source: Source) -> np.ndarray:
 
 def to_canonical_axes(data: np.ndarray, source: Source) -> np.ndarray:
     """Turns (X, Y, Z, ...) from the axes of the file to canonical ones; a view."""
-    turned: np.ndarray = apply_orientation(data, ornt_transform(orientation_of(source), CANONICAL))
-    return turned
+    return np.asanyarray(_as_canonical(data, source).dataobj)
 
 
 def to_source_axes(data: np.ndarray, source: Source) -> np.ndarray:
@@ -170,9 +171,15 @@ def to_source_axes(data: np.ndarray, source: Source) -> np.ndarray:
 
 def _canonical_affine(source: Source) -> np.ndarray:
     """(3, 4), voxels in canonical axes to mm."""
-    back = inv_ornt_aff(ornt_transform(orientation_of(source), CANONICAL), source.shape)
-    affine: np.ndarray = (source.affine @ back)[:3] * source.scale
+    voxels = np.broadcast_to(np.uint8(0), source.shape)
+    affine: np.ndarray = _as_canonical(voxels, source).affine[:3] * source.scale
     return affine
+
+
+def _as_canonical(data: np.ndarray, source: Source) -> SpatialImage:
+    orientation_of(source)  # refuses a singular affine by the file's name
+    image: SpatialImage = nib.as_closest_canonical(SpatialImage(data, source.affine))
+    return image
 
 
 def _file_axes(source: Source) -> np.ndarray:

@@ -12,11 +12,11 @@ from pglcl.bases import (
     WeakToStrong,
     labelled_alone,
     make_base,
-    one_hot,
     random_box,
     segmentation_loss,
 )
 
+from pglcl_ext.class_patches import one_hot
 from tests.pglcl.folders import tiny
 from tests.pglcl.steps import make_batch
 
@@ -56,7 +56,7 @@ def test_segmentation_loss_leaves_out_what_has_no_target() -> None:
     assert torch.all(logits.grad[:, :, 4:] == 0)
     none = segmentation_loss(logits, torch.full_like(target, -1))
     assert none == 0
-    sure = one_hot(target.clamp(min=0), 3) * 40
+    sure = one_hot(target.clamp(min=0), 3) * 40.0
     assert segmentation_loss(sure, target) < 1e-4
 
 
