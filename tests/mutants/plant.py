@@ -103,12 +103,13 @@ def mutate(text: str) -> Iterator[tuple[str, str]]:
 
 # --- where a fault can be planted -----------------------------------------------------------------------------------
 
-COMMENT = re.compile(r"//[^\n]*")
+# What the emulated device does not compile: comments, and lines for nvcc alone.
+LEFT_OUT = re.compile(r"//[^\n]*|^#if defined\(__CUDACC__\)$.*?^#(?:else|endif)", re.MULTILINE | re.DOTALL)
 
 
-def without_comments(text: str) -> str:
-    """The text with spaces in place of comments, so that indices into it stay the same."""
-    return COMMENT.sub(lambda found: " " * len(found.group()), text)
+def compiled(text: str) -> str:
+    """The text with spaces in place of what is not compiled, so that indices into it stay the same."""
+    return LEFT_OUT.sub(lambda found: re.sub(r"[^\n]", " ", found.group()), text)
 
 
 SKIPPED_WORDS = (
@@ -232,7 +233,8 @@ FUNCTION = re.compile(
 
 def sources() -> list[Path]:
     """The files in which faults are planted."""
-    return [*sorted(CSRC.glob("cuda/*.cu")), *sorted(CSRC.glob("cuda/kernels/*.cuh"))]
+    headers = ("cuda/launch.h", "cuda/kernels/device.h", "cuda/kernels/float16.h", "shared/*.h")
+    return [path for pattern in ("cuda/*.cu", "cuda/kernels/*.cuh", *headers) for path in sorted(CSRC.glob(pattern))]
 
 
 def plant(per_region: int = 1) -> list[Fault]:
@@ -244,7 +246,7 @@ def plant(per_region: int = 1) -> list[Fault]:
     faults: list[Fault] = []
     seen: Counter[tuple[str, ...]] = Counter()
     for path in sources():
-        text, name, at = without_comments(path.read_text()), str(path.relative_to(CSRC)), 0
+        text, name, at = compiled(path.read_text()), str(path.relative_to(CSRC)), 0
         functions = [(found.start(), found[found.lastindex or 0]) for found in FUNCTION.finditer(text)]
         for first, stop, kind in sorted(r for s in statements(text) for r in regions(text, *s)):
             original = text[first:stop]
