@@ -30,6 +30,8 @@ class SharedGroup:
     """Holds the process group of a module. A copy of the module shares it; it cannot be pickled."""
 
     def __init__(self, value: Any) -> None:
+        if value is not None:
+            check_group(value)
         self.value = value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedGroup:
@@ -44,13 +46,17 @@ class SharedGroup:
         )
 
 
+def check_group(group: Any) -> None:
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"a process group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
+
+
 def row_counts(tensors: list[Tensor], group: Any, manner: str = "gathering") -> list[int]:
     """The number of rows of every rank.
 
     Ranks must agree in everything else, since they exchange bytes without a type, and wait for each other.
     """
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"a process group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
+    check_group(group)
     kind = ", ".join(f"{dtype_name(t)} {('rows', *t.shape[1:])}".replace("'", "") for t in tensors)
     sent = torch.tensor([len(tensors[0]), zlib.crc32(f"{manner} {kind}".encode())], device=tensors[0].device)
     every = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]

@@ -52,7 +52,7 @@ class EmbeddingQueue(nn.Module):
             and is 0 after a state is loaded. Reading it on a GPU waits.
 
     Raises:
-        TypeError: sizes that are not ints.
+        TypeError: sizes that are not ints, or a `process_group` of another type.
         ValueError: sizes that are too small.
     """
 
@@ -114,7 +114,7 @@ class EmbeddingQueue(nn.Module):
 
         Raises:
             ValueError: shapes or devices that do not fit, or ranks whose dtypes or sizes differ.
-            TypeError: wrong dtypes, or a `process_group` of another type.
+            TypeError: wrong dtypes.
         """
         descriptors = self._checked(embeddings, labels, descriptors)
         if self.process_group is not None:

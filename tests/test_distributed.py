@@ -399,7 +399,8 @@ def test_bad_options_are_refused_by_name() -> None:
     for call in (
         lambda: patch_contrast_loss(z, y, group="all"),
         lambda: patch_contrast_loss(z, y, group="all", gather="ring"),
-        lambda: EmbeddingQueue(2, 3, 4, process_group="all").enqueue(z, y),
+        lambda: PatchContrastLoss(group="all"),
+        lambda: EmbeddingQueue(2, 3, 4, process_group="all"),
     ):
         with pytest.raises(TypeError, match=r"a process group must be a torch\.distributed\.ProcessGroup, got str"):
             call()
