@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from pglcl_ext._precision import accumulate_dtype
 __all__ = ["GATHERS", "SharedGroup", "all_keys_contrast", "first_row", "gather_rows", "ring_contrast", "row_counts"]
 
 GATHERS = ("all", "ring")
+Function = TypeVar("Function", bound=Callable[..., Any])
 NONE, MEAN, SUM = REDUCTIONS["none"], REDUCTIONS["mean"], REDUCTIONS["sum"]
 
 
@@ -46,11 +47,18 @@ class SharedGroup:
         )
 
 
+def eager(function: Function) -> Function:
+    """Keeps torch.compile out of a function that talks to other ranks: it splits its graph there, without a warning."""
+    disabled: Function = torch.compiler.disable(function)
+    return disabled
+
+
 def check_group(group: Any) -> None:
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"a process group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
 
 
+@eager
 def row_counts(tensors: list[Tensor], group: Any, manner: str = "gathering") -> list[int]:
     """The number of rows of every rank.
 
@@ -89,6 +97,7 @@ def _from_bytes(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(like.dtype).view(len(rows), *like.shape[1:])
 
 
+@eager
 def gather_rows(tensors: list[Tensor], group: Any, sizes: list[int] | None = None) -> list[Tensor]:
     """The rows of all ranks, in the order of the ranks, for each of `tensors`. No gradient flows.
 
@@ -158,6 +167,7 @@ def _reduce(losses: Tensor, num_valid: Tensor, reduction: int, group: Any) -> tu
     return loss * dist.get_world_size(group) / total.clamp(min=1) if reduction == MEAN else loss, total
 
 
+@eager
 def all_keys_contrast(
     contrast: Callable[[ContrastArguments], ContrastOutputs], x: ContrastArguments, group: Any
 ) -> tuple[Tensor, Tensor]:
@@ -313,6 +323,7 @@ class _Twice(torch.autograd.Function):
         raise NotImplementedError("pglcl_ext.patch_contrast_loss cannot be differentiated twice")
 
 
+@eager
 def ring_contrast(x: ContrastArguments, group: Any) -> tuple[Tensor, Tensor]:
     """As :func:`all_keys_contrast`, but holds the keys of only two ranks at a time."""
     own = _own_keys(x)

@@ -225,6 +225,7 @@ def test_forward_mode_and_export_are_refused_by_name(gather: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("alone")
+@pytest.mark.filterwarnings("error:Dynamo")
 @pytest.mark.parametrize("gather", ["all", "ring"])
 def test_a_compiled_loss_with_a_group_is_the_eager_one(gather: str) -> None:
     module = PatchContrastLoss(num_positives=2, group=dist.group.WORLD, gather=gather)
