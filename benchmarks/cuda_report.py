@@ -34,7 +34,7 @@ LOGITS = "instructions a logit"  # of the loop over the pixels of a patch
 PATCH = "other instructions a patch"  # of a warp, before and after that loop, for four classes
 CLASSES = "instructions a class of a pixel"  # of the two loops over classes; one patch holds the pixel
 PIXEL = "other instructions a pixel"  # with four classes
-ENTRIES = "instructions a pair of one channel"  # of the whole thread; it has one pair up to 65,535 rows
+ENTRIES = "instructions a pair of one channel"  # of the loop over rows
 TERMS = "instructions a term of a gradient"  # of the loop over the other side
 LIMITS: list[tuple[str, str, float]] = [
     (r"contrast_forward_mma<B?Float16, 128, rule>", PAIRS, 60),
@@ -48,7 +48,7 @@ LIMITS: list[tuple[str, str, float]] = [
     (r"patch_statistics_(forward|coefficients)<float, 4, 4>", PATCH, 620),
     (r"patch_statistics_backward<float>", CLASSES, 410),
     (r"patch_statistics_backward<float>", PIXEL, 570),
-    (r"semantic_disparity_forward<float>", ENTRIES, 123),
+    (r"semantic_disparity_forward<float>", ENTRIES, 22),
     (r"semantic_disparity_backward<float>", TERMS, 27),
 ]
 ROWS, DEPTH, BLOCK = 64, 128, 128  # of an mma kernel: rows of a block, depth counted for, threads
@@ -223,7 +223,10 @@ def other_instructions_per_pixel(kernel: Kernel) -> float:
 
 
 def instructions_per_entry(kernel: Kernel) -> float:
-    return fewest(kernel.sass, 0, len(kernel.sass) - 1, LOAD * 2 + STORE)
+    """Instructions for a pair in the innermost loop that stores most: a load of the row and a store for each pair."""
+    sass = kernel.sass
+    first, last = max((x for x in innermost_loops(sass) if holds(sass, *x, "LDG")), key=lambda x: holds(sass, *x, "STG"))
+    return (last - first + 1) / holds(sass, first, last, "STG")
 
 
 def instructions_per_term(kernel: Kernel) -> float:

@@ -76,6 +76,11 @@ class Launch:
 ROWS, DEPTH = 64, 128  # of a block; of a row
 
 
+def part_count(blocks: int, tiles: int, resident: int, gpu: Gpu) -> int:
+    """The number of blocks that share the tiles of the other side, as in patch_contrast_launch.cuh."""
+    return max(1, min(resident * gpu.multiprocessors // blocks, tiles // 4, 16))
+
+
 def contrast(counts: dict[str, Any], n: int, gpu: Gpu, *, backward: bool, dtype: str = "BFloat16") -> dict[str, float]:
     """Seconds by resource: D = 128, anchors = keys, one temperature, labels and one descriptor. float: TF32."""
     kernel = counts[
@@ -86,8 +91,7 @@ def contrast(counts: dict[str, Any], n: int, gpu: Gpu, *, backward: bool, dtype:
     columns = 64 if held else 32
     row = DEPTH * size + 16
     blocks = math.ceil(n / ROWS)
-    # The other side is split into parts as in part_count in the sources.
-    parts = max(1, min(3 * gpu.multiprocessors // blocks, n // (4 * columns), 16))
+    parts = part_count(blocks, n // columns, 3, gpu)
     blocks *= parts
     launch = Launch(blocks, kernel["registers"], (2 * columns + (0 if held else ROWS)) * row + 80 * columns + 64)
     waves, issue = launch.stretch(gpu)
@@ -131,7 +135,7 @@ def statistics(counts: dict[str, Any], batch: int, image: int, gpu: Gpu, *, back
 
 
 def tiles(counts: dict[str, Any], n: int, gpu: Gpu, *, backward: bool) -> dict[str, float]:
-    """Seconds by resource: float32 without TF32, D = 128, anchors = keys. The keys are not split into parts.
+    """Seconds by resource: float32 without TF32, D = 128, anchors = keys.
 
     Of the instructions, those of the loops over the depth are counted. Shared memory: for 64 FFMA of a dot, a thread
     reads 8 times 16 bytes, with 128 bytes for a quarter of a warp in each cycle. For 256 FFMA of a gradient, a warp
@@ -142,13 +146,16 @@ def tiles(counts: dict[str, Any], n: int, gpu: Gpu, *, backward: bool) -> dict[s
     eights = sum(counts[name][EIGHTS] for name in (names if backward else names[:1]))
     name = names[backward]
     shared_bytes = Kernel(name, 80, 0, 0, 0).shared_bytes(DEPTH)
-    waves, issue = Launch(math.ceil(n / ROWS), counts[name]["registers"], shared_bytes).stretch(gpu)
+    blocks = math.ceil(n / ROWS)
+    parts = part_count(blocks, n // 32, min(3, (gpu.shared - 1024) // shared_bytes), gpu)
+    waves, issue = Launch(blocks * parts, counts[name]["registers"], shared_bytes).stretch(gpu)
+    written_and_read = 2 * parts * n * DEPTH * 4 if backward and parts > 1 else 0
     return {
         "issue": pairs * DEPTH / 8 * eights / (128 * gpu.cycles) * issue,
         "shared memory": pairs * DEPTH * (2.5 if backward else 2) / (128 * gpu.cycles) * waves,
         "exponentials": pairs * (2 if backward else 1) / (16 * gpu.cycles) * waves,
         "cache": n / ROWS * n * DEPTH * 4 / gpu.cache,
-        "memory": (2 if backward else 1) * n * DEPTH * 4 / gpu.memory,
+        "memory": ((2 if backward else 1) * n * DEPTH * 4 + written_and_read) / gpu.memory,
     }
 
 
@@ -176,7 +183,8 @@ def disparity(counts: dict[str, Any], n: int, gpu: Gpu, *, backward: bool) -> di
     pairs = float(n) * n
     if not backward:
         kernel = counts["semantic_disparity_forward<float>"]
-        _, issue = Launch(math.ceil(n / 128) * n, kernel["registers"], 0).stretch(gpu)
+        rows = 8  # of a thread
+        _, issue = Launch(math.ceil(n / 128) * math.ceil(n / rows), kernel["registers"], 0).stretch(gpu)
         return {"issue": pairs * kernel[ENTRIES] / (128 * gpu.cycles) * issue, "memory": 4 * pairs / gpu.memory}
     kernel = counts["semantic_disparity_backward<float>"]
     waves, issue = Launch(math.ceil(n / 4), kernel["registers"], 0).stretch(gpu)

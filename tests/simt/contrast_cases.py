@@ -42,6 +42,7 @@ PATHS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "plain float32": (torch.float32, {"shared_bytes": 1024}),
     "plain bfloat16": (torch.bfloat16, {"shared_bytes": 1024}),
     "FFMA float32": (torch.float32, {}),
+    "FFMA float32 in parts": (torch.float32, {"multiprocessors": 6}),
     "FFMA bfloat16": (torch.bfloat16, {"capability": 75}),
     "FFMA float16": (torch.float16, {"capability": 75}),
     "TF32": (torch.float32, {"allow_tf32": True}),

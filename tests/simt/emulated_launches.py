@@ -96,22 +96,43 @@ def test_keys_are_shared_out_four_tiles_to_a_block() -> None:
     for m, parts in ((20, 1), (300, 1), (512, 2)):
         kernels = launched(torch.bfloat16, 3, m, 8, multiprocessors=2)
         assert kernels["contrast_forward_mma"] == parts
+    for m, parts in ((255, 1), (256, 2), (5000, 6)):  # tiles of 32 columns
+        kernels = launched(torch.float32, 3, m, 8, multiprocessors=2)
+        assert kernels["contrast_forward_tiles"] == kernels["contrast_backward_tiles"] == parts
 
 
+@pytest.mark.parametrize(("depth", "parts"), [(100, 6), (132, 4), (256, 2)])
+def test_blocks_that_need_much_shared_memory_get_fewer_parts(depth: int, parts: int) -> None:
+    """150 KiB hold one block of rows of 256, and two of shorter ones; 70 rows are two or three blocks."""
+    kernels = launched(torch.float32, 70, 1500, depth, multiprocessors=6, shared_bytes=150 * 1024)
+    assert kernels["contrast_forward_tiles"] == parts
+
+
+@pytest.mark.parametrize("allow_tf32", [False, True])
+def test_chunks_of_long_rows_are_shared_out(allow_tf32: bool) -> None:
+    """The gradient of rows of 300 has three chunks, each in up to two parts of the columns."""
+    problem = ContrastProblem.random(70, 300, m=260, classes=3, max_positive_disparity=0.5)
+    emulator.take_grids()
+    assert_contrast(problem, torch.float32, allow_tf32=allow_tf32, multiprocessors=9)
+    tiles = [(name, y) for name, _, y in emulator.take_grids() if name.endswith("tiles")]
+    assert tiles == [("contrast_forward_tiles", 2), ("contrast_backward_tiles", 6), ("contrast_backward_tiles", 3)]
+
+
+@pytest.mark.parametrize("dtype", TILED_DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["plain", "none", "bounds"])
-def test_keys_shared_out_among_blocks(name: str) -> None:
-    """600 keys in up to two parts of four tiles give the same loss as one block, also for undecided anchors."""
+def test_keys_shared_out_among_blocks(name: str, dtype: torch.dtype) -> None:
+    """600 keys in parts of four tiles or more give the same loss as one block, also for undecided anchors."""
     problem = ContrastProblem.random(70, 16, m=600, classes=3, **OPTIONS[name])
-    assert_contrast(problem, torch.bfloat16, multiprocessors=6)
-    assert_contrast(ContrastProblem.random(600, 16, classes=3, **OPTIONS[name]), torch.bfloat16, multiprocessors=60)
+    assert_contrast(problem, dtype, multiprocessors=6)
+    assert_contrast(ContrastProblem.random(600, 16, classes=3, **OPTIONS[name]), dtype, multiprocessors=60)
     if name != "none":
         return
-    z, labels = problem.anchors.bfloat16(), problem.labels
+    z, labels = problem.anchors.to(dtype), problem.labels
     for place in (0, 599):
         descriptors = problem.key_descriptors.clone()
         descriptors[place] = math.nan
         arguments = (z, labels, problem.descriptors)
-        keys = {"keys": problem.keys.bfloat16(), "key_labels": problem.key_labels.abs(), "key_descriptors": descriptors}
+        keys = {"keys": problem.keys.to(dtype), "key_labels": problem.key_labels.abs(), "key_descriptors": descriptors}
         loss, _ = calls.patch_contrast(*arguments, **keys, multiprocessors=6, **problem.options)
         assert torch.equal(loss.isnan(), labels != -1)
 
@@ -129,14 +150,16 @@ def test_columns_of_rows_longer_than_128_are_not_shared_out() -> None:
     assert kernels["contrast_backward_mma"] == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_gradients_of_columns_shared_out_among_blocks(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(torch.bfloat16, "mma"), (torch.float16, "mma"), (torch.float32, "tiles")], ids=str
+)
+def test_gradients_of_columns_shared_out_among_blocks(dtype: torch.dtype, kind: str) -> None:
     """Anchors and keys are in up to four parts each; one launch adds them up."""
     problem = ContrastProblem.random(280, 16, m=300, classes=3, max_positive_disparity=0.5)
     emulator.take_launches()
     assert_contrast(problem, dtype, multiprocessors=60)
     launched = [name for name in emulator.take_launches() if "gradients" in name or "backward" in name]
-    assert launched == ["contrast_backward_mma", "contrast_backward_mma", "contrast_finish_gradients"]
+    assert launched == [f"contrast_backward_{kind}", f"contrast_backward_{kind}", "contrast_finish_gradients"]
 
 
 def test_parts_of_more_anchors_than_keys() -> None:

@@ -74,40 +74,71 @@ void with_depth(int64_t depth, bool in_chunks, Body body) {
     depth > 128 ? body.template operator()<256, false>() : body.template operator()<128, false>();
 }
 
+// Rows of a block of the tile kernels.
+inline int tile_rows(const Choice& choice, int64_t depth) {
+  return depth > 128 && !choice.in_chunks ? kRows<256> : kRows<128>;
+}
+
+template <typename T>
+int64_t tile_bytes(const Choice& choice, int64_t depth) {
+  return tile_shared_bytes<T>(choice.in_chunks ? kDepthChunk : depth, choice.stages);
+}
+
+// Blocks of the backward pass that share a row of the gradient.
+inline int64_t gradient_chunks(const Choice& choice, int64_t depth) {
+  return choice.in_chunks ? blocks_of(depth, kDepthChunk) : 1;
+}
+
 template <typename T, Math kMath>
 void launch_forward_tiles(const ContrastArguments<T>& x, const DeviceLimits& device, const ContrastSums<float>& out,
-                          const Choice& choice, PglclStream stream) {
+                          const ContrastParts& parts, const Choice& choice, PglclStream stream) {
+  const int64_t bytes = tile_bytes<T>(choice, x.depth);
   with_rule(x, [&]<bool kGeneral>() {
     with_depth<T, kMath>(x.depth, choice.in_chunks, [&]<int kDepth, bool kDeep>() {
-      const int64_t bytes = tile_shared_bytes<T>(kDeep ? kDepthChunk : x.depth, choice.stages);
       PGLCL_ALLOW_SHARED((contrast_forward_tiles<T, kMath, kDepth, kGeneral, kDeep>), bytes, device.shared_bytes);
-      PGLCL_LAUNCH((contrast_forward_tiles<T, kMath, kDepth, kGeneral, kDeep>), blocks_of(x.n, kRows<kDepth>), 1,
-                   kContrastThreads, bytes, stream, x, out, choice.stages);
+      PGLCL_LAUNCH((contrast_forward_tiles<T, kMath, kDepth, kGeneral, kDeep>), blocks_of(x.n, kRows<kDepth>),
+                   parts.count, kContrastThreads, bytes, stream, x, out, parts, choice.stages);
     });
   });
 }
 
-// The number of blocks that share the `columns` of the same rows. Each multiprocessor gets up to three blocks, and each
-// block at least four tiles of `tile` columns.
-inline int part_count(int64_t rows, int64_t columns, int tile, const DeviceLimits& device) {
-  if (rows == 0) return 1;
-  const int64_t wanted = 3 * device.multiprocessors / blocks_of(rows, kMmaRows), most = columns / (4 * tile);
+constexpr int kResidentBlocks = 3;  // on a multiprocessor, of the tensor-core kernels
+
+// The number of blocks that share the columns of the same rows, where `blocks` would not keep the GPU busy. Each
+// multiprocessor gets up to `resident` blocks, and each block at least four of the `tiles`.
+inline int part_count(int64_t blocks, int64_t tiles, int64_t resident, const DeviceLimits& device) {
+  if (blocks == 0) return 1;
+  const int64_t wanted = resident * device.multiprocessors / blocks, most = tiles / 4;
   const int64_t parts = wanted < most ? wanted : most;
   return parts < 1 ? 1 : parts > 16 ? 16 : int(parts);
 }
 
+// The same for the tile kernels, whose blocks may take more shared memory.
+template <typename T>
+int tile_part_count(const Choice& choice, const DeviceLimits& device, int64_t depth, int64_t blocks, int64_t columns) {
+  const int64_t fit = device.shared_bytes / tile_bytes<T>(choice, depth);
+  return part_count(blocks, columns / kColumns<T>, fit < kResidentBlocks ? fit : kResidentBlocks, device);
+}
+
 template <typename T>
 int contrast_part_count(const ContrastArguments<T>& x, const DeviceLimits& device) {
-  return choose_path(x, device).path == Path::kMma
-             ? part_count(x.n, x.m, kMmaColumns<128, kHeldForward<T, 128>>, device)
-             : 1;
+  const Choice choice = choose_path(x, device);
+  if (choice.path == Path::kPlain) return 1;
+  if (choice.path == Path::kMma)
+    return part_count(blocks_of(x.n, kMmaRows), x.m / kMmaColumns<128, kHeldForward<T, 128>>, kResidentBlocks, device);
+  return tile_part_count<T>(choice, device, x.depth, blocks_of(x.n, tile_rows(choice, x.depth)), x.m);
 }
 
 // The same for the gradient of the anchors, or of the keys.
 template <typename T>
 int gradient_part_count(const ContrastArguments<T>& x, const DeviceLimits& device, bool own_anchor) {
-  if (choose_path(x, device).path != Path::kMma || x.depth > 128) return 1;
-  return part_count(own_anchor ? x.n : x.m, own_anchor ? x.m : x.n, kMmaColumns<128, false>, device);
+  const Choice choice = choose_path(x, device);
+  const int64_t rows = own_anchor ? x.n : x.m, columns = own_anchor ? x.m : x.n;
+  if (choice.path == Path::kPlain || (choice.path == Path::kMma && x.depth > 128)) return 1;
+  if (choice.path == Path::kMma)
+    return part_count(blocks_of(rows, kMmaRows), columns / kMmaColumns<128, false>, kResidentBlocks, device);
+  const int64_t blocks = blocks_of(rows, tile_rows(choice, x.depth)) * gradient_chunks(choice, x.depth);
+  return tile_part_count<T>(choice, device, x.depth, blocks, columns);
 }
 
 template <typename T, int kDepth>
@@ -136,9 +167,9 @@ void run_contrast_forward(const ContrastArguments<T>& x, const DeviceLimits& dev
         launch_forward_mma<T, 256>(x, device, out, parts, choice.stages, stream);
     }
     if constexpr (sizeof(T) == 4)
-      if (choice.path == Path::kTf32) launch_forward_tiles<T, Math::kTensor>(x, device, out, choice, stream);
+      if (choice.path == Path::kTf32) launch_forward_tiles<T, Math::kTensor>(x, device, out, parts, choice, stream);
     if constexpr (sizeof(T) < 8)
-      if (choice.path == Path::kFfma) launch_forward_tiles<T, Math::kFfma>(x, device, out, choice, stream);
+      if (choice.path == Path::kFfma) launch_forward_tiles<T, Math::kFfma>(x, device, out, parts, choice, stream);
     if (choice.path == Path::kPlain)
       PGLCL_LAUNCH(contrast_forward_plain<T>, blocks_of(x.n, kContrastThreads / 32), 1, kContrastThreads, 0, stream, x,
                    out);
@@ -151,14 +182,15 @@ void run_contrast_forward(const ContrastArguments<T>& x, const DeviceLimits& dev
 
 template <typename T, Math kMath>
 void launch_backward_tiles(const ContrastArguments<T>& x, const ContrastGradients<float>& g, const DeviceLimits& device,
-                           T* grad, bool own_anchor, bool own_key, const Choice& choice, PglclStream stream) {
+                           const GradientParts<T>& out, bool own_anchor, bool own_key, const Choice& choice,
+                           PglclStream stream) {
+  const int64_t bytes = tile_bytes<T>(choice, x.depth), chunks = gradient_chunks(choice, x.depth);
   with_rule(x, [&]<bool kGeneral>() {
     with_depth<T, kMath>(x.depth, choice.in_chunks, [&]<int kDepth, bool kDeep>() {
-      const int64_t bytes = tile_shared_bytes<T>(kDeep ? kDepthChunk : x.depth, choice.stages);
       PGLCL_ALLOW_SHARED((contrast_backward_tiles<T, kMath, kDepth, kGeneral, kDeep>), bytes, device.shared_bytes);
       PGLCL_LAUNCH((contrast_backward_tiles<T, kMath, kDepth, kGeneral, kDeep>),
-                   blocks_of(own_anchor ? x.n : x.m, kRows<kDepth>), kDeep ? blocks_of(x.depth, kDepthChunk) : 1,
-                   kContrastThreads, bytes, stream, x, g, grad, own_anchor, own_key, choice.stages);
+                   blocks_of(own_anchor ? x.n : x.m, kRows<kDepth>), chunks * out.count, kContrastThreads, bytes,
+                   stream, x, g, out, own_anchor, own_key, choice.stages);
     });
   });
 }
@@ -203,10 +235,10 @@ void run_contrast_backward(const ContrastArguments<T>& x, const ContrastGradient
   }
   if constexpr (sizeof(T) == 4)
     if (choice.path == Path::kTf32)
-      return launch_backward_tiles<T, Math::kTensor>(x, g, device, out.gradient, own_anchor, own_key, choice, stream);
+      return launch_backward_tiles<T, Math::kTensor>(x, g, device, out, own_anchor, own_key, choice, stream);
   if constexpr (sizeof(T) < 8)
     if (choice.path == Path::kFfma)
-      return launch_backward_tiles<T, Math::kFfma>(x, g, device, out.gradient, own_anchor, own_key, choice, stream);
+      return launch_backward_tiles<T, Math::kFfma>(x, g, device, out, own_anchor, own_key, choice, stream);
   const int64_t bytes = kContrastThreads / 32 * kPlainDepth * sizeof(scalar_t) + WeightScale<scalar_t>::bytes();
   PGLCL_LAUNCH(contrast_backward_plain<T>, blocks_of(rows, kContrastThreads / 32), 1, kContrastThreads, bytes, stream,
                x, g, out.gradient, own_anchor, own_key);

@@ -499,11 +499,25 @@ struct TileMemory {
         seen(memory.take<int>(2)) {}
 };
 
-// The rows of a block, and the columns that pass it.
+// The rows of a block, and the columns that pass it: those of the tiles from first_tile to last_tile - 1.
 template <typename T>
 struct Operands {
   Global<const T> rows, columns;
-  int64_t first_row, row_count, column_count, depth;
+  int64_t first_row, row_count, column_count, depth, first_tile, last_tile;
+
+  // The columns are shared out among `parts` blocks of the same rows, in whole tiles.
+  PGLCL_DEVICE Operands(const T* rows_data, const T* columns_data, int64_t first, int64_t of_rows, int64_t of_columns,
+                        int64_t elements, int part, int parts)
+      : rows(rows_data),
+        columns(columns_data),
+        first_row(first),
+        row_count(of_rows),
+        column_count(of_columns),
+        depth(elements) {
+    const int64_t tiles = (column_count + kColumns<T> - 1) / kColumns<T>, share = (tiles + parts - 1) / parts;
+    first_tile = part * share;
+    last_tile = first_tile + share < tiles ? first_tile + share : tiles;
+  }
 };
 
 // Streams all columns past the block's rows: with two stages the next tile is copied while this one is worked on.
@@ -514,18 +528,17 @@ PGLCL_DEVICE void stream_columns(const TileMemory<T, kRowCount>& memory, const O
                                  Side load_side, Work work) {
   const int stride = row_stride<T>(x.depth), tile_size = kColumns<T> * stride;
   const CopyPlan plan(padded_depth<T>(x.depth) * int(sizeof(T)) / 16);
-  const int64_t tiles = (x.column_count + kColumns<T> - 1) / kColumns<T>;
-  if (tiles == 0) return;
+  if (x.first_tile >= x.last_tile) return;
   const auto copy_tile = [&](int64_t tile, int stage) {
     copy_rows<T>(plan, memory.columns, stage * tile_size, stride, x.columns, tile * kColumns<T>, kColumns<T>,
                  x.column_count, x.depth);
     commit_copies();
   };
   copy_rows<T>(plan, memory.rows, 0, stride, x.rows, x.first_row, kRowCount, x.row_count, x.depth);
-  copy_tile(0, 0);
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int stage = stages == 2 ? int(tile % 2) : 0;
-    if (stages == 2 && tile + 1 < tiles) {
+  copy_tile(x.first_tile, 0);
+  for (int64_t tile = x.first_tile; tile < x.last_tile; ++tile) {
+    const int stage = stages == 2 ? int((tile - x.first_tile) % 2) : 0;
+    if (stages == 2 && tile + 1 < x.last_tile) {
       copy_tile(tile + 1, 1 - stage);
       wait_copies<1>();
     } else {
@@ -537,7 +550,7 @@ PGLCL_DEVICE void stream_columns(const TileMemory<T, kRowCount>& memory, const O
     sync_threads();
     work(tile * kColumns<T>, stage * tile_size);
     sync_threads();  // the tile and its side may be overwritten
-    if (stages == 1 && tile + 1 < tiles) copy_tile(tile + 1, 0);
+    if (stages == 1 && tile + 1 < x.last_tile) copy_tile(tile + 1, 0);
   }
 }
 
@@ -549,7 +562,8 @@ PGLCL_DEVICE void stream_chunks(const TileMemory<T, kRowCount>& memory, const Op
   const int stride = row_stride<T>(kDepthChunk);
   const CopyPlan plan(kDepthChunk * int(sizeof(T)) / 16);
   const int chunks = int((x.depth + kDepthChunk - 1) / kDepthChunk);
-  for (int64_t first = 0; first < x.column_count; first += kColumns<T>) {
+  for (int64_t tile = x.first_tile; tile < x.last_tile; ++tile) {
+    const int64_t first = tile * kColumns<T>;
     load_side(first);
     for (int k = 1; k <= chunks; ++k) {
       const int chunk = last + k < chunks ? last + k : last + k - chunks;
@@ -570,7 +584,7 @@ PGLCL_DEVICE void stream_chunks(const TileMemory<T, kRowCount>& memory, const Op
 // kDepth: the largest depth that fits. kDeep: rows pass in chunks of that depth. kGeneral: masks or several channels
 // decide which pairs count, instead of pair_kind_by_rule.
 template <typename T, Math kMath, int kDepth, bool kGeneral, bool kDeep>
-PGLCL_KERNEL contrast_forward_tiles(ContrastArguments<T> x, ContrastSums<float> out, int stages) {
+PGLCL_KERNEL contrast_forward_tiles(ContrastArguments<T> x, ContrastSums<float> out, ContrastParts parts, int stages) {
   constexpr int kThreadsPerRow = kContrastThreads / kRows<kDepth>;  // neighbours, in step 2
   constexpr int kPairs = kColumns<T> / kThreadsPerRow;
   SharedMemory shared;
@@ -608,21 +622,27 @@ PGLCL_KERNEL contrast_forward_tiles(ContrastArguments<T> x, ContrastSums<float> 
     }
     sums.add(logits, positive, kGeneral ? negative : ~positive);
   };
-  const Operands<T> operands{x.anchors, x.keys, first_row, x.n, x.m, x.depth};
+  const Operands<T> operands(x.anchors, x.keys, first_row, x.n, x.m, x.depth, block_index_y(), parts.count);
   if constexpr (kDeep)
     stream_chunks<T, kMath>(memory, operands, 0, load_side, sum_pairs);
   else
     stream_columns<T, kMath>(memory, operands, stages, load_side, sum_pairs);
   for (int lanes = 1; lanes < kThreadsPerRow; lanes *= 2) sums.merge(lanes);
   if constexpr (!kGeneral)
-    sums.undecided = memory.scan.merged(scan).undecided(anchor, terms, is_its_own_key(x, i, 0, x.m));
-  if (part == 0 && i < x.n) sums.write(i, x.log_weight, out);
+    sums.undecided = memory.scan.merged(scan).undecided(
+        anchor, terms, is_its_own_key(x, i, operands.first_tile * kColumns<T>, operands.last_tile * kColumns<T>));
+  if (part != 0 || i >= x.n) return;
+  if (parts.count > 1)
+    parts.store(block_index_y(), i, sums);
+  else
+    sums.write(i, x.log_weight, out);
 }
 
-// own_anchor, own_key: as in contrast_backward_plain.
+// own_anchor, own_key: as in contrast_backward_plain. A block's index in y tells its part of the columns, and the chunk
+// of the gradient that it holds.
 template <typename T, Math kMath, int kDepth, bool kGeneral, bool kDeep>
-PGLCL_KERNEL contrast_backward_tiles(ContrastArguments<T> x, ContrastGradients<float> g, T* grad_data, bool own_anchor,
-                                     bool own_key, int stages) {
+PGLCL_KERNEL contrast_backward_tiles(ContrastArguments<T> x, ContrastGradients<float> g, GradientParts<T> out,
+                                     bool own_anchor, bool own_key, int stages) {
   SharedMemory shared;
   const int64_t width = kDeep ? kDepthChunk : x.depth;              // of the gradient of this block
   constexpr int kThreadsPerRow = kContrastThreads / kRows<kDepth>;  // neighbours, in step 2
@@ -685,21 +705,30 @@ PGLCL_KERNEL contrast_backward_tiles(ContrastArguments<T> x, ContrastGradients<f
     else
       gradient.template add<false>(memory.weights, memory.columns, at, width);
   };
-  const Operands<T> operands{
-      own_anchor ? x.anchors : x.keys, own_anchor ? x.keys : x.anchors, first_row, rows, columns, x.depth};
+  const int chunks = kDeep ? int((x.depth + kDepthChunk - 1) / kDepthChunk) : 1;
+  const int of_gradient = block_index_y() % chunks, of_columns = block_index_y() / chunks;
+  const Operands<T> operands(own_anchor ? x.anchors : x.keys, own_anchor ? x.keys : x.anchors, first_row, rows, columns,
+                             x.depth, of_columns, out.count);
   if constexpr (kDeep)
-    stream_chunks<T, kMath>(memory, operands, block_index_y(), load_side, weigh);
+    stream_chunks<T, kMath>(memory, operands, of_gradient, load_side, weigh);
   else
     stream_columns<T, kMath>(memory, operands, stages, load_side, weigh);
   // If the loss of an anchor is NaN, so is its gradient.
   if (part == 0) memory.weights.store(row * kWeightStride<T>, own_terms.log_sum != own_terms.log_sum ? NAN : 0.0f);
   sync_threads();
-  const Global<T> grad(grad_data);
-  const int64_t start = kDeep ? int64_t(block_index_y()) * kDepthChunk : 0;
-  gradient.write(x.depth - start, [&](int r, int d, float value) {
-    if (first_row + r < rows)
-      grad.store((first_row + r) * x.depth + start + d, narrow<T>(times_square(value, memory.scale.inverse_root()) +
-                                                                  memory.weights.load(r * kWeightStride<T>)));
+  const bool in_parts = out.count > 1;
+  const float inverse_root = in_parts ? 1 : memory.scale.inverse_root();
+  const Global<T> grad(out.gradient);
+  const Global<float> sums(out.sums);
+  const int64_t start = int64_t(of_gradient) * kDepthChunk;
+  gradient.write(x.depth - start, [&](int r, int d, float sum) {
+    if (first_row + r >= rows) return;
+    const int64_t at = (first_row + r) * x.depth + start + d;
+    const float value = times_square(sum, inverse_root) + memory.weights.load(r * kWeightStride<T>);
+    if (in_parts)
+      sums.store(of_columns * out.size + at, value);
+    else
+      grad.store(at, narrow<T>(value));
   });
 }
 

@@ -406,6 +406,11 @@ struct PatchSpan {
   }
 };
 
+// The place of a patch in the grid.
+PGLCL_DEVICE int64_t patch_index(const StatisticsGrid& g, int z, int y, int x) {
+  return (int64_t(z) * g.grid[1] + y) * g.grid[2] + x;
+}
+
 template <typename T>
 struct StatisticsGradients {
   Strided<const typename Accumulate<T>::type> entropy, confidence;  // upstream
@@ -429,6 +434,7 @@ PGLCL_KERNEL patch_statistics_backward(StatisticsInput<T> s, StatisticsGradients
   const int px = int(unsigned(pixel) - row * unsigned(g.image[2]));
   const int pz = int(row / unsigned(g.image[1])), py = int(row) - pz * g.image[1];
   const PatchSpan xs(g, 2, px), ys(g, 1, py), zs(g, 0, pz);
+  const bool one_patch = xs.last - xs.first == 1 && ys.last - ys.first == 1 && zs.last - zs.first == 1;
   const int classes = g.classes;
   const scalar_t scale = s.normalize ? scalar_t(1 / s.log_classes) : scalar_t(1);
   const scalar_t per_pixel = scalar_t(1) / scalar_t(int64_t(g.patch[0]) * g.patch[1] * g.patch[2]);
@@ -441,16 +447,23 @@ PGLCL_KERNEL patch_statistics_backward(StatisticsInput<T> s, StatisticsGradients
     struct Sums {
       scalar_t confidence, gamma, kappa;
     };
+    const int64_t first_upstream = grads.confidence.offset(b, 0, zs.first, ys.first, xs.first);
+    const int64_t first_patch = b * classes * g.patches + patch_index(g, zs.first, ys.first, xs.first);
     const auto gather = [&](int k) {
       Sums sums{0, 0, 0};
-      for (int z = zs.first; z < zs.last; ++z)
-        for (int y = ys.first; y < ys.last; ++y)
-          for (int x = xs.first; x < xs.last; ++x) {
-            const int64_t j = (b * classes + k) * g.patches + (int64_t(z) * g.grid[1] + y) * g.grid[2] + x;
-            sums.confidence += grad_confidence.load(grads.confidence.offset(b, k, z, y, x)) * per_pixel;
-            sums.gamma += gammas.load(j);
-            sums.kappa += kappas.load(j);
-          }
+      const auto add = [&](int64_t upstream, int64_t patch) {
+        sums.confidence += grad_confidence.load(first_upstream + k * grads.confidence.classes + upstream) * per_pixel;
+        sums.gamma += gammas.load(first_patch + k * g.patches + patch);
+        sums.kappa += kappas.load(first_patch + k * g.patches + patch);
+      };
+      if (one_patch) {  // as where patches do not overlap: no arithmetic but for the class
+        add(0, 0);
+        return sums;
+      }
+      for (int z = 0; z < zs.last - zs.first; ++z)
+        for (int y = 0; y < ys.last - ys.first; ++y)
+          for (int x = 0; x < xs.last - xs.first; ++x)
+            add(grads.confidence.offset(0, 0, z, y, x), patch_index(g, z, y, x));
       return sums;
     };
     scalar_t dh = 0;

@@ -19,13 +19,21 @@ PGLCL_DEVICE scalar_t pair_disparity(Global<const scalar_t> a, int64_t i, Global
   return sum / scalar_t(channels);
 }
 
+constexpr int kDisparityRows = 8;  // of a thread, which loads its column once
+
 // One thread per column; blocks in y share the rows.
 template <typename scalar_t>
-PGLCL_KERNEL semantic_disparity_forward(const scalar_t* a, const scalar_t* b, scalar_t* out_data, int64_t n, int64_t m,
-                                        int64_t channels) {
+PGLCL_KERNEL semantic_disparity_forward(const scalar_t* a_data, const scalar_t* b_data, scalar_t* out_data, int64_t n,
+                                        int64_t m, int64_t channels) {
+  const Global<const scalar_t> a(a_data), b(b_data);
   const Global<scalar_t> out(out_data);
   const int64_t j = int64_t(block_index()) * kDisparityThreads + thread_index();
   if (j >= m) return;
+  if (channels == 1) {  // no loop over channels, and no division
+    const scalar_t own = b.load(j);
+    for (int64_t i = block_index_y(); i < n; i += grid_blocks_y()) out.store(i * m + j, absolute(a.load(i) - own));
+    return;
+  }
   for (int64_t i = block_index_y(); i < n; i += grid_blocks_y())
     out.store(i * m + j, pair_disparity<scalar_t>(a, i, b, j, channels));
 }
@@ -177,8 +185,10 @@ template <typename scalar_t>
 void run_disparity_forward(const scalar_t* a, const scalar_t* b, scalar_t* out, int64_t n, int64_t m, int64_t channels,
                            PglclStream stream) {
   if (n * m == 0) return;
+  const int64_t blocks = (n + kDisparityRows - 1) / kDisparityRows;
   PGLCL_LAUNCH(semantic_disparity_forward<scalar_t>, (m + kDisparityThreads - 1) / kDisparityThreads,
-               n < kMostRowsOfBlocks ? n : kMostRowsOfBlocks, kDisparityThreads, 0, stream, a, b, out, n, m, channels);
+               blocks < kMostRowsOfBlocks ? blocks : kMostRowsOfBlocks, kDisparityThreads, 0, stream, a, b, out, n, m,
+               channels);
 }
 
 // The gradient of a with (own, other) = (a, b) and the strides of grad; that of b with (b, a) and the strides
