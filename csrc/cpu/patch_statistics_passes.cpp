@@ -40,6 +40,17 @@ int64_t row_at(const PatchGrid& g, int64_t b, int64_t z, int64_t y) {
   return b * g.classes * g.pixels() + (z * g.image[1] + y) * g.image[2];
 }
 
+// Positions [first, last) along one dimension of the patches that hold pixel x; empty between and past patches.
+struct PatchRange {
+  int64_t first, last;
+};
+
+PatchRange patches_with(int64_t x, int64_t patch, int64_t stride, int64_t grid) {
+  const int64_t first = x < patch ? 0 : (x - patch) / stride + 1;
+  const int64_t last = x / stride + 1;
+  return {first, last < grid ? last : grid};
+}
+
 // The first image row after y that lies in other patches than y does, or `end`.
 int64_t next_change(int64_t y, int64_t end, int64_t patch, int64_t stride, int64_t grid) {
   const PatchRange range = patches_with(y, patch, stride, grid);

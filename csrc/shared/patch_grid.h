@@ -17,15 +17,4 @@ struct PatchGrid {
   PGLCL_HOST_DEVICE int64_t patch_pixels() const { return patch[0] * patch[1] * patch[2]; }
 };
 
-// Positions [first, last) along one dimension of the patches that hold pixel x; empty between and past patches.
-struct PatchRange {
-  int64_t first, last;
-};
-
-PGLCL_HOST_DEVICE inline PatchRange patches_with(int64_t x, int64_t patch, int64_t stride, int64_t grid) {
-  const int64_t first = x < patch ? 0 : (x - patch) / stride + 1;
-  const int64_t last = x / stride + 1;
-  return {first, last < grid ? last : grid};
-}
-
 }  // namespace pglcl

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pglcl_ext import reference
+from pglcl_ext import patch_statistics, reference
 from tests.problems import DTYPES, TOLERANCE
 from tests.simt import calls
 from tests.simt.contrast_cases import shifted
@@ -232,3 +232,14 @@ def test_entropy_is_at_most_one_where_it_is_normalized() -> None:
         )
         assert h.max() <= 1
         assert of_classes.max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_halfway_between_two_numbers_are_rounded_to_the_even_one(dtype: torch.dtype) -> None:
+    """The middle one of three pixels gets half of the gradients of both patches that hold it."""
+    numbers = torch.arange(0x0001, 0x7B00, 251, dtype=torch.int32).to(torch.int16)
+    upstream = torch.stack([numbers.view(dtype), (numbers + 1).view(dtype)], dim=-1).expand(1, 2, -1, -1)
+    images = torch.full((*upstream.shape[:3], 3), 0.5, dtype=dtype, requires_grad=True)
+    confidence = patch_statistics(images, (1, 2), 1, probabilities=True).confidence
+    [gradient] = torch.autograd.grad(confidence, images, upstream)
+    assert torch.equal(gradient[..., 1], (upstream.float().sum(dim=-1) / 2).to(dtype))

@@ -38,6 +38,10 @@ PGLCL_KERNEL semantic_disparity_forward(const scalar_t* a_data, const scalar_t* 
     out.store(i * m + j, pair_disparity<scalar_t>(a, i, b, j, channels));
 }
 
+// So many terms of a lane are added in their own type, and their sums in float64: thousands of equal terms would all be
+// rounded to the same side.
+constexpr int kDisparityTerms = 16;
+
 // One warp per element of the gradient: sum over j of grad_ij sign(a_ic - b_jc). Strides let the same kernel walk rows
 // of grad for a and columns for b.
 template <typename scalar_t>
@@ -51,14 +55,19 @@ PGLCL_KERNEL semantic_disparity_backward(const scalar_t* grad_data, const scalar
   if (i >= own_count) return;  // the whole warp
   for (int64_t c = block_index_y(); c < channels; c += grid_blocks_y()) {
     const scalar_t mine = own.load(i * channels + c);
-    scalar_t sum = 0;
-    for (int64_t j = thread_index() % 32; j < other_count; j += 32) {
-      const scalar_t d = mine - other.load(j * channels + c);
-      const scalar_t sign = d != d ? d : scalar_t((d > 0) - (d < 0));
-      sum += grad.load(i * own_stride + j * other_stride) * sign;
+    double sum = 0;
+    for (int64_t first = thread_index() % 32; first < other_count; first += 32 * kDisparityTerms) {
+      const int64_t end = first + 32 * kDisparityTerms < other_count ? first + 32 * kDisparityTerms : other_count;
+      scalar_t terms = 0;
+      for (int64_t j = first; j < end; j += 32) {
+        const scalar_t d = mine - other.load(j * channels + c);
+        const scalar_t sign = d != d ? d : scalar_t((d > 0) - (d < 0));
+        terms += grad.load(i * own_stride + j * other_stride) * sign;
+      }
+      sum += double(terms);
     }
     sum = warp_sum(sum);
-    if (thread_index() % 32 == 0) out.store(i * channels + c, sum / scalar_t(channels));
+    if (thread_index() % 32 == 0) out.store(i * channels + c, scalar_t(sum / double(channels)));
   }
 }
 
