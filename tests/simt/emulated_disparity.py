@@ -12,7 +12,7 @@ from tests.simt.contrast_cases import shifted
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize(("n", "m", "channels"), [(1, 1, 1), (33, 20, 1), (20, 70, 3), (0, 5, 1)])
+@pytest.mark.parametrize(("n", "m", "channels"), [(1, 1, 1), (33, 20, 1), (20, 70, 2), (9, 70, 3), (0, 5, 1)])
 def test_disparity_and_gradients_match_the_reference(n: int, m: int, channels: int, dtype: torch.dtype) -> None:
     a, b = (torch.rand(k, channels).mul(8).round().div(8).to(dtype).requires_grad_() for k in (n, m))
     want = reference.semantic_disparity(a, b)
@@ -21,6 +21,13 @@ def test_disparity_and_gradients_match_the_reference(n: int, m: int, channels: i
     got = calls.semantic_disparity_backward(grad, a.detach(), b.detach())
     for x, y in zip(got, torch.autograd.grad(want, (a, b), grad), strict=True):
         torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_of_many_patches_keep_their_digits() -> None:
+    """A lane has 1563 equal terms, whose sum would be rounded to one side again and again."""
+    grad = torch.full((1, 50_000), 1e-3 / 3)
+    got, _ = calls.semantic_disparity_backward(grad, torch.ones(1, 1), torch.zeros(50_000, 1))
+    torch.testing.assert_close(got, grad.double().sum().float().view(1, 1), rtol=3e-7, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
