@@ -46,8 +46,8 @@ LIMITS: list[tuple[str, str, float]] = [
     (r"gaussian_contrast_rows<float, float, 8>", EIGHTS, 30),
     (r"patch_statistics_(forward|coefficients)<float, 4, 4>", LOGITS, 60),
     (r"patch_statistics_(forward|coefficients)<float, 4, 4>", PATCH, 620),
-    (r"patch_statistics_backward<float>", CLASSES, 410),
-    (r"patch_statistics_backward<float>", PIXEL, 570),
+    (r"patch_statistics_backward<float, apart>", CLASSES, 170),
+    (r"patch_statistics_backward<float, apart>", PIXEL, 630),
     (r"semantic_disparity_forward<float>", ENTRIES, 22),
     (r"semantic_disparity_backward<float>", TERMS, 27),
 ]
@@ -203,16 +203,23 @@ def other_instructions_per_patch(kernel: Kernel) -> float:
 
 
 def loops_over_classes(sass: list[Instruction]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Of a pixel's gradient, for logits: the loop that sums over the classes, and the one that stores."""
-    with_exponential = [x for x in loops(sass) if holds(sass, *x, "MUFU.EX2")]
-    sums = max((x for x in with_exponential if not holds(sass, *x, "STG")), key=lambda x: x[1] - x[0])
-    return sums, min((x for x in with_exponential if holds(sass, *x, "STG")), key=lambda x: x[1] - x[0])
+    """Of a pixel's gradient, for logits: the loop that sums over the classes, and the one that stores.
+
+    For a class they load four numbers: the logit, and three of its patch.
+    """
+    found = [x for x in loops(sass) if (e := holds(sass, *x, "MUFU.EX2")) and holds(sass, *x, "LDG") == 4 * e]
+    (sums,) = (x for x in found if not holds(sass, *x, "STG"))
+    (stores,) = (x for x in found if holds(sass, *x, "STG"))
+    return sums, stores
 
 
 def instructions_per_class(kernel: Kernel) -> float:
-    sums, stores = loops_over_classes(kernel.sass)
-    needed = LOAD * 4 + EXPONENTIAL  # the logit and three numbers of its patch
-    return fewest(kernel.sass, *sums, needed) + fewest(kernel.sass, *stores, needed + STORE)
+    """Each loop may take several classes at once."""
+    sass, found = kernel.sass, 0.0
+    for loop in loops_over_classes(sass):
+        classes = holds(sass, *loop, "MUFU.EX2")
+        found += fewest(sass, *loop, EXPONENTIAL * classes) / classes
+    return found
 
 
 def other_instructions_per_pixel(kernel: Kernel) -> float:
@@ -225,7 +232,8 @@ def other_instructions_per_pixel(kernel: Kernel) -> float:
 def instructions_per_entry(kernel: Kernel) -> float:
     """Instructions for a pair in the innermost loop that stores most: a load of the row and a store for each pair."""
     sass = kernel.sass
-    first, last = max((x for x in innermost_loops(sass) if holds(sass, *x, "LDG")), key=lambda x: holds(sass, *x, "STG"))
+    with_loads = (x for x in innermost_loops(sass) if holds(sass, *x, "LDG"))
+    first, last = max(with_loads, key=lambda x: holds(sass, *x, "STG"))
     return (last - first + 1) / holds(sass, first, last, "STG")
 
 
@@ -274,7 +282,15 @@ class Kernel:
 
     def counted(self) -> list[tuple[str, float, float]]:
         """(name, number, limit) of each count of LIMITS in this kernel."""
-        return [(what, COUNT[what](self), most) for name, what, most in LIMITS if re.fullmatch(name, self.name)]
+        found = []
+        for name, what, most in LIMITS:
+            if not re.fullmatch(name, self.name):
+                continue
+            try:
+                found.append((what, COUNT[what](self), most))
+            except ValueError as error:
+                raise ValueError(f"sm_{self.architecture} {self.name}, {what}: {error}") from error
+        return found
 
     def occupancy(self, depth: int = 128) -> float:
         """The theoretical occupancy, as a share of the threads of a multiprocessor."""
@@ -313,8 +329,8 @@ ENUMERATORS = {"Math": ("FFMA", "TF32"), "Owner": ("anchors", "keys", "both")}
 def short_name(mangled: str) -> str:
     """A name such as contrast_backward_mma<BFloat16, 128, both, rule>.
 
-    The last word tells whether masks or several channels decide which pairs count. The word deep marks kernels of tiles
-    that process their rows in chunks.
+    The last word tells whether masks or several channels decide which pairs count; of the statistics, whether patches
+    overlap. The word deep marks kernels of tiles that process their rows in chunks.
     """
     name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
     for kind, values in ENUMERATORS.items():
@@ -322,6 +338,8 @@ def short_name(mangled: str) -> str:
             name = name.replace(f"(pglcl::cuda::{kind}){number}", value)
     name = re.sub(r"\(.*$", "", name.replace("(int)", ""))
     name = re.sub(r"(_tiles<.*), false>", r"\1>", re.sub(r"(_tiles<.*, )(\w+), true>", r"\1\2, deep>", name))
+    for value, patches in (("false", "apart"), ("true", "overlapping")):
+        name = re.sub(rf"(_statistics_backward<.*), {value}>", rf"\1, {patches}>", name)
     for value, rule in (("false", "rule"), ("true", "general")):
         name = name.replace(f", {value}>", f", {rule}>").replace(f", {value}, deep>", f", {rule}, deep>")
     return re.sub(r"^void |pglcl::cuda::|pglcl::", "", name).strip()

@@ -126,7 +126,7 @@ def statistics(counts: dict[str, Any], batch: int, image: int, gpu: Gpu, *, back
         "memory": values * 4 / gpu.memory,
     }
     if backward:
-        pixel = counts["patch_statistics_backward<float>"]
+        pixel = counts["patch_statistics_backward<float, apart>"]
         waves, issue = Launch(math.ceil(image**2 / 128) * batch, pixel["registers"], 0).stretch(gpu)
         times["issue"] += (values * pixel[CLASSES] + pixels * pixel[PIXEL]) / (128 * gpu.cycles) * issue
         times["exponentials"] += 2 * pixels * (4 + 2) / (16 * gpu.cycles) * waves

@@ -110,9 +110,12 @@ def test_a_call_with_a_predicate_leaves_the_loop() -> None:
     assert cuda_report.fewest(sass, 0, 4) == 4
 
 
-def test_a_disparity_counts_its_whole_thread_at_one_channel() -> None:
-    kernel = Kernel("semantic_disparity_forward<float>", 80, 29, 0, 0, sass=listing(*PAIR_LOOP))
-    assert kernel.counted() == [(cuda_report.ENTRIES, 11, 123)]
+def test_a_disparity_counts_its_loop_over_rows() -> None:
+    general = ["LDG.E R4, [R2.64]", "LDG.E R5, [R2.64]", "@P2 BRA 0x0", "STG.E [R6.64], R9", "@P0 BRA 0x0"]
+    rows = ["LDG.E R4, [R2.64]", "FADD R1, R1, R1", "STG.E [R6.64], R9"] * 2
+    sass = listing(*general, *rows, "@!P0 BRA 0x50", "EXIT")
+    kernel = Kernel("semantic_disparity_forward<float>", 80, 29, 0, 0, sass=sass)
+    assert kernel.counted() == [(cuda_report.ENTRIES, 7 / 2, 22)]
 
 
 def test_a_term_of_a_gradient_has_two_loads() -> None:
@@ -126,14 +129,20 @@ def test_a_pixel_counts_its_two_loops_over_classes_and_the_rest() -> None:
     sass = listing(
         *[*load, "@!P5 BRA 0x50", *load, *exponential, "@P0 BRA 0x20"],  # 0x00: four classes at once, in the sources
         *[*(load + exponential) * 3, "MUFU.RCP R4, R4", *load],  # 0x50: three at the end, and the patch
-        *[*load * 4, *exponential, "@P0 CALL.REL.NOINC 0x140", "BRA 0xd0"],  # 0xd0: sums over the classes
-        "MOV R1, R2",  # 0x140
-        *[*load * 4, *exponential, "@!P3 BRA 0x1c0", "FADD R1, R1, R1", "STG.E [R6.64], R9"],  # 0x150: stores
-        *["@P0 CALL.REL.NOINC 0x1f0", "BRA 0x150", "EXIT"],
+        *[*load * 8, *exponential * 2, "@P0 CALL.REL.NOINC 0x190", "BRA 0xd0"],  # 0xd0: sums over two classes at once
+        "MOV R1, R2",  # 0x190
+        *[*load * 4, *exponential, "@!P3 BRA 0x210", "FADD R1, R1, R1", "STG.E [R6.64], R9"],  # 0x1a0: stores
+        *["@P0 CALL.REL.NOINC 0x240", "BRA 0x1a0", "EXIT"],
     )
-    kernel = Kernel("patch_statistics_backward<float>", 80, 96, 0, 0, sass=sass)
+    kernel = Kernel("patch_statistics_backward<float, apart>", 80, 96, 0, 0, sass=sass)
     counted = {what: count for what, count, _ in kernel.counted()}
-    assert counted == {cuda_report.CLASSES: 7 + 9, cuda_report.PIXEL: 2 + 6 + 2 + 1 + 1}
+    assert counted == {cuda_report.CLASSES: 12 / 2 + 9, cuda_report.PIXEL: 2 + 6 + 2 + 1 + 1}
+
+
+def test_a_count_that_cannot_be_made_names_its_kernel() -> None:
+    kernel = Kernel("patch_statistics_forward<float, 4, 4>", 90, 96, 0, 0, sass=listing("EXIT"))
+    with pytest.raises(ValueError, match="sm_90 patch_statistics_forward<float, 4, 4>, instructions a logit: "):
+        kernel.counted()
 
 
 @pytest.mark.parametrize("way", ["forward", "coefficients"])
@@ -169,7 +178,7 @@ def test_a_prediction_counts_every_instruction_and_every_kernel() -> None:
     assert forward["issue"] == pytest.approx(n**2 * each / (128 * gpu.cycles))
     assert forward["memory"] == pytest.approx(4 * n**2 / 2.04e12)
     more = dict(counts)
-    for kernel in ("patch_statistics_backward<float>", "patch_statistics_coefficients<float, 4, 4>"):
+    for kernel in ("patch_statistics_backward<float, apart>", "patch_statistics_coefficients<float, 4, 4>"):
         for what in more[kernel]:
             if what == "registers":
                 continue
@@ -181,13 +190,13 @@ def test_a_prediction_counts_every_instruction_and_every_kernel() -> None:
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_few_blocks_of_tiles_leave_multiprocessors_idle(backward: bool) -> None:
-    """64 blocks take as long as the 108 that an A100 runs at once."""
+def test_few_rows_share_their_columns(backward: bool) -> None:
+    """64 blocks of rows become 192 for the 216 that an A100 runs at once: 108 of them in the time of two."""
     counts = json.loads(roofline.COUNTS.read_text(encoding="utf-8"))["kernels"]
-    few, full = (roofline.tiles(counts, n, roofline.GPUS[0], backward=backward) for n in (64 * 64, 64 * 108))
+    few, full = (roofline.tiles(counts, n, roofline.GPUS[0], backward=backward) for n in (64 * 64, 64 * 216))
+    pairs = (64 / 216) ** 2
     for resource in ("issue", "shared memory", "exponentials"):
-        assert few[resource] / 64 == pytest.approx(full[resource] / 108)
-    # Two blocks of a multiprocessor are two warps of a scheduler, which issue in every cycle.
-    twice = roofline.tiles(counts, 64 * 216, roofline.GPUS[0], backward=backward)
-    assert twice["issue"] == pytest.approx(2 * full["issue"])
-    assert twice["shared memory"] == pytest.approx(4 * full["shared memory"])
+        assert few[resource] == pytest.approx(full[resource] * pairs * 216 / 192)
+    # Without parts, 109 blocks take as long as the 216 that run at once.
+    more, most = (roofline.tiles(counts, 64 * n, roofline.GPUS[0], backward=backward) for n in (109, 216))
+    assert more["shared memory"] / 109 == pytest.approx(most["shared memory"] / 216)

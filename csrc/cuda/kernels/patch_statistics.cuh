@@ -420,7 +420,8 @@ struct StatisticsGradients {
 
 // One thread per pixel gathers the coefficients of the patches that hold it, so that nothing is scattered. With
 // P = kMassScale p_k, the gradient of H_k by p_k, times p_k, is P (gamma h - kappa), and that by h is P gamma.
-template <typename T>
+// kOverlap: several patches may hold a pixel. Without, its patch is found once, and not for each class.
+template <typename T, bool kOverlap>
 PGLCL_KERNEL patch_statistics_backward(StatisticsInput<T> s, StatisticsGradients<T> grads) {
   using scalar_t = typename Accumulate<T>::type;
   const StatisticsGrid& g = s.grid;
@@ -434,7 +435,7 @@ PGLCL_KERNEL patch_statistics_backward(StatisticsInput<T> s, StatisticsGradients
   const int px = int(unsigned(pixel) - row * unsigned(g.image[2]));
   const int pz = int(row / unsigned(g.image[1])), py = int(row) - pz * g.image[1];
   const PatchSpan xs(g, 2, px), ys(g, 1, py), zs(g, 0, pz);
-  const bool one_patch = xs.last - xs.first == 1 && ys.last - ys.first == 1 && zs.last - zs.first == 1;
+  const bool inside = xs.first < xs.last && ys.first < ys.last && zs.first < zs.last;  // of any patch
   const int classes = g.classes;
   const scalar_t scale = s.normalize ? scalar_t(1 / s.log_classes) : scalar_t(1);
   const scalar_t per_pixel = scalar_t(1) / scalar_t(int64_t(g.patch[0]) * g.patch[1] * g.patch[2]);
@@ -452,25 +453,29 @@ PGLCL_KERNEL patch_statistics_backward(StatisticsInput<T> s, StatisticsGradients
     const auto gather = [&](int k) {
       Sums sums{0, 0, 0};
       const auto add = [&](int64_t upstream, int64_t patch) {
-        sums.confidence += grad_confidence.load(first_upstream + k * grads.confidence.classes + upstream) * per_pixel;
-        sums.gamma += gammas.load(first_patch + k * g.patches + patch);
-        sums.kappa += kappas.load(first_patch + k * g.patches + patch);
+        sums.confidence += grad_confidence.load(upstream) * per_pixel;
+        sums.gamma += gammas.load(patch);
+        sums.kappa += kappas.load(patch);
       };
-      if (one_patch) {  // as where patches do not overlap: no arithmetic but for the class
-        add(0, 0);
-        return sums;
+      if constexpr (kOverlap) {
+        for (int z = zs.first; z < zs.last; ++z)
+          for (int y = ys.first; y < ys.last; ++y)
+            for (int x = xs.first; x < xs.last; ++x)
+              add(grads.confidence.offset(b, k, z, y, x), (b * classes + k) * g.patches + patch_index(g, z, y, x));
+      } else if (inside) {
+        add(first_upstream + k * grads.confidence.classes, first_patch + k * g.patches);
       }
-      for (int z = 0; z < zs.last - zs.first; ++z)
-        for (int y = 0; y < ys.last - ys.first; ++y)
-          for (int x = 0; x < xs.last - xs.first; ++x)
-            add(grads.confidence.offset(0, 0, z, y, x), patch_index(g, z, y, x));
       return sums;
     };
     scalar_t dh = 0;
-    for (int z = zs.first; z < zs.last; ++z)
-      for (int y = ys.first; y < ys.last; ++y)
-        for (int x = xs.first; x < xs.last; ++x)
-          dh += grad_entropy.load(grads.entropy.offset(b, 0, z, y, x)) * (per_pixel * scale);
+    if constexpr (kOverlap) {
+      for (int z = zs.first; z < zs.last; ++z)
+        for (int y = ys.first; y < ys.last; ++y)
+          for (int x = xs.first; x < xs.last; ++x)
+            dh += grad_entropy.load(grads.entropy.offset(b, 0, z, y, x)) * (per_pixel * scale);
+    } else if (inside) {
+      dh += grad_entropy.load(grads.entropy.offset(b, 0, zs.first, ys.first, xs.first)) * (per_pixel * scale);
+    }
     scalar_t weighted = 0;  // sum of p_k dL/dp_k, with h held fixed
     for (int k = 0; k < classes; ++k) {
       const scalar_t value = widen(input.load(at + k * s.input.classes));
@@ -545,9 +550,16 @@ void run_statistics_backward(const StatisticsInput<T>& s, const Strided<const sc
   });
   const StatisticsGradients<T> grads{
       grad_entropy, grad_confidence, {coefficients.gamma, coefficients.kappa}, grad_input};
-  PGLCL_LAUNCH(patch_statistics_backward<T>, (s.grid.pixels + kStatisticsThreads - 1) / kStatisticsThreads,
-               s.grid.batch < kMostRowsOfBlocks ? s.grid.batch : kMostRowsOfBlocks, kStatisticsThreads, 0, stream, s,
-               grads);
+  const StatisticsGrid& g = s.grid;
+  const int64_t pixels = (g.pixels + kStatisticsThreads - 1) / kStatisticsThreads;
+  const int64_t images = g.batch < kMostRowsOfBlocks ? g.batch : kMostRowsOfBlocks;
+  const auto launch = [&]<bool kOverlap>() {
+    PGLCL_LAUNCH((patch_statistics_backward<T, kOverlap>), pixels, images, kStatisticsThreads, 0, stream, s, grads);
+  };
+  if (g.stride[0] < g.patch[0] || g.stride[1] < g.patch[1] || g.stride[2] < g.patch[2])
+    launch.template operator()<true>();
+  else
+    launch.template operator()<false>();
 }
 
 }  // namespace pglcl::cuda
