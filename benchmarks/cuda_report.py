@@ -207,7 +207,7 @@ def loops_over_classes(sass: list[Instruction]) -> tuple[tuple[int, int], tuple[
 
     For a class they load four numbers: the logit, and three of its patch.
     """
-    found = [x for x in loops(sass) if (e := holds(sass, *x, "MUFU.EX2")) and holds(sass, *x, "LDG") == 4 * e]
+    found = [x for x in innermost_loops(sass) if (e := holds(sass, *x, "MUFU.EX2")) and holds(sass, *x, "LDG") == 4 * e]
     (sums,) = (x for x in found if not holds(sass, *x, "STG"))
     (stores,) = (x for x in found if holds(sass, *x, "STG"))
     return sums, stores
@@ -215,11 +215,8 @@ def loops_over_classes(sass: list[Instruction]) -> tuple[tuple[int, int], tuple[
 
 def instructions_per_class(kernel: Kernel) -> float:
     """Each loop may take several classes at once."""
-    sass, found = kernel.sass, 0.0
-    for loop in loops_over_classes(sass):
-        classes = holds(sass, *loop, "MUFU.EX2")
-        found += fewest(sass, *loop, EXPONENTIAL * classes) / classes
-    return found
+    found = ((*loop, holds(kernel.sass, *loop, "MUFU.EX2")) for loop in loops_over_classes(kernel.sass))
+    return sum(usual_length(kernel.sass, first, last) / classes for first, last, classes in found)
 
 
 def other_instructions_per_pixel(kernel: Kernel) -> float:
