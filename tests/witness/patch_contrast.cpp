@@ -215,5 +215,6 @@ int main(int count, char** arguments) {
                  [] { contrast<float>(3, 35, 264); },  // 8: rows that pass in chunks
                  // 9: wide anchors, of logits near the end of float32
                  [] { contrast<float>(9, 70, 8, {.backward = false, .scale = 0x1p63}); },
+                 [] { contrast<float>(3, 260, 8, {.multiprocessors = 2}); },  // 10: FFMA, keys shared out
              });
 }
