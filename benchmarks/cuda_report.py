@@ -285,7 +285,7 @@ class Kernel:
                 continue
             try:
                 found.append((what, COUNT[what](self), most))
-            except ValueError as error:
+            except (ValueError, ZeroDivisionError) as error:
                 raise ValueError(f"sm_{self.architecture} {self.name}, {what}: {error}") from error
         return found
 
@@ -326,8 +326,8 @@ ENUMERATORS = {"Math": ("FFMA", "TF32"), "Owner": ("anchors", "keys", "both")}
 def short_name(mangled: str) -> str:
     """A name such as contrast_backward_mma<BFloat16, 128, both, rule>.
 
-    The last word tells whether masks or several channels decide which pairs count; of the statistics, whether patches
-    overlap. The word deep marks kernels of tiles that process their rows in chunks.
+    The last word tells whether masks or several channels decide which pairs count. Of the statistics it tells whether
+    patches overlap. The word deep marks kernels of tiles that process their rows in chunks.
     """
     name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
     for kind, values in ENUMERATORS.items():

@@ -1,5 +1,5 @@
-// The arguments and outputs of the ops as C++ sees them, shared by the implementations of all devices. The schemas are
-// in pglcl.cpp.
+// The arguments and outputs of the ops as C++ sees them, shared by the implementations of all devices. pglcl.cpp has
+// the schemas. The long lists of arguments stand here alone, and the schemas take them from here.
 #pragma once
 
 #include <tuple>
@@ -12,8 +12,9 @@ enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
 using OptionalTensor = std::optional<Tensor>;
 
-// The arguments that the forward and the backward op share, after the anchors, in the order of the schema. _(type,
-// name) is one of the macros below, which make of the list a schema, parameters, or the fields of a struct.
+// The arguments of patch_contrast and its backward op, and of gaussian_contrast, after the anchors, in the order of the
+// schema. _(type, name) is one of the macros below. They turn a list into a schema, parameters, the fields of a struct,
+// or their values.
 #define PGLCL_CONTRAST_LIST(_)       \
   _(Tensor, labels)                  \
   _(OptionalTensor, descriptors)     \

@@ -1,4 +1,4 @@
-// Every op's schema, once, and the pybind11 module.
+// Every op's schema, once, and the pybind11 module. Long lists of arguments are those of ops.h.
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 

@@ -191,7 +191,7 @@ def test_a_prediction_counts_every_instruction_and_every_kernel() -> None:
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_few_rows_share_their_columns(backward: bool) -> None:
-    """64 blocks of rows become 192 for the 216 that an A100 runs at once: 108 of them in the time of two."""
+    """64 blocks become 192. They take as long as 216, which an A100 runs at once."""
     counts = json.loads(roofline.COUNTS.read_text(encoding="utf-8"))["kernels"]
     few, full = (roofline.tiles(counts, n, roofline.GPUS[0], backward=backward) for n in (64 * 64, 64 * 216))
     pairs = (64 / 216) ** 2

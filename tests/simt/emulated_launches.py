@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pglcl_ext import patch_statistics
+from pglcl_ext import patch_statistics, reference
 from tests.problems import ContrastProblem, gaussian_problem
 from tests.simt import calls, emulator
-from tests.simt.contrast_cases import CAPTURABLE, OPTIONS, TILED_DTYPES, assert_contrast, inside
+from tests.simt.contrast_cases import CAPTURABLE, OPTIONS, TILED_DTYPES, assert_contrast, inside, with_own_keys
 
 
 def launched(dtype: torch.dtype, n: int, m: int, depth: int, **device: int) -> dict[str, int]:
@@ -96,7 +96,7 @@ def test_keys_are_shared_out_four_tiles_to_a_block() -> None:
     for m, parts in ((20, 1), (300, 1), (512, 2)):
         kernels = launched(torch.bfloat16, 3, m, 8, multiprocessors=2)
         assert kernels["contrast_forward_mma"] == parts
-    for m, parts in ((255, 1), (256, 2), (5000, 6)):  # tiles of 32 columns
+    for m, parts in ((255, 1), (256, 2), (800, 6), (5000, 6)):  # tiles of 32 columns; the sixth part of 25 has none
         kernels = launched(torch.float32, 3, m, 8, multiprocessors=2)
         assert kernels["contrast_forward_tiles"] == kernels["contrast_backward_tiles"] == parts
 
@@ -116,6 +116,30 @@ def test_chunks_of_long_rows_are_shared_out(allow_tf32: bool) -> None:
     assert_contrast(problem, torch.float32, allow_tf32=allow_tf32, multiprocessors=9)
     tiles = [(name, y) for name, _, y in emulator.take_grids() if name.endswith("tiles")]
     assert tiles == [("contrast_forward_tiles", 2), ("contrast_backward_tiles", 6), ("contrast_backward_tiles", 3)]
+
+
+@pytest.mark.parametrize("dtype", TILED_DTYPES, ids=str)
+def test_masks_channels_and_own_keys_in_parts_match_the_reference(dtype: torch.dtype) -> None:
+    """A block knows only its part of the keys; an anchor's own key is in one of the parts."""
+    parts = {"multiprocessors": 12}
+    problem = ContrastProblem.random(20, 16, m=540, channels=3, max_positive_disparity=0.4)
+    assert_contrast(problem, dtype, **parts)
+    problem.options = {"positive_mask": torch.rand(20, 540) < 0.3, "negative_mask": torch.rand(20, 540) < 0.5}
+    assert_contrast(problem, dtype, **parts)
+    z, y = torch.nn.functional.normalize(torch.randn(540, 16), dim=1).to(dtype), torch.randint(0, 3, (540,))
+    rows = slice(510, 530)  # in the last part
+    with calls.device(**parts):
+        x = with_own_keys(z, y, rows, allow_tf32=False)
+        out = calls.contrast_outputs(x)
+        grads = calls.contrast_gradients(torch.ones_like(out.loss), out, x)
+    anchors, keys = z[rows].double().requires_grad_(), z.double().requires_grad_()
+    others = torch.arange(540) != torch.arange(540)[rows, None]
+    masks = {"positive_mask": (y[rows, None] == y) & others, "negative_mask": y[rows, None] != y}
+    want = reference.patch_contrast_loss(anchors, y[rows], keys=keys, key_labels=y, reduction="none", **masks)
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(out.loss.double(), want, rtol=tolerance, atol=tolerance)
+    for got, wanted in zip(grads, torch.autograd.grad(want.sum(), (anchors, keys)), strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", TILED_DTYPES, ids=str)
@@ -154,7 +178,7 @@ def test_columns_of_rows_longer_than_128_are_not_shared_out() -> None:
     ("dtype", "kind"), [(torch.bfloat16, "mma"), (torch.float16, "mma"), (torch.float32, "tiles")], ids=str
 )
 def test_gradients_of_columns_shared_out_among_blocks(dtype: torch.dtype, kind: str) -> None:
-    """Anchors and keys are in up to four parts each; one launch adds them up."""
+    """The columns of anchors and of keys are in two parts; one launch adds them up."""
     problem = ContrastProblem.random(280, 16, m=300, classes=3, max_positive_disparity=0.5)
     emulator.take_launches()
     assert_contrast(problem, dtype, multiprocessors=60)

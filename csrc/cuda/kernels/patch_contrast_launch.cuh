@@ -84,7 +84,7 @@ int64_t tile_bytes(const Choice& choice, int64_t depth) {
   return tile_shared_bytes<T>(choice.in_chunks ? kDepthChunk : depth, choice.stages);
 }
 
-// Blocks of the backward pass that share a row of the gradient.
+// Chunks of a row of the gradient, each of which has blocks of its own.
 inline int64_t gradient_chunks(const Choice& choice, int64_t depth) {
   return choice.in_chunks ? blocks_of(depth, kDepthChunk) : 1;
 }
@@ -102,10 +102,10 @@ void launch_forward_tiles(const ContrastArguments<T>& x, const DeviceLimits& dev
   });
 }
 
-constexpr int kResidentBlocks = 3;  // on a multiprocessor, of the tensor-core kernels
+constexpr int kResidentBlocks = 3;  // the most on a multiprocessor
 
-// The number of blocks that share the columns of the same rows, where `blocks` would not keep the GPU busy. Each
-// multiprocessor gets up to `resident` blocks, and each block at least four of the `tiles`.
+// Several blocks share the columns of the same rows if `blocks` alone would not keep the GPU busy. This returns how
+// many: up to `resident` blocks for each multiprocessor, and four of the `tiles` for each block.
 inline int part_count(int64_t blocks, int64_t tiles, int64_t resident, const DeviceLimits& device) {
   if (blocks == 0) return 1;
   const int64_t wanted = resident * device.multiprocessors / blocks, most = tiles / 4;
@@ -120,6 +120,7 @@ int tile_part_count(const Choice& choice, const DeviceLimits& device, int64_t de
   return part_count(blocks, columns / kColumns<T>, fit < kResidentBlocks ? fit : kResidentBlocks, device);
 }
 
+// The parts of the keys in the forward pass.
 template <typename T>
 int contrast_part_count(const ContrastArguments<T>& x, const DeviceLimits& device) {
   const Choice choice = choose_path(x, device);
@@ -129,7 +130,7 @@ int contrast_part_count(const ContrastArguments<T>& x, const DeviceLimits& devic
   return tile_part_count<T>(choice, device, x.depth, blocks_of(x.n, tile_rows(choice, x.depth)), x.m);
 }
 
-// The same for the gradient of the anchors, or of the keys.
+// The parts of the other side in the backward pass, for the gradient of the anchors or of the keys.
 template <typename T>
 int gradient_part_count(const ContrastArguments<T>& x, const DeviceLimits& device, bool own_anchor) {
   const Choice choice = choose_path(x, device);

@@ -10,7 +10,8 @@
 // Rows that are longer than kMaxDepth, or that do not fit the shared memory, pass through it in chunks. The backward
 // pass then has a block for each chunk of the gradient, and each of them computes the dots of all chunks. At a depth of
 // 512 these are 2.5 times the operations. The plain kernels would instead read every key from the cache for every
-// anchor. Every row of every output is written by the block that owns it: no atomics, the same bits on every run.
+// anchor. With few rows, several blocks own the same rows, and each streams a part of the others; the parts are put
+// together by another kernel. No sum is added by atomics: the same bits on every run.
 #pragma once
 
 #include "patch_contrast.cuh"
@@ -520,7 +521,7 @@ struct Operands {
   }
 };
 
-// Streams all columns past the block's rows: with two stages the next tile is copied while this one is worked on.
+// Streams the block's columns past its rows: with two stages the next tile is copied while this one is worked on.
 // load_side(first column) brings what belongs to a tile's columns, the dots go into memory.weights, and work(first
 // column, place of the tile in memory.columns) runs between barriers.
 template <typename T, Math kMath, int kRowCount, typename Side, typename Work>

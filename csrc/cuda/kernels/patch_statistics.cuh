@@ -420,7 +420,7 @@ struct StatisticsGradients {
 
 // One thread per pixel gathers the coefficients of the patches that hold it, so that nothing is scattered. With
 // P = kMassScale p_k, the gradient of H_k by p_k, times p_k, is P (gamma h - kappa), and that by h is P gamma.
-// kOverlap: several patches may hold a pixel. Without, its patch is found once, and not for each class.
+// kOverlap: several patches may hold a pixel. Otherwise the patch of a pixel is found once, not for each class.
 template <typename T, bool kOverlap>
 PGLCL_KERNEL patch_statistics_backward(StatisticsInput<T> s, StatisticsGradients<T> grads) {
   using scalar_t = typename Accumulate<T>::type;
@@ -556,7 +556,9 @@ void run_statistics_backward(const StatisticsInput<T>& s, const Strided<const sc
   const auto launch = [&]<bool kOverlap>() {
     PGLCL_LAUNCH((patch_statistics_backward<T, kOverlap>), pixels, images, kStatisticsThreads, 0, stream, s, grads);
   };
-  if (g.stride[0] < g.patch[0] || g.stride[1] < g.patch[1] || g.stride[2] < g.patch[2])
+  bool overlap = false;
+  for (int d = 0; d < 3; ++d) overlap = overlap || (g.grid[d] > 1 && g.stride[d] < g.patch[d]);
+  if (overlap)
     launch.template operator()<true>();
   else
     launch.template operator()<false>();

@@ -19,7 +19,8 @@ PGLCL_DEVICE scalar_t pair_disparity(Global<const scalar_t> a, int64_t i, Global
   return sum / scalar_t(channels);
 }
 
-constexpr int kDisparityRows = 8;  // of a thread, which loads its column once
+// Rows of a thread for one channel. It loads its column once. With several channels there is nothing to keep.
+constexpr int kDisparityRows = 8;
 
 // One thread per column; blocks in y share the rows.
 template <typename scalar_t>
@@ -38,8 +39,8 @@ PGLCL_KERNEL semantic_disparity_forward(const scalar_t* a_data, const scalar_t* 
     out.store(i * m + j, pair_disparity<scalar_t>(a, i, b, j, channels));
 }
 
-// So many terms of a lane are added in their own type, and their sums in float64: thousands of equal terms would all be
-// rounded to the same side.
+// A lane adds this many terms in their own type, and then adds that sum in float64. Thousands of equal terms would
+// otherwise all be rounded to the same side.
 constexpr int kDisparityTerms = 16;
 
 // One warp per element of the gradient: sum over j of grad_ij sign(a_ic - b_jc). Strides let the same kernel walk rows
@@ -194,7 +195,7 @@ template <typename scalar_t>
 void run_disparity_forward(const scalar_t* a, const scalar_t* b, scalar_t* out, int64_t n, int64_t m, int64_t channels,
                            PglclStream stream) {
   if (n * m == 0) return;
-  const int64_t blocks = (n + kDisparityRows - 1) / kDisparityRows;
+  const int64_t blocks = channels == 1 ? (n + kDisparityRows - 1) / kDisparityRows : n;
   PGLCL_LAUNCH(semantic_disparity_forward<scalar_t>, (m + kDisparityThreads - 1) / kDisparityThreads,
                blocks < kMostRowsOfBlocks ? blocks : kMostRowsOfBlocks, kDisparityThreads, 0, stream, a, b, out, n, m,
                channels);
