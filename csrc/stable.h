@@ -14,6 +14,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <utility>
@@ -74,6 +75,9 @@ auto with_accumulate_type(const Tensor& t, const Body& body) {
 // --- checks ----------------------------------------------------------------------------------------------------------
 
 inline void require(bool fits, const char* name) { STD_TORCH_CHECK(fits, name, " does not fit the other arguments"); }
+
+// A limit of the device that Python does not know. Users get the message alone, as a ValueError (_autograd.py).
+#define PGLCL_CHECK_LIMIT(fits, ...) STD_TORCH_CHECK(fits, "limit of the GPU: ", __VA_ARGS__)
 
 // Same kind of device and index as `like`.
 inline void require_device(const Tensor& t, const char* name, const Tensor& like) {

@@ -103,7 +103,8 @@ class OpFunction(torch.autograd.Function):
     def checked(cls, check: Callable[[Any], None], arguments: Any, flat: tuple[Any, ...]) -> Any:
         """As :meth:`call`; if the op refuses its tensors, `check` says why.
 
-        An op checks its tensors itself. `check` says more, but takes as long as a small op.
+        An op checks its tensors itself. `check` says more, but takes as long as a small op. Limits of a GPU are known
+        to the op alone.
         """
         try:
             return cls.call(flat)
@@ -111,6 +112,8 @@ class OpFunction(torch.autograd.Function):
             refusal = error
         try:
             check(arguments)
+            if beyond := re.search(r"limit of the GPU: (.*)", str(refusal)):
+                raise ValueError(beyond[1]) from None
             raise refusal
         finally:
             del refusal  # with its traceback it would keep this frame alive, and so the tensors

@@ -137,18 +137,18 @@ def patch_contrast_loss(
             or in ``torch.export``.
     """
     options = ContrastOptions(
-        temperature,
-        max_positive_disparity,
-        min_negative_disparity,
-        num_positives,
-        num_negatives,
-        positive_mask,
-        negative_mask,
-        negative_weight,
-        ignore_index,
-        reduction,
-        group,
-        gather,
+        temperature=temperature,
+        max_positive_disparity=max_positive_disparity,
+        min_negative_disparity=min_negative_disparity,
+        num_positives=num_positives,
+        num_negatives=num_negatives,
+        positive_mask=positive_mask,
+        negative_mask=negative_mask,
+        negative_weight=negative_weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        group=group,
+        gather=gather,
     )
     return patch_contrast(Side(anchors, labels, descriptors), (keys, key_labels, key_descriptors), options)[0]
 
@@ -368,18 +368,18 @@ class PatchContrastLoss(nn.Module):
 
     def _options(self, positive_mask: Tensor | None, negative_mask: Tensor | None) -> ContrastOptions:
         return ContrastOptions(
-            self.temperature,
-            self.max_positive_disparity,
-            self.min_negative_disparity,
-            self.num_positives,
-            self.num_negatives,
-            positive_mask,
-            negative_mask,
-            self.negative_weight,
-            self.ignore_index,
-            self.reduction,
-            self.group,
-            self.gather,
+            temperature=self.temperature,
+            max_positive_disparity=self.max_positive_disparity,
+            min_negative_disparity=self.min_negative_disparity,
+            num_positives=self.num_positives,
+            num_negatives=self.num_negatives,
+            positive_mask=positive_mask,
+            negative_mask=negative_mask,
+            negative_weight=self.negative_weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            group=self.group,
+            gather=self.gather,
         )
 
     def extra_repr(self) -> str:

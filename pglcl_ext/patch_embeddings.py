@@ -130,7 +130,7 @@ def _limited(labels: Tensor, per_class: int, priority: Tensor, ignore_index: int
 
 # Weights are multiplied by this before they are summed, so that the sums keep their digits where a class has hardly any
 # probability. It is a power of two, which changes no digit of others.
-RAISE = 2.0**40
+WEIGHT_SCALE = 2.0**40
 
 
 def _quotient(sums: Tensor, mass: Tensor) -> Tensor:
@@ -225,7 +225,9 @@ def patch_embeddings(
         check_image("prediction", prediction, "K'")
         check_same_space("prediction", prediction, "features", features)
         h = pixel_entropy(prediction.detach().to(wide)).unsqueeze(1)
-        entropy = _quotient(_patch_sums(weights * RAISE * h, patch, step), _patch_sums(weights * RAISE, patch, step))
+        entropy = _quotient(
+            _patch_sums(weights * WEIGHT_SCALE * h, patch, step), _patch_sums(weights * WEIGHT_SCALE, patch, step)
+        )
 
     batch, k, *cells = share.shape
     rows = share.movedim(1, -1).reshape(-1, k)
@@ -279,7 +281,7 @@ def _means_of_rows(
     for d, size in enumerate(x.shape[2:]):
         pixel = pixel * size + rows.index[:, 1 + d, None] * step[d] + offsets[:, d]
     image, label = rows.index[:, :1], torch.where(known, rows.labels, 0)[:, None]
-    w = torch.where(known[:, None], weights.flatten(2)[image, label, pixel] * RAISE, 0)
+    w = torch.where(known[:, None], weights.flatten(2)[image, label, pixel] * WEIGHT_SCALE, 0)
     inside = x.flatten(2).movedim(1, -1)[image, pixel]  # (N, pixels, channels)
     sums = (inside * w[..., None]).sum(dim=1)
     return torch.where(known[:, None], _quotient(sums, w.sum(dim=1, keepdim=True)), 0).to(x.dtype)
@@ -289,7 +291,7 @@ def _weighted_means(x: Tensor, weights: Tensor, patch: list[int], step: list[int
     """sum w_k x / sum w_k over the patches, (B, *g, K, channels); 0 where the weights are 0."""
     dims = len(patch)
     g, q = string.ascii_uppercase[:dims], string.ascii_uppercase[dims : 2 * dims]
-    w = weights * RAISE
+    w = weights * WEIGHT_SCALE
     with without_autocast(x):  # 16 bits have no room for sums over a patch
         sums = torch.einsum(
             f"bd{g}{q},bk{g}{q}->b{g}kd", _windows(x.to(w.dtype), patch, step), _windows(w, patch, step)

@@ -129,7 +129,7 @@ class ContrastPlan {
     Buffer<Patch> anchors = sorted(inputs_.anchors, inputs_.labels, inputs_.descriptors), keys;
     if (!inputs_.symmetric()) keys = sorted(inputs_.keys, inputs_.key_labels, inputs_.key_descriptors);
     rank_labels(anchors, keys);
-    // Identities that are never equal: -2 for anchors that are no key, and an index minus 1 for keys.
+    // Identities that are never equal: -2 for anchors that are no key, an index for keys, and -1 for padding.
     const int64_t offset = inputs_.symmetric()        ? 0
                            : inputs_.self_offset >= 0 ? inputs_.self_offset
                                                       : PackedSide<scalar_t>::kNoIdentity;

@@ -23,10 +23,13 @@ std::tuple<Tensor, Tensor, Tensor> forward(PGLCL_GAUSSIAN_PARAMETERS) {
   const OptionalTensor order = pairwise ? OptionalTensor(stable_sort(classes).second) : std::nullopt;
 
   const int64_t shared = device_attribute(DeviceAttribute::kSharedBytes);
-  const bool fits = with_accumulate_type(
-      anchors, [&]<typename scalar_t>() { return cuda::gaussian_rows_per_block<scalar_t>(depth, shared) > 0; });
-  STD_TORCH_CHECK(fits, "anchors must have rows that fit the shared memory of the GPU, ", shared,
-                  " bytes, ten times; got rows of ", depth);
+  const auto fits = [&](int64_t columns) {
+    return with_accumulate_type(
+        anchors, [&]<typename scalar_t>() { return cuda::gaussian_rows_per_block<scalar_t>(columns, shared) > 0; });
+  };
+  int64_t most = depth;
+  while (!fits(most)) --most;
+  PGLCL_CHECK_LIMIT(most == depth, "anchors must have at most ", most, " columns on this GPU, got ", depth);
   const Tensor losses = empty(anchors, {n}, type), count = empty(anchors, {n}, ScalarType::Int);
   const Tensor num_valid = empty(anchors, {}, ScalarType::Long);
   const Tensor gradients = empty(anchors, {needs_gradients ? n : 0, depth}, type);

@@ -26,9 +26,9 @@ cuda::Strided<const T> strided_input(const Tensor& t, bool classes) {
 template <typename T>
 cuda::StatisticsInput<T> statistics_input(const Tensor& input, const PatchGrid& grid, bool probabilities,
                                           bool normalize) {
-  STD_TORCH_CHECK(grid.pixels() <= cuda::kMostPixels && grid.classes <= cuda::kMostPixels,
-                  "input must have images and classes of fewer than 2^31 numbers on a GPU, got images of ",
-                  grid.pixels(), " and ", grid.classes, " classes");
+  PGLCL_CHECK_LIMIT(grid.pixels() <= cuda::kMostPixels && grid.classes <= cuda::kMostPixels,
+                    "input must have fewer than 2^31 pixels in an image, and fewer than 2^31 classes, on a GPU; got ",
+                    grid.pixels(), " pixels and ", grid.classes, " classes");
   return {strided_input<T>(input, true), cuda::narrowed(grid), probabilities, normalize,
           std::log(double(grid.classes))};
 }

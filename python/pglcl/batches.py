@@ -166,15 +166,17 @@ def loader(batches: StepBatches, first: int, workers: int) -> Iterator[dict[str,
 
 
 class _Processes:
-    """Those that prepare batches. That one has ended is an error of ``next``, and of no other instruction.
+    """The processes that prepare batches. If one ends, the next batch is an error, and no other instruction is.
 
     DataLoader's handler of SIGCHLD raises an error wherever the main thread is: in a step, in a validation, while a
     file is written. So it is the handler only while a batch is waited for. It is called once before, for processes
     that ended since the last batch.
     """
 
-    def __enter__(self) -> _Processes:
+    def __init__(self) -> None:
         self.handler = signal.getsignal(signal.SIGCHLD)
+
+    def __enter__(self) -> _Processes:
         return self
 
     def batches(self, batched: DataLoader[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

@@ -78,8 +78,10 @@ def two_conventions(files: Mapping[Path, Iterable[int]]) -> Conventions | None:
 
 
 def _groups(files: Mapping[Path, Iterable[int]]) -> list[tuple[set[int], list[Path]]]:
-    """Foreground values, and the files that have them, in groups: two values of a file are in one group. The group of
-    the smallest values comes first."""
+    """Groups of foreground values, each with the files that have them.
+
+    The values of one file are in one group. The group of the smallest values comes first.
+    """
     groups: list[tuple[set[int], list[Path]]] = []
     for path, found in files.items():
         values, paths = {value for value in found if value > 0}, [path]

@@ -23,7 +23,7 @@ TOLERANCE = 1e-4  # of the largest logit: other programs sum in another order
 
 
 class Logits(nn.Module):
-    """The network without its features and its projection."""
+    """The network, of which only the logits are used."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import torch
 
-from pglcl.errors import UserError, WriteError
+from pglcl.errors import UserError, WriteError, first_line
 
 PARTIAL = ".partial-"
 MARK = b"pglcl sha256 "  # before the hash at the end of a file of tensors
@@ -165,7 +165,7 @@ def save_tensors(path: Path, state: dict[str, Any]) -> None:
         try:
             torch.save(state, hashed)  # type: ignore[arg-type]  # it needs only write and flush
         except RuntimeError as error:  # raised by torch when the disk is full
-            raise hashed.error or OSError(str(error).splitlines()[0]) from error
+            raise hashed.error or OSError(first_line(error)) from error
         file.write(MARK + hashed.hash.hexdigest().encode())
         file.flush()
         os.fsync(file.fileno())
@@ -182,7 +182,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     except Exception as error:  # torch and pickle raise many kinds of errors for the files of others
-        raise UserError(f"{path}: not a checkpoint of pglcl: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path}: not a checkpoint of pglcl: {first_line(error)}") from error
     if not isinstance(state, dict):
         raise UserError(f"{path}: not a checkpoint of pglcl: holds {type(state).__name__}")
     return state

@@ -42,7 +42,7 @@ from pglcl.resolution import Resolution
 from pglcl.volumes import read_label_values, read_volume, resized_shape
 
 SHOWN = 8  # lines of one kind
-SAME = 3  # files of which the same is said
+SAME = 3  # files that are named where many have the same note
 
 
 @dataclass
@@ -153,7 +153,7 @@ def _negative(path: Path, found: dict[int, int]) -> str:
 
 
 def inspect_cases(cases: Iterable[Case], labels: LabelMap | None = None) -> list[CaseReport]:
-    """A report of each case. What sets a case apart from the others is a problem or a note of its report.
+    """A report of each case. Its problems and notes also tell how the case differs from the others.
 
     A number of channels that most cases do not have is a problem. So are label values of another convention, if
     `labels` does not say what they mean.
@@ -231,9 +231,9 @@ def same_images(reports: Sequence[CaseReport], split: Split | None = None) -> li
 
 
 def same_labels(reports: Sequence[CaseReport]) -> list[str]:
-    """A line for each label of one patient that is also that of another image of another patient, voxel by voxel.
+    """A line for each label that has the same voxels as a label of another patient.
 
-    Nobody draws the same outlines twice, so one of both is a copy by mistake, or both images are of one patient. Labels
+    Nobody draws the same outlines twice. So one is a copy by mistake, or both images are of one patient. Labels
     with a single value are not compared.
     """
     first: dict[str, CaseReport] = {}
@@ -408,7 +408,7 @@ def survey(
 
 
 def _condensed(notes: Iterable[str]) -> list[str]:
-    """Notes of many files. Of notes that say the same of several files, the last line tells the number of the rest."""
+    """The notes of many files. If many files have the same note, the first few are named, and the others counted."""
     files: dict[str, list[str]] = {}
     for note in notes:
         file, _, text = note.partition(": ")

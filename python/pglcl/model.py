@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pglcl.config import TrainConfig
 from pglcl.description import Description
-from pglcl.errors import UserError
+from pglcl.errors import UserError, first_line
 from pglcl.files import load_tensors, read_object
 from pglcl.intensity import Intensity
 from pglcl.labels import LabelMap
@@ -287,7 +287,7 @@ def load_model(run: Path, device: str = "auto", weights: str = "last") -> Traine
             description=Description.from_state(description) if description else None,
         )
     except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path}: not a model of this version of pglcl: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path}: not a model of this version of pglcl: {first_line(error)}") from error
 
 
 def _check_run(state: dict[str, Any], path: Path) -> None:
@@ -357,5 +357,5 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not available: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--device {name}: not available: {first_line(error)}") from error
     return device

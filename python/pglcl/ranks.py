@@ -54,7 +54,7 @@ class Ranks:
             lines = error.lines
         self.raise_together(lines)
 
-    def is_any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank."""
         return self.sum([float(flag)])[0] > 0
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from pglcl.batches import StepBatches, loader
 from pglcl.cases import cases_of, split_patients
 from pglcl.config import TrainConfig
-from pglcl.errors import UserError
+from pglcl.errors import UserError, wrong_content
 from pglcl.files import Unchanged, write_json
 from pglcl.launcher import is_first_process
 from pglcl.layouts import Case, open_folder
@@ -164,8 +164,7 @@ class Training:
             learner.restore(state)
             return int(state["step"])
         except (KeyError, RuntimeError, ValueError) as error:
-            reason = str(error.args[0] if isinstance(error, KeyError) else error).splitlines()[0]
-            raise UserError(f"{self.folder.checkpoint}: does not fit this run: {reason}") from error
+            raise UserError(f"{self.folder.checkpoint}: does not fit this run: {wrong_content(error)}") from error
 
     def _train(self, learner: Learner, first: int) -> None:
         """Trains from step `first` on."""
@@ -215,7 +214,7 @@ class Training:
         if done % LOG_EVERY == 0:
             self.stop.look_at_parent()
         # Ranks stop together. They have to wait for each other to agree on it, so they do it every LOG_EVERY steps.
-        stopping = self.stop.asked if ranks.size == 1 else done % LOG_EVERY == 0 and ranks.is_any(self.stop.asked)
+        stopping = self.stop.asked if ranks.size == 1 else done % LOG_EVERY == 0 and ranks.any_rank(self.stop.asked)
         if ranks.is_first and (done % config.checkpoint_every == 0 or last or stopping):
             self.folder.save_checkpoint(learner.state(done))
         if stopping and not last:

@@ -66,7 +66,8 @@ def test_the_teachers_pseudo_labels_reach_the_loss(monkeypatch: pytest.MonkeyPat
             z = teacher.projection(own.embeddings)
         assert (torch.cdist(keys[labels >= 0], z).min(dim=1).values < 1e-3).all()
     assert results[0][0] != results[1][0]  # the segmentation loss follows the pseudo-labels
-    assert results[0][2] != results[1][2]  # and so do the classes that are queued
+    assert results[0][1] != results[1][1]  # and so do the classes of the anchors
+    assert results[0][2] != results[1][2]  # and those that are queued
 
 
 def test_a_contrast_of_weight_0_gives_the_gradients_of_semi() -> None:

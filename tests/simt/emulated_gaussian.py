@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pglcl_ext import reference
+from pglcl_ext import gaussian_contrast_loss, reference
 from tests.problems import DTYPES, gaussian_problem
 from tests.simt import calls
 from tests.simt.contrast_cases import TILED_DTYPES, shifted
@@ -69,8 +69,10 @@ def test_gaussian_rows_that_do_not_fit_are_refused() -> None:
     anchors, *rest = gaussian_problem(3, 200)
     rest = [rest[0], *(t.float() for t in rest[1:3]), rest[3]]
     calls.gaussian_contrast(anchors.float(), *rest, shared_bytes=11 * 1024)
-    with pytest.raises(RuntimeError, match="fit the shared memory of the GPU, 11264 bytes, ten times; got rows of 200"):
-        calls.gaussian_contrast(anchors, *rest, shared_bytes=11 * 1024)
+    with calls.device(shared_bytes=11 * 1024):
+        gaussian_contrast_loss(*gaussian_problem(3, 134))
+        with pytest.raises(ValueError, match=r"^anchors must have at most 134 columns on this GPU, got 200$"):
+            gaussian_contrast_loss(anchors, *rest)
 
 
 def test_gaussian_rows_that_take_all_shared_memory_match_the_reference() -> None:

@@ -27,7 +27,7 @@ enum class TileKind : int8_t {
   kMasked,     // explicit masks decide
 };
 
-// Anchors or keys, copied into sorted order and padded with zero rows to a multiple of kTile.
+// Anchors or keys, copied into sorted order and padded with zero rows to whole panels.
 template <typename scalar_t>
 struct ContrastSide {
   int64_t count;

@@ -1,4 +1,5 @@
-// Conversion of 16-bit numbers on the device, emulated or not. The CPU takes torch's (csrc/cpu/convert.h).
+// Conversion of 16-bit numbers on the device, emulated or not. The CPU takes torch's (csrc/cpu/convert.h), and
+// its vectors have their own (csrc/cpu/isa/elements.h).
 #pragma once
 
 #include <cstdint>

@@ -30,7 +30,7 @@ def read(path: Path, *, label: bool = False) -> tuple[Source, np.ndarray]:
     Raises:
         UserError: the file is missing, damaged or of a kind that is not read; one line names it and the reason.
     """
-    match _reader_of_content(path):
+    match _reader_of_file(path):
         case "nifti":
             return nifti.read(path)
         case "itk":
@@ -43,7 +43,7 @@ def read(path: Path, *, label: bool = False) -> tuple[Source, np.ndarray]:
 
 def read_source(path: Path, *, label: bool = False) -> Source:
     """The source of a file, from its header; voxels are not read. Arguments and errors as for :func:`read`."""
-    match _reader_of_content(path):
+    match _reader_of_file(path):
         case "nifti":
             return nifti.read_source(path)
         case "itk":
@@ -65,7 +65,7 @@ def _reader(path: Path) -> str:
     return READERS[suffix]
 
 
-def _reader_of_content(path: Path) -> str:
+def _reader_of_file(path: Path) -> str:
     reader = _reader(path)
     with contextlib.suppress(OSError):
         if not path.is_dir() and path.stat().st_size == 0:

@@ -44,7 +44,7 @@ def files_below(root: Path, above: tuple[Path, ...] = ()) -> list[Path]:
 
 
 def holds_images(folder: Path) -> bool:
-    """Whether images lie at any depth of a folder. What cannot be looked at there does not matter."""
+    """Whether images lie at any depth of a folder; False if a folder there cannot be read."""
     try:
         return bool(files_below(folder))
     except UserError:
