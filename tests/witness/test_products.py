@@ -25,7 +25,6 @@ pytestmark = pytest.mark.slow
 # stages of a pipeline, of multiprocessors, and bytes of shared memory.
 SMALL = {
     "if (bytes <= 48 * 1024) return;",
-    "const int64_t wanted = 3 * device.multiprocessors / blocks_of(rows, kMmaRows), most = columns / (4 * tile);",
     "const int64_t bytes = kContrastThreads / 32 * kPlainDepth * sizeof(scalar_t) + WeightScale<scalar_t>::bytes();",
     "const int64_t bytes = kContrastThreads / 32 * kPlainDepth * sizeof(double) + WeightScale<float>::bytes();",
     "return (kHeld ? 0 : kMmaRows * row) + stages * kMmaColumns<kDepth, kHeld> * row + "

@@ -556,9 +556,8 @@ void run_statistics_backward(const StatisticsInput<T>& s, const Strided<const sc
   const auto launch = [&]<bool kOverlap>() {
     PGLCL_LAUNCH((patch_statistics_backward<T, kOverlap>), pixels, images, kStatisticsThreads, 0, stream, s, grads);
   };
-  bool overlap = false;
-  for (int d = 0; d < 3; ++d) overlap = overlap || (g.grid[d] > 1 && g.stride[d] < g.patch[d]);
-  if (overlap)
+  const auto overlap = [&](int d) { return g.grid[d] > 1 && g.stride[d] < g.patch[d]; };
+  if (overlap(0) || overlap(1) || overlap(2))
     launch.template operator()<true>();
   else
     launch.template operator()<false>();

@@ -41,7 +41,7 @@ PGLCL_KERNEL semantic_disparity_forward(const scalar_t* a_data, const scalar_t* 
 
 // A lane adds this many terms in their own type, and then adds that sum in float64. Thousands of equal terms would
 // otherwise all be rounded to the same side.
-constexpr int kDisparityTerms = 16;
+constexpr int64_t kDisparityTerms = 16;
 
 // One warp per element of the gradient: sum over j of grad_ij sign(a_ic - b_jc). Strides let the same kernel walk rows
 // of grad for a and columns for b.
