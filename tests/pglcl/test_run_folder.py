@@ -399,7 +399,7 @@ def spoil(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
         (lambda s: s.pop("run"), r"does not name its run"),
         (lambda s: s["optimizer"]["state"].clear(), r"its optimiser has 0 of"),
         (lambda s: s["optimizer"]["state"].popitem(), r"its optimiser has"),
-        (lambda s: s.pop("contrast"), r"does not fit this run: contrast"),
+        (lambda s: s.pop("contrast"), 'does not fit this run: has no entry "contrast"'),
         (lambda s: s["student"].popitem(), r"does not fit this run"),
         (lambda s: s["run"]["config"].update(learning_rate=0.5), r"--learning-rate: the run has 0.5"),
         (lambda s: s["run"]["files"].popitem(), r"run.json: its files are not those"),
