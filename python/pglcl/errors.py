@@ -43,7 +43,7 @@ def first_line(error: BaseException) -> str:
 
 
 def wrong_content(error: Exception) -> str:
-    """The reason why the content of a JSON file does not suit: a missing entry, or the message of the error."""
+    """The reason why the content of a file does not suit: a missing entry, or the message of the error."""
     return f'has no entry "{error.args[0]}"' if isinstance(error, KeyError) else first_line(error)
 
 
