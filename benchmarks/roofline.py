@@ -5,7 +5,7 @@
 These are predictions, not measurements. A kernel has a time for each resource that it needs: instruction issue, tensor
 cores, exponentials, shared memory, the second-level cache, memory. The longest time is the prediction. It is a lower
 bound, since it assumes that the kernel uses all other resources at the same time. Instructions come from the SASS
-(results/cuda_counts.json, written by benchmarks.cuda_report), for H100 too, although its own code has up to a quarter
+(results/cuda_counts.json, written by benchmarks.cuda_report), for H100 too, although its own code has up to 5 %
 more. The times within a multiprocessor are those of the busiest one, and are longer if it has too few warps to issue an
 instruction in every cycle.
 """

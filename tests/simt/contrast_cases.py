@@ -108,6 +108,22 @@ def with_own_keys(
     )
 
 
+def assert_own_keys(z: Tensor, y: Tensor, rows: slice, **device: Any) -> None:
+    """The loss and both gradients of anchors that are rows of the keys are those of the reference, which masks them."""
+    with calls.device(**device):
+        x = with_own_keys(z, y, rows)
+        out = calls.contrast_outputs(x)
+        grads = calls.contrast_gradients(torch.ones_like(out.loss), out, x)
+    anchors, keys = z[rows].double().requires_grad_(), z.double().requires_grad_()
+    others = torch.arange(len(z)) != torch.arange(len(z))[rows, None]
+    masks = {"positive_mask": (y[rows, None] == y) & others, "negative_mask": y[rows, None] != y}
+    want = reference.patch_contrast_loss(anchors, y[rows], keys=keys, key_labels=y, reduction="none", **masks)
+    tolerance = 4e-3 if device.get("allow_tf32") else {torch.float64: 1e-10, torch.float32: 1e-4}.get(z.dtype, 3e-2)
+    torch.testing.assert_close(out.loss.double(), want, rtol=tolerance, atol=tolerance)
+    for got, wanted in zip(grads, torch.autograd.grad(want.sum(), (anchors, keys)), strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
+
+
 # The host code may call these while a graph is captured: they allocate, or run kernels without waiting for the device.
 CAPTURABLE = {
     "aten::arange", "aten::argsort", "aten::as_strided", "aten::clone", "aten::contiguous", "aten::copy_", "aten::div",

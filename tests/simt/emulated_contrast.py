@@ -12,7 +12,14 @@ from pglcl_ext import reference
 from pglcl_ext._arguments import ContrastOutputs, Side
 from tests.problems import DTYPES, TOLERANCE, ContrastProblem, contrast_arguments
 from tests.simt import calls, emulator
-from tests.simt.contrast_cases import OPTIONS, TILED_DTYPES, assert_contrast, every_path, with_own_keys
+from tests.simt.contrast_cases import (
+    OPTIONS,
+    TILED_DTYPES,
+    assert_contrast,
+    assert_own_keys,
+    every_path,
+    with_own_keys,
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -215,18 +222,7 @@ def test_gradients_of_anchors_that_are_later_keys_match_the_reference(
     generator = torch.Generator().manual_seed(0)
     z = torch.nn.functional.normalize(torch.randn(80, 8, generator=generator), dim=1).to(dtype)
     y, rows = torch.randint(0, 3, (80,), generator=generator), slice(70, 78)
-    with calls.device(**device):
-        x = with_own_keys(z, y, rows)
-        out = calls.contrast_outputs(x)
-        grads = calls.contrast_gradients(torch.ones_like(out.loss), out, x)
-    anchors, keys = z[rows].double().requires_grad_(), z.double().requires_grad_()
-    others = torch.arange(80) != torch.arange(80)[rows, None]
-    masks = {"positive_mask": (y[rows, None] == y) & others, "negative_mask": y[rows, None] != y}
-    want = reference.patch_contrast_loss(anchors, y[rows], keys=keys, key_labels=y, reduction="none", **masks)
-    tolerance = 4e-3 if device.get("allow_tf32") else {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 3e-2)
-    torch.testing.assert_close(out.loss.double(), want, rtol=tolerance, atol=tolerance)
-    for got, wanted in zip(grads, torch.autograd.grad(want.sum(), (anchors, keys)), strict=True):
-        torch.testing.assert_close(got.double(), wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
+    assert_own_keys(z, y, rows, **device)
 
 
 @every_path
