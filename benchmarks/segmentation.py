@@ -46,7 +46,7 @@ class DataSet:
 
 # The test part is that of README: patients 041-050 of ACDC, the last 40 volumes of Hippocampus, the last 15 images of
 # Histology. The first patients are labelled.
-HEARTS = {"labelled": 4, "test": 10, "validation": 5}
+HEARTS = {"labelled": 4, "test": 10, "validation": 5, "slices": "crop"}
 DATASETS: dict[str, DataSet] = {
     "acdc": DataSet("ACDC", "ACDC", 50, {**HEARTS, "steps": 1500}, seeds=(0, 1, 2, 3), pieces=True),
     "acdc-6000": DataSet("ACDC", "ACDC", 50, {**HEARTS, "steps": 6000}),
@@ -60,7 +60,10 @@ DATASETS: dict[str, DataSet] = {
         base="weak-to-strong",
     ),
     "histology": DataSet(
-        "Histology", "Histology_nuclei", 70, {"labelled": 5, "test": 15, "validation": 5, "steps": 1000}
+        "Histology",
+        "Histology_nuclei",
+        70,
+        {"labelled": 5, "test": 15, "validation": 5, "slices": "crop", "steps": 1000},
     ),
 }
 BASES = ("mean-teacher", "weak-to-strong", "copy-paste")

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pglcl.config import TrainConfig
 from pglcl.errors import UserError
-from pglcl.prepare import Prepared
+from pglcl.prepare import Prepared, places_of_foreground
 
 PREFETCHED = 4  # batches that each process has ready
 
@@ -115,26 +115,28 @@ class StepBatches(Dataset[dict[str, Tensor]]):
         return [weak, *strong]
 
     def _pick(self, pool: list[Prepared], random: np.random.RandomState, *, foreground: bool) -> dict[str, Tensor]:
-        """A random slice or patch. Half of the labelled patches are centred on a voxel that is not background."""
+        """A random part of a random slice or volume.
+
+        Half of the labelled parts are centred on a voxel that is not background, if the slice or volume has any.
+        """
         if self.config.spatial_dims == 2:
             places = self.slices[id(pool)]
             v, z = places[random.randint(len(places))]
             image, label = pool[v].image[..., z], pool[v].label
-            label = torch.zeros(image.shape[1:]) if label is None else label[..., z]
+            label = None if label is None else label[..., z]
         else:
             prepared = pool[random.randint(len(pool))]
-            shape, size = prepared.image.shape[1:], self.config.size
-            first = [random.randint(n - s + 1) for n, s in zip(shape, size)]
-            label = prepared.label
-            if foreground and label is not None and random.rand() < 0.5:
-                inside = prepared.foreground
-                if len(inside):
-                    place_of = np.unravel_index(int(inside[random.randint(len(inside))]), shape)
-                    centre = [int(c) for c in place_of]
-                    first = [min(max(c - s // 2, 0), n - s) for c, s, n in zip(centre, size, shape)]
-            place = tuple(slice(f, f + s) for f, s in zip(first, size))
-            image = prepared.image[(slice(None), *place)]
-            label = torch.zeros(image.shape[1:]) if label is None else label[place]
+            image, label = prepared.image, prepared.label
+        shape, size = image.shape[1:], self.config.size
+        first = [random.randint(n - s + 1) for n, s in zip(shape, size)]
+        if foreground and label is not None and not self.config.whole_slices and random.rand() < 0.5:
+            inside = places_of_foreground(label) if self.config.spatial_dims == 2 else prepared.foreground
+            if len(inside):
+                centre = np.unravel_index(int(inside[random.randint(len(inside))]), shape)
+                first = [min(max(int(c) - s // 2, 0), n - s) for c, s, n in zip(centre, size, shape)]
+        place = tuple(slice(f, f + s) for f, s in zip(first, size))
+        image = image[(slice(None), *place)]
+        label = torch.zeros(size) if label is None else label[place]
         return {"image": image.clone(), "label": label[None].float()}
 
 

@@ -64,6 +64,7 @@ def _key(case: Case, config: TrainConfig, slice_axis: int | None, intensity: Int
         "version": VERSION,
         "files": [_known_by(path) for path in parts],
         "size": config.size,
+        "whole_slices": config.whole_slices,
         "spacing": config.target_spacing,
         "slice_axis": slice_axis,
         "intensity": intensity.state(),

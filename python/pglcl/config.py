@@ -122,11 +122,16 @@ class TrainConfig:
         "Data", weights=False)
     spatial_dims: int = _opt(2, "2: slices, for anisotropic volumes; 3: patches of volumes", "Data", choices=(2, 3))
     image_size: str = _opt("",
-        "size of a slice or patch, one number or one per axis; default: 128 in 2-D, 32,48,32 in 3-D",
+        "size of what the network sees, one number or one per axis; default: 128 in 2-D, 32,48,32 in 3-D",
         "Data", unit="pixels", items=int, least=1)
+    slices: str = _opt("crop",
+        "2-D; crop: the network sees parts of slices at their own resolution, as patches in 3-D; whole: slices scaled "
+        "to --image-size",
+        "Data", choices=("crop", "whole"), only=("spatial_dims", 2))
     spacing: str = _opt("",
-        "3-D: voxel size that volumes are resampled to, one number or one per axis, e.g. 1,1,1; default: unchanged",
-        "Data", unit="mm", items=float, least=0.01, most=1000, only=("spatial_dims", 3))
+        "voxel size that volumes or cropped slices are resampled to, one number or one per axis, e.g. 1,1,1; default: "
+        "unchanged",
+        "Data", unit="mm", items=float, least=0.01, most=1000)
     slice_axis: int = _opt(-1, "axis across which slices are taken; -1: the one with the fewest voxels", "Data",
         least=-1, most=2, only=("spatial_dims", 2))
 
@@ -247,6 +252,8 @@ class TrainConfig:
             if len(numbers_in(getattr(self, name), float)) not in (0, 1, self.spatial_dims):
                 got = getattr(self, name)
                 problems.append(f"{flag(name)} must be one number or {self.spatial_dims}, got {got!r}")
+        if self.spacing and self.whole_slices:
+            problems.append("--spacing and --slices whole exclude each other: whole slices are scaled to --image-size")
         if self.labels and self.num_classes:
             problems.append("--labels and --num-classes exclude each other")
         if self.labels:
@@ -319,8 +326,14 @@ class TrainConfig:
 
     @property
     def target_spacing(self) -> tuple[float, ...] | None:
+        """mm along each axis that the network sees; None: unchanged."""
         numbers = numbers_in(self.spacing, float)
-        return tuple(numbers * 3 if len(numbers) == 1 else numbers) if numbers else None
+        return tuple(numbers * self.spatial_dims if len(numbers) == 1 else numbers) if numbers else None
+
+    @property
+    def whole_slices(self) -> bool:
+        """Whether slices are scaled to :attr:`size`."""
+        return self.spatial_dims == 2 and self.slices == "whole"
 
     @property
     def level_and_width(self) -> tuple[float, float] | None:
@@ -377,6 +390,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 OPTIONS: dict[str, Option] = {field.name: field.metadata["option"] for field in dataclasses.fields(TrainConfig)}
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+
+
+def completed(saved: dict[str, Any]) -> dict[str, Any]:
+    """Saved options, with those that older versions lacked, at the value that tells what these versions did."""
+    return {"slices": "whole" if saved.get("spatial_dims") == 2 else DEFAULTS["slices"], **saved}
 
 
 def with_preset(name: str, given: dict[str, Any]) -> dict[str, Any]:

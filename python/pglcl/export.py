@@ -102,6 +102,7 @@ def description(model: TrainedModel) -> dict[str, Any]:
         "spatial_dims": config.spatial_dims,
         "size": list(config.size),
         "stride": model.network.stride,
+        "slices": config.slices if config.spatial_dims == 2 else None,
         "spacing": config.target_spacing,
         "slice_axis": model.slice_axis,
         "voxels_seen": model.resolution.state() if model.resolution else None,

@@ -334,15 +334,18 @@ def _case_embeddings(model: TrainedModel, case: Case) -> tuple[Tensor, Tensor]:
     device = next(network.parameters()).device
     prepared: Prepared = prepare(case, config, model.slice_axis, model.intensity, model.labels)
     assert prepared.label is not None
+    images, target = prepared.image[None], prepared.label[None]
     if config.spatial_dims == 2:
         images, target = prepared.image.movedim(-1, 0), prepared.label.movedim(-1, 0)
         z = int((target > 0).flatten(1).sum(dim=1).argmax())  # the slice with the most foreground
         near = slice(max(0, z - 8), z + 8)
         images, target = images[near], target[near]
-    else:
-        first = [(n - s) // 2 for n, s in zip(prepared.label.shape, config.size)]
-        place = tuple(slice(f, f + s) for f, s in zip(first, config.size))
-        images, target = prepared.image[(slice(None), *place)][None], prepared.label[place][None]
+    shape = target.shape[1:]
+    inside = (target > 0).nonzero()[:, 1:].float()
+    centre = inside.mean(dim=0) if len(inside) else torch.tensor(shape) / 2
+    first = [min(max(int(c) - s // 2, 0), n - s) for c, s, n in zip(centre, config.size, shape)]
+    place = tuple(slice(f, f + s) for f, s in zip(first, config.size))
+    images, target = images[(slice(None), slice(None), *place)], target[(slice(None), *place)]
     _, features = network.with_features(images.to(device))
     pool = F.avg_pool2d if config.spatial_dims == 2 else F.avg_pool3d
     weights = pool(one_hot(target, model.num_classes).float(), network.feature_stride).to(device)

@@ -37,9 +37,9 @@ from pglcl.levels import Level, Levels, apart_from_most, levels_of
 from pglcl.limits import check_memory
 from pglcl.memory import in_words
 from pglcl.model import choose_device
-from pglcl.prepare import choose_slice_axis, does_not_suit, padded_shape
+from pglcl.prepare import choose_slice_axis, does_not_suit, padded_shape, resized_for
 from pglcl.resolution import Resolution
-from pglcl.volumes import read_label_values, read_volume, resized_shape
+from pglcl.volumes import read_label_values, read_volume
 
 SHOWN = 8  # lines of one kind
 SAME = 3  # files that are named where many have the same note
@@ -281,7 +281,9 @@ class Survey:
 
     def lost_classes(self, kept: set[int], config: TrainConfig) -> list[str]:
         """A line for each class that files have and the prepared labels do not; `kept`: the classes that these have."""
-        how = f"--spacing {config.spacing}" if config.spacing else f"--image-size {'x'.join(map(str, config.size))}"
+        how = (
+            f"--image-size {'x'.join(map(str, config.size))}" if config.whole_slices else f"--spacing {config.spacing}"
+        )
         return [
             f"class {k} ({self.labels.names[k]}): its {n} labelled voxels vanish when volumes are brought to {how}; it "
             "cannot be learned"
@@ -381,7 +383,7 @@ def survey(
     notes.append(f"intensities: {intensity.describe()}")
     slice_axis = choose_slice_axis(config, labelled[0].shape)
     notes += _sliced_otherwise(reports, slice_axis) if config.slice_axis < 0 else []
-    notes += _shrunk(labelled, config, slice_axis)
+    notes += _sides_of_slices(labelled, config, slice_axis)
     kept = trained if config.method != "supervised" else labelled
     resolution = Resolution.of([r.source for r in kept if r.source], config, slice_axis)
     notes += _other_voxels(reports[len(trained) :], resolution, config, slice_axis)
@@ -463,6 +465,7 @@ def _origin(config: TrainConfig, data: DataFolder) -> str:
 
 
 SHRUNK = 2.0  # factor between the sides of slices before and after, from which train says so
+NARROW = 4.0  # factor between the sides of slices and of what the network sees of them, from which train says so
 UNEQUAL = 2.0  # factor between voxel sizes of training volumes from which --spacing is recommended
 
 
@@ -471,7 +474,7 @@ def _other_voxels(
 ) -> list[str]:
     """Lines about voxels of very different sizes: of the training volumes, and of those held out beside them."""
     lines = []
-    if slice_axis is None and config.target_spacing is None and resolution.spread > UNEQUAL:
+    if not config.whole_slices and config.target_spacing is None and resolution.spread > UNEQUAL:
         lines.append(
             f"voxels of the training volumes are {resolution.describe()}: up to {resolution.spread:.3g} times as large "
             "as others along an axis; --spacing resamples them to one size"
@@ -499,16 +502,37 @@ def _some(lines: Sequence[str], what: str) -> list[str]:
     return [*lines[:SHOWN], *([f"and {more} more {what}"] if more > 0 else [])]
 
 
-def _shrunk(reports: Sequence[CaseReport], config: TrainConfig, slice_axis: int | None) -> list[str]:
-    """A line about slices that become much smaller, so that small objects are lost."""
+def _sides_of_slices(reports: Sequence[CaseReport], config: TrainConfig, slice_axis: int | None) -> list[str]:
+    """A line about slices that are far larger than what the network sees: details are lost, or what lies around.
+
+    Also about slices that are smaller along every side.
+    """
     if slice_axis is None:
         return []
-    now = [resized_shape(r.shape, r.spacing, slice_axis=slice_axis, size=config.size, target=None) for r in reports]
-    factor = float(np.median([max(a / b for a, b in zip(r.shape, small)) for r, small in zip(reports, now)]))
     size = "x".join(map(str, config.size))
-    if factor < SHRUNK:
-        return []
-    return [f"slices are shrunk {factor:.3g} times along each side, to --image-size {size}; a larger one keeps details"]
+    if config.whole_slices:
+        now = [resized_for(config, r.shape, r.spacing, slice_axis) for r in reports]
+        factor = float(np.median([max(a / b for a, b in zip(r.shape, small)) for r, small in zip(reports, now)]))
+        if factor < SHRUNK:
+            return []
+        return [
+            f"slices are shrunk {factor:.3g} times along each side, to --image-size {size}; a larger one, or --slices "
+            "crop, keeps details"
+        ]
+    shapes = [resized_for(config, r.shape, r.spacing, slice_axis) for r in reports]
+    sides = np.median([[n for axis, n in enumerate(shape) if axis != slice_axis] for shape in shapes], axis=0)
+    factors, seen = sides / np.array(config.size), "x".join(f"{n:.0f}" for n in sides)
+    if factors.max() > NARROW:
+        return [
+            f"the network sees {size} pixels of slices of {seen} at a time; a larger --image-size, a coarser --spacing "
+            "or --slices whole shows it more of what lies around"
+        ]
+    if factors.max() < 1:
+        return [
+            f"slices of {seen} pixels are padded to --image-size {size}; a smaller one saves time, and --slices whole "
+            "enlarges them"
+        ]
+    return []
 
 
 def _sliced_otherwise(reports: Sequence[CaseReport], slice_axis: int | None) -> list[str]:
@@ -540,9 +564,7 @@ def prepared_bytes(reports: Sequence[CaseReport], config: TrainConfig, slice_axi
     """The bytes that :func:`pglcl.prepare.prepare` will keep: float32 images, labels of one or two bytes a voxel."""
     total = 0
     for report in reports:
-        shape = resized_shape(
-            report.shape, report.spacing, slice_axis=slice_axis, size=config.size, target=config.target_spacing
-        )
+        shape = resized_for(config, report.shape, report.spacing, slice_axis)
         voxels = math.prod(padded_shape(shape, config, slice_axis))
         of_label = (1 if num_classes <= 127 else 2) if report.label_voxels else 0
         total += voxels * (4 * report.channels + of_label)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from monai.networks.nets import BasicUNet, DynUNet, SegResNet, UNet
 from torch import Tensor, nn
 
-from pglcl.config import TrainConfig
+from pglcl.config import TrainConfig, completed
 from pglcl.description import Description
 from pglcl.errors import UserError, first_line
 from pglcl.files import load_tensors, read_object
@@ -269,7 +269,7 @@ def load_model(run: Path, device: str = "auto", weights: str = "last") -> Traine
     _check_run(whole, path)
     state = whole.get("model", whole)
     try:
-        config = TrainConfig(**state["config"])
+        config = TrainConfig(**completed(state["config"]))
         network = SegmentationNetwork(**state["arguments"])
         network.load_state_dict(state["network"])
         resolution, levels, description = (state.get(name) for name in ("resolution", "levels", "description"))

@@ -32,7 +32,8 @@ from pglcl.training_data import files_of
 from pglcl.volumes import Geometry, write_like
 from pglcl_ext.patch_statistics import pixel_entropy
 
-SLICES_AT_ONCE = 16
+SLICES_AT_ONCE = 16  # or windows of them
+WINDOWS_AT_ONCE = 4  # of volumes
 SLAB_ELEMENTS = 1 << 24  # probabilities that are held at once while a volume is restored: 64 MiB
 TTA = ("none", "flips")
 
@@ -67,9 +68,11 @@ def network_output(network: nn.Module, image: Tensor, config: TrainConfig, repor
     """Logits (K, X, Y, Z), float32 on the CPU, of a prepared image (C, X, Y, Z)."""
     device = next(network.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-        if config.spatial_dims == 2:
+        if config.whole_slices:
             return _slice_by_slice(network, image, device, report)
-        return _window_by_window(network, image, tuple(config.size), device, report)
+        if config.spatial_dims == 2:
+            return _window_by_window(network, image.movedim(-1, 0), config.size, device, report).movedim(0, -1)
+        return _window_by_window(network, image[None], config.size, device, report)[0]
 
 
 def _slice_by_slice(network: nn.Module, image: Tensor, device: torch.device, report: Report | None) -> Tensor:
@@ -87,10 +90,14 @@ def _slice_by_slice(network: nn.Module, image: Tensor, device: torch.device, rep
 
 
 def _window_by_window(
-    network: nn.Module, image: Tensor, size: tuple[int, ...], device: torch.device, report: Report | None
+    network: nn.Module, images: Tensor, size: tuple[int, ...], device: torch.device, report: Report | None
 ) -> Tensor:
+    """Logits (B, K, *S) of images (B, C, *S). Windows overlap by half; their centres count most."""
+    at_once = SLICES_AT_ONCE if len(size) == 2 else WINDOWS_AT_ONCE
     step = [max(1, n // 2) for n in size]
-    windows = int(np.prod([1 + max(0, -(-(n - s) // t)) for n, s, t in zip(image.shape[1:], size, step)]))
+    windows = len(images) * int(
+        np.prod([1 + max(0, -(-(n - s) // t)) for n, s, t in zip(images.shape[2:], size, step)])
+    )
     done = 0
 
     def counted(x: Tensor) -> Tensor:
@@ -102,10 +109,10 @@ def _window_by_window(
         return answer
 
     logits = sliding_window_inference(
-        image[None], size, 4, counted, overlap=0.5, mode="gaussian", sw_device=device, device=torch.device("cpu")
+        images, size, at_once, counted, overlap=0.5, mode="gaussian", sw_device=device, device=torch.device("cpu")
     )
     assert isinstance(logits, Tensor)
-    return logits[0]
+    return logits
 
 
 @dataclass(frozen=True)

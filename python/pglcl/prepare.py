@@ -45,11 +45,14 @@ class Prepared:
 
     @cached_property
     def foreground(self) -> Tensor:
-        """Indices of the voxels of classes from 1 on in the flattened label; int32 (int64 from 2^31 voxels on)."""
-        if self.label is None:
-            return torch.zeros(0, dtype=torch.int32)
-        places = (self.label.reshape(-1) > 0).nonzero()[:, 0]
-        return places if self.label.numel() > 2**31 - 1 else places.int()
+        """Those of :func:`places_of_foreground`; none without a label."""
+        return torch.zeros(0, dtype=torch.int32) if self.label is None else places_of_foreground(self.label)
+
+
+def places_of_foreground(label: Tensor) -> Tensor:
+    """Indices of the voxels of classes from 1 on in the flattened label; int32 (int64 from 2^31 voxels on)."""
+    places = (label.reshape(-1) > 0).nonzero()[:, 0]
+    return places if label.numel() > 2**31 - 1 else places.int()
 
 
 def prepare(
@@ -120,9 +123,16 @@ def read_suitable(case: Case, config: TrainConfig, slice_axis: int | None, inten
 
 def _shapes(volume: Volume, config: TrainConfig, slice_axis: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of a volume once it is resized, and once it is padded."""
-    shape, spacing = volume.data.shape[1:], volume.spacing
-    resized = resized_shape(shape, spacing, slice_axis=slice_axis, size=config.size, target=config.target_spacing)
+    resized = resized_for(config, volume.data.shape[1:], volume.spacing, slice_axis)
     return resized, padded_shape(resized, config, slice_axis)
+
+
+def resized_for(
+    config: TrainConfig, shape: Sequence[int], spacing: Sequence[float], slice_axis: int | None
+) -> tuple[int, ...]:
+    """The shape (X, Y, Z) of a volume once it is resized as the options say."""
+    size = config.size if config.whole_slices else None
+    return resized_shape(shape, spacing, slice_axis=slice_axis, size=size, target=config.target_spacing)
 
 
 def does_not_suit(source: Source, config: TrainConfig) -> str:

@@ -10,14 +10,15 @@ import numpy as np
 
 from pglcl.config import TrainConfig
 from pglcl.formats import Source
-from pglcl.volumes import canonical_shape, canonical_spacing, resized_shape
+from pglcl.prepare import resized_for
+from pglcl.volumes import canonical_shape, canonical_spacing
 
 CLEARLY = 1.5  # factor; training itself changes sizes by --scaling, 0.15
 
 
 @dataclass(frozen=True)
 class Resolution:
-    """The sizes of voxels of training images, as the network sees them: after `--image-size` or `--spacing`.
+    """The sizes of voxels of training images, as the network sees them: after `--slices whole` or `--spacing`.
 
     least, most: mm along each axis of the network; empty where no file says how large its voxels are. units: those of
     the files, sorted: mm, pixel or voxel.
@@ -73,7 +74,7 @@ class Resolution:
 def sizes_seen(source: Source, config: TrainConfig, slice_axis: int | None) -> tuple[float, ...]:
     """The size of a voxel along each axis of the network, in the unit of the file; without the slice axis."""
     shape, spacing = canonical_shape(source), canonical_spacing(source)
-    resized = resized_shape(shape, spacing, slice_axis=slice_axis, size=config.size, target=config.target_spacing)
+    resized = resized_for(config, shape, spacing, slice_axis)
     sizes = [extent * size / now for extent, size, now in zip(shape, spacing, resized)]
     return tuple(size for axis, size in enumerate(sizes) if axis != slice_axis)
 

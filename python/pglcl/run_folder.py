@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from pglcl.cases import PARTS, Split
-from pglcl.config import OPTIONS, TrainConfig, flag
+from pglcl.config import OPTIONS, TrainConfig, completed, flag
 from pglcl.errors import UserError, wrong_content
 from pglcl.files import (
     check_writable,
@@ -291,7 +291,7 @@ def read_config(run: Path) -> TrainConfig:
         UserError: config.json is not what a run of this version wrote.
     """
     path = run / "config.json"
-    content = {name: value for name, value in read_object(path).items() if name != "data"}
+    content = completed({name: value for name, value in read_object(path).items() if name != "data"})
     unknown, missing = sorted(set(content) - set(OPTIONS)), sorted(set(OPTIONS) - set(content))
     if unknown or missing:
         wrong = f"unknown option {unknown[0]!r}" if unknown else f"no option {missing[0]!r}"

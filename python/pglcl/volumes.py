@@ -238,21 +238,26 @@ def resized_shape(
     spacing: Sequence[float],
     *,
     slice_axis: int | None,
-    size: Sequence[int],
+    size: Sequence[int] | None,
     target: Sequence[float] | None,
 ) -> tuple[int, ...]:
     """The shape (X, Y, Z) after resizing.
 
-    In 2-D, slices are scaled to fit `size` and keep their aspect. In 3-D, volumes are resampled to the spacing
-    `target`, if there is one.
+    Args:
+        shape, spacing: of the volume.
+        slice_axis: of slices, which is not resized; None: there are no slices.
+        size: slices are scaled to fit it, and keep their aspect; None: they are not.
+        target: the spacing that the other axes are resampled to, if there is no `size`; None: the volume's own.
     """
-    if slice_axis is not None:
-        inside = [n for axis, n in enumerate(shape) if axis != slice_axis]
-        scale = min(s / n for s, n in zip(size, inside))
-        return tuple(n if axis == slice_axis else max(1, round(n * scale)) for axis, n in enumerate(shape))
-    if target is None:
-        return tuple(shape)
-    return tuple(max(1, round(n * now / then)) for n, now, then in zip(shape, spacing, target))
+    inside = [axis for axis in range(len(shape)) if axis != slice_axis]
+    factors = [1.0] * len(shape)
+    if size is not None:
+        scale = min(s / shape[axis] for s, axis in zip(size, inside))
+        factors = [scale] * len(shape)
+    elif target is not None:
+        for axis, then in zip(inside, target):
+            factors[axis] = spacing[axis] / then
+    return tuple(n if a == slice_axis else max(1, round(n * factors[a])) for a, n in enumerate(shape))
 
 
 def resize_image(x: Tensor, shape: Sequence[int]) -> Tensor:
