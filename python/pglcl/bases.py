@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pglcl.config import TrainConfig
-from pglcl.postprocess import clean
+from pglcl.postprocess import Organ, clean
 from pglcl_ext.class_patches import one_hot
 
 UNLABELLED_SHARE = 0.5  # copy-paste: weight of pasted pseudo-labelled pixels (Bidirectional Copy-Paste's alpha)
@@ -74,13 +74,13 @@ class Taught(NamedTuple):
     certainty: Tensor
 
     @classmethod
-    def of(cls, prediction: Tensor, labelled: int, organs: Sequence[int]) -> Taught:
+    def of(cls, prediction: Tensor, labelled: int, organs: Sequence[Organ]) -> Taught:
         """Makes pseudo-labels of a prediction.
 
         Args:
             prediction: (L + U, K, *S), probabilities.
             labelled: L.
-            organs: classes of which a pseudo-label keeps only the largest component.
+            organs: those of which a pseudo-label keeps only the largest component.
         """
         unlabelled = prediction[labelled:]
         pseudo = unlabelled.max(dim=1).indices  # argmax gives the same, but takes five times longer on a CPU

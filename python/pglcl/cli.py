@@ -59,8 +59,9 @@ TtaOption = Annotated[
 PostprocessOption = Annotated[
     str,
     typer.Option(
-        help="classes of which a mask keeps only the largest component. auto: classes that are one organ and score no "
-        "worse with it on the run's validation patients; largest-component: every class; none: no class"
+        help="organs of which a mask keeps only the largest component. auto: all classes together, and each class, "
+        "where they are one organ and score no worse with it on the run's validation patients; largest-component: each "
+        "class; none: no class"
     ),
 ]
 WeightsOption = Annotated[

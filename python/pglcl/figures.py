@@ -19,7 +19,7 @@ from pglcl.labels import IGNORE
 from pglcl.layouts import Case
 from pglcl.model import TrainedModel
 from pglcl.pairs import pairs_of_prediction
-from pglcl.postprocess import components, keep_largest
+from pglcl.postprocess import components, each_class, keep_largest
 from pglcl.predict import Predictor, network_output
 from pglcl.prepare import Prepared, prepare
 from pglcl.scores import score_volume
@@ -198,7 +198,7 @@ class Shown:
 
     def islands(self) -> list[Picture]:
         """Outlines of truth (white, dashed) and prediction, with all components and with only the largest ones."""
-        largest = keep_largest(self.plain, range(1, self.model.num_classes))
+        largest = keep_largest(self.plain, each_class(self.model.num_classes))
         stray = self.plain != largest
         index = (
             _fullest(stray, self.axis)

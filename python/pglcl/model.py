@@ -20,6 +20,7 @@ from pglcl.files import load_tensors, read_object
 from pglcl.intensity import Intensity
 from pglcl.labels import LabelMap
 from pglcl.levels import Levels
+from pglcl.postprocess import Organ
 from pglcl.resolution import Resolution
 
 
@@ -184,7 +185,7 @@ def update_teacher(teacher: nn.Module, student: nn.Module, decay: float, step: i
 class TrainedModel:
     """A network, and what it needs to know of the data.
 
-    step: the step of the weights. organs: the classes whose masks keep only their largest component, chosen on the
+    step: the step of the weights. organs: those of which a mask keeps only the largest component, chosen on the
     validation patients; None before that choice, or without such patients. split: the patients of each part, for a
     model that was read from a run. resolution, levels, description: what the data of the training were; None for a
     model of an older version, which did not keep it.
@@ -196,7 +197,7 @@ class TrainedModel:
     labels: LabelMap
     intensity: Intensity
     step: int = 0
-    organs: tuple[int, ...] | None = None
+    organs: tuple[Organ, ...] | None = None
     split: dict[str, list[str]] | None = None
     resolution: Resolution | None = None
     levels: Levels | None = None
@@ -280,7 +281,7 @@ def load_model(run: Path, device: str = "auto", weights: str = "last") -> Traine
             LabelMap.from_state(state["labels"]),
             Intensity.from_state(state["intensity"]),
             int(whole.get("step", state["config"]["steps"])),
-            state["organs"],
+            _organs(state["organs"]),
             (whole.get("run") or {}).get("split"),
             resolution=Resolution.from_state(resolution) if resolution else None,
             levels=Levels.from_state(levels) if levels else None,
@@ -288,6 +289,11 @@ def load_model(run: Path, device: str = "auto", weights: str = "last") -> Traine
         )
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: not a model of this version of pglcl: {first_line(error)}") from error
+
+
+def _organs(saved: Sequence[int | Sequence[int]] | None) -> tuple[Organ, ...] | None:
+    """The organs of a saved model. Older versions saved a class as a number."""
+    return None if saved is None else tuple((o,) if isinstance(o, int) else tuple(o) for o in saved)
 
 
 def _check_run(state: dict[str, Any], path: Path) -> None:

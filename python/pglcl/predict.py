@@ -25,7 +25,7 @@ from pglcl.layouts import Case
 from pglcl.levels import Level, levels_of
 from pglcl.model import TrainedModel
 from pglcl.outputs import check_outputs, check_outside_data
-from pglcl.postprocess import POSTPROCESS, keep_largest
+from pglcl.postprocess import POSTPROCESS, Organ, each_class, keep_largest
 from pglcl.prepare import Prepared, constant_of, prepare, read_suitable
 from pglcl.run_folder import data_of
 from pglcl.training_data import files_of
@@ -202,7 +202,7 @@ class Predictor:
         models: with the same classes and channels. Each gets the volume prepared in its own way.
         tta: "flips" also averages over mirrored images, and is refused for a model trained without such images.
         postprocess: one of :data:`POSTPROCESS`. "largest-component" keeps only the largest component of each class,
-            "auto" does so for the classes that are among the `organs` of every model.
+            "auto" does so for the organs of every model.
 
     Raises:
         UserError: models that do not fit together, or options that do not fit the models.
@@ -304,12 +304,12 @@ class Predictor:
         return ""
 
     @property
-    def organs(self) -> list[int]:
-        """The classes whose masks keep only their largest component."""
-        every = range(1, self.models[0].num_classes)
+    def organs(self) -> list[Organ]:
+        """The organs of which a mask keeps only the largest component."""
         if self.postprocess == "auto":
-            return [label for label in every if all(label in (model.organs or ()) for model in self.models)]
-        return list(every) if self.postprocess == "largest-component" else []
+            first, *others = (model.organs or () for model in self.models)
+            return [organ for organ in first if all(organ in theirs for theirs in others)]
+        return each_class(self.models[0].num_classes) if self.postprocess == "largest-component" else []
 
 
 def data_folders(run: Path, inputs: Sequence[Path], output: Path) -> list[Path]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from pglcl.cases import distance_unit
 from pglcl.errors import UserError
-from pglcl.inspection import CaseReport, same_images, same_labels
+from pglcl.inspection import NARROW, CaseReport, same_images, same_labels
 from pglcl.intensity import (
     choose_intensity,
 )
@@ -73,9 +73,10 @@ def propose(data: DataFolder, reports: Sequence[CaseReport]) -> list[Proposal]:
         axis = int(np.argmin(good[0].shape))
         inside = [round(n) for d, n in enumerate(shape) if d != axis]
         size = _sizes(min(n, 256) for n in inside)
-        proposals.append(
-            Proposal("--image-size", ",".join(map(str, size)), f"slices have {inside[0]}x{inside[1]} pixels (median)")
-        )
+        pixels = f"slices have {inside[0]}x{inside[1]} pixels (median)"
+        proposals.append(Proposal("--image-size", ",".join(map(str, size)), pixels))
+        if max(n / s for n, s in zip(inside, size)) > NARROW:
+            proposals.append(Proposal("--slices", "whole", f"{pixels}, far more than the network can see at a time"))
     else:
         spread = float((spacing.max(axis=0) / spacing.min(axis=0)).max())
         if spread > 1.1:

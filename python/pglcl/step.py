@@ -13,6 +13,7 @@ from pglcl.bases import Taught, ViewBatch, labelled_alone, labelled_and, make_ba
 from pglcl.config import TrainConfig
 from pglcl.contrast import PatchContrast
 from pglcl.model import SegmentationNetwork
+from pglcl.postprocess import Organ
 
 CONTRAST_RAMP = 0.3  # share of the steps in which the weight of the contrast rises, and falls again
 
@@ -27,7 +28,7 @@ class StepLoss(nn.Module):
         student, teacher: networks of the same architecture. The teacher needs no gradient.
         contrast: the contrastive loss, or None.
         config: the options of the run.
-        organs: classes of which a pseudo-label keeps only the largest component.
+        organs: those of which a pseudo-label keeps only the largest component.
         section: opens a named section of the step, for the profile.
     """
 
@@ -37,7 +38,7 @@ class StepLoss(nn.Module):
         teacher: SegmentationNetwork,
         contrast: PatchContrast | None,
         config: TrainConfig,
-        organs: Sequence[int] = (),
+        organs: Sequence[Organ] = (),
         section: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
     ) -> None:
         super().__init__()

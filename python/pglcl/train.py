@@ -19,8 +19,9 @@ from pglcl.layouts import Case, open_folder
 from pglcl.learner import Learner, validation_dice
 from pglcl.limits import check_resources
 from pglcl.lock import FolderLock
-from pglcl.model import choose_device, initial_model, load_model
+from pglcl.model import TrainedModel, choose_device, initial_model, load_model
 from pglcl.organs import organs_of_masks
+from pglcl.postprocess import Organ
 from pglcl.progress import Progress
 from pglcl.ranks import Ranks, device_of_rank, launched_ranks
 from pglcl.record import MetricsLog, Profile
@@ -249,7 +250,7 @@ class Training:
                 "only the largest component helps"
             )
         else:
-            names = ", ".join(last.class_names[label] for label in last.organs) or "no class"
+            names = ", ".join(_in_words(organ, last) for organ in last.organs) or "no class"
             self.progress.print_line(
                 f"masks keep only the largest component of {names}: the validation patients score no worse with it"
             )
@@ -260,3 +261,9 @@ class Training:
             write_json(self.output / "profile.json", [list(row) for row in rows])
             shown = [[name, f"{ms:.1f}", f"{share:.1%}"] for name, ms, share in rows]
             self.progress.table("Time of a step", ["section", "ms", "share"], shown)
+
+
+def _in_words(organ: Organ, model: TrainedModel) -> str:
+    """An organ by its class; several classes by all of them."""
+    names = [model.class_names[label] for label in organ]
+    return names[0] if len(names) == 1 else "all classes together"

@@ -118,7 +118,7 @@ def test_removed_components_become_background_with_its_probability() -> None:
     prediction[:, 0] = 0.9
     for place in ((slice(1, 4), slice(1, 4)), (6, 6)):  # an organ and an island of class 1
         prediction[0, 1][place], prediction[0, 0][place] = 0.9, 0.05
-    plain, cleaned = (Taught.of(prediction, 0, organs) for organs in ([], [1]))
+    plain, cleaned = (Taught.of(prediction, 0, organs) for organs in ([], [(1,)]))
     assert plain.pseudo.sum() == 10
     assert plain.certainty.min() == pytest.approx(0.9)
     assert cleaned.pseudo.sum() == 9

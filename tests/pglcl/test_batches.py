@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from monai.transforms import Compose
 from pglcl import formats
 from pglcl.batches import StepBatches, loader
 from pglcl.model import load_model
@@ -56,6 +57,24 @@ def test_workers_change_nothing(data: TrainingData, workers: int) -> None:
     made = list(itertools.islice(loader(batches, 2, workers), 6))
     assert len(made) == 6
     assert all(same(batch, batches[step]) for step, batch in enumerate(made, 2))
+
+
+def test_parts_of_slices_keep_their_resolution(tmp_path: Path) -> None:
+    """A part is a window of a slice, unchanged but for the augmentation. Half of the labelled ones show a class."""
+    config = tiny(image_size="16", batch_size=16, warmup=0)
+    data = load_training_data(plain(tmp_path, shape=(90, 80, 3)), config)
+    batches = StepBatches(data.labelled, data.unlabelled, config)
+    batches.geometric = batches.intensities = Compose([])
+    parts, windows = [batches[step] for step in range(8)], []
+    for pool in (data.labelled, data.unlabelled):
+        windows.append(torch.cat([one.image[0].unfold(0, 16, 1).unfold(1, 16, 1).flatten(0, 2) for one in pool]))
+    for batch in parts:
+        for images, known in zip((batch["image"], batch["weak"]), windows, strict=True):
+            assert all((image[0] == known).flatten(1).all(dim=1).any() for image in images)
+    seen = torch.cat([(batch["label"] > 0).flatten(1).any(dim=1) for batch in parts])
+    centred = torch.cat([batch["label"][:, 8, 8] > 0 for batch in parts])
+    assert seen.float().mean() >= 0.5
+    assert centred.float().mean() >= 0.3  # but at the borders of a slice
 
 
 def test_patches_of_volumes_have_all_channels(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -290,10 +291,10 @@ def test_a_class_that_vanishes_when_slices_are_shrunk_is_said(
         label[label == 2] = 0
         label[76, 71, 2] = 2  # between the voxels that are kept
         save(path, label)
-    config = tiny(labelled=2)
+    config = tiny(labelled=2, slices="whole")
     load_training_data(root, config, progress=Progress(8))
     said = capsys.readouterr().err.replace("\n", " ")
-    assert "slices are shrunk 4.7 times along each side, to --image-size 32x32; a larger one keeps details" in said
+    assert "slices are shrunk 4.7 times along each side, to --image-size 32x32; a larger one, or --slices crop," in said
     assert (
         "class 2 (label 2): its 2 labelled voxels vanish when volumes are brought to --image-size 32x32; it cannot be "
         "learned"
@@ -302,3 +303,13 @@ def test_a_class_that_vanishes_when_slices_are_shrunk_is_said(
     said = capsys.readouterr().err
     assert "shrunk" not in said
     assert "voxels vanish" not in said
+    load_training_data(root, tiny(labelled=2), progress=Progress(8))
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert re.search(r"the network sees 32x32 pixels of slices of 15\dx14\d at a time; a larger --image-size", said)
+    assert "voxels vanish" not in said
+    load_training_data(root, tiny(labelled=2, image_size="160"), progress=Progress(8))
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert re.search(r"slices of 15\dx14\d pixels are padded to --image-size 160x160; a smaller one saves time", said)
+    load_training_data(root, tiny(labelled=2, image_size="160", spacing="0.9,0.9"), progress=Progress(8))
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "--image-size" not in said

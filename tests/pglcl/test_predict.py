@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -16,10 +17,11 @@ from pglcl.errors import UserError
 from pglcl.labels import LabelMap
 from pglcl.layouts import Case
 from pglcl.model import load_model
-from pglcl.postprocess import keep_largest
-from pglcl.predict import FlipAverage, Part, Prediction, Predictor, restore_rows
+from pglcl.postprocess import each_class, keep_largest
+from pglcl.predict import FlipAverage, Part, Prediction, Predictor, network_output, restore_rows
 from pglcl.train import Training
 from pglcl.volumes import Geometry
+from torch import nn
 
 from pglcl_ext.patch_statistics import pixel_entropy
 from tests.pglcl.folders import STRAIGHT, nnunet, plain, tiny, volume, write
@@ -46,6 +48,27 @@ def test_a_volume_restored_by_slabs_equals_the_whole(resized: tuple[int, ...], m
     torch.testing.assert_close(prediction.probabilities(), whole / whole.sum(dim=0))
     assert torch.equal(prediction.mask(), prediction.probabilities().argmax(dim=0).to(torch.uint8))
     torch.testing.assert_close(prediction.entropy(), pixel_entropy(whole / whole.sum(dim=0), dim=0))
+
+
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [
+        ({"image_size": "16", "channels": "4,8"}, (2, 40, 21, 3)),
+        ({"image_size": "16,32", "channels": "4,8"}, (2, 16, 32, 1)),
+        ({"spatial_dims": 3, "image_size": "16", "channels": "4,8"}, (2, 40, 21, 16)),
+    ],
+)
+def test_windows_cover_a_slice_or_volume(options: dict[str, Any], shape: tuple[int, ...]) -> None:
+    """A network that looks at single voxels gives the same in windows as in the whole."""
+    config, shares = tiny(**options), []
+    image = torch.randn(shape)
+    network = (nn.Conv2d if config.spatial_dims == 2 else nn.Conv3d)(2, 3, 1)
+    logits = network_output(network, image, config, shares.append)
+    expected = torch.einsum("kc,c...->k...", network.weight.detach().flatten(1), image)
+    expected += network.bias.detach()[:, None, None, None]
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    assert shares[-1] == 1
+    assert shares == sorted(shares)
 
 
 def test_runs_are_averaged(trained: Trained) -> None:
@@ -97,16 +120,16 @@ def test_the_largest_component_is_kept() -> None:
     mask[4, 4, 4] = 1  # touches at a corner
     mask[8:10, 8:10, 1] = 1
     mask[9, 9, 4] = 2  # the only one of its class
-    kept = keep_largest(mask, [1, 2, 3])
+    kept = keep_largest(mask, each_class(4))
     assert int((kept == 1).sum()) == 28
     assert kept[4, 4, 4] == 1
     assert kept[9, 9, 4] == 2
     assert int((mask == 1).sum()) == 32  # a copy
-    assert torch.equal(keep_largest(kept, [1, 2]), kept)
-    assert torch.equal(keep_largest(mask, [2]), mask)
+    assert torch.equal(keep_largest(kept, each_class(3)), kept)
+    assert torch.equal(keep_largest(mask, [(2,)]), mask)
     two = torch.zeros(5, 5, 5, dtype=torch.int32)
     two[0, 0, 0] = two[4, 4, 4] = 300
-    assert keep_largest(two, [300]).nonzero().tolist() == [[0, 0, 0]]  # of the same size: the first
+    assert keep_largest(two, [(300,)]).nonzero().tolist() == [[0, 0, 0]]  # of the same size: the first
 
 
 def test_post_processing_changes_the_mask_alone(trained: Trained, tmp_path: Path) -> None:
@@ -116,7 +139,7 @@ def test_post_processing_changes_the_mask_alone(trained: Trained, tmp_path: Path
         out = str(tmp_path / name)
         assert main(["predict", str(run), scan, "-o", out, "--postprocess", name, "--probabilities"]) == 0
     before, after = (nib.load(tmp_path / n / "case00.nii.gz") for n in ("none", "largest-component"))
-    expected = keep_largest(torch.from_numpy(np.asarray(before.dataobj).copy()), [1, 2])
+    expected = keep_largest(torch.from_numpy(np.asarray(before.dataobj).copy()), each_class(3))
     np.testing.assert_array_equal(np.asarray(after.dataobj), expected.numpy())
     one, two = ((tmp_path / n / "case00_probabilities.nii.gz").read_bytes() for n in ("none", "largest-component"))
     assert one == two

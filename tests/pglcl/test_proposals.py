@@ -25,6 +25,16 @@ def test_proposals_are_options_that_a_training_takes(shape: tuple[int, ...], tmp
     assert TrainConfig(spatial_dims=dims, **chosen).size
 
 
+def test_whole_slices_are_proposed_where_parts_show_little(tmp_path: Path) -> None:
+    for name, shape in (("large", (1300, 900, 2)), ("small", (600, 900, 2))):
+        save(
+            tmp_path / name / "images" / "a.nii.gz", np.zeros(shape, np.uint8) + np.arange(2, dtype=np.uint8), np.eye(4)
+        )
+        data = open_folder(tmp_path / name)
+        said = {p.option: p.value for p in propose(data, inspect_folder(data))}
+        assert said.get("--slices") == ("whole" if name == "large" else None)
+
+
 def test_empty_labels_and_classes_of_one_patient_give_a_warning(tmp_path: Path) -> None:
     root = plain(tmp_path)
     for i in range(1, 6):

@@ -26,10 +26,17 @@ def of_spacing(path: Path, *spacing: float, shape: tuple[int, ...] = (64, 48, 6)
 
 
 def test_voxel_sizes_are_those_that_the_network_sees(tmp_path: Path) -> None:
-    """Slices are scaled to the size of the network, so their extent counts; volumes keep their voxels, or --spacing."""
+    """Whole slices are scaled to the size of the network, so their extent counts.
+
+    Parts of slices and volumes keep their voxels, or get those of --spacing.
+    """
     source = read_source(of_spacing(tmp_path / "a.nii.gz", 1.5, 2.0, 8.0))
-    assert sizes_seen(source, tiny(image_size="32"), 2) == pytest.approx((3.0, 4.0))
-    assert sizes_seen(source, tiny(image_size="32"), 0) == pytest.approx((3.0, 12.0))  # 6 pixels become 4
+    whole = tiny(image_size="32", slices="whole")
+    assert sizes_seen(source, whole, 2) == pytest.approx((3.0, 4.0))
+    assert sizes_seen(source, whole, 0) == pytest.approx((3.0, 12.0))  # 6 pixels become 4
+    assert sizes_seen(source, tiny(), 2) == (1.5, 2.0)
+    assert sizes_seen(source, tiny(), 0) == (2.0, 8.0)
+    assert sizes_seen(source, tiny(spacing="3,1"), 2) == pytest.approx((3.0, 1.0))
     volumes = {"spatial_dims": 3, "image_size": "16,16,16"}
     assert sizes_seen(source, tiny(**volumes), None) == (1.5, 2.0, 8.0)
     assert sizes_seen(source, tiny(**volumes, spacing="2"), None) == pytest.approx((2, 2, 2))
@@ -84,7 +91,7 @@ def test_predict_and_evaluate_name_images_with_other_voxels(
     assert "OTHER VOXELS" not in shown.out
     assert main(["predict", str(run), str(scan), "-o", str(masks / "other")]) == 0
     words = "mm as the network sees them, in the training"
-    assert f"pglcl: {scan}: its voxels are 0.469 x 0.464 {words}" in capsys.readouterr().err
+    assert f"pglcl: {scan}: its voxels are 0.5 x 0.5 {words}" in capsys.readouterr().err
     assert main(["evaluate", str(run), str(other), "-o", str(scores)]) == 0
     shown = capsys.readouterr()
     assert shown.err.count(words) == 2

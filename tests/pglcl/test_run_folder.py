@@ -452,6 +452,22 @@ def test_a_run_is_resumed_without_its_data_folder_and_options(
     assert same_weights(run, ended)
 
 
+def test_a_run_of_a_version_without_parts_of_slices_sees_whole_ones(data: Path, tmp_path: Path) -> None:
+    """The default has changed since. Such a run goes on, and its model predicts, as it was trained."""
+    runs = tmp_path / "ended", tmp_path / "run"
+    Training(data, runs[0], tiny(slices="whole"), quiet=True).run()
+    stop_by(signal.SIGINT, data, runs[1], slices="whole")
+    for run in runs:
+        options = json.loads((run / "config.json").read_text())
+        del options["slices"]
+        (run / "config.json").write_text(json.dumps(options))
+        for path in run.glob("*.pt"):
+            spoil(path, lambda s: (s.get("model", s)["config"].pop("slices"), s["run"]["config"].pop("slices")))
+    assert main(["train", "--resume", str(runs[1]), "-q"]) == 0
+    assert same_weights(*runs)
+    assert load_model(runs[0]).config.whole_slices
+
+
 def test_a_resumed_run_keeps_its_options(copies: tuple[Path, Path], capsys: Any) -> None:
     data, run = copies
     arguments = ["train", str(data), "-o", str(run), "--resume", "-q"]

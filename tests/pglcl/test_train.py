@@ -122,32 +122,40 @@ def test_masks_keep_the_largest_component_where_validation_patients_score_no_wor
     training.run()
     data = load_training_data(folder, tiny())
     model = load_model(run, "cpu")
-    truth = {}
+    truth, apart = {}, True
 
     def said(predictor: Any, case: Any) -> tuple[torch.Tensor, torch.Tensor]:
         mask = torch.zeros(30, 30, 5, dtype=torch.uint8)
-        mask[2:9, 2:9], mask[20:29, 20:29] = 1, 2
+        mask[2:9, 2:9] = 1
+        mask[9:12, 2:9] = 0 if apart else 2
+        mask[20:29, 20:29] = 2 if apart else 0
         shown = mask.clone()
         shown[12, 12, 2] = 1  # an island
-        shown[20:29, 24:26] = 0  # class 2 is torn apart
+        if apart:
+            shown[20:29, 24:26] = 0  # class 2 is torn apart
         truth[case.name] = mask
         return shown, mask
 
     monkeypatch.setattr("pglcl.organs.predicted_and_true", said)
     with launched_ranks(torch.device("cpu")) as ranks:
-        assert organs_of_masks(model, data, ranks) == (1,)
+        assert organs_of_masks(model, data, ranks) == ((1,),)  # the classes lie apart
         two = next(one.label for one in data.labelled if one.label is not None)
         two[two == 1] = 0
         two[0, 0, 0] = two[-1, -1, -1] = 1
         data.labelled[:] = [one for one in data.labelled if one.label is two]
         assert organs_of_masks(model, data, ranks) == ()
+        two[:] = 0
+        two[2:9, 2:9], two[9:12, 2:9] = 1, 2  # they lie side by side
+        assert organs_of_masks(model, data, ranks) == ((1,),)
+        apart = False
+        assert organs_of_masks(model, data, ranks) == ((1, 2), (1,), (2,))
     assert len(truth) == 1
-    model.organs = (1,)
-    assert Predictor([model]).organs == [1]
+    model.organs = ((1, 2), (1,))
+    assert Predictor([model]).organs == [(1, 2), (1,)]
     assert Predictor([model], postprocess="none").organs == []
     other = load_model(run, "cpu")
-    other.organs = (2,)
-    assert Predictor([model, other]).organs == []  # only those on which all models agree
+    other.organs = ((2,), (1, 2))
+    assert Predictor([model, other]).organs == [(1, 2)]  # only those on which all models agree
 
 
 @pytest.mark.parametrize("options", [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -112,16 +113,22 @@ def test_a_label_in_other_axes_is_read_like_one_in_the_axes_of_its_image(tmp_pat
             np.testing.assert_array_equal(read_label(tmp_path / "d.nii.gz", path, LABELS), expected)
 
 
-@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"slices": "whole", "image_size": "32"},
+        {"slices": "crop", "image_size": "32"},
+        {"slices": "crop", "image_size": "32", "spacing": "1,1.5"},
+        {"spatial_dims": 3, "image_size": "32,32,16", "spacing": "1,1.5,3"},
+    ],
+)
 @pytest.mark.parametrize("shape", [(30, 26, 5), (17, 41, 9), (64, 33, 3), (5, 70, 66)])
 def test_a_mask_is_nearly_the_same_after_the_networks_resolution(
-    shape: tuple[int, ...], dims: int, tmp_path: Path
+    shape: tuple[int, ...], options: dict[str, Any], tmp_path: Path
 ) -> None:
     image, label = volume(0, shape)
     path, truth = save(tmp_path / "i.nii.gz", image), save(tmp_path / "l.nii.gz", label)
-    config = tiny(
-        spatial_dims=dims, image_size="32,32" if dims == 2 else "32,32,16", spacing="" if dims == 2 else "1,1.5,3"
-    )
+    config = tiny(**options)
     axis = choose_slice_axis(config, read_volume([path]).data.shape[1:])
     prepared = prepare(Case("i", "i", (path,), truth), config, axis, INTENSITY, LABELS)
     assert prepared.label is not None
@@ -157,7 +164,10 @@ def test_resizing_keeps_means_and_labels() -> None:
 def test_resized_shape_fits_the_size_or_the_spacing() -> None:
     assert resized_shape((200, 256, 10), (1, 1, 8), slice_axis=2, size=(128, 128), target=None) == (100, 128, 10)
     assert resized_shape((10, 100, 50), (8, 1, 1), slice_axis=0, size=(32, 64), target=None) == (10, 32, 16)
-    assert resized_shape((10, 20, 30), (3.0, 1.0, 0.5), slice_axis=None, size=(), target=(1, 1, 1)) == (30, 20, 15)
+    volume = {"shape": (10, 20, 30), "spacing": (3.0, 1.0, 0.5), "size": None}
+    assert resized_shape(**volume, slice_axis=None, target=(1, 1, 1)) == (30, 20, 15)
+    assert resized_shape(**volume, slice_axis=1, target=(1.5, 1)) == (20, 20, 15)
+    assert resized_shape(**volume, slice_axis=0, target=None) == (10, 20, 30)
 
 
 @pytest.mark.parametrize("replaced", ["image.nii", "label.nii"])
