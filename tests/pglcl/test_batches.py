@@ -63,6 +63,10 @@ def test_parts_of_slices_keep_their_resolution(tmp_path: Path) -> None:
     """A part is a window of a slice, unchanged but for the augmentation. Half of the labelled ones show a class."""
     config = tiny(image_size="16", batch_size=16, warmup=0)
     data = load_training_data(plain(tmp_path, shape=(90, 80, 3)), config)
+    for one in data.labelled:
+        assert one.label is not None
+        one.label[:] = 0
+        one.label[40:52, 30:42] = 1
     batches = StepBatches(data.labelled, data.unlabelled, config)
     batches.geometric = batches.intensities = Compose([])
     parts, windows = [batches[step] for step in range(8)], []
@@ -71,10 +75,8 @@ def test_parts_of_slices_keep_their_resolution(tmp_path: Path) -> None:
     for batch in parts:
         for images, known in zip((batch["image"], batch["weak"]), windows, strict=True):
             assert all((image[0] == known).flatten(1).all(dim=1).any() for image in images)
-    seen = torch.cat([(batch["label"] > 0).flatten(1).any(dim=1) for batch in parts])
     centred = torch.cat([batch["label"][:, 8, 8] > 0 for batch in parts])
-    assert seen.float().mean() >= 0.5
-    assert centred.float().mean() >= 0.3  # but at the borders of a slice
+    assert 0.4 < centred.float().mean() < 0.65  # one in 50 without a preference
 
 
 def test_patches_of_volumes_have_all_channels(tmp_path: Path) -> None:

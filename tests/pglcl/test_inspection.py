@@ -305,11 +305,11 @@ def test_a_class_that_vanishes_when_slices_are_shrunk_is_said(
     assert "voxels vanish" not in said
     load_training_data(root, tiny(labelled=2), progress=Progress(8))
     said = capsys.readouterr().err.replace("\n", " ")
-    assert re.search(r"the network sees 32x32 pixels of slices of 15\dx14\d at a time; a larger --image-size", said)
+    assert re.search(r"the network sees 32x32 pixels of slices of 14\dx15\d at a time; a larger --image-size", said)
     assert "voxels vanish" not in said
     load_training_data(root, tiny(labelled=2, image_size="160"), progress=Progress(8))
     said = capsys.readouterr().err.replace("\n", " ")
-    assert re.search(r"slices of 15\dx14\d pixels are padded to --image-size 160x160; a smaller one saves time", said)
+    assert re.search(r"slices of 14\dx15\d pixels are padded to --image-size 160x160; a smaller one saves time", said)
     load_training_data(root, tiny(labelled=2, image_size="160", spacing="0.9,0.9"), progress=Progress(8))
     said = capsys.readouterr().err.replace("\n", " ")
     assert "--image-size" not in said
