@@ -63,7 +63,7 @@ DATASETS: dict[str, DataSet] = {
         "Histology",
         "Histology_nuclei",
         70,
-        {"labelled": 5, "test": 15, "validation": 5, "slices": "crop", "steps": 1000},
+        {"labelled": 5, "test": 15, "validation": 5, "slices": "whole", "steps": 1000},
     ),
 }
 BASES = ("mean-teacher", "weak-to-strong", "copy-paste")

@@ -124,10 +124,10 @@ class TrainConfig:
     image_size: str = _opt("",
         "size of what the network sees, one number or one per axis; default: 128 in 2-D, 32,48,32 in 3-D",
         "Data", unit="pixels", items=int, least=1)
-    slices: str = _opt("crop",
+    slices: str = _opt("auto",
         "2-D; crop: the network sees parts of slices at their own resolution, as patches in 3-D; whole: slices scaled "
-        "to --image-size",
-        "Data", choices=("crop", "whole"), only=("spatial_dims", 2))
+        "to --image-size; auto: whole for pictures, crop for volumes",
+        "Data", choices=("auto", "crop", "whole"), only=("spatial_dims", 2))
     spacing: str = _opt("",
         "voxel size that volumes or cropped slices are resampled to, one number or one per axis, e.g. 1,1,1; default: "
         "unchanged",
@@ -332,7 +332,7 @@ class TrainConfig:
 
     @property
     def whole_slices(self) -> bool:
-        """Whether slices are scaled to :attr:`size`."""
+        """Whether slices are scaled to :attr:`size`. False for "auto", which a run replaces before it reads volumes."""
         return self.spatial_dims == 2 and self.slices == "whole"
 
     @property

@@ -503,13 +503,19 @@ def _some(lines: Sequence[str], what: str) -> list[str]:
 
 
 def _sides_of_slices(reports: Sequence[CaseReport], config: TrainConfig, slice_axis: int | None) -> list[str]:
-    """A line about slices that are far larger than what the network sees: details are lost, or what lies around.
+    """A line about what the network sees of slices.
 
-    Also about slices that are smaller along every side.
+    Another one names slices that are far larger: details are lost, or what lies around. Or slices that are smaller.
     """
     if slice_axis is None:
         return []
     size = "x".join(map(str, config.size))
+    scaled = f"at a spacing of {config.spacing} mm" if config.spacing else "at their own resolution"
+    how = f"whole, scaled to {size} pixels" if config.whole_slices else f"parts of {size} pixels, {scaled}"
+    return [f"slices: {how} (--slices {config.slices})", *_large_or_small(reports, config, slice_axis, size)]
+
+
+def _large_or_small(reports: Sequence[CaseReport], config: TrainConfig, slice_axis: int, size: str) -> list[str]:
     if config.whole_slices:
         now = [resized_for(config, r.shape, r.spacing, slice_axis) for r in reports]
         factor = float(np.median([max(a / b for a, b in zip(r.shape, small)) for r, small in zip(reports, now)]))

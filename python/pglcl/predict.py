@@ -32,8 +32,8 @@ from pglcl.training_data import files_of
 from pglcl.volumes import Geometry, write_like
 from pglcl_ext.patch_statistics import pixel_entropy
 
-SLICES_AT_ONCE = 16  # or windows of them
-WINDOWS_AT_ONCE = 4  # of volumes
+SLICES_AT_ONCE = 16  # or windows of slices
+VOLUMES_AT_ONCE = 4  # windows of volumes
 SLAB_ELEMENTS = 1 << 24  # probabilities that are held at once while a volume is restored: 64 MiB
 TTA = ("none", "flips")
 
@@ -68,18 +68,18 @@ def network_output(network: nn.Module, image: Tensor, config: TrainConfig, repor
     """Logits (K, X, Y, Z), float32 on the CPU, of a prepared image (C, X, Y, Z)."""
     device = next(network.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
+        if config.spatial_dims == 3:
+            return _by_windows(network, image[None], config.size, device, report)[0]
         if config.whole_slices:
-            return _slice_by_slice(network, image, device, report)
-        if config.spatial_dims == 2:
-            return _window_by_window(network, image.movedim(-1, 0), config.size, device, report).movedim(0, -1)
-        return _window_by_window(network, image[None], config.size, device, report)[0]
+            return _slice_by_slice(lambda slices: network(slices.to(device)).float().cpu(), image, report)
+        return _slice_by_slice(lambda slices: _by_windows(network, slices, config.size, device), image, report)
 
 
-def _slice_by_slice(network: nn.Module, image: Tensor, device: torch.device, report: Report | None) -> Tensor:
+def _slice_by_slice(predict: Callable[[Tensor], Tensor], image: Tensor, report: Report | None) -> Tensor:
     slices = image.movedim(-1, 0)
     logits: Tensor | None = None
     for first in range(0, len(slices), SLICES_AT_ONCE):
-        part = network(slices[first : first + SLICES_AT_ONCE].to(device)).float().cpu()
+        part = predict(slices[first : first + SLICES_AT_ONCE])
         if logits is None:
             logits = part.new_empty(len(slices), *part.shape[1:])
         logits[first : first + len(part)] = part
@@ -89,27 +89,31 @@ def _slice_by_slice(network: nn.Module, image: Tensor, device: torch.device, rep
     return logits.movedim(0, -1)
 
 
-def _window_by_window(
-    network: nn.Module, images: Tensor, size: tuple[int, ...], device: torch.device, report: Report | None
+def _by_windows(
+    network: nn.Module, images: Tensor, size: tuple[int, ...], device: torch.device, report: Report | None = None
 ) -> Tensor:
     """Logits (B, K, *S) of images (B, C, *S). Windows overlap by half; their centres count most."""
-    at_once = SLICES_AT_ONCE if len(size) == 2 else WINDOWS_AT_ONCE
     step = [max(1, n // 2) for n in size]
-    windows = len(images) * int(
-        np.prod([1 + max(0, -(-(n - s) // t)) for n, s, t in zip(images.shape[2:], size, step)])
-    )
+    windows = int(np.prod([1 + max(0, -(-(n - s) // t)) for n, s, t in zip(images.shape[2:], size, step)]))
     done = 0
 
     def counted(x: Tensor) -> Tensor:
         nonlocal done
         done += len(x)
         if report:
-            report(min(1.0, done / windows))
+            report(min(1.0, done / (len(images) * windows)))
         answer: Tensor = network(x).float()
         return answer
 
     logits = sliding_window_inference(
-        images, size, at_once, counted, overlap=0.5, mode="gaussian", sw_device=device, device=torch.device("cpu")
+        images,
+        size,
+        SLICES_AT_ONCE if len(size) == 2 else VOLUMES_AT_ONCE,
+        counted,
+        overlap=0.5,
+        mode="gaussian",
+        sw_device=device,
+        device=torch.device("cpu"),
     )
     assert isinstance(logits, Tensor)
     return logits

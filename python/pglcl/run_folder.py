@@ -245,9 +245,10 @@ class RunFolder:
         warmup = saved.warmup if asked.warmup < 0 else asked.warmup
         names = [name for name, option in OPTIONS.items() if option.weights and name != "steps"]
         lines = [] if warmup == saved.warmup else [_difference("warmup", saved.warmup, warmup)]
+        decided = ("warmup", "slices") if asked.slices == "auto" else ("warmup",)
         for name in names:
             before, now = getattr(saved, name), getattr(asked, name)
-            if name != "warmup" and before != now:
+            if name not in decided and before != now:
                 lines.append(_difference(name, before, now))
         if asked.steps < saved.steps:
             lines.append(f"{_difference('steps', saved.steps, asked.steps)}; a run may get more steps, but not fewer")

@@ -22,6 +22,7 @@ from pglcl.lock import FolderLock
 from pglcl.model import TrainedModel, choose_device, initial_model, load_model
 from pglcl.organs import organs_of_masks
 from pglcl.postprocess import Organ
+from pglcl.prepare import decide_slices
 from pglcl.progress import Progress
 from pglcl.ranks import Ranks, device_of_rank, launched_ranks
 from pglcl.record import MetricsLog, Profile
@@ -94,6 +95,7 @@ class Training:
         state = None
         with ranks.together():
             data_folder = open_folder(self.root)
+            folder.config = decide_slices(folder.config, data_folder.cases)
             split = folder.split or split_patients(data_folder, folder.config)
             cases = cases_read(data_folder, split) if ranks.is_first else []
             read = Unchanged(files_of_cases(cases))

@@ -15,7 +15,7 @@ from pglcl.formats.names import READERS, suffix_of
 from pglcl.inspection import Survey, survey
 from pglcl.labels import LabelMap
 from pglcl.layouts import Case, DataFolder, open_folder
-from pglcl.prepare import Prepared, prepare
+from pglcl.prepare import Prepared, decide_slices, prepare
 from pglcl.progress import Progress
 
 
@@ -57,6 +57,7 @@ def load_training_data(
         UserError: a line for each problem of the data.
     """
     folder = open_folder(root)
+    config = decide_slices(config, folder.cases)
     split = split or split_patients(folder, config)
     found = survey(folder, config, split, print_line=progress.print_line if progress else None)
     if progress:

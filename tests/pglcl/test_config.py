@@ -79,7 +79,7 @@ def test_whole_numbers_have_bounds(name: str, value: int) -> None:
         ({"spacing": "1", "slices": "whole"}, "--spacing and --slices whole exclude each other"),
         ({"spacing": "1,1,3"}, "--spacing must be one number or 2, got '1,1,3'"),
         ({"slices": "whole", "spatial_dims": 3}, "--slices needs --spatial-dims 2, got 3"),
-        ({"slices": "half"}, "--slices must be one of crop, whole, got half"),
+        ({"slices": "half"}, "--slices must be one of auto, crop, whole, got half"),
         ({"steps": "100"}, "--steps must be a whole number, got '100'"),
         ({"batch_size": 4.5}, "--batch-size must be a whole number, got 4.5"),
         ({"labelled": True}, "--labelled must be a whole number, got True"),

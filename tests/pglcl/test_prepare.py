@@ -10,9 +10,10 @@ from pglcl.errors import UserError
 from pglcl.inspection import survey
 from pglcl.intensity import Channel, Intensity
 from pglcl.layouts import Case, open_folder
-from pglcl.prepare import prepare
+from pglcl.prepare import decide_slices, prepare
+from pglcl.training_data import load_training_data
 
-from tests.pglcl.folders import save, ssl4mis, tiny, volume
+from tests.pglcl.folders import pictures, plain, save, ssl4mis, tiny, volume
 
 
 def test_images_that_do_not_suit_the_options_are_refused(tmp_path: Path) -> None:
@@ -33,3 +34,16 @@ def test_images_that_do_not_suit_the_options_are_refused(tmp_path: Path) -> None
         UserError, match=r"shares\.nii\.gz: channel 0 must have values from 0 to 255 for --normalise rgb"
     ):
         prepare(shares, tiny(), 2, rgb)
+
+
+def test_pictures_are_seen_whole_and_volumes_in_parts(tmp_path: Path) -> None:
+    of = [open_folder(root).cases for root in (pictures(tmp_path / "p"), plain(tmp_path / "v"))]
+    assert [decide_slices(tiny(), cases).slices for cases in of] == ["whole", "crop"]
+    assert [decide_slices(tiny(slices="crop"), cases).slices for cases in of] == ["crop", "crop"]
+    assert [decide_slices(tiny(slices="whole"), cases).slices for cases in of] == ["whole", "whole"]
+    assert decide_slices(tiny(), [*of[0], *of[1]]).slices == "crop"
+    volumes = tiny(spatial_dims=3, image_size="16")
+    assert decide_slices(volumes, of[0]) == volumes
+    for cases, said in zip(of, ("whole, scaled to 32x32 pixels", "parts of 32x32 pixels, at their own"), strict=True):
+        data = load_training_data(cases[0].images[0].parents[1], tiny())
+        assert any(note.startswith(f"slices: {said}") for note in data.survey.notes)
