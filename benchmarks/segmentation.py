@@ -167,13 +167,16 @@ Record = dict[str, Any]
 
 
 def recorded(run: Run, runs: Path) -> Record | None:
-    """The scores of a run, from its folder; None while it has not ended.
+    """The scores of a run, from its folder; None while it has not ended, or if it was trained with other options.
 
     For each test patient: Dice and HD95, means over volumes and classes. For each class, and for all of them: the means
     over patients. Over all test volumes and classes: the numbers of missed classes, and of pieces that touch no truth.
     """
     folder = run.folder(runs)
     if not (folder / "scores_test.json").exists():
+        return None
+    trained = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if any(trained.get(name) != value for name, value in run.options().items()):
         return None
     content = json.loads((folder / "scores_test.json").read_text(encoding="utf-8"))
     values: dict[str, dict[str, list[float]]] = {"dice": {}, "hd95": {}}

@@ -227,6 +227,7 @@ def ended(runs: Path, run: segmentation.Run, dice: float) -> None:
     summary = [{"class": "mean", "dice": dice, "hd95": 3.0, "missed": 0, "stray": 2}]
     scores = [{"patient": p, "dice": dice + d, "hd95": 3.0} for p, d in (("a", 0.01), ("a", 0.03), ("b", -0.02))]
     (folder / "scores_test.json").write_text(json.dumps({"scores": scores, "summary": summary}))
+    (folder / "config.json").write_text(json.dumps(run.options()))
     (folder / "environment.json").write_text(json.dumps({"git": None, "processor": "a CPU"}))
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 5, "validation_dice": 0.7}) + "\n")
 
@@ -246,6 +247,9 @@ def test_runs_are_collected_from_folder_and_results(tmp_path: Path) -> None:
     # Results of other options than the present ones do not count.
     committed[0]["options"]["steps"] += 1
     assert segmentation.Records(tmp_path / "here", committed).of(theirs) is None
+    config = ours.folder(tmp_path / "here") / "config.json"
+    config.write_text(json.dumps({**ours.options(), "slices": "whole"}))
+    assert segmentation.Records(tmp_path / "here").of(ours) is None
 
 
 def test_goals_are_judged() -> None:

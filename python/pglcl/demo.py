@@ -80,6 +80,7 @@ def training_options(split_file: Path, steps: int) -> dict[str, Any]:
         "steps": steps,
         "warmup": steps // 4,
         "image_size": "96",
+        "slices": "whole",
         "validate_every": 0,
     }
 
