@@ -41,13 +41,14 @@ def organs_of_masks(model: TrainedModel, data: TrainingData, ranks: Ranks) -> tu
     together, each = all_together(k), each_class(k)
     candidates = [together, *each] if k > 2 else each
     one = single_organs((v.label for v in data.labelled if v.label is not None), candidates)
+    joint = together in one and k > 2
     # As predicted and with all classes together, each without and with the largest component of every class.
-    ways = [(), each, [together], [together, *each]]
+    ways = [(), each, *([[together], [together, *each]] if joint else [])]
     sums = torch.zeros(len(ways), k, dtype=torch.float64)  # of Dice over the volumes that have the class
     predictor = Predictor([model], postprocess="none")
     for case in data.validation[ranks.rank :: ranks.size]:
         mask, truth = predicted_and_true(predictor, case)
-        for row, way in enumerate(ways if together in one else ways[:2]):
+        for row, way in enumerate(ways):
             for score in score_volume(
                 keep_largest(mask, way), truth, k, (1, 1, 1), patient="", case="", distances=False
             ):
@@ -55,7 +56,7 @@ def organs_of_masks(model: TrainedModel, data: TrainingData, ranks: Ranks) -> tu
     dice = torch.tensor(ranks.sum(sums.flatten().tolist())).view(len(ways), k)
     chosen: list[Organ] = []
     plain, kept = dice[:2]
-    if together in one and k > 2 and dice[2].sum() >= plain.sum():
+    if joint and dice[2].sum() >= plain.sum():
         chosen.append(together)
         plain, kept = dice[2:]
     return (*chosen, *(organ for organ in each if organ in one and kept[organ[0]] >= plain[organ[0]]))
