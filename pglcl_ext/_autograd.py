@@ -45,16 +45,19 @@ class OpFunction(torch.autograd.Function):
 
     A subclass names both, and the functions that make their results for fake tensors. It is applied to the tensors that
     gradients flow to, and to one tuple of all arguments of the op: autograd does not look into it, which saves time.
-    Arguments are `flat` wherever they are a tuple in the order of the op's schema.
+    Arguments are `flat` wherever they are a tuple in the order of the op's schema. `backward` returns a gradient for
+    each of `gradients_flow_to`, and None for the tuples of arguments and of outputs.
     """
 
     name: ClassVar[str]  # the public function
     op: ClassVar[Any]
     backward_op: ClassVar[Any]
     gradients_flow_to: ClassVar[tuple[str, ...]]  # names of arguments of the op
+    only_first_differentiable: ClassVar[bool] = False  # of the op's outputs, instead of all
     fake: ClassVar[Callable[..., Any]]  # of the op: tensors without content, in the shapes that it returns
     backward_fake: ClassVar[Callable[..., Any]]
     backward_function: ClassVar[type[OpFunction]]  # of the backward op; `register` makes it
+    node: ClassVar[Callable[..., Any]]  # makes the node of eager mode; `register` defines it
     backward_of_class: ClassVar[Any]  # the method that a subclass defines as `backward`
     backward_in_graph: ClassVar[Callable[..., Any]]  # calls the backward op
     leading_tensors: ClassVar[int]  # number of the op's arguments before the first that is no tensor
@@ -79,25 +82,17 @@ class OpFunction(torch.autograd.Function):
         cls.backward_in_graph = staticmethod(lambda *arguments: backward_op(*arguments))  # type: ignore[misc]
 
     @classmethod
-    def apply(cls, *inputs: Any) -> Any:
-        if in_functorch():
-            return super().apply(*inputs)  # type: ignore[no-untyped-call]
-        # Function.apply would first bind default arguments. There are none, and that takes longer than a small op.
-        return super(torch.autograd.Function, cls).apply(*inputs)  # type: ignore[misc]
-
-    @classmethod
     def call(cls, flat: tuple[Any, ...]) -> Any:
         """The op's outputs, differentiable if an input needs a gradient."""
+        if forward_ad._current_level >= 0 or (in_functorch() and torch.is_grad_enabled()):
+            return cls.apply(*cls.inputs(flat))  # type: ignore[no-untyped-call]
+        outputs = run(cls.op, flat)
         if torch.is_grad_enabled():
             for place in cls.places:
                 t = flat[place]
                 if t is not None and t.requires_grad:
-                    return cls.apply(*cls.inputs(flat))
-            if in_functorch():
-                return cls.apply(*cls.inputs(flat))
-        if forward_ad._current_level >= 0:
-            return cls.apply(*cls.inputs(flat))
-        return run(cls.op, flat)
+                    return cls.node(*cls.inputs(flat), outputs)
+        return outputs
 
     @classmethod
     def checked(cls, check: Callable[[Any], None], arguments: Any, flat: tuple[Any, ...]) -> Any:
@@ -124,14 +119,26 @@ class OpFunction(torch.autograd.Function):
         return (*[flat[place] for place in cls.places], flat)
 
     @classmethod
+    def forward(cls, *inputs: Any) -> Any:
+        return run(cls.op, inputs[-1])
+
+    @classmethod
+    def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        if cls.only_first_differentiable:
+            ctx.mark_non_differentiable(*output[1:])
+            ctx.set_materialize_grads(False)
+        cls.keep(ctx, inputs[-1], output)
+
+    @classmethod
+    def keep(cls, ctx: Any, flat: tuple[Any, ...], outputs: Any) -> None:
+        """Saves what the backward pass needs."""
+        raise NotImplementedError
+
+    @classmethod
     def save(cls, ctx: Any, outputs: tuple[Tensor, ...], flat: tuple[Any, ...]) -> None:
         """Saves `outputs` and the op's tensors as ``saved_tensors``, and its other arguments as ``options``."""
         ctx.save_for_backward(*outputs, *[savable(t) for t in flat[: cls.leading_tensors]])
         ctx.options = flat[cls.leading_tensors :]
-
-    @classmethod
-    def forward(cls, *inputs: Any) -> Any:
-        return run(cls.op, inputs[-1])
 
     @classmethod
     def run_backward(cls, *arguments: Any) -> Any:
@@ -197,8 +204,31 @@ def _of_one_level(function: type[OpFunction]) -> Any:
     return type(f"{function.__name__}OfOneLevel", (torch.autograd.function._SingleLevelFunction,), methods)
 
 
+def _in_eager_mode(function: type[OpFunction]) -> Callable[..., Any]:
+    """The same node for an op that has run, from the inputs of `apply` and the op's outputs.
+
+    It has no outputs but the differentiable ones, and no `setup_context`: each takes as long as a part of a small op.
+    """
+    first = function.only_first_differentiable
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        *_, flat, outputs = inputs
+        function.keep(ctx, flat, outputs)
+        if not first:
+            return outputs
+        ctx.set_materialize_grads(False)
+        return outputs[0]
+
+    methods = {"forward": forward, "backward": function.backward, "jvp": function.jvp}
+    node = type(function.__name__, (torch.autograd.Function,), {name: staticmethod(m) for name, m in methods.items()})
+    # Function.apply would first bind default arguments. There are none.
+    apply = super(torch.autograd.Function, node).apply  # type: ignore[misc]
+    return (lambda *inputs: (apply(*inputs), *inputs[-1][1:])) if first else apply
+
+
 def _register_function(function: type[OpFunction]) -> None:
     one_level = _of_one_level(function)
+    function.node = staticmethod(_in_eager_mode(function))
 
     def kernel(*flat: Any) -> Any:
         if not in_functorch():
@@ -222,7 +252,7 @@ def register(function: type[OpFunction]) -> type[OpFunction]:
         gradients_flow_to = tuple(a.name for a in op._schema.arguments if "Tensor" in str(a.type))
 
         @classmethod
-        def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        def keep(cls, ctx: Any, flat: tuple[Any, ...], outputs: Any) -> None:
             pass
 
         @classmethod

@@ -317,10 +317,11 @@ PAIRS_BY_RULE = ("max_positive_disparity", "min_negative_disparity", "num_positi
 
 def check_choice_of_pairs(descriptors: Any, options: ContrastOptions) -> None:
     """Checks that the options that choose the pairs fit each other."""
+    no_bounds = options.max_positive_disparity is None and options.min_negative_disparity is None
+    if no_bounds and options.num_positives is None and options.num_negatives is None:
+        return  # the usual case, found soon
     rule = {name: getattr(options, name) for name in PAIRS_BY_RULE}
     given = [name for name, value in rule.items() if value is not None]
-    if not given:
-        return
     if options.positive_mask is not None or options.negative_mask is not None:
         raise ValueError(
             f"positive_mask and negative_mask choose all pairs and exclude {', '.join(given)}: pass masks alone, or no "

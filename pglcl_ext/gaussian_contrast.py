@@ -266,27 +266,26 @@ class _Gaussian(OpFunction):
     op = ops.gaussian_contrast.default
     backward_op = ops.gaussian_contrast_backward.default
     gradients_flow_to = ("anchors",)
+    only_first_differentiable = True
     fake = staticmethod(_fake)
     backward_fake = staticmethod(_fake_backward)
 
     @classmethod
-    def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x = GaussianArguments(*inputs[-1])
-        outputs = GaussianOutputs(*output)
-        ctx.mark_non_differentiable(outputs.gradients, outputs.num_valid)
-        ctx.set_materialize_grads(False)
+    def keep(cls, ctx: Any, flat: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+        x = GaussianArguments(*flat)
+        _, gradients, num_valid = outputs
         ctx.reduction, ctx.has_gradients = x.reduction, x.needs_gradients
         if x.needs_gradients:
             # Not the counts themselves: keys may be queued before the backward pass.
             counted = _takes_part(x) if x.reduction == REDUCTIONS["none"] else None
-            ctx.save_for_backward(outputs.num_valid, x.anchors, outputs.gradients, counted)
+            ctx.save_for_backward(num_valid, x.anchors, gradients, counted)
         else:
-            cls.save(ctx, (outputs.num_valid,), x)
+            cls.save(ctx, (num_valid,), x)
 
     @classmethod
-    def backward(cls, ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | None, None]:
+    def backward(cls, ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | None, None, None]:
         if grad is None:
-            return None, None
+            return None, None, None
         num_valid, anchors, *rest = ctx.saved_tensors
         if ctx.has_gradients:
             gradients, counted = rest
@@ -297,7 +296,7 @@ class _Gaussian(OpFunction):
             counted = _takes_part(x) if x.reduction == REDUCTIONS["none"] else None
         if counted is not None:  # what follows the loss of an anchor that is left out has no effect
             grad = torch.where(counted, grad, 0)
-        return cls.run_backward(grad, anchors, gradients, num_valid, ctx.reduction), None
+        return cls.run_backward(grad, anchors, gradients, num_valid, ctx.reduction), None, None
 
 
 _in_graph = in_graph(_Gaussian)

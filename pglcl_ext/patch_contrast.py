@@ -24,12 +24,10 @@ from pglcl_ext._checks import (
     check_choice,
     check_choice_of_pairs,
     check_contrast,
-    check_contrast_numbers,
     check_embeddings,
     check_flag,
     check_integer,
     check_keys_come_together,
-    check_number,
     check_positive,
     check_reduction,
     check_temperature,
@@ -169,17 +167,16 @@ def patch_contrast(
         None if k is None else Side(k, *keys[1:]),  # type: ignore[arg-type]
         Choice(positive_bounds, negative_bounds, options.positive_mask, options.negative_mask),
         ContrastNumbers(
-            check_number("temperature", options.temperature),
+            check_temperature(options.temperature),
             positive_bound,
             negative_bound,
-            check_number("negative_weight", options.negative_weight),
+            check_positive("negative_weight", options.negative_weight, or_zero=True),
             check_integer("ignore_index", options.ignore_index),
             -1,
             REDUCTIONS[options.reduction],
             allow_tf32(),
         ),
     )
-    check_contrast_numbers(x.numbers)
     group = options.group
     if group is not None:
         _check_group(x)
@@ -422,23 +419,21 @@ class _Contrast(OpFunction):
     op = ops.patch_contrast.default
     backward_op = ops.patch_contrast_backward.default
     gradients_flow_to = ("anchors", "keys")
+    only_first_differentiable = True
     fake = staticmethod(_fake)
     backward_fake = staticmethod(_fake_backward)
 
     @classmethod
-    def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        outputs = ContrastOutputs(*output)
-        ctx.mark_non_differentiable(*outputs[1:])
-        ctx.set_materialize_grads(False)
-        cls.save(ctx, outputs.for_backward(), inputs[-1])
+    def keep(cls, ctx: Any, flat: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+        cls.save(ctx, ContrastOutputs(*outputs).for_backward(), flat)
 
     @classmethod
     def backward(cls, ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return None, None, None
-        needs_anchors, needs_keys, _ = ctx.needs_input_grad
+            return None, None, None, None
+        needs_anchors, needs_keys, *_ = ctx.needs_input_grad
         grad_anchors, grad_keys = cls.run_backward(grad, *ctx.saved_tensors, *ctx.options, needs_anchors, needs_keys)
-        return grad_anchors if needs_anchors else None, grad_keys if needs_keys else None, None
+        return grad_anchors if needs_anchors else None, grad_keys if needs_keys else None, None, None
 
 
 _in_graph = in_graph(_Contrast)

@@ -165,14 +165,14 @@ class _Statistics(OpFunction):
     backward_fake = staticmethod(_fake_backward)
 
     @classmethod
-    def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        image, *ctx.options = inputs[-1]
-        _, confidence, class_entropy = output
+    def keep(cls, ctx: Any, flat: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+        image, *ctx.options = flat
+        _, confidence, class_entropy = outputs
         ctx.save_for_backward(image, confidence, class_entropy)
 
     @classmethod
     def backward(cls, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return cls.run_backward(*grads, *ctx.saved_tensors, *ctx.options), None
+        return cls.run_backward(*grads, *ctx.saved_tensors, *ctx.options), None, None
 
 
 _in_graph = in_graph(_Statistics)

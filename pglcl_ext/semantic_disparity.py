@@ -85,14 +85,14 @@ class _Disparity(OpFunction):
     backward_fake = staticmethod(_fake_backward)
 
     @classmethod
-    def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        cls.save(ctx, (), inputs[-1])
+    def keep(cls, ctx: Any, flat: tuple[Any, ...], outputs: Tensor) -> None:
+        cls.save(ctx, (), flat)
 
     @classmethod
     def backward(cls, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needs_a, needs_b, _ = ctx.needs_input_grad
+        needs_a, needs_b, *_ = ctx.needs_input_grad
         grad_a, grad_b = cls.run_backward(grad, *ctx.saved_tensors, needs_a, needs_b)
-        return grad_a if needs_a else None, grad_b if needs_b else None, None
+        return grad_a if needs_a else None, grad_b if needs_b else None, None, None
 
 
 _in_graph = in_graph(_Disparity)
