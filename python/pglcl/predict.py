@@ -278,9 +278,10 @@ class Predictor:
         return keep_largest(mask, self.organs)
 
     def unlike_training(self, source: Source) -> str:
-        """A message if the sizes of voxels clearly differ from those of the training images; empty if they do not."""
+        """A message if voxels clearly differ from those of the training images in size or direction; empty if not."""
         for model in self.models:
-            found = model.resolution.problem(source, model.config, model.slice_axis) if model.resolution else ""
+            known = model.resolution
+            found = known and (known.problem(source, model.config, model.slice_axis) or known.direction_problem(source))
             if found:
                 return found
         return ""

@@ -1,4 +1,4 @@
-"""The sizes of voxels that a network was trained on, and whether those of another image are clearly different."""
+"""The sizes and directions of voxels that a network was trained on, and whether those of another image differ."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pglcl.config import TrainConfig
-from pglcl.formats import Source
+from pglcl.formats import Source, nifti
 from pglcl.prepare import resized_for
 from pglcl.volumes import canonical_shape, canonical_spacing
 
@@ -21,12 +21,14 @@ class Resolution:
     """The sizes of voxels of training images, as the network sees them: after `--slices whole` or `--spacing`.
 
     least, most: mm along each axis of the network; empty where no file says how large its voxels are. units: those of
-    the files, sorted: mm, pixel or voxel.
+    the files, sorted: mm, pixel or voxel. directed: whether every file says which way its axes point; None: no NIfTI
+    file, or not recorded.
     """
 
     least: tuple[float, ...]
     most: tuple[float, ...]
     units: tuple[str, ...]
+    directed: bool | None = None
 
     @classmethod
     def of(cls, sources: Iterable[Source], config: TrainConfig, slice_axis: int | None) -> Resolution:
@@ -34,10 +36,12 @@ class Resolution:
         sources = list(sources)
         units = tuple(sorted({source.unit for source in sources}))
         sizes = [sizes_seen(source, config, slice_axis) for source in sources if source.unit == "mm"]
+        scans = [source for source in sources if source.reader == "nifti"]
+        directed = all(map(nifti.says_orientation, scans)) if scans else None
         if not sizes:
-            return cls((), (), units)
+            return cls((), (), units, directed)
         least, most = (tuple(float(size) for size in f(sizes, axis=0)) for f in (np.min, np.max))
-        return cls(least, most, units)
+        return cls(least, most, units, directed)
 
     def problem(self, source: Source, config: TrainConfig, slice_axis: int | None) -> str:
         """A message if an image clearly differs; empty if it does not. Sizes in pixels are not compared."""
@@ -51,6 +55,15 @@ class Resolution:
             return ""
         return f"its voxels are {_times(sizes)} mm as the network sees them, in the training {self.describe()}"
 
+    def direction_problem(self, source: Source) -> str:
+        """A message if a file does not say which way its axes point, as those of the training do; else empty."""
+        if not self.directed or source.reader != "nifti" or nifti.says_orientation(source):
+            return ""
+        return (
+            "does not say which way its axes point, unlike the training images (sform, qform code 0). They are taken "
+            "to point left, anterior and superior"
+        )
+
     @property
     def spread(self) -> float:
         """The largest quotient of two sizes along one axis; 1 without sizes."""
@@ -63,12 +76,17 @@ class Resolution:
 
     def state(self) -> dict[str, Any]:
         """Plain lists, for JSON and checkpoints; :meth:`from_state` reads them back."""
-        return {"least": list(self.least), "most": list(self.most), "units": list(self.units)}
+        return {
+            "least": list(self.least),
+            "most": list(self.most),
+            "units": list(self.units),
+            "directed": self.directed,
+        }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Resolution:
         least, most = (tuple(float(size) for size in state[name]) for name in ("least", "most"))
-        return cls(least, most, tuple(str(unit) for unit in state["units"]))
+        return cls(least, most, tuple(str(unit) for unit in state["units"]), state.get("directed"))
 
 
 def sizes_seen(source: Source, config: TrainConfig, slice_axis: int | None) -> tuple[float, ...]:

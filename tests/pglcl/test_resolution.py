@@ -6,12 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from pglcl.cli import main
 from pglcl.files import load_tensors, save_tensors
-from pglcl.formats import read_source
+from pglcl.formats import nifti, read_source
 from pglcl.model import load_model
 from pglcl.resolution import Resolution, sizes_seen
 from pglcl.train import Training
@@ -67,6 +68,28 @@ def test_files_without_voxel_sizes_are_told_from_files_with_them(tmp_path: Path)
     assert "does not say how large its voxels are, unlike" in of_scans.problem(picture, config, 2)
     assert Resolution.of([picture, scan], config, 2).units == ("mm", "pixel")
     assert of_pictures.describe() == "of unknown size"
+
+
+def test_predict_names_images_that_do_not_say_how_they_lie(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, run = trained
+    scan = root / "images" / "case00.nii.gz"
+    known = load_model(run).resolution
+    assert known is not None
+    assert known.directed
+    image = nib.load(scan)
+    image.header["sform_code"] = image.header["qform_code"] = 0
+    bare = tmp_path / "bare.nii.gz"
+    nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj), None, image.header), bare)
+    assert not nifti.says_orientation(read_source(bare))
+    words = "does not say which way its axes point, unlike the training images"
+    for path, named in ((scan, False), (bare, True)):
+        assert main(["predict", str(run), str(path), "-o", str(tmp_path / "masks")]) == 0
+        assert (words in capsys.readouterr().err.replace("\n", " ")) == named
+    older = Resolution.from_state({name: value for name, value in known.state().items() if name != "directed"})
+    assert older.direction_problem(read_source(bare)) == ""
+    assert Resolution.of([read_source(bare)], load_model(run).config, 2).direction_problem(read_source(bare)) == ""
 
 
 def finer(root: Path, to: Path) -> Path:
