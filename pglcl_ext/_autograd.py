@@ -26,6 +26,7 @@ __all__ = [
     "is_traced",
     "op_in_graph",
     "readable",
+    "records_gradients",
     "register",
     "register_op",
     "run",
@@ -36,6 +37,7 @@ Result = TypeVar("Result")
 
 library = torch.library.Library("pglcl_ext", "FRAGMENT")
 in_functorch = torch._C._are_functorch_transforms_active
+unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 within_layer = torch._C._dispatch_tls_is_dispatch_key_excluded
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
@@ -87,11 +89,11 @@ class OpFunction(torch.autograd.Function):
         if forward_ad._current_level >= 0 or (in_functorch() and torch.is_grad_enabled()):
             return cls.apply(*cls.inputs(flat))  # type: ignore[no-untyped-call]
         outputs = run(cls.op, flat)
-        if torch.is_grad_enabled():
-            for place in cls.places:
-                t = flat[place]
+        if records_gradients():
+            inputs = cls.inputs(flat)
+            for t in inputs[:-1]:
                 if t is not None and t.requires_grad:
-                    return cls.node(*cls.inputs(flat), outputs)
+                    return cls.node(*inputs, outputs)
         return outputs
 
     @classmethod
@@ -115,8 +117,9 @@ class OpFunction(torch.autograd.Function):
 
     @classmethod
     def inputs(cls, flat: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The inputs of `apply`."""
-        return (*[flat[place] for place in cls.places], flat)
+        """The inputs of `apply`. A tensor of a torch.func transform that has ended becomes the one it stood for."""
+        tensors = [flat[place] for place in cls.places]
+        return (*[t if t is None else unwrap_if_dead(t) for t in tensors], flat)
 
     @classmethod
     def forward(cls, *inputs: Any) -> Any:
@@ -152,6 +155,11 @@ class OpFunction(torch.autograd.Function):
     @classmethod
     def jvp(cls, ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError(f"pglcl_ext.{cls.name} has no forward-mode derivative")
+
+
+def records_gradients() -> bool:
+    """Whether what is computed now can be differentiated. `torch.enable_grad` has no effect in inference mode."""
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 def savable(t: Tensor | None) -> Tensor | None:
@@ -209,20 +217,21 @@ def _in_eager_mode(function: type[OpFunction]) -> Callable[..., Any]:
 
     It has no outputs but the differentiable ones, and no `setup_context`: each takes as long as a part of a small op.
     """
-    first = function.only_first_differentiable
+    first, single = function.only_first_differentiable, len(function.op._schema.returns) == 1
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         *_, flat, outputs = inputs
-        function.keep(ctx, flat, outputs)
-        if not first:
-            return outputs
-        ctx.set_materialize_grads(False)
-        return outputs[0]
+        function.keep(ctx, flat, outputs[0] if single else outputs)
+        if first:
+            ctx.set_materialize_grads(False)
+        return outputs[0] if first or single else outputs
 
     methods = {"forward": forward, "backward": function.backward, "jvp": function.jvp}
     node = type(function.__name__, (torch.autograd.Function,), {name: staticmethod(m) for name, m in methods.items()})
-    # Function.apply would first bind default arguments. There are none.
+    # Function.apply would first bind default arguments, of which there are none, and unwrap tensors, as `inputs` does.
     apply = super(torch.autograd.Function, node).apply  # type: ignore[misc]
+    if single:  # in a tuple, or it would be an input, and the result a view of it
+        return lambda *inputs: apply(*inputs[:-1], inputs[-1:])
     return (lambda *inputs: (apply(*inputs), *inputs[-1][1:])) if first else apply
 
 

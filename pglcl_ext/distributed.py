@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pglcl_ext._arguments import ContrastArguments, ContrastOutputs, Side
-from pglcl_ext._autograd import run, savable
+from pglcl_ext._autograd import records_gradients, run, savable
 from pglcl_ext._checks import REDUCTIONS, dtype_name
 from pglcl_ext._library import ops
 from pglcl_ext._precision import accumulate_dtype
@@ -139,7 +139,7 @@ def first_row(sizes: list[int], group: Any) -> int:
 
 def _with_gradients(manner: str, **tensors: Tensor) -> str:
     """`manner`, and which of `tensors` get a gradient. A rank would wait for a gradient that others do not send."""
-    learnt = [name for name, t in tensors.items() if torch.is_grad_enabled() and t.requires_grad]
+    learnt = [name for name, t in tensors.items() if records_gradients() and t.requires_grad]
     return f"{manner}, with gradients of {' and '.join(learnt) or 'nothing'}"
 
 

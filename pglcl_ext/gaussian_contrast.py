@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pglcl_ext._arguments import GaussianArguments, GaussianOutputs
-from pglcl_ext._autograd import OpFunction, in_functorch, in_graph, is_traced, register
+from pglcl_ext._autograd import OpFunction, in_functorch, in_graph, is_traced, records_gradients, register
 from pglcl_ext._checks import (
     REDUCTIONS,
     check_device,
@@ -97,7 +97,7 @@ def gaussian_contrast_loss(
         check_number("negative_weight", negative_weight),
         check_integer("ignore_index", ignore_index),
         REDUCTIONS[reduction],
-        torch.is_grad_enabled() and (anchors.requires_grad or in_functorch()),
+        _needs_gradients(anchors),
     )
     if is_traced():
         check_gaussian(x)
@@ -224,6 +224,12 @@ class GaussianContrastLoss(nn.Module):
     def extra_repr(self) -> str:
         names = "temperature covariance_scale negative_weight hard_negatives normalize ignore_index reduction"
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split())
+
+
+def _needs_gradients(anchors: Tensor) -> bool:
+    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+        return False  # a trace must not depend on it; the backward pass computes them
+    return records_gradients() and (anchors.requires_grad or in_functorch())
 
 
 def _fake(*flat: Any) -> GaussianOutputs:

@@ -83,6 +83,69 @@ def test_compiled_autograd_gives_the_gradient_of_an_eager_loss(name: str) -> Non
     torch.testing.assert_close(leaf.grad, want)
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_results_and_gradients_may_be_changed_in_place(name: str) -> None:
+    """PyTorch refuses to change a view that a torch.autograd.Function has made."""
+    function, x = FUNCTIONS[name]
+    leaf = x.clone().requires_grad_()
+    value = function(leaf)
+    want = torch.autograd.grad(value, leaf, retain_graph=True)[0].clamp(-1e-2, 1e-2)
+    (gradient,) = torch.autograd.grad(value, leaf, create_graph=True)
+    torch.testing.assert_close(gradient.clamp_(-1e-2, 1e-2), want)
+    torch.testing.assert_close(function(leaf).mul_(2), 2 * value)
+
+
+def test_no_result_is_a_view() -> None:
+    z, x = (FUNCTIONS[name][1].clone().requires_grad_() for name in ("patch_contrast_loss", "patch_statistics"))
+    disparity = semantic_disparity(x[0, 0])
+    results = [disparity, *patch_statistics(x, 4), gaussian_contrast_loss(ANCHORS.clone().requires_grad_(), *GAUSSIAN)]
+    results.append(patch_contrast_loss(z, CONTRAST.labels, reduction="none"))
+    assert all(t.requires_grad and not t._is_view() for t in results)
+    (want,) = torch.autograd.grad((semantic_disparity(x[0, 0]) * 3).square().sum(), x)
+    torch.testing.assert_close(torch.autograd.grad(disparity.mul_(3).square().sum(), x)[0], want)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_tensor_that_was_kept_from_a_transform_gets_its_gradient(name: str) -> None:
+    function, x = FUNCTIONS[name]
+    for learnt in (True, False):
+        leaf, kept = x.clone().requires_grad_(learnt), []
+        torch.func.grad(lambda t, kept=kept: (kept.append(t), t.sum())[1])(leaf)
+        value = function(kept[0])
+        assert value.requires_grad == learnt
+        if learnt:
+            torch.testing.assert_close(torch.autograd.grad(value, leaf), torch.autograd.grad(function(leaf), leaf))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_inference_mode_records_nothing_even_where_gradients_are_enabled(name: str) -> None:
+    function, x = FUNCTIONS[name]
+    leaf = x.clone().requires_grad_()
+    with torch.inference_mode(), torch.enable_grad():
+        value = function(leaf)
+    assert not value.requires_grad
+    torch.testing.assert_close(value.clone(), function(leaf).detach())
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_module_that_is_trained_can_be_traced(name: str) -> None:
+    function, x = FUNCTIONS[name]
+
+    class Scaled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.full((), 0.5, dtype=torch.float64))
+
+        def forward(self, t: Tensor) -> Tensor:
+            return function(self.scale * t)
+
+    module = Scaled()
+    traced = torch.jit.trace(module, (x,))  # runs it again without gradients, and compares the graphs
+    torch.testing.assert_close(traced(x), module(x))
+    (want,) = torch.autograd.grad(module(x), module.scale)
+    torch.testing.assert_close(torch.autograd.grad(traced(x), traced.scale)[0], want)
+
+
 def contrast_op(z: Tensor, keys: Tensor) -> Tensor:
     """The op itself, as a graph holds it."""
     return ContrastOutputs(*ops.patch_contrast(*contrast_arguments(Side(z, LABELS), Side(keys, LABELS)).flat())).loss
