@@ -227,9 +227,12 @@ class GaussianContrastLoss(nn.Module):
 
 
 def _needs_gradients(anchors: Tensor) -> bool:
-    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
-        return False  # a trace must not depend on it; the backward pass computes them
-    return records_gradients() and (anchors.requires_grad or in_functorch())
+    learnt = anchors.requires_grad or in_functorch()
+    if torch.compiler.is_compiling():  # which cannot trace `records_gradients`
+        return torch.is_grad_enabled() and learnt
+    if torch._C._get_tracing_state() is not None:  # the trace must be the same with and without gradients
+        return False  # so the backward pass computes them
+    return records_gradients() and learnt
 
 
 def _fake(*flat: Any) -> GaussianOutputs:
