@@ -158,8 +158,8 @@ def loader(batches: StepBatches, first: int, workers: int) -> Iterator[dict[str,
         try:
             yield from processes.batches(batched)
             return
-        except (RuntimeError, OSError) as error:
-            line = _explanation(str(error)) if workers else ""
+        except (RuntimeError, OSError, EOFError) as error:
+            line = _explanation(error) if workers else ""
             if not line:
                 raise
         # Raised out here, as the first error holds the processes: while DataLoader knows them, its handler raises that
@@ -208,17 +208,21 @@ def _in_shared_memory(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.share_memory_() for name, tensor in batch.items()}
 
 
-def _explanation(text: str) -> str:
+def _explanation(error: Exception) -> str:
     """A message that says how to mend an error of the processes that prepare batches; empty for a bug."""
+    text = str(error)
     if "shared memory" in text or "No space left" in text:
         return (
             "shared memory (/dev/shm) is full. Use --workers 0, which needs none, or remove files from /dev/shm, or "
             "give the container more (docker run --shm-size=1g)"
         )
-    if "DataLoader worker (pid" in text:
+    # A process may end while it hands a batch over. An error from within a process says in which it was caught.
+    while_handed_over = isinstance(error, (ConnectionError, EOFError, FileNotFoundError)) and "Caught" not in text
+    if while_handed_over or "DataLoader worker (pid" in text:
+        reason = text.splitlines()[0] if text else type(error).__name__
         return (
-            f"a process that prepares batches has ended ({text.splitlines()[0]}). If the memory was full, use "
-            "--workers 0, which prepares batches in the training process"
+            f"a process that prepares batches has ended ({reason}). If the memory was full, use --workers 0, which "
+            "prepares batches in the training process"
         )
     return ""
 

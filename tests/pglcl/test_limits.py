@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from pglcl.limits import bytes_of_a_step, check_memory, check_resources, check_t
 from pglcl.record import MetricsLog
 from pglcl.train import Training
 from pglcl.training_data import load_training_data
+from torch.multiprocessing import reductions
 
 from tests.conftest import ROOT
 from tests.pglcl.folders import plain, tiny
@@ -198,6 +199,40 @@ def test_a_killed_worker_is_an_error_of_the_next_batch_that_names_workers(batche
     with pytest.raises(UserError, match=r"--workers 1: a process that prepares batches has ended .*--workers 0"):
         list(source)
     subprocess.run(["true"], check=True)  # the end of another child is no error
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(104, "reset by peer"), EOFError(), FileNotFoundError(2, "gone")]
+)
+def test_a_worker_that_ends_while_it_hands_a_batch_over_is_named(
+    batches: StepBatches, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """This process then asks for the shared memory of the batch, and nobody answers."""
+
+    def rebuild_storage_fd(*arguments: object) -> None:
+        raise error
+
+    rebuild_storage_fd.__module__, rebuild_storage_fd.__qualname__ = reductions.__name__, "rebuild_storage_fd"
+    monkeypatch.setattr(reductions, "rebuild_storage_fd", rebuild_storage_fd)
+    with pytest.raises(
+        UserError, match=r"--workers 1: a process that prepares batches has ended \(.+\)\. .*--workers 0"
+    ):
+        next(loader(batches, 0, 1))
+
+
+class Unreadable:
+    """As StepBatches, where a file was removed."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, step: int) -> None:
+        raise FileNotFoundError(2, "No such file or directory", "case.nii.gz")
+
+
+def test_an_error_within_a_worker_is_no_ended_worker() -> None:
+    with pytest.raises(FileNotFoundError, match=r"Caught FileNotFoundError in DataLoader worker"):
+        next(loader(cast(StepBatches, Unreadable()), 0, 1))
 
 
 def test_the_callers_handler_of_ended_processes_is_left(batches: StepBatches) -> None:
