@@ -19,6 +19,7 @@ def score_case(
 ) -> list[Score]:
     """The scores of one labelled case. `distances` is that of :func:`score_volume`; `report` is told the progress."""
     mask, truth, spacing = _predicted(predictor, case, report)
+    mask = without_ignored(mask, truth)
     labels = predictor.models[0].labels
     values = [values[0] for values in labels.values]
     of_case: dict[str, Any] = {"patient": case.patient, "case": case.name, "values": values, "distances": distances}
@@ -26,8 +27,17 @@ def score_case(
 
 
 def predicted_and_true(predictor: Predictor, case: Case) -> tuple[Tensor, Tensor]:
-    """The predicted and the true mask (X, Y, Z) of a labelled case; both are -1 where the truth is to be ignored."""
+    """The predicted and the true mask (X, Y, Z) of a labelled case; the true one is -1 where it is to be ignored."""
     return _predicted(predictor, case, None)[:2]
+
+
+def without_ignored(mask: Tensor, truth: Tensor) -> Tensor:
+    """`mask`, with -1 where the truth is to be ignored.
+
+    This comes after all post-processing, which sees a mask without knowing its truth.
+    """
+    ignored = truth == IGNORE
+    return torch.where(ignored, IGNORE, mask.int()) if ignored.any() else mask
 
 
 def _predicted(predictor: Predictor, case: Case, report: Report | None) -> tuple[Tensor, Tensor, tuple[float, ...]]:
@@ -35,11 +45,7 @@ def _predicted(predictor: Predictor, case: Case, report: Report | None) -> tuple
     spacing = prepared.spacing
     mask = prediction.mask()
     del prediction, prepared  # before the truth is read: both may be large
-    truth = true_mask(predictor, case)
-    ignored = truth == IGNORE
-    if ignored.any():
-        mask = torch.where(ignored, IGNORE, mask.int())
-    return mask, truth, spacing
+    return mask, true_mask(predictor, case), spacing
 
 
 def true_mask(predictor: Predictor, case: Case) -> Tensor:

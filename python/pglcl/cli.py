@@ -248,6 +248,8 @@ def _run_asked_for(
     saved = {}
     if resume and (output / "config.json").exists():
         saved = dataclasses.asdict(read_config(output))
+        if given.get("spatial_dims", saved["spatial_dims"]) != saved["spatial_dims"]:
+            saved["slices"] = "auto"  # or the decision for slices would be refused, instead of what was given
         data = data or data_there(output)
     if data is None:
         raise UserError(f"{output}: no run to resume there" if resume else "DATA is missing: the folder of the volumes")

@@ -529,15 +529,16 @@ def _large_or_small(reports: Sequence[CaseReport], config: TrainConfig, slice_ax
     sides = np.median([[n for axis, n in enumerate(shape) if axis != slice_axis] for shape in shapes], axis=0)
     factors, seen = sides / np.array(config.size), "x".join(f"{n:.0f}" for n in sides)
     if factors.max() > NARROW:
-        return [
-            f"the network sees {size} pixels of slices of {seen} at a time; a larger --image-size, a coarser --spacing "
-            "or --slices whole shows it more of what lies around"
-        ]
+        ways = ["a larger --image-size"]
+        if all(r.unit == "mm" for r in reports):
+            ways.append("a coarser --spacing")
+        if not config.spacing:
+            ways.append("--slices whole")
+        more = f"{' or '.join(filter(None, (', '.join(ways[:-1]), ways[-1])))} shows it more of what lies around"
+        return [f"the network sees {size} pixels of slices of {seen} at a time; {more}"]
     if factors.max() < 1:
-        return [
-            f"slices of {seen} pixels are padded to --image-size {size}; a smaller one saves time, and --slices whole "
-            "enlarges them"
-        ]
+        enlarged = "" if config.spacing else ", and --slices whole enlarges them"
+        return [f"slices of {seen} pixels are padded to --image-size {size}; a smaller one saves time{enlarged}"]
     return []
 
 

@@ -64,8 +64,15 @@ def check_memory(
         and_step = f" and a step at least {in_words(beside)}" if beside else ""
         raise UserError(
             f"the prepared volumes take {in_words(prepared)}{and_step}, but {in_words(there)} of memory are free; "
-            "--cache DIR keeps them on the disk; a larger --spacing or a smaller --image-size makes them smaller"
+            f"--cache DIR keeps them on the disk; {_smaller_volumes(config)} makes them smaller"
         )
+
+
+def _smaller_volumes(config: TrainConfig) -> str:
+    """The options that make prepared volumes smaller. Those of which the network sees parts are kept whole."""
+    if config.whole_slices:
+        return "a smaller --image-size"
+    return "a larger --spacing" + (" or --slices whole" if config.spatial_dims == 2 and not config.spacing else "")
 
 
 def bytes_of_a_step(config: TrainConfig, channels: int = 1, num_classes: int = 2) -> float:

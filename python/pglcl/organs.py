@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from pglcl.case_scores import predicted_and_true
+from pglcl.case_scores import predicted_and_true, without_ignored
 from pglcl.config import TrainConfig
 from pglcl.model import TrainedModel
 from pglcl.postprocess import Organ, all_together, each_class, keep_largest, single_organs
@@ -44,19 +44,22 @@ def organs_of_masks(model: TrainedModel, data: TrainingData, ranks: Ranks) -> tu
     joint = together in one and k > 2
     # As predicted and with all classes together, each without and with the largest component of every class.
     ways = [(), each, *([[together], [together, *each]] if joint else [])]
-    sums = torch.zeros(len(ways), k, dtype=torch.float64)  # of Dice over the volumes that have the class
+    # Of Dice over the volumes that have the class, for each way; and the number of those volumes.
+    sums = torch.zeros(len(ways) + 1, k, dtype=torch.float64)
     predictor = Predictor([model], postprocess="none")
     for case in data.validation[ranks.rank :: ranks.size]:
         mask, truth = predicted_and_true(predictor, case)
         for row, way in enumerate(ways):
-            for score in score_volume(
-                keep_largest(mask, way), truth, k, (1, 1, 1), patient="", case="", distances=False
-            ):
-                sums[row, score.class_index] += 0 if math.isnan(score.dice) else score.dice
-    dice = torch.tensor(ranks.sum(sums.flatten().tolist())).view(len(ways), k)
+            kept = without_ignored(keep_largest(mask, way), truth)
+            for score in score_volume(kept, truth, k, (1, 1, 1), patient="", case="", distances=False):
+                if not math.isnan(score.dice):
+                    sums[row, score.class_index] += score.dice
+                    sums[-1, score.class_index] += row == 0
+    *totals, volumes = torch.tensor(ranks.sum(sums.flatten().tolist())).view(-1, k)
+    dice = torch.stack(totals) / volumes.clamp(min=1)
     chosen: list[Organ] = []
-    plain, kept = dice[:2]
+    plain, each_kept = dice[:2]
     if joint and dice[2].sum() >= plain.sum():
         chosen.append(together)
-        plain, kept = dice[2:]
-    return (*chosen, *(organ for organ in each if organ in one and kept[organ[0]] >= plain[organ[0]]))
+        plain, each_kept = dice[2:]
+    return (*chosen, *(organ for organ in each if organ in one and each_kept[organ[0]] >= plain[organ[0]]))

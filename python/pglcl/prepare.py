@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from pglcl.config import TrainConfig
 from pglcl.errors import UserError
-from pglcl.formats import Source
+from pglcl.formats import Source, read_source
 from pglcl.formats.names import READERS, suffix_of
 from pglcl.intensity import Intensity, constant_channels, few_values
 from pglcl.labels import IGNORE, LabelMap
@@ -165,9 +167,18 @@ def decide_slices(config: TrainConfig, cases: Iterable[Case]) -> TrainConfig:
     """
     if config.spatial_dims == 3 or config.slices != "auto":
         return config
-    readers = {READERS.get(suffix_of(path)) for case in cases for path in case.images}
-    whole = readers == {"picture"} and not config.spacing
+    whole = not config.spacing and all(_is_picture(path) for case in cases for path in case.images)
     return dataclasses.replace(config, slices="whole" if whole else "crop")
+
+
+def _is_picture(path: Path) -> bool:
+    """Whether a file holds one slice, in a format of pictures. The pages of a TIFF are the slices of a volume."""
+    suffix = suffix_of(path)
+    if READERS.get(suffix) != "picture":
+        return False
+    with contextlib.suppress(UserError):  # a damaged file is named where it is read
+        return suffix not in (".tif", ".tiff") or read_source(path).shape[2] == 1
+    return True
 
 
 def choose_slice_axis(config: TrainConfig, shape: Sequence[int]) -> int | None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from pglcl.cases import distance_unit
 from pglcl.errors import UserError
-from pglcl.inspection import NARROW, CaseReport, same_images, same_labels
+from pglcl.inspection import NARROW, UNEQUAL, CaseReport, same_images, same_labels
 from pglcl.intensity import (
     choose_intensity,
 )
@@ -72,10 +72,20 @@ def propose(data: DataFolder, reports: Sequence[CaseReport]) -> list[Proposal]:
     if flat:
         axis = int(np.argmin(good[0].shape))
         inside = [round(n) for d, n in enumerate(shape) if d != axis]
-        size = _sizes(min(n, 256) for n in inside)
         pixels = f"slices have {inside[0]}x{inside[1]} pixels (median)"
+        within = np.delete(spacing, axis, axis=1)
+        spread = float((within.max(axis=0) / within.min(axis=0)).max())
+        spaced = spread > UNEQUAL and all(r.unit == "mm" for r in good)
+        if spaced:
+            pixel = np.median(within, axis=0)
+            sides = np.delete(np.array([r.shape for r in good]) * spacing, axis, axis=1)
+            inside = [round(n) for n in np.median(sides / pixel, axis=0)]
+            why = f"sizes of pixels differ by a factor of {spread:.3g}; this is their median"
+            proposals.append(Proposal("--spacing", ",".join(f"{s:.3g}" for s in pixel), why))
+            pixels = f"slices then have {inside[0]}x{inside[1]} pixels (median)"
+        size = _sizes(min(n, 256) for n in inside)
         proposals.append(Proposal("--image-size", ",".join(map(str, size)), pixels))
-        if max(n / s for n, s in zip(inside, size)) > NARROW:
+        if not spaced and max(n / s for n, s in zip(inside, size)) > NARROW:
             proposals.append(Proposal("--slices", "whole", f"{pixels}, far more than the network can see at a time"))
     else:
         spread = float((spacing.max(axis=0) / spacing.min(axis=0)).max())

@@ -125,6 +125,9 @@ def test_a_second_data_folder_is_refused(
         assert main(arguments) == 2
         assert f"pglcl: --data {root}: {message}" in capsys.readouterr().err
     assert main(["train", "--resume", run, "--data", root, "-q"]) == 0  # it has ended
+    # What was given is named, not the slices that the run decided on.
+    assert main(["train", "--resume", run, "--spatial-dims", "3"]) == 2
+    assert "--spatial-dims: the run has 2, got 3" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -313,3 +313,12 @@ def test_a_class_that_vanishes_when_slices_are_shrunk_is_said(
     load_training_data(root, tiny(labelled=2, image_size="160", spacing="0.9,0.9"), progress=Progress(8))
     said = capsys.readouterr().err.replace("\n", " ")
     assert "--image-size" not in said
+    # --slices whole would be refused with --spacing.
+    for size, spacing, words in (
+        ("32", "0.9,0.9", "a larger --image-size or a coarser --spacing shows it more of what lies around"),
+        ("160", "2,2", "are padded to --image-size 160x160; a smaller one saves time"),
+    ):
+        load_training_data(root, tiny(labelled=2, image_size=size, spacing=spacing), progress=Progress(8))
+        said = capsys.readouterr().err.replace("\n", " ")
+        assert words in said
+        assert "--slices whole" not in said

@@ -36,6 +36,18 @@ def test_images_that_do_not_suit_the_options_are_refused(tmp_path: Path) -> None
         prepare(shares, tiny(), 2, rgb)
 
 
+def test_pages_of_a_tiff_are_slices_of_a_volume(tmp_path: Path) -> None:
+    image_of = pytest.importorskip("PIL.Image").fromarray
+    pages = [image_of(np.full((8, 6), i, np.uint8)) for i in range(3)]
+    for name, more in (("one", []), ("stack", pages[1:])):
+        path = tmp_path / f"{name}.tif"
+        pages[0].save(path, save_all=True, append_images=more)
+        case = Case(name, name, (path,), None)
+        assert decide_slices(tiny(), [case]).slices == ("crop" if more else "whole")
+    (tmp_path / "broken.tif").write_bytes(b"no picture")  # it is named where it is read
+    assert decide_slices(tiny(), [Case("b", "b", (tmp_path / "broken.tif",), None)]).slices == "whole"
+
+
 def test_pictures_are_seen_whole_and_volumes_in_parts(tmp_path: Path) -> None:
     of = [open_folder(root).cases for root in (pictures(tmp_path / "p"), plain(tmp_path / "v"))]
     assert [decide_slices(tiny(), cases).slices for cases in of] == ["whole", "crop"]

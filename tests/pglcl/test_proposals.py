@@ -35,6 +35,18 @@ def test_whole_slices_are_proposed_where_parts_show_little(tmp_path: Path) -> No
         assert said.get("--slices") == ("whole" if name == "large" else None)
 
 
+def test_one_size_of_pixels_is_proposed_where_they_differ_much(tmp_path: Path) -> None:
+    for i, size in enumerate((0.5, 1.0, 1.25)):
+        shape = (round(100 / size), round(80 / size), 4)
+        save(tmp_path / "images" / f"{i}.nii.gz", np.resize(volume(0)[0], shape), np.diag([size, size, 8, 1]))
+    data = open_folder(tmp_path)
+    said = {p.option: p.value for p in propose(data, inspect_folder(data))}
+    assert (said["--spatial-dims"], said["--spacing"], said["--image-size"]) == ("2", "1,1", "96,80")
+    assert "--slices" not in said
+    (tmp_path / "images" / "0.nii.gz").unlink()
+    assert "--spacing" not in {p.option for p in propose(open_folder(tmp_path), inspect_folder(open_folder(tmp_path)))}
+
+
 def test_empty_labels_and_classes_of_one_patient_give_a_warning(tmp_path: Path) -> None:
     root = plain(tmp_path)
     for i in range(1, 6):

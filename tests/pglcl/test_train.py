@@ -21,6 +21,7 @@ from pglcl import learner
 from pglcl.errors import UserError
 from pglcl.evaluate import evaluate_run
 from pglcl.files import load_tensors, save_tensors
+from pglcl.labels import IGNORE
 from pglcl.model import load_model, network_for, weights_hash
 from pglcl.organs import organs_of_masks
 from pglcl.predict import Predictor
@@ -156,6 +157,23 @@ def test_masks_keep_the_largest_component_where_validation_patients_score_no_wor
     other = load_model(run, "cpu")
     other.organs = ((2,), (1, 2))
     assert Predictor([model, other]).organs == [(1, 2)]  # only those on which all models agree
+
+
+def test_the_largest_component_may_lie_in_ignored_voxels(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in `predict` and `evaluate`, which keep it before they know what is ignored."""
+    training = Training(folder, tmp_path / "run", tiny(), quiet=True)
+    training.run()
+    data, model = load_training_data(folder, tiny()), load_model(tmp_path / "run", "cpu")
+    shown, truth = torch.zeros(2, 30, 30, 5, dtype=torch.int32)
+    shown[2:9, 2:9] = truth[2:9, 2:9] = 1
+    truth[:, 15:] = IGNORE
+    monkeypatch.setattr("pglcl.organs.predicted_and_true", lambda predictor, case: (shown, truth))
+    with launched_ranks(torch.device("cpu")) as ranks:
+        assert (1,) in (organs_of_masks(model, data, ranks) or ())
+        shown[2:20, 16:28] = 1
+        assert (1,) not in (organs_of_masks(model, data, ranks) or ())
 
 
 @pytest.mark.parametrize("options", [
