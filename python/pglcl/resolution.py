@@ -55,6 +55,13 @@ class Resolution:
             return ""
         return f"its voxels are {_times(sizes)} mm as the network sees them, in the training {self.describe()}"
 
+    def other_sizes(self, other: Resolution) -> str:
+        """A message if all sizes clearly differ from those of another training along an axis; else empty."""
+        apart = any(
+            a > d * CLEARLY or b < c / CLEARLY for a, b, c, d in zip(self.least, self.most, other.least, other.most)
+        )
+        return f"voxels are {self.describe()} as the network sees them, in that run {other.describe()}" if apart else ""
+
     def direction_problem(self, source: Source) -> str:
         """A message if a file does not say which way its axes point, as those of the training do; else empty."""
         if not self.directed or source.reader != "nifti" or nifti.says_orientation(source):

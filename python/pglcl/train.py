@@ -118,6 +118,8 @@ class Training:
                     self._warn_of_seen_patients(
                         cases_of(data_folder, (*split.validation, *split.test), with_label=True)
                     )
+                    if initial.resolution and (other := found.resolution.other_sizes(initial.resolution)):
+                        progress.print_line(f"--init {folder.config.init}: {other}")
                 folder.begin(split, self.root, cases, ranks.size, initial)
             elif ranks.is_first:
                 if state is None:

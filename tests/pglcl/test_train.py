@@ -91,6 +91,18 @@ def test_patients_that_the_run_of_init_has_seen_are_named(folder: Path, tmp_path
     assert "now held out" not in capsys.readouterr().err
 
 
+def test_a_run_of_init_on_other_voxels_is_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run on whole slices saw them shrunk."""
+    whole = {"slices": "whole", "image_size": "16", "steps": 4}
+    run_to_end(folder, tmp_path / "first", **whole)
+    words = "as the network sees them, in that run"
+    for name, options, named in (("parts", {"steps": 4}, True), ("whole", whole, False)):
+        Training(folder, tmp_path / name, tiny(init=str(tmp_path / "first"), **options)).run()
+        assert (words in capsys.readouterr().err.replace("\n", " ")) == named
+
+
 def test_the_best_model_of_validation_is_kept_beside_the_last(folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run_to_end(folder, run, validate_every=2, learning_rate=0.02)
