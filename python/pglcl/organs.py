@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
+from monai.data.utils import dense_patch_slices
+from torch import Tensor
 
 from pglcl.case_scores import predicted_and_true, without_ignored
 from pglcl.config import TrainConfig
@@ -25,7 +28,20 @@ def organs_of_pseudo_labels(config: TrainConfig, data: TrainingData) -> list[Org
         return every
     volumes = [one.label for one in data.labelled if one.label is not None]
     seen = volumes if config.spatial_dims == 3 else (z for volume in volumes for z in volume.unbind(-1))
-    return single_organs(seen, every)
+    return single_organs((part for mask in seen for part in _parts(mask, config)), every)
+
+
+def _parts(mask: Tensor, config: TrainConfig) -> Iterator[Tensor]:
+    """The parts of a slice or volume that a network may see: overlapping by half, as in a prediction.
+
+    A part may cut an organ in two, as it cuts a ring.
+    """
+    if config.whole_slices:
+        yield mask
+        return
+    size = [min(n, side) for n, side in zip(config.size, mask.shape)]
+    for place in dense_patch_slices(mask.shape, size, [max(1, n // 2) for n in size]):
+        yield mask[place]
 
 
 def organs_of_masks(model: TrainedModel, data: TrainingData, ranks: Ranks) -> tuple[Organ, ...] | None:
