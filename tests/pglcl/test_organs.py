@@ -31,7 +31,7 @@ def rings(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"slices": "whole", "image_size": "32"}, [(1,), (2,)]),
         ({"slices": "crop", "image_size": "64"}, [(1,), (2,)]),
         ({"slices": "crop", "image_size": "32"}, [(2,)]),  # a part shows two arcs of the ring
-        ({"spatial_dims": 3, "image_size": "32,32,16"}, [(2,)]),
+        ({"spatial_dims": 3, "image_size": "64,64,16"}, [(1,), (2,)]),
         ({"slices": "crop", "image_size": "32", "clean_pseudo_labels": "largest-component"}, [(1,), (2,)]),
         ({"slices": "crop", "image_size": "32", "clean_pseudo_labels": "none"}, []),
         ({"slices": "crop", "image_size": "64", "method": "supervised"}, []),
