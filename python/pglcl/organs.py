@@ -40,9 +40,8 @@ def _parts(mask: Tensor, config: TrainConfig) -> Iterator[Tensor]:
         yield mask
         return
     size = [min(n, side) for n, side in zip(config.size, mask.shape)]
-    for place in dense_patch_slices(
-        mask.shape, size, [max(1, n // (4 if config.spatial_dims == 2 else 2)) for n in size]
-    ):
+    share = 4 if config.spatial_dims == 2 else 2
+    for place in dense_patch_slices(mask.shape, size, [max(1, n // share) for n in size]):
         if (mask[place] > 0).any():
             yield mask[place]
 

@@ -56,7 +56,7 @@ class Resolution:
         return f"its voxels are {_times(sizes)} mm as the network sees them, in the training {self.describe()}"
 
     def other_sizes(self, other: Resolution) -> str:
-        """A message if all sizes clearly differ from those of another training along an axis; else empty."""
+        """A message if, along an axis, all sizes clearly differ from those of another training; else empty."""
         apart = any(
             a > d * CLEARLY or b < c / CLEARLY for a, b, c, d in zip(self.least, self.most, other.least, other.most)
         )
