@@ -54,7 +54,8 @@ class StopRequest:
         """Counts the end of the process that launched this one as a request, too."""
         from pglcl.launcher import parent_has_ended  # late: this module is imported before Ctrl-C is handled
 
-        self.asked = self.asked or parent_has_ended()
+        if parent_has_ended():  # no assignment otherwise: it would undo a request that comes in this line
+            self.asked = True
 
     def _ask(self, number: int, frame: Any) -> None:
         if self.asked:

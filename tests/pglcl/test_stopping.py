@@ -28,6 +28,17 @@ def test_an_interrupt_that_a_library_swallows_stops_the_training(monkeypatch: py
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_request_that_comes_while_the_parent_is_looked_at_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def signalled() -> bool:
+        signal.raise_signal(signal.SIGTERM)
+        return False
+
+    monkeypatch.setattr("pglcl.launcher.parent_has_ended", signalled)
+    with stopping.StopRequest() as stop:
+        stop.look_at_parent()
+        assert stop.asked
+
+
 def test_an_ignored_interrupt_stays_ignored() -> None:
     """Shells start background jobs with Ctrl-C ignored."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
