@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -373,7 +374,13 @@ def test_a_signal_to_every_process_stops_with_a_checkpoint(
     while process.poll() is None and time.monotonic() < until and not (metrics.exists() and metrics.stat().st_size):
         time.sleep(0.01)
     os.killpg(process.pid, number)
-    said = process.communicate(timeout=60)[1].decode()
+    try:
+        said = process.communicate(timeout=60)[1].decode()
+    except subprocess.TimeoutExpired:
+        signals = re.findall(r"^Sig.*$|^ShdPnd.*$", Path(f"/proc/{process.pid}/status").read_text(), flags=re.MULTILINE)
+        os.killpg(process.pid, signal.SIGKILL)  # it would take the processor from the other tests
+        said = process.communicate()[1].decode()
+        pytest.fail(f"the signal stopped nothing; {', '.join(signals)}\n{said}")
     assert (process.returncode, said.count("Traceback")) == (130, 0), said
     assert load_tensors(tmp_path / "run" / "checkpoint.pt")["step"] >= 10
     with pytest.raises(ProcessLookupError):  # nobody is left
