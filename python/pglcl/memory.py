@@ -1,7 +1,8 @@
-"""Measures the free memory, and refuses what would exceed it."""
+"""Measures the free memory, refuses what would exceed it, and keeps what a step will need again."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -36,6 +37,29 @@ def _machine() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def keep_freed_memory() -> None:
+    """Tells the C library to keep freed memory for the next step, instead of giving it back to the system.
+
+    Otherwise the heap of some runs shrinks after each step, and grows again in the next one: measured are up to 15,000
+    page faults and 40 ms of a step of 330 ms. :func:`require_memory` takes kept memory for free memory.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # their names in malloc.h
+    _call_glibc("mallopt", trim_threshold, 2**31 - 1)
+    _call_glibc("mallopt", mmap_threshold, 2**30)
+
+
+def _give_back() -> None:
+    """Gives freed memory back to the system."""
+    _call_glibc("malloc_trim", 0)
+
+
+def _call_glibc(name: str, *arguments: int) -> None:
+    """Calls a function that other C libraries lack; there, nothing happens."""
+    function = getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
+    if function is not None:
+        function(*arguments)
+
+
 def in_words(size: float) -> str:
     """Bytes with a unit: 1536 is `1.5 KiB`."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
@@ -56,6 +80,9 @@ def require_memory(size: int, what: str) -> None:
         UserError: `size` exceeds the free memory; the message has both numbers.
     """
     there = available_memory()
+    if size > there:
+        _give_back()
+        there = available_memory()
     if size > there:
         raise UserError(f"{what} needs {in_words(size)} of memory, but {in_words(there)} are free")
 

@@ -88,7 +88,8 @@ class StepLoss(nn.Module):
             keys = self.contrast.teacher_keys(self.teacher, seen, teacher_features.float(), generator)
             shown = views.strongly_augmented()
             student = logits[: len(shown.images)].detach().float().softmax(dim=1)
-            own_features = features[: len(shown.images)].float()
+            # A slice of all images would cost the backward pass a copy.
+            own_features = (features[: len(shown.images)] if views.weak else features).float()
             contrast = self.contrast(self.student, shown, student, own_features, keys, generator)
         parts["contrast"] = contrast.detach()
         return loss + self._contrast_weight(step) * contrast, parts

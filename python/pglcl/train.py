@@ -19,6 +19,7 @@ from pglcl.layouts import Case, open_folder
 from pglcl.learner import Learner, validation_dice
 from pglcl.limits import check_resources
 from pglcl.lock import FolderLock
+from pglcl.memory import keep_freed_memory
 from pglcl.model import TrainedModel, choose_device, initial_model, load_model
 from pglcl.organs import organs_of_masks
 from pglcl.postprocess import Organ
@@ -174,6 +175,8 @@ class Training:
     def _train(self, learner: Learner, first: int) -> None:
         """Trains from step `first` on."""
         config, data, ranks, progress = self.config, learner.data, learner.ranks, self.progress
+        if self.device.type == "cpu":
+            keep_freed_memory()
         batches = StepBatches(data.labelled, data.unlabelled, config, ranks.rank, semi=config.semi)
         with ranks.together():
             workers = choose_workers(batches, learner.student, self.device, ranks.on_machine, progress)
