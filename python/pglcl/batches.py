@@ -68,7 +68,7 @@ class StepBatches(Dataset[dict[str, Tensor]]):
             RandAffined(
                 ["image", "label"], prob=0.9, rotate_range=angle if dims == 2 else [angle] * 3,
                 scale_range=[config.scaling] * dims, translate_range=[s * 0.06 for s in config.size],
-                mode=["bilinear", "nearest"], padding_mode="border",
+                mode=["bilinear", "nearest"], padding_mode="border", spatial_size=config.size, cache_grid=True,
             ),
             *flips,
         ])  # fmt: skip
