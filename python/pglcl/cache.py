@@ -50,9 +50,13 @@ def prepare_cached(
     entry = folder / _key(case, config, slice_axis, intensity, labels)
     found = _load(entry, case)
     if found is None:
-        _store(entry, prepare(case, config, slice_axis, intensity, labels))
-        found = _load(entry, case)
-        if found is None:
+        prepared = prepare(case, config, slice_axis, intensity, labels)
+        for _ in range(3):  # another process may remove the damaged entry that it found before this one was stored
+            _store(entry, prepared)
+            found = _load(entry, case)
+            if found is not None:
+                break
+        else:
             raise UserError(f"{entry}: this entry of --cache was just written and cannot be read back")
     return found
 
@@ -97,7 +101,9 @@ def _store(entry: Path, prepared: Prepared) -> None:
             about: dict[str, Any] = {"shape": geometry.shape, "resized": geometry.resized, "spacing": prepared.spacing}
             about["files"] = {path.name: fingerprint(path)["sha256"] for path in partial.iterdir()}
             write_json(partial / "geometry.json", {**about, "sha256": _hash_of(about)})
-            if entry.exists():  # damaged, or another process was faster
+            if entry.exists():
+                if _load(entry, prepared.case) is not None:
+                    return  # another process was faster, and may have mapped the entry by now
                 shutil.rmtree(entry, ignore_errors=True)
             os.replace(partial, entry)
         finally:

@@ -156,18 +156,23 @@ def evaluate_run(
     files = score_files(output or run, part, weights)
     for_others = score_files(output or run, part, weights, unfinished=True)
     read = files_behind(folder, folder.cases)
-    for paths in (files, for_others):
+
+    def check(paths: tuple[Path, Path, Path]) -> tuple[Path, Path, Path]:
         check_outputs(paths, inputs=read, overwrite=overwrite, renewed=may_renew(paths, subject))
+        return paths
+
+    for paths in (files, for_others):
+        check(paths)
     try:
         found = score_cases(predictor, subject, cases, distance_unit(folder, cases), quiet=quiet)
         found = replace(found, notes=(*found.notes, *seen_in_training(run, subject.part, cases, subject.files)))
     except Unfinished as error:
         scored = [case for case in cases if case.name in error.others.subject.files]
         before.only(files_of_cases(scored)).check()
-        path = error.others.save(for_others).files[0]
+        path = error.others.save(check(for_others)).files[0]
         raise UserError(*error.lines, f"{path}: the scores of the other {len(scored)} volumes") from error
     before.only(files_of_cases(cases)).check()  # so that the hashes in the score files are those of the files scored
-    saved = found.save(files)
+    saved = found.save(check(files))  # once more: another evaluation may have written them meanwhile
     for path in for_others:  # of an earlier evaluation, which these scores complete
         path.unlink(missing_ok=True)
     return saved

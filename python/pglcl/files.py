@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import secrets
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -32,8 +33,9 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         WriteError: the system refuses to write.
     """
-    # Only the end of a long name: together with the prefix, it could be longer than file systems allow.
-    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name[-40:]}")
+    # Only the end of a long name: together with the prefix, it could be longer than file systems allow. A number alone
+    # could be that of a process in another container or on another machine.
+    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{secrets.token_hex(4)}-{path.name[-40:]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_orphans_once(path.parent)
@@ -144,8 +146,8 @@ class _HashedFile:
         self.error: BaseException | None = None  # also of Ctrl-C, which would otherwise seem to be a full disk
 
     def write(self, data: bytes) -> int:
-        self.hash.update(data)
         try:
+            self.hash.update(data)
             return self.file.write(data)
         except BaseException as error:
             self.error = error
@@ -164,7 +166,9 @@ def save_tensors(path: Path, state: dict[str, Any]) -> None:
         hashed = _HashedFile(file)
         try:
             torch.save(state, hashed)  # type: ignore[arg-type]  # it needs only write and flush
-        except RuntimeError as error:  # raised by torch when the disk is full
+        except RuntimeError as error:  # raised by torch when the disk is full, and in the place of Ctrl-C
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__ from None
             raise hashed.error or OSError(first_line(error)) from error
         file.write(MARK + hashed.hash.hexdigest().encode())
         file.flush()

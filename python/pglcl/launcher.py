@@ -37,8 +37,10 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     if "OMP_NUM_THREADS" not in os.environ:
         common["OMP_NUM_THREADS"] = max(1, (os.cpu_count() or 1) // processes)
     children: list[subprocess.Popen[bytes]] = []
+    asked: list[int] = []  # the signals so far
 
     def pass_on(number: int, frame: Any) -> None:
+        asked.append(number)
         for child in children:
             if child.poll() is None:
                 child.send_signal(number)
@@ -47,11 +49,16 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     before = {number: signal.signal(number, pass_on) for number in numbers}
     try:
         for rank in range(processes):
+            if asked:
+                break
             own = {name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
             command = [sys.executable, "-m", "pglcl", *arguments]
             # A session of its own; otherwise Ctrl-C in the terminal would reach it twice.
             children.append(subprocess.Popen(command, env={**os.environ, **own}, start_new_session=True))
-        return _wait(children)
+        if asked:
+            pass_on(asked[0], None)  # also to the process that was being started
+        code = _wait(children)
+        return code or (128 + asked[0] if len(children) < processes else 0)
     finally:
         for child in children:
             if child.poll() is None:

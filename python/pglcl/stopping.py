@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
+import time
 from typing import Any
 
 STOPPED = 130  # exit code
+SAME_REQUEST = 1.0  # seconds in which signals are one request
 _interrupts: list[int] = []  # signals that came after `remember_interrupts`
 
 
@@ -40,7 +43,10 @@ def _is_importing(frame: Any) -> bool:
 
 
 class StopRequest:
-    """Notes the first Ctrl-C, SIGTERM or SIGHUP in the block. The second raises KeyboardInterrupt at once.
+    """Notes the first Ctrl-C, SIGTERM or SIGHUP in the block. A later one raises KeyboardInterrupt at once.
+
+    Signals within a second of the first are the same request: a terminal that is closed sends SIGHUP twice, once by its
+    shell, and a rank may get a signal from the scheduler and from its launcher.
 
     Attributes:
         asked: whether a signal came in the block, or was caught by a library before it.
@@ -48,6 +54,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked = bool(_interrupts)
+        self._since = math.inf  # the time of the first signal
         self._before: dict[int, Any] = {}
 
     def look_at_parent(self) -> None:
@@ -58,8 +65,10 @@ class StopRequest:
             self.asked = True
 
     def _ask(self, number: int, frame: Any) -> None:
-        if self.asked:
+        now = time.monotonic()
+        if now - self._since > SAME_REQUEST:
             raise KeyboardInterrupt
+        self._since = min(self._since, now)
         self.asked = True
 
     def __enter__(self) -> StopRequest:
@@ -68,6 +77,8 @@ class StopRequest:
                 continue  # started by nohup
             with contextlib.suppress(ValueError):  # not in the main thread
                 self._before[number] = signal.signal(number, self._ask)
+        if _interrupts:
+            self.asked = True
         return self
 
     def __exit__(self, *_: object) -> None:

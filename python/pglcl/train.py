@@ -226,6 +226,8 @@ class Training:
         if ranks.is_first and (done % config.checkpoint_every == 0 or last or stopping):
             self.folder.save_checkpoint(learner.state(done))
         if stopping and not last:
+            # A launcher gives the first rank little time once another one has ended.
+            ranks.from_first("the checkpoint is written")
             raise Interrupted(f"stopped after step {done}; --resume continues from there")
 
     def _check_validation(self, ranks: Ranks) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+from pglcl import cache
 from pglcl.cache import clear_partial
+from pglcl.layouts import Case
+from pglcl.prepare import Prepared
 from pglcl.training_data import load_training_data
 
 from tests.pglcl.folders import decathlon, plain, save, tiny
@@ -65,6 +69,41 @@ def test_a_cache_entry_with_a_flipped_bit_is_prepared_again(name: str, tmp_path:
     assert (again.image == whole.image).all()
     assert (again.label == whole.label).all()
     assert again.geometry == whole.geometry
+
+
+def test_an_entry_that_another_process_stored_first_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process may have mapped it, and would find its files removed."""
+    root, options = decathlon(tmp_path / "data"), {"cache": str(tmp_path / "cache"), "image_size": "32"}
+    load_training_data(root, tiny(**options))
+    before = {path: path.stat().st_ino for path in (tmp_path / "cache").glob("*/*")}
+    load, seen = cache._load, set()
+
+    def late(entry: Path, case: Case) -> Prepared | None:
+        """At first, the entry of the other process is not there yet."""
+        if entry in seen:
+            return load(entry, case)
+        seen.add(entry)
+        return None
+
+    monkeypatch.setattr(cache, "_load", late)
+    load_training_data(root, tiny(**options))
+    assert {path: path.stat().st_ino for path in (tmp_path / "cache").glob("*/*")} == before
+
+
+def test_an_entry_that_another_process_removes_is_stored_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That process found a damaged entry, and removes it only when this one has already replaced it."""
+    root, options = decathlon(tmp_path / "data"), {"cache": str(tmp_path / "cache"), "image_size": "32"}
+    store, removed = cache._store, set()
+
+    def store_and_remove(entry: Path, prepared: Prepared) -> None:
+        store(entry, prepared)
+        if entry not in removed:
+            shutil.rmtree(entry)
+            removed.add(entry)
+
+    monkeypatch.setattr(cache, "_store", store_and_remove)
+    assert load_training_data(root, tiny(**options)).labelled
+    assert removed
 
 
 def test_a_volume_that_was_replaced_is_not_taken_from_a_cache(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from pglcl import case_scores
+from pglcl import case_scores, evaluate
 from pglcl.errors import UserError
 from pglcl.evaluate import evaluate_run
 from pglcl.layouts import Case
@@ -73,6 +73,23 @@ def test_damaged_files_are_named_before_the_first_prediction(
     assert f"{label}: " in str(refused.value)
     assert f"{image}: " in str(refused.value)
     assert not list(run.glob("scores_*"))
+
+
+def test_scores_that_another_evaluation_writes_meanwhile_stay(
+    copied: tuple[Path, Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, run, _ = copied
+    score = evaluate.score_cases
+
+    def meanwhile(*arguments: Any, **options: Any) -> Any:
+        found = score(*arguments, **options)
+        (run / "scores_test.csv").write_text("of others")
+        return found
+
+    monkeypatch.setattr(evaluate, "score_cases", meanwhile)
+    with pytest.raises(UserError, match=r"scores_test\.csv: exists"):
+        evaluate_run(run, root)
+    assert [path.read_text() for path in run.glob("scores_*")] == ["of others"]
 
 
 def test_the_scores_of_the_other_volumes_are_kept(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from pglcl.errors import WriteError
-from pglcl.files import _HashedFile, load_tensors, save_tensors
+from pglcl.files import _HashedFile, load_tensors, replacing, save_tensors
 
 
 def test_a_checkpoint_that_does_not_fit_names_the_reason(tmp_path: Path) -> None:
@@ -45,8 +45,35 @@ def test_ctrl_c_while_a_checkpoint_is_written_is_no_error_of_the_disk(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ctrl_c_while_a_checkpoint_is_hashed_or_pickled_is_no_error_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        save_tensors(tmp_path / "checkpoint.pt", {"a": torch.ones(300), "b": Interrupted()})
+    monkeypatch.setattr("pglcl.files.hashlib.sha256", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_tensors(tmp_path / "checkpoint.pt", {"a": torch.ones(300)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_processes_with_the_same_number_write_to_different_files(tmp_path: Path) -> None:
+    """Containers number their processes from 1, and may share a folder."""
+    path = tmp_path / "scores.csv"
+    with replacing(path) as one, replacing(path) as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert path.read_text() == "one"  # the outer block ends last
+    assert list(tmp_path.iterdir()) == [path]
+
+
 class Interrupted:
-    """A file, while the user presses Ctrl-C."""
+    """A file, a hash or an object of a checkpoint, while the user presses Ctrl-C."""
 
     def write(self, data: bytes) -> int:
+        raise KeyboardInterrupt
+
+    def update(self, data: bytes) -> None:
+        raise KeyboardInterrupt
+
+    def __reduce__(self) -> str:
         raise KeyboardInterrupt

@@ -28,6 +28,30 @@ def test_an_interrupt_that_a_library_swallows_stops_the_training(monkeypatch: py
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_hang_up_that_comes_twice_is_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shell of a closed terminal sends SIGHUP, and so does the system."""
+    now = 100.0
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now)
+    with stopping.StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        now += 0.9
+        signal.raise_signal(signal.SIGINT)
+        assert stop.asked
+        now += 0.2
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interrupt_that_is_swallowed_between_the_request_and_its_block_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stopping, "_interrupts", [])
+    stop = stopping.StopRequest()
+    stopping._interrupts.append(signal.SIGINT)
+    with stop:
+        assert stop.asked
+
+
 def test_a_request_that_comes_while_the_parent_is_looked_at_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     def signalled() -> bool:
         signal.raise_signal(signal.SIGTERM)

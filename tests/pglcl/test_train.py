@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -385,6 +386,21 @@ def test_a_signal_to_every_process_stops_with_a_checkpoint(
     assert load_tensors(tmp_path / "run" / "checkpoint.pt")["step"] >= 10
     with pytest.raises(ProcessLookupError):  # nobody is left
         os.killpg(process.pid, 0)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_ranks_that_stop_wait_until_the_checkpoint_is_written(
+    first: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher gives the first rank little time once another one has ended."""
+    done: list[str] = []
+    run = Training(folder, tmp_path / "run", tiny(steps=50, validate_every=0), quiet=True)
+    run.stop.asked = True
+    monkeypatch.setattr(run.folder, "save_checkpoint", lambda state: done.append("saved"))
+    ranks = SimpleNamespace(size=2, is_first=first, any_rank=bool, from_first=lambda value: done.append("waited"))
+    with pytest.raises(Interrupted):
+        run._after_step(SimpleNamespace(ranks=ranks, state=str), 10, {}, None)
+    assert done == ["saved", "waited"][not first :]
 
 
 def test_another_configuration_is_refused(folder: Path, tmp_path: Path) -> None:
