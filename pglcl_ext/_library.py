@@ -97,8 +97,9 @@ def build_info() -> dict[str, Any]:
           demanding;
         - ``cpu_instruction_set``: the one in use.
 
-        The instruction set is the best one that the processor and the environment variable ``PGLCL_CPU_ISA`` allow. The
-        variable names one of ``cpu_instruction_sets``. With any other value, the import fails.
+        The instruction set is the fastest one of the processor, or the one of ``cpu_instruction_sets`` that the
+        environment variable ``PGLCL_CPU_ISA`` names, lowered to what the processor has. With any other value, the
+        import fails. The fastest of Intel's processors is ``avx512`` even where they have ``avx512_bf16``.
     """
     from pglcl_ext import _build_config
 

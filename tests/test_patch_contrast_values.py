@@ -186,6 +186,20 @@ def test_an_upstream_gradient_near_the_largest_number_gives_right_or_infinite_gr
         torch.testing.assert_close(got[fits].double(), want[fits], rtol=TOLERANCE[dtype], atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nan_of_one_call_does_not_reach_the_next(dtype: torch.dtype, isa: str) -> None:
+    """A thread keeps its buffers. Those of 33 and of 34 patches lie at the same places."""
+    p, spoiled = (
+        ContrastProblem.random(n, 8, classes=2, ignored=False, reduction="none").cast(dtype) for n in (33, 34)
+    )
+    before = p.gradients(p.loss(), torch.ones(33))
+    losses = spoiled.loss()
+    spoiled.gradients(losses, torch.full_like(losses, math.nan))
+    after = p.gradients(p.loss(), torch.ones(33))
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(torch.isfinite(a).all() for a in after)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("m", [None, 140], ids=["self", "keys"])
 def test_nan_spreads_to_the_losses_that_depend_on_it(bad: float, m: int | None, device: torch.device) -> None:
@@ -206,11 +220,12 @@ def test_nan_spreads_to_the_losses_that_depend_on_it(bad: float, m: int | None, 
     assert torch.isnan(grads[0][3]).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_row_of_nan_changes_no_other_row(isa: str, masked: bool) -> None:
+def test_a_row_of_nan_changes_no_other_row(isa: str, masked: bool, dtype: torch.dtype) -> None:
     # Key 0 is a positive of the anchors of its class that are near it, and a negative of the others that are far.
     g = torch.Generator().manual_seed(0)
-    z, k = torch.randn(150, 6, generator=g), torch.randn(140, 6, generator=g)
+    z, k = torch.randn(150, 6, generator=g).to(dtype), torch.randn(140, 6, generator=g).to(dtype)
     y, key_y = torch.randint(0, 2, (150,), generator=g), torch.randint(0, 2, (140,), generator=g)
     h, key_h = torch.rand(150, generator=g), torch.rand(140, generator=g)
     positives, negatives, _ = reference.guided_masks(

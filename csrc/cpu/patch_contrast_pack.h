@@ -54,9 +54,9 @@ struct PackedSide {
   }
 
   // Copies the embeddings into rows, and those of keys also into panels.
-  void pack(const Matrix& source, int64_t depth, bool as_keys, const KernelTable& table, int workers,
+  void pack(const Matrix& source, int64_t depth, bool as_keys, bool for_gradient, const KernelTable& table, int workers,
             const Parallel& parallel) {
-    allocate(source, depth, as_keys, table);
+    allocate(source, depth, as_keys, for_gradient, table);
     const int64_t blocks = view.padded / panel_;
     Buffer<double> longest_of(workers, 0);
     parallel.run(workers, [&](int worker) {
@@ -69,7 +69,8 @@ struct PackedSide {
           if (i < view.count) raise_to(longest_square, squared_norm(rows_.data() + i * view.row_stride));
         }
         if (view.panels) fill_panel(block);
-        if (view.panels_bf16) fill_panel_bf16(block);
+        if (view.depth_pair_panels) fill_pair_panel(block);
+        if (view.patch_pairs) fill_patch_pairs(block);
       }
       longest_of[worker] = std::sqrt(longest_square);
     });
@@ -79,10 +80,10 @@ struct PackedSide {
   }
 
  private:
-  void allocate(const Matrix& source, int64_t depth, bool as_keys, const KernelTable& table) {
+  void allocate(const Matrix& source, int64_t depth, bool as_keys, bool for_gradient, const KernelTable& table) {
     panel_ = table.contrast<scalar_t>().panel;
     depth_ = depth;
-    depth_bf16_ = round_up(depth, 2);
+    pairs_ = round_up(depth, 2) / 2;
     const bool bf16 = sizeof(scalar_t) == 4 && table.bf16_products && source.dtype == ScalarType::BFloat16;
     // An odd number of cache lines per row, so that the rows of a tile spread over all sets of a cache.
     const int64_t line = 64 / sizeof(scalar_t), lines = round_up(depth, line) / line;
@@ -96,11 +97,15 @@ struct PackedSide {
       view.panels = panels_.data();
     }
     if (!bf16) return;
-    rows_bf16_ = Buffer<uint16_t>(view.padded * depth_bf16_);
-    view.rows_bf16 = rows_bf16_.data();
+    depth_pairs_ = Buffer<Bfloat16Pair>(view.padded * pairs_);
+    view.depth_pairs = depth_pairs_.data();
+    if (for_gradient) {
+      patch_pairs_ = Buffer<Bfloat16Pair>(view.padded / 2 * view.row_stride + panel_);
+      view.patch_pairs = patch_pairs_.data();
+    }
     if (!as_keys) return;
-    panels_bf16_ = Buffer<uint16_t>(view.padded * depth_bf16_);
-    view.panels_bf16 = panels_bf16_.data();
+    depth_pair_panels_ = Buffer<Bfloat16Pair>(view.padded * pairs_);
+    view.depth_pair_panels = depth_pair_panels_.data();
   }
 
   // Sorted patches lie anywhere in the caller's tensor, so the hardware cannot prefetch them.
@@ -119,10 +124,10 @@ struct PackedSide {
     const int64_t first = taken ? index_[i] * depth_ : 0;
     if (taken) read_elements(source.data, source.dtype, first, depth_, row);
     std::fill(row + (taken ? depth_ : 0), row + view.row_stride, scalar_t(0));
-    if (!view.rows_bf16) return;
-    uint16_t* low = rows_bf16_.data() + i * depth_bf16_;
-    std::fill(low, low + depth_bf16_, uint16_t(0));
-    if (taken) std::memcpy(low, static_cast<const uint16_t*>(source.data) + first, depth_ * sizeof(uint16_t));
+    if (!view.depth_pairs) return;
+    Bfloat16Pair* pairs = depth_pairs_.data() + i * pairs_;
+    std::fill(pairs, pairs + pairs_, Bfloat16Pair{});
+    if (taken) std::memcpy(pairs, static_cast<const uint16_t*>(source.data) + first, depth_ * sizeof(uint16_t));
   }
 
   // The squared norm of a whole row, whose end is padded with zeros.
@@ -145,11 +150,21 @@ struct PackedSide {
               panels_.data() + block * panel_ * depth_, panel_);
   }
 
-  // Puts two depths of each row side by side, for the product of bfloat16 pairs.
-  void fill_panel_bf16(int64_t block) {
-    const int64_t pairs = depth_bf16_ / 2, first = block * panel_ * pairs;
-    transpose(reinterpret_cast<const int32_t*>(rows_bf16_.data()) + first, pairs, pairs,
-              reinterpret_cast<int32_t*>(panels_bf16_.data()) + first, panel_);
+  // Puts two depths of each row side by side, for the products of pairs.
+  void fill_pair_panel(int64_t block) {
+    const int64_t first = block * panel_ * pairs_;
+    transpose(reinterpret_cast<const int32_t*>(depth_pairs_.data()) + first, pairs_, pairs_,
+              reinterpret_cast<int32_t*>(depth_pair_panels_.data()) + first, panel_);
+  }
+
+  // Puts each depth of two rows side by side, for the gradients.
+  void fill_patch_pairs(int64_t block) {
+    for (int64_t i = block * panel_; i < (block + 1) * panel_; i += 2) {
+      const auto* even = reinterpret_cast<const uint16_t*>(depth_pairs_.data() + i * pairs_);
+      const auto* odd = reinterpret_cast<const uint16_t*>(depth_pairs_.data() + (i + 1) * pairs_);
+      Bfloat16Pair* pairs = patch_pairs_.data() + i / 2 * view.row_stride;
+      for (int64_t d = 0; d < depth_; ++d) pairs[d] = {even[d], odd[d]};
+    }
   }
 
   // Copies the rows with 0 for elements that are not finite. Such an element must reach gradients only through the
@@ -160,10 +175,10 @@ struct PackedSide {
     view.finite_rows = finite_rows_.data();
   }
 
-  int64_t depth_ = 0, depth_bf16_ = 0;
+  int64_t depth_ = 0, pairs_ = 0;
   int panel_ = 1;
   Buffer<scalar_t> rows_, finite_rows_, panels_, descriptor_;
-  Buffer<uint16_t> rows_bf16_, panels_bf16_;
+  Buffer<Bfloat16Pair> depth_pairs_, depth_pair_panels_, patch_pairs_;
   Buffer<integer_t<scalar_t>> label_, identity_;
   Buffer<int32_t> index_;
 };

@@ -23,7 +23,7 @@ void patch_contrast_forward(const ContrastInputs<scalar_t>& inputs, const Anchor
   std::fill_n(out.positive_logit, n, scalar_t(0));
   std::fill_n(out.num_positives, n, 0);
 
-  ContrastPlan<scalar_t> plan(inputs, parallel);
+  ContrastPlan<scalar_t> plan(inputs, false, parallel);
   if constexpr (sizeof(scalar_t) == 4)
     if (plan.needs_float64()) return forward_in_float64(inputs, out, parallel);
   const int64_t padded = plan.padded();
@@ -132,7 +132,7 @@ void patch_contrast_backward(const ContrastInputs<scalar_t>& inputs, const scala
                              const scalar_t* max_logit, const scalar_t* log_sum, const int32_t* num_positives,
                              void* grad_anchors, void* grad_keys, const Parallel& parallel) {
   const Arena::Call call;
-  ContrastPlan<scalar_t> plan(inputs, parallel);
+  ContrastPlan<scalar_t> plan(inputs, true, parallel);
   if constexpr (sizeof(scalar_t) == 4)
     if (plan.needs_float64())
       return backward_in_float64(inputs, grad_rows, {max_logit, log_sum, num_positives}, grad_anchors, grad_keys,

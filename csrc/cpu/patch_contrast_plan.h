@@ -32,12 +32,12 @@ constexpr double kSerialWork = 1 << 21;
 template <typename scalar_t>
 class ContrastPlan {
  public:
-  ContrastPlan(const ContrastInputs<scalar_t>& inputs, const Parallel& parallel)
+  ContrastPlan(const ContrastInputs<scalar_t>& inputs, bool for_gradient, const Parallel& parallel)
       : inputs_(inputs), parallel_(parallel), table_(kernel_table()), masked_(inputs.masks.positive != nullptr) {
     order_patches();
     workers_ = worth_threads() ? std::max(1, parallel.threads) : 1;
-    anchors_.pack(inputs.anchors, inputs.depth, inputs.symmetric(), table_, workers_, parallel);
-    if (!inputs.symmetric()) keys_.pack(inputs.keys, inputs.depth, true, table_, workers_, parallel);
+    anchors_.pack(inputs.anchors, inputs.depth, inputs.symmetric(), for_gradient, table_, workers_, parallel);
+    if (!inputs.symmetric()) keys_.pack(inputs.keys, inputs.depth, true, for_gradient, table_, workers_, parallel);
     set_bounds();
     set_tile();
     row_ranges_ = block_ranges(tile_.anchors, true);
@@ -88,13 +88,13 @@ class ContrastPlan {
     const int64_t rows = blocks(tile_.anchors), columns = blocks(tile_.keys);
     if (rows == 0 || columns == 0) return;
     if (rows == 1 && columns == 1) {
-      Scratch scratch(kernels());
+      Scratch scratch(kernels(), tile_.keys.patch_pairs);
       return run_tile(function, {}, scratch);
     }
     StepQueue queue(rows, columns, inputs_.symmetric());
     parallel_.run(int(std::min<int64_t>(workers_, rows * columns)), [&](int) {
       const Arena::Call call;
-      Scratch scratch(kernels());
+      Scratch scratch(kernels(), tile_.keys.patch_pairs);
       for (Step step; queue.take(step); queue.finish(step)) run_tile(function, step, scratch);
     });
   }
@@ -110,14 +110,18 @@ class ContrastPlan {
   struct Scratch {
     Buffer<scalar_t> dots, disparity, row_sums, weights;
     Buffer<integer_t<scalar_t>> codes;
+    Buffer<Bfloat16Pair> key_pairs, anchor_pairs;
     ContrastScratch<scalar_t> view;
-    explicit Scratch(const ContrastKernels<scalar_t>& kernels)
+    Scratch(const ContrastKernels<scalar_t>& kernels, bool pairs)
         : dots(kTile * kernels.panel),
           disparity(kTile * kernels.panel),
           row_sums(kRowSumRows * 4 * kernels.lanes),
           weights(kTile * kWeightStride<scalar_t>),
           codes(kTile * kernels.panel),
-          view{dots.data(), disparity.data(), codes.data(), row_sums.data(), weights.data()} {}
+          key_pairs(pairs ? kTile * kKeyPairStride : 0),
+          anchor_pairs(pairs ? kTile / 2 * kAnchorPairStride : 0),
+          view{dots.data(),    disparity.data(), codes.data(),       row_sums.data(),
+               weights.data(), key_pairs.data(), anchor_pairs.data()} {}
   };
 
   static int64_t blocks(const ContrastSide<scalar_t>& side) { return (side.count + kTile - 1) / kTile; }
@@ -174,7 +178,7 @@ class ContrastPlan {
     tile_.state.negative_bound = negative_bound_.data();
     tile_.masks = inputs_.masks;
     tile_.depth = inputs_.depth;
-    tile_.depth_bf16 = round_up(inputs_.depth, 2);
+    tile_.depth_pairs = round_up(inputs_.depth, 2) / 2;
     tile_.channels = inputs_.channels;
     tile_.float32_disparity = inputs_.float32_disparity;
     tile_.symmetric = inputs_.symmetric();

@@ -64,6 +64,13 @@ PGLCL_EMULATED float getmant(float x) {
 PGLCL_EMULATED float flushed(float x) { return __builtin_fabsf(x) < 1.17549435e-38f ? __builtin_copysignf(0, x) : x; }
 PGLCL_EMULATED float of_bfloat16(uint16_t x) { return flushed(bits_as<float>(uint32_t(x) << 16)); }
 
+// To the nearest, ties to even.
+PGLCL_EMULATED uint16_t to_bfloat16(float x) {
+  const uint32_t bits = bits_as<uint32_t>(flushed(x));
+  if (x != x) return bits >> 16 | 0x40;
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
 PGLCL_EMULATED float of_float16(uint16_t x) {
   const int exponent = x >> 10 & 0x1f, fraction = x & 0x3ff;
   if (exponent == 31)
@@ -88,7 +95,6 @@ PGLCL_EMULATED uint16_t to_float16(float x) {
 
 }  // namespace emulated
 
-PGLCL_EMULATED __m512 _mm512_setzero_ps() { return __m512{}; }
 PGLCL_EMULATED __m512 _mm512_set1_ps(float value) { return value - __m512{}; }
 PGLCL_EMULATED __m512i _mm512_set1_epi32(int value) { return value - __m512i{}; }
 PGLCL_EMULATED __m512i _mm512_loadu_si512(const void* from) {
@@ -96,7 +102,8 @@ PGLCL_EMULATED __m512i _mm512_loadu_si512(const void* from) {
   __builtin_memcpy(&value, from, sizeof(value));
   return value;
 }
-PGLCL_EMULATED void _mm512_storeu_ps(void* to, __m512 value) { __builtin_memcpy(to, &value, sizeof(value)); }
+PGLCL_EMULATED __m512 _mm512_loadu_ps(const void* from) { return (__m512)_mm512_loadu_si512(from); }
+PGLCL_EMULATED void _mm512_storeu_si512(void* to, __m512i value) { __builtin_memcpy(to, &value, sizeof(value)); }
 
 // The second where either is NaN, or both are 0.
 PGLCL_EMULATED __m512 _mm512_max_ps(__m512 a, __m512 b) { return a > b ? a : b; }
@@ -134,6 +141,24 @@ PGLCL_EMULATED __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
     sum[i] = lane;
   }
   return sum;
+}
+
+// The numbers of b, then those of a.
+PGLCL_EMULATED __m512bh _mm512_cvtne2ps_pbh(__m512 a, __m512 b) {
+  __m512bh result;
+  for (int i = 0; i < emulated::kLanes; ++i) {
+    result[i] = emulated::to_bfloat16(b[i]);
+    result[emulated::kLanes + i] = emulated::to_bfloat16(a[i]);
+  }
+  return result;
+}
+
+// The 16-bit numbers of x in the order of the indices.
+PGLCL_EMULATED __m512i _mm512_permutexvar_epi16(__m512i indices, __m512i x) {
+  const __m512bh from = (__m512bh)x, at = (__m512bh)indices;
+  __m512bh result;
+  for (int i = 0; i < 2 * emulated::kLanes; ++i) result[i] = from[at[i] % 32];
+  return (__m512i)result;
 }
 
 PGLCL_EMULATED __m512 _mm512_cvtph_ps(__m256i halves) {

@@ -8,10 +8,6 @@
 #include "kernel_table.h"
 #include "tile_gemm.h"
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
 namespace pglcl::PGLCL_ISA {
 namespace {
 
@@ -29,41 +25,16 @@ constexpr int64_t kRowSumStride = kRowSumRows * Simd<scalar_t>::kLanes;
 template <typename scalar_t>
 void panel_dots(const ContrastTile<scalar_t>& t, const TilePosition& at, int64_t key, scalar_t* dots) {
   constexpr int kPanel = Simd<scalar_t>::kPanel;
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(scalar_t) == 4)
+    if (t.keys.depth_pair_panels)
+      return tile_gemm<Bfloat16Pair, false>(
+          at.rows, kPanel, t.depth_pairs, t.anchors.depth_pairs + at.row * t.depth_pairs, t.depth_pairs, 1,
+          t.keys.depth_pair_panels + key * t.depth_pairs, kPanel, {dots, kPanel, nullptr});
+#endif
   tile_gemm<scalar_t, false>(at.rows, kPanel, t.depth, t.anchors.rows + at.row * t.anchors.row_stride,
                              t.anchors.row_stride, 1, t.keys.panels + key * t.depth, kPanel, {dots, kPanel, nullptr});
 }
-
-#if defined(__AVX512BF16__)
-// Two depths per instruction, exact products, accumulated in float32.
-void panel_dots_bf16(const ContrastTile<float>& t, const TilePosition& at, int64_t key, float* dots) {
-  constexpr int kPanel = Simd<float>::kPanel;
-  const int64_t pairs = t.depth_bf16 / 2;
-  const uint16_t* panel = t.keys.panels_bf16 + key * t.depth_bf16;
-  for (int64_t row = 0; row < at.rows; row += kMicroRows) {
-    const uint16_t* a = t.anchors.rows_bf16 + (at.row + row) * t.depth_bf16;
-    __m512 acc[kMicroRows][2];
-#pragma GCC unroll 8
-    for (int r = 0; r < kMicroRows; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < pairs; ++k) {
-      const __m512bh b0 = (__m512bh)_mm512_loadu_si512(panel + k * 2 * kPanel);
-      const __m512bh b1 = (__m512bh)_mm512_loadu_si512(panel + k * 2 * kPanel + kPanel);
-#pragma GCC unroll 8
-      for (int r = 0; r < kMicroRows; ++r) {
-        int pair;
-        __builtin_memcpy(&pair, a + r * t.depth_bf16 + 2 * k, sizeof(pair));
-        const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-        acc[r][0] = _mm512_dpbf16_ps(acc[r][0], x, b0);
-        acc[r][1] = _mm512_dpbf16_ps(acc[r][1], x, b1);
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kMicroRows; ++r) {
-      _mm512_storeu_ps(dots + (row + r) * kPanel, acc[r][0]);
-      _mm512_storeu_ps(dots + (row + r) * kPanel + kPanel / 2, acc[r][1]);
-    }
-  }
-}
-#endif
 
 // Disparities of several channels, computed in sum_t.
 template <typename sum_t, typename scalar_t>
@@ -462,15 +433,7 @@ void run_mixed(const ContrastTile<scalar_t>& t, const TilePosition& at, int64_t 
 template <typename scalar_t, Pass kPass>
 void run_panel(const ContrastTile<scalar_t>& t, const TilePosition& at, int64_t key,
                const ContrastScratch<scalar_t>& scratch, bool columns, bool meets_itself) {
-#if defined(__AVX512BF16__)
-  if constexpr (sizeof(scalar_t) == 4) {
-    if (t.keys.panels_bf16)
-      panel_dots_bf16(t, at, key, scratch.dots);
-    else
-      panel_dots(t, at, key, scratch.dots);
-  } else
-#endif
-    panel_dots(t, at, key, scratch.dots);
+  panel_dots(t, at, key, scratch.dots);
   if (kPass == Pass::kGradient && !t.finite) spoil_infinite(at, scratch.dots);
   if (at.kind == TileKind::kMasked)
     panel_codes(t, at, key, columns, scratch.codes);
@@ -538,6 +501,47 @@ RowsOfC<scalar_t> gradient_rows(const ContrastTile<scalar_t>& t, scalar_t* data,
   return {data + row * t.grad_stride, t.grad_stride, nullptr};
 }
 
+#if defined(__AVX512BF16__)
+// Rounds the weights to bfloat16, in pairs of keys and of anchors. A key or an anchor beyond the tile has weight 0.
+void round_weights(const TilePosition& at, const ContrastScratch<float>& scratch) {
+  constexpr int kLanes = Simd<float>::kLanes;
+  constexpr int64_t kStride = kWeightStride<float>;
+  // The numbers of two vectors, one of each in turns.
+  static const uint16_t turns[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i in_turns = _mm512_loadu_si512(turns);
+  if (at.rows % 2)
+    for (int64_t c = 0; c < at.columns; c += kLanes) store(scratch.weights + at.rows * kStride + c, vec_t<float>{});
+  for (int64_t r = 0; r < at.rows; r += 2) {
+    const float *even = scratch.weights + r * kStride, *odd = even + kStride;
+    for (int64_t c = 0; c < at.columns; c += 2 * kLanes) {
+      const __m512 even0 = _mm512_loadu_ps(even + c), even1 = _mm512_loadu_ps(even + c + kLanes);
+      const __m512 odd0 = _mm512_loadu_ps(odd + c), odd1 = _mm512_loadu_ps(odd + c + kLanes);
+      Bfloat16Pair* keys = scratch.key_pairs + r * kKeyPairStride + c / 2;
+      _mm512_storeu_si512(keys, (__m512i)_mm512_cvtne2ps_pbh(even1, even0));
+      _mm512_storeu_si512(keys + kKeyPairStride, (__m512i)_mm512_cvtne2ps_pbh(odd1, odd0));
+      Bfloat16Pair* anchors = scratch.anchor_pairs + r / 2 * kAnchorPairStride + c;
+      const __m512i pairs0 = (__m512i)_mm512_cvtne2ps_pbh(odd0, even0);
+      const __m512i pairs1 = (__m512i)_mm512_cvtne2ps_pbh(odd1, even1);
+      _mm512_storeu_si512(anchors, _mm512_permutexvar_epi16(in_turns, pairs0));
+      _mm512_storeu_si512(anchors + kLanes, _mm512_permutexvar_epi16(in_turns, pairs1));
+    }
+  }
+}
+
+void pair_gradients(const ContrastTile<float>& t, const TilePosition& at, const ContrastScratch<float>& scratch) {
+  round_weights(at, scratch);
+  if (t.grad_anchors)
+    tile_gemm<Bfloat16Pair, true>(at.rows, t.depth, (at.columns + 1) / 2, scratch.key_pairs, kKeyPairStride, 1,
+                                  t.keys.patch_pairs + at.column / 2 * t.keys.row_stride, t.keys.row_stride,
+                                  gradient_rows(t, t.grad_anchors, t.anchors.index, at.row));
+  if (t.grad_keys && !(t.symmetric && at.diagonal))
+    tile_gemm<Bfloat16Pair, true>(at.columns, t.depth, (at.rows + 1) / 2, scratch.anchor_pairs, 1, kAnchorPairStride,
+                                  t.anchors.patch_pairs + at.row / 2 * t.anchors.row_stride, t.anchors.row_stride,
+                                  gradient_rows(t, t.grad_keys, t.keys.index, at.column));
+}
+#endif
+
 // In the symmetric case, a weight is dL/ds of a pair for both of its anchors, also on the diagonal. So on the diagonal
 // the product with the keys is enough.
 template <typename scalar_t>
@@ -545,6 +549,10 @@ void tile_gradient(const ContrastTile<scalar_t>& t, const TilePosition& at, cons
   constexpr int64_t kStride = kWeightStride<scalar_t>;
   run_panels<scalar_t, Pass::kGradient>(t, at, scratch);
   if (t.symmetric && at.diagonal) mirror_weights(at, scratch.weights);
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(scalar_t) == 4)
+    if (t.keys.patch_pairs) return pair_gradients(t, at, scratch);
+#endif
   if (t.grad_anchors)
     tile_gemm<scalar_t, true>(at.rows, t.depth, at.columns, scratch.weights, kStride, 1,
                               t.keys.finite_rows + at.column * t.keys.row_stride, t.keys.row_stride,

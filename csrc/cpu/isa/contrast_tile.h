@@ -4,6 +4,7 @@
 
 #include <stdint.h>
 
+#include "bfloat16_pair.h"
 #include "integer_of.h"
 
 namespace pglcl {
@@ -27,6 +28,9 @@ enum class TileKind : int8_t {
   kMasked,     // explicit masks decide
 };
 
+// Distances of the rows of a tile of weights in pairs: of two keys, and of two anchors. Odd numbers of cache lines.
+constexpr int64_t kKeyPairStride = kTile / 2 + 16, kAnchorPairStride = kTile + 16;
+
 // Anchors or keys, copied into sorted order and padded with zero rows to whole panels.
 template <typename scalar_t>
 struct ContrastSide {
@@ -34,14 +38,17 @@ struct ContrastSide {
   int64_t padded;
   const scalar_t* rows;  // (padded, row_stride)
   int64_t row_stride;
-  const scalar_t* finite_rows;          // the same with 0 for what is not finite
-  const scalar_t* panels;               // (padded / panel, D, panel): keys only
-  const uint16_t* rows_bf16;            // (padded, depth_bf16), null unless bfloat16 products run in hardware
-  const uint16_t* panels_bf16;          // (padded / panel, depth_bf16 / 2, panel, 2)
-  const integer_t<scalar_t>* label;     // (padded,) rank of the class, -1 in the padding
-  const integer_t<scalar_t>* identity;  // (padded,) two patches with the same identity are no pair
-  const scalar_t* descriptor;           // (channels, padded)
-  const int32_t* index;                 // (count,) place in the caller's tensors
+  const scalar_t* finite_rows;  // the same with 0 for what is not finite
+  const scalar_t* panels;       // (padded / panel, D, panel): keys only
+  // Null unless bfloat16 products run in hardware; patch_pairs also in the forward pass. What is not finite needs no
+  // care here, since such a problem is computed in float64.
+  const Bfloat16Pair* depth_pairs;        // (padded, depth_pairs) two depths of a patch
+  const Bfloat16Pair* depth_pair_panels;  // (padded / panel, depth_pairs, panel): keys only
+  const Bfloat16Pair* patch_pairs;        // (padded / 2, row_stride) the same depth of two patches
+  const integer_t<scalar_t>* label;       // (padded,) rank of the class, -1 in the padding
+  const integer_t<scalar_t>* identity;    // (padded,) two patches with the same identity are no pair
+  const scalar_t* descriptor;             // (channels, padded)
+  const int32_t* index;                   // (count,) place in the caller's tensors
 };
 
 // One entry per anchor.
@@ -79,6 +86,9 @@ struct ContrastScratch {
   integer_t<scalar_t>* codes;  // one panel, used with explicit masks
   scalar_t* row_sums;          // (4, kRowSumRows) vectors of partial sums
   scalar_t* weights;           // the tile of dL/ds, (kTile, kWeightStride)
+  // The weights in bfloat16, where the tile has patch_pairs.
+  Bfloat16Pair* key_pairs;     // (kTile, kKeyPairStride) an anchor with two keys
+  Bfloat16Pair* anchor_pairs;  // (kTile / 2, kAnchorPairStride) two anchors with a key
 };
 
 template <typename scalar_t>
@@ -87,7 +97,7 @@ struct ContrastTile {
   ContrastState<scalar_t> state;
   ContrastMasks masks;
   int64_t depth;                 // D
-  int64_t depth_bf16;            // D rounded up to even
+  int64_t depth_pairs;           // D / 2 rounded up
   bool finite;                   // every embedding and product is
   int64_t channels;              // descriptor channels
   bool float32_disparity;        // of double: disparities are computed as they are for float32

@@ -62,9 +62,10 @@ struct KernelTable {
   }
 };
 
-// The table for this machine: the best instruction set that both the processor and PGLCL_CPU_ISA allow. An empty value
-// counts as unset, and an unknown name throws std::invalid_argument. The variable is read at every call, in little time
-// compared with a kernel; the module also calls this once at its import.
+// The table for this machine: the fastest instruction set of the processor, or the one that PGLCL_CPU_ISA names,
+// lowered to what the processor has. An empty value counts as unset, and an unknown name throws std::invalid_argument.
+// The variable is read at every call, in little time compared with a kernel; the module also calls this once at its
+// import.
 const KernelTable& kernel_table();
 
 // The names that PGLCL_CPU_ISA takes, from the least to the most demanding; null after the last.
