@@ -164,15 +164,17 @@ def memory() -> str:
 
 
 def verdict() -> str:
-    """A sentence on what the contrast changes of its base: the worst and the best change, or the only one."""
-    from benchmarks.segmentation import summarise
+    """A sentence on what the contrast, at its defaults, changes of its base: the worst and the best change, or the only
+    one."""
+    from benchmarks.segmentation import signed, summarise
 
-    found = [r for r in summarise(results("segmentation")) if " + " in r["method"] and r["minus_base"] is not None]
+    summary = [r for r in summarise(results("segmentation")) if r["minus_base"] is not None]
+    found = [r for r in summary if r["method"].endswith(" + patchcl")]
     if not found:
         return "That is not measured yet with the training scheme of this version."
     changes = [100 * record["minus_base"]["dice"][0] for record in found]
     seeds = [len(record["seeds"]) for record in found]
-    change = f"between {min(changes):+.1f} and {max(changes):+.1f}" if len(found) > 1 else f"{changes[0]:+.1f}"
+    change = f"between {signed(min(changes))} and {signed(max(changes))}" if len(found) > 1 else signed(changes[0])
     runs = f"{min(seeds)} to {max(seeds)}" if min(seeds) < max(seeds) else str(seeds[0])
     return paragraph(
         f"On patients never used in training, the contrast changed the Dice of its base method by {change} points, "

@@ -274,6 +274,11 @@ def spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
 
 
+def signed(change: float) -> str:
+    """With its sign; what rounds to 0 is +0.0."""
+    return f"{round(change, 1) + 0.0:+.1f}"
+
+
 def share(result: dict[str, Any], low: dict[str, Any], high: dict[str, Any]) -> float:
     """The closed share of the gap between supervision with few labels and with all labels."""
     few, every = float(np.mean(low["dice"])), float(np.mean(high["dice"]))
@@ -379,7 +384,7 @@ def listed(records: Sequence[Record], name: str) -> str:
 def compared(minus_base: dict[str, tuple[float, float, float]] | None, metric: str, unit: float) -> str:
     if minus_base is None:
         return "-"
-    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(unit * v for v in minus_base[metric]))
+    return "{} ({} to {})".format(*(signed(unit * v) for v in minus_base[metric]))
 
 
 def run(

@@ -327,6 +327,10 @@ def test_the_verdict_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     found.append(record("hippocampus", [0, 1], (-0.01, -0.02, -0.001)))
     assert on_one_line(pages.verdict()) == f"{start}between -1.0 and +0.3 points, with 1 to 2 seeds{end}"
     assert max(len(line) for line in pages.verdict().splitlines()) <= 120
+    # What rounds to 0 has no minus; variants of the contrast say nothing of the contrast at its defaults.
+    found[1] = record("hippocampus", [0, 1], (-0.0004, -0.02, 0.001))
+    found.append(record("acdc", [0], (0.02, 0.01, 0.03)) | {"method": "copy-paste + patchcl, unguided"})
+    assert on_one_line(pages.verdict()) == f"{start}between +0.0 and +0.3 points, with 1 to 2 seeds{end}"
     found.clear()
     assert "not measured yet" in pages.verdict()
 
