@@ -7,7 +7,8 @@ import os
 import sys
 
 from pglcl import MissingPackages, require_packages
-from pglcl.stopping import STOPPED, remember_interrupts
+from pglcl.stopping import STOPPED, forget_interrupts, remember_interrupts
+from pglcl.unfinished import remove_unfinished
 
 
 def prepare_streams() -> None:
@@ -48,6 +49,9 @@ def main() -> int:
     except KeyboardInterrupt:  # for example while PyTorch is imported
         print("pglcl: stopped", file=sys.stderr)
         return STOPPED
+    finally:
+        forget_interrupts()
+        remove_unfinished()
 
 
 if __name__ == "__main__":

@@ -412,7 +412,7 @@ def report(
     """Writes one HTML file about a run: scores, curves, overlays, entropy and disparity, embeddings, options."""
     from pglcl.report import write_report
 
-    path = write_report(run, data, output, device, overwrite=overwrite, quiet=quiet)
+    path = write_report(run, data, output, device, overwrite=overwrite, quiet=quiet, print_line=_unless(quiet))
     console(quiet).print(str(path))
 
 
@@ -430,11 +430,8 @@ def export(
     """Writes the network to a file for other programs, reads it back and compares the logits."""
     from pglcl.export import export_run
 
-    def print_line(line: str) -> None:
-        if not quiet:
-            _complain(f"pglcl: {line}")
-
-    path, difference = export_run(run, kind, output, weights=weights, overwrite=overwrite, print_line=print_line)
+    lines = _unless(quiet)
+    path, difference = export_run(run, kind, output, weights=weights, overwrite=overwrite, print_line=lines)
     console(quiet).print(f"{path}: logits differ by at most {difference:.1e} of the largest")
 
 
@@ -454,6 +451,11 @@ def demo(
 
 # While several ranks read their options, this holds back what they print about wrong ones: only the first prints it.
 _reading = contextlib.ExitStack()
+
+
+def _unless(quiet: bool) -> Callable[[str], None] | None:
+    """Prints a line of a command to standard error, unless it is quiet."""
+    return None if quiet else lambda line: _complain(f"pglcl: {line}")
 
 
 def _complain(line: str) -> None:

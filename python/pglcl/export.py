@@ -75,7 +75,7 @@ def export_run(
         print_line(model.unfinished(run))
     network = Logits(model.network).eval()
     save, load = {"torchscript": (_save_script, _load_script), "onnx": (_save_onnx, _load_onnx)}[kind]
-    with replacing(path) as partial:
+    with replacing(path, new=not overwrite) as partial:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporters' warnings to their own developers
             save(network, _example(model, 2), partial, description(model))

@@ -13,13 +13,14 @@ import os
 import secrets
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 from pglcl.errors import UserError, WriteError, first_line
+from pglcl.unfinished import unfinished
 
 PARTIAL = ".partial-"
 MARK = b"pglcl sha256 "  # before the hash at the end of a file of tensors
@@ -27,15 +28,24 @@ DIGEST = 64  # hexadecimal digits
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, new: bool = False) -> Iterator[Path]:
     """Gives a temporary name with the suffix of `path`. Its file replaces `path` when the block ends without an error.
+
+    Files that belong together take blocks within each other: no file gets its name before all are written, and that of
+    the innermost block is the first.
+
+    Args:
+        path: the file.
+        new: replace nothing, not even a file that appears while the block runs.
 
     Raises:
         WriteError: the system refuses to write.
+        UserError: `new`, and there is a file.
     """
     # Only the end of a long name: together with the prefix, it could be longer than file systems allow. A number alone
     # could be that of a process in another container or on another machine.
     partial = path.with_name(f"{PARTIAL}{os.getpid()}-{secrets.token_hex(4)}-{path.name[-40:]}")
+    unfinished.add(partial)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_orphans_once(path.parent)
@@ -43,12 +53,29 @@ def replacing(path: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):  # some file systems have no locks
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the writer ends, in whatever way
             yield partial
-            os.replace(partial, path)
+            if new:
+                _rename_to_new(partial, path)
+            else:
+                os.replace(partial, path)
     except OSError as error:
         raise WriteError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+        unfinished.discard(partial)
+
+
+def _rename_to_new(partial: Path, path: Path) -> None:
+    try:
+        os.link(partial, path)  # unlike a renaming, it refuses to replace
+        return
+    except FileExistsError:
+        pass
+    except OSError:  # some file systems have no hard links
+        if not os.path.lexists(path):
+            os.rename(partial, path)
+            return
+    raise UserError(f"{path}: appeared while this command ran, and is kept; add --overwrite to replace it")
 
 
 def remove_orphans(folder: Path) -> None:
@@ -66,14 +93,24 @@ def _remove_orphans_once(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    with replacing(path) as partial:
-        # The text may contain a file name with bytes that are no text; these are escaped.
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+    write_texts({path: text})
+
+
+def write_texts(texts: Mapping[Path, str]) -> None:
+    """Writes files that belong together. None gets its name before all are written, and the last one is the first."""
+    with contextlib.ExitStack() as stack:
+        for path, text in texts.items():
+            # The text may contain a file name with bytes that are no text; these are escaped.
+            stack.enter_context(replacing(path)).write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def as_json(value: Any) -> str:
+    """A JSON file's text. Raises ValueError for NaN and infinity, which JSON lacks: the caller must pass None."""
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file. Raises ValueError for NaN and infinity, which JSON lacks: the caller must pass None."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    write_text(path, as_json(value))
 
 
 @contextlib.contextmanager

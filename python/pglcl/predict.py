@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pglcl.config import TrainConfig
 from pglcl.errors import UserError
+from pglcl.files import replacing
 from pglcl.formats import Source, result_suffix
 from pglcl.formats.names import is_dicom_folder
 from pglcl.intensity import describe_constant, describe_few, few_values
@@ -377,14 +378,18 @@ class Writer:
             )
 
     def write(self, prediction: Prediction, prepared: Prepared) -> list[Path]:
-        """Writes the files of one case, in the axes and geometry of its image. Returns their paths."""
+        """Writes the files of one case, in the axes and geometry of its image. Returns their paths.
+
+        They get their names together, the mask last.
+        """
         case, source = prepared.case, prepared.source
         paths = self.files(case)
         self.check([case])  # again, since files may have appeared after the first check
-        write_like(self.labels.decode(prediction.mask().numpy()), source, paths[0])
-        rest = iter(paths[1:])
-        if self.probabilities:
-            write_like(prediction.probabilities().movedim(0, -1).numpy(), source, next(rest))
-        if self.entropy:
-            write_like(prediction.entropy().numpy(), source, next(rest))
+        with contextlib.ExitStack() as stack:
+            partials = iter([stack.enter_context(replacing(path, new=not self.overwrite)) for path in paths])
+            write_like(self.labels.decode(prediction.mask().numpy()), source, next(partials))
+            if self.probabilities:
+                write_like(prediction.probabilities().movedim(0, -1).numpy(), source, next(partials))
+            if self.entropy:
+                write_like(prediction.entropy().numpy(), source, next(partials))
         return paths

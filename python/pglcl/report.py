@@ -7,7 +7,7 @@ import dataclasses
 import html
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,7 @@ def write_report(
     *,
     overwrite: bool = False,
     quiet: bool = True,
+    print_line: Callable[[str], None] | None = None,
 ) -> Path:
     """Writes the report of a run on its test volumes, which are scored first if they are not yet.
 
@@ -92,6 +93,7 @@ def write_report(
         device: as for training.
         overwrite: replace `output` if it exists.
         quiet: show no progress.
+        print_line: gets a line if other files stand where new scores would be kept.
 
     Returns:
         The path of the HTML file.
@@ -108,7 +110,7 @@ def write_report(
     read = files_behind(folder, folder.cases)
     mine = output is None and _is_report(path)
     check_outputs([path], inputs=[*read, *_files_of(run)], overwrite=overwrite, renewed=lambda _: mine)
-    found = _scores(run, predictor, subject, cases, distance_unit(folder, cases), before, quiet=quiet)
+    found = _scores(run, predictor, subject, cases, distance_unit(folder, cases), before, quiet, print_line)
     page = _page(run, predictor, folder, cases, found)
     before.check()
     write_text(path, page)
@@ -136,13 +138,14 @@ def _scores(
     cases: Sequence[Case],
     unit: str,
     before: Unchanged,
-    *,
     quiet: bool,
+    print_line: Callable[[str], None] | None,
 ) -> Evaluation:
     """The scores that the run keeps, if they are of the same subject; otherwise new ones."""
     files = score_files(run, subject.part)
     kept = read_scores(files[-1])
-    if kept is not None and not subject.differences(kept.subject):
+    whole = kept is not None and all(file.is_file() for file in kept.files)
+    if kept is not None and whole and not subject.differences(kept.subject):
         unlike = {**subject.unlike, **kept.subject.unlike}  # an older version may not have noted all of it
         return dataclasses.replace(kept, subject=dataclasses.replace(subject, unlike=unlike))
     for_others = score_files(run, subject.part, unfinished=True)
@@ -153,12 +156,16 @@ def _scores(
         before.only(files_of_cases(scored)).check()
         raise UserError(*error.lines, *_kept(error.others, for_others)) from error
     before.check()
-    with contextlib.suppress(UserError):  # scores of other data, and files of other programs, stay as they are
+    try:
         check_outputs(files, renewed=may_renew(files, subject))
         found = found.save(files)
-        if may_renew(for_others, subject)(for_others[0]):  # these scores complete them
-            for path in for_others:
-                path.unlink(missing_ok=True)
+    except UserError as error:  # scores of other data, and files of other programs, stay as they are
+        if print_line:
+            print_line(f"the scores are in the report alone: {error.lines[0]}")
+        return found
+    if may_renew(for_others, subject)(for_others[0]):  # these scores complete them
+        for path in for_others:
+            path.unlink(missing_ok=True)
     return found
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pglcl.errors import UserError
-from pglcl.files import read_json, write_json, write_text
+from pglcl.files import as_json, read_json, write_texts
 from pglcl.scores import Row, Score, summarise
 
 FORMAT = "pglcl scores 2"
@@ -118,10 +118,10 @@ class Evaluation:
         return table(self.summary, title=self.subject.title())
 
     def save(self, files: Sequence[Path]) -> Evaluation:
-        """Writes the CSV, the Markdown and the JSON file. Returns the evaluation with their paths."""
-        as_csv, as_text, as_json = files
-        write_text(as_csv, scores_csv(self.scores, self.class_names, self.unit))
-        write_text(as_text, self.table() + "\n")
+        """Writes the CSV, the Markdown and the JSON file. Returns the evaluation with their paths.
+
+        The JSON file gets its name first: it tells whose scores the others are, also after an interruption.
+        """
         content = {
             "format": FORMAT,
             "subject": {**vars(self.subject), "finished": self.subject.finished},
@@ -130,7 +130,12 @@ class Evaluation:
             "summary": self.summary,
             "scores": [{**vars(s), "class": self.class_names.get(s.class_index, "")} for s in self.scores],
         }
-        write_json(as_json, without_nan(content))
+        texts = (
+            scores_csv(self.scores, self.class_names, self.unit),
+            self.table() + "\n",
+            as_json(without_nan(content)),
+        )
+        write_texts(dict(zip(files, texts)))
         return replace(self, files=tuple(files))
 
 

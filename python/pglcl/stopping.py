@@ -9,28 +9,43 @@ import signal
 import time
 from typing import Any
 
+from pglcl.unfinished import remove_unfinished
+
 STOPPED = 130  # exit code
 SAME_REQUEST = 1.0  # seconds in which signals are one request
 _interrupts: list[int] = []  # signals that came after `remember_interrupts`
+_handled: set[int] = set()  # signals with the handler of `remember_interrupts`
 
 
 def remember_interrupts() -> None:
-    """From now on, Ctrl-C ends the process while modules are imported. Otherwise it raises KeyboardInterrupt as usual.
+    """From now on, Ctrl-C, SIGTERM and SIGHUP raise KeyboardInterrupt, or end the process while modules are imported.
 
-    A library that is being imported may catch the exception and go on, and one in C++ may abort. Nothing is lost, since
-    nothing is being written. The exception is remembered, since a library may catch it later, too.
+    A library that is being imported may catch the exception and go on, and one in C++ may abort. The exception is
+    remembered, since a library may catch it later, too.
+
+    A rank of a training keeps the usual meaning of SIGTERM and SIGHUP here: it may wait for another rank in C++, where
+    no handler of Python would run.
     """
 
     def interrupt(number: int, frame: Any) -> None:
         if _is_importing(frame):
+            remove_unfinished()
             with contextlib.suppress(OSError):
                 os.write(2, b"pglcl: stopped\n")
             os._exit(STOPPED)
         _interrupts.append(number)
         raise KeyboardInterrupt
 
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, interrupt)
+    for number in (signal.SIGINT, *(() if "RANK" in os.environ else (signal.SIGTERM, signal.SIGHUP))):
+        if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):  # nohup and shells ignore some
+            signal.signal(number, interrupt)
+            _handled.add(number)
+
+
+def forget_interrupts() -> None:
+    """From now on, these signals end the process at once: there, an exception would only be printed."""
+    while _handled:
+        signal.signal(_handled.pop(), signal.SIG_DFL)
 
 
 def _is_importing(frame: Any) -> bool:

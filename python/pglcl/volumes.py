@@ -17,7 +17,6 @@ from torch import Tensor
 
 from pglcl import formats
 from pglcl.errors import UserError
-from pglcl.files import replacing
 from pglcl.formats import Source
 from pglcl.labels import LabelMap, whole_numbers
 from pglcl.memory import require_memory
@@ -200,13 +199,14 @@ def canonical_spacing(source: Source) -> tuple[float, ...]:
 def write_like(data: np.ndarray, source: Source, path: Path) -> None:
     """Writes data in the axes and geometry of a source.
 
+    An interruption may leave a part of the file: `path` should be a temporary name (:func:`pglcl.files.replacing`).
+
     Args:
         data: (X, Y, Z) or (X, Y, Z, C) in canonical axes, a mask in an integer type, or float32.
         source: of the image that the data belong to.
         path: its suffix gives the format; :func:`pglcl.formats.result_suffix` tells the one that fits the image.
     """
-    with replacing(path) as partial:
-        formats.write(to_source_axes(data, source), source, partial)  # a view: writers copy what they must
+    formats.write(to_source_axes(data, source), source, path)  # a view: writers copy what they must
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pglcl.errors import UserError
 from pglcl.evaluate import evaluate_run
 from pglcl.layouts import Case
 from pglcl.predict import Predictor
+from pglcl.report import write_report
 from pglcl.score_files import read_scores
 from pglcl.train import Training
 
@@ -51,6 +53,32 @@ def test_scores_carry_class_and_label_value(tmp_path: Path) -> None:
     again = read_scores(found.files[-1])
     assert again is not None
     assert again.scores[1].label_value == 170
+
+
+@pytest.mark.parametrize("renamed", [1, 2])
+def test_an_evaluation_that_is_interrupted_while_it_saves_can_be_repeated(
+    renamed: int, copied: tuple[Path, Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, run, _ = copied
+    for path in run.glob("scores_*"):
+        path.unlink()
+    replace, count = os.replace, iter(range(1, 100))
+
+    def interrupted(*arguments: Any) -> None:
+        replace(*arguments)
+        if next(count) == renamed:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_run(run, root)
+    assert len(list(run.glob("scores_*"))) == renamed
+    write_report(run, root, quiet=True)  # it scores anew what is not whole
+    found = evaluate_run(run, root)
+    assert all(path.is_file() for path in found.files)
+    assert len(list(run.glob("scores_*"))) == 3
+    assert not list(run.glob(".partial*"))
 
 
 def test_damaged_files_are_named_before_the_first_prediction(

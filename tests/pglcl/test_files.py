@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from pglcl.errors import WriteError
-from pglcl.files import _HashedFile, load_tensors, replacing, save_tensors
+from pglcl.errors import UserError, WriteError
+from pglcl.files import _HashedFile, load_tensors, replacing, save_tensors, write_texts
+from pglcl.unfinished import remove_unfinished, unfinished
 
 
 def test_a_checkpoint_that_does_not_fit_names_the_reason(tmp_path: Path) -> None:
@@ -77,3 +82,67 @@ class Interrupted:
 
     def __reduce__(self) -> str:
         raise KeyboardInterrupt
+
+
+def calls(function: Callable[..., Any], number: int) -> Callable[..., Any]:
+    """The function, whose call of this number is followed by Ctrl-C."""
+    count = iter(range(1, 1000))
+
+    def call(*arguments: Any) -> Any:
+        result = function(*arguments)
+        if next(count) == number:
+            raise KeyboardInterrupt
+        return result
+
+    return call
+
+
+def test_files_that_belong_together_get_their_names_after_all_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, last = (tmp_path / name for name in ("first", "second", "last"))
+    write_texts({first: "old", second: "old", last: "old"})
+    with pytest.raises(TypeError):
+        write_texts({first: "new", second: "new", last: 3})  # type: ignore[dict-item]
+    assert [path.read_text() for path in (first, second, last)] == ["old"] * 3
+    monkeypatch.setattr(os, "replace", calls(os.replace, 1))
+    with pytest.raises(KeyboardInterrupt):
+        write_texts({first: "new", second: "new", last: "new"})
+    assert [path.read_text() for path in (first, second, last)] == ["old", "old", "new"]
+    assert len(list(tmp_path.iterdir())) == 3
+    assert not unfinished
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_appears_meanwhile_is_kept(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)  # as on FAT
+    path = tmp_path / "mask"
+    with replacing(path, new=True) as partial:
+        partial.write_text("first")
+    with pytest.raises(UserError, match="mask: appeared while this command ran"), replacing(path, new=True) as partial:
+        partial.write_text("second")
+    assert path.read_text() == "first"
+    with replacing(path) as partial:
+        partial.write_text("third")
+    assert path.read_text() == "third"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_second_ctrl_c_during_the_cleaning_leaves_its_file_to_the_end_of_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", interrupted)
+        with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "mask"):
+            raise KeyboardInterrupt
+    assert len(list(tmp_path.iterdir())) == 1
+    remove_unfinished()
+    assert list(tmp_path.iterdir()) == []
+    assert not unfinished

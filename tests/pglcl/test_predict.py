@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from pglcl import cli
+from pglcl import cli, predict
 from pglcl.cli import main
 from pglcl.errors import UserError
 from pglcl.labels import LabelMap
@@ -233,6 +233,45 @@ def test_an_earlier_mask_is_kept(trained: Trained, tmp_path: Path, capsys: pytes
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == ""
+
+
+def test_the_files_of_a_case_are_replaced_together(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while the probabilities of other weights are written leaves the earlier mask, too."""
+    root, run = trained
+    command = ["predict", str(run), str(root / "images" / "case00.nii.gz"), "-o", str(tmp_path), "--probabilities"]
+    assert main([*command, "-q"]) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(before) == 2
+    written: list[Path] = []
+
+    def write_two(data: np.ndarray, source: Any, path: Path) -> None:
+        path.write_text("other weights")
+        written.append(path)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict, "write_like", write_two)
+    assert main([*command, "--overwrite", "-q"]) == 130
+    assert len(written) == 2
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_mask_that_appears_during_the_prediction_is_kept(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, run = trained
+    mask, write_like = tmp_path / "case00.nii.gz", predict.write_like
+
+    def beside_another(data: np.ndarray, source: Any, path: Path) -> None:
+        write_like(data, source, path)
+        mask.write_text("corrected by hand")
+
+    monkeypatch.setattr(predict, "write_like", beside_another)
+    assert main(["predict", str(run), str(root / "images" / "case00.nii.gz"), "-o", str(tmp_path), "-q"]) == 1
+    assert f"{mask}: appeared while this command ran, and is kept" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["corrected by hand"]
 
 
 def test_two_outputs_with_one_file_name_are_refused(

@@ -209,6 +209,8 @@ def test_damaged_files_of_a_run_are_named(
     assert says in shown
     if name == "scores_test.json":
         assert (run / name).read_text() == text  # the file of another program stays
+        assert main(["report", str(run)]) == 0
+        assert "pglcl: the scores are in the report alone: " in capsys.readouterr().err
 
 
 def test_metrics_that_are_not_text_are_a_problem(run: Path) -> None:

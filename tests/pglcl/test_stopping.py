@@ -28,6 +28,63 @@ def test_an_interrupt_that_a_library_swallows_stops_the_training(monkeypatch: py
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.parametrize("rank", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_requests_are_interrupts_too(number: signal.Signals, rank: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank may wait for another one in C++, where no handler of Python runs."""
+    monkeypatch.setattr(stopping, "_interrupts", [])
+    monkeypatch.delenv("RANK", raising=False)
+    if rank:
+        monkeypatch.setenv("RANK", "0")
+    three = {n: signal.signal(n, signal.SIG_DFL) for n in (signal.SIGTERM, signal.SIGHUP)}
+    three[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        stopping.remember_interrupts()
+        assert (signal.getsignal(number) is signal.SIG_DFL) == rank
+        if not rank:
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
+        stopping.forget_interrupts()
+        assert signal.getsignal(number) is signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    finally:
+        for n, handler in three.items():
+            signal.signal(n, handler)
+
+
+STOPPED_WHILE_WRITING = """
+import signal, sys
+from pathlib import Path
+from pglcl import __main__, cli
+from pglcl.files import replacing
+
+def write():
+    with replacing(Path(sys.argv[1])) as partial:
+        partial.write_text("half")
+        {stop}
+
+cli.main = write
+sys.exit(__main__.main())
+"""
+
+
+@pytest.mark.parametrize(
+    "stop", ["signal.raise_signal(signal.SIGTERM)", "signal.raise_signal(signal.SIGHUP)", "import greedy"]
+)
+def test_a_stopped_command_leaves_no_part_of_a_file(stop: str, tmp_path: Path) -> None:
+    (tmp_path / "greedy.py").write_text("import signal\nsignal.raise_signal(signal.SIGTERM)\n")
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have left it ignored
+    folder = tmp_path / "out"
+    result = subprocess.run(
+        [sys.executable, "-c", STOPPED_WHILE_WRITING.format(stop=stop), folder / "mask"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stderr) == (130, "pglcl: stopped\n")
+    assert list(folder.iterdir()) == []
+
+
 def test_a_hang_up_that_comes_twice_is_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """The shell of a closed terminal sends SIGHUP, and so does the system."""
     now = 100.0
