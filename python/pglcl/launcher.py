@@ -58,7 +58,11 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
         if asked:
             pass_on(asked[0], None)  # also to the process that was being started
         code = _wait(children)
-        return code or (128 + asked[0] if len(children) < processes else 0)
+        # A rank that is not yet in its steps ends by SIGTERM or SIGHUP without a word.
+        killed = bool(asked) and asked[0] != signal.SIGINT and code == 128 + asked[0]
+        if killed or (asked and code == 0 and len(children) < processes):
+            raise KeyboardInterrupt
+        return code
     finally:
         for child in children:
             if child.poll() is None:
